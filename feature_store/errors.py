@@ -1,0 +1,61 @@
+"""The one tree of errors a user can meet, each with the exit code of the command that met it.
+
+UserError                       exit 2 unless a subclass says otherwise
+├── InputError                  an argument, file or image that cannot be used
+│   └── ImageError              one sample's image cannot be decoded (the sample is quarantined, not the run)
+├── MismatchError               two things that must agree do not; names the field, both values and the remedy
+├── UncommittedError            a row that no commit record vouches for
+├── QuarantinedError            a row whose sample was quarantined when the store was written
+├── CorruptStoreError           committed bytes are missing or damaged                          exit 1
+└── ResourceError               disk, network or device gave up                                 exit 3
+"""
+
+from typing import Any
+
+
+class UserError(Exception):
+    """Base of everything a user can cause or meet. The message says what, got, expected and the next step."""
+
+    exit_code = 2
+
+
+class InputError(UserError):
+    """An argument, file or value that cannot be used."""
+
+
+class ImageError(InputError):
+    """One image that cannot be decoded or used; its sample is quarantined under this reason."""
+
+
+class MismatchError(UserError):
+    """Two things that must agree do not.
+
+    Attributes:
+        field: Dotted name of what differs, e.g. ``teacher.weights_sha256``.
+        expected: Value on the side that rules (usually the store's manifest).
+        got: Value on the other side.
+    """
+
+    def __init__(self, field: str, *, expected: Any, got: Any, remedy: str, where: str = "store") -> None:
+        self.field, self.expected, self.got, self.remedy = field, expected, got, remedy
+        super().__init__(f"{field} differs: {where} has {expected!r}, got {got!r}; {remedy}")
+
+
+class UncommittedError(UserError):
+    """A row was asked for that no commit record vouches for."""
+
+
+class QuarantinedError(UserError):
+    """A row was asked for whose sample was quarantined when the store was written."""
+
+
+class CorruptStoreError(UserError):
+    """Bytes that a commit record vouches for are missing or damaged."""
+
+    exit_code = 1
+
+
+class ResourceError(UserError):
+    """The machine gave up: disk full, network gone, device lost."""
+
+    exit_code = 3

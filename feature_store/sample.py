@@ -1,0 +1,55 @@
+"""Names of things: sample keys, their hashes, and row addresses."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from feature_store.errors import InputError
+
+
+class RowId(NamedTuple):
+    """Address of one cached row: the view-th augmented crop of the sample at a position of a unit."""
+
+    unit: int
+    position: int
+    view: int
+
+    def row(self, capacity: int) -> int:
+        """Index on the store's row axis: ``unit * capacity + position``."""
+        return self.unit * capacity + self.position
+
+
+def key_hash(key: str) -> int:
+    """64-bit hash of a sample key: the first 8 bytes of its blake2b-128, little endian."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest()[:8], "little")
+
+
+def encode_keys(keys: Sequence[str], width: int) -> np.ndarray:
+    """Keys as UTF-8 bytes padded with NUL.
+
+    Args:
+        keys: Sample keys.
+        width: Bytes per key.
+
+    Returns:
+        uint8 array [len(keys), width].
+
+    Raises:
+        InputError: A key is longer than width bytes or holds a NUL.
+    """
+    encoded = [key.encode() for key in keys]
+    for key, raw in zip(keys, encoded, strict=True):
+        if len(raw) > width or b"\0" in raw:
+            raise InputError(
+                f"sample key {key!r} does not fit the store: {len(raw)} bytes, at most {width} without NUL; "
+                "rename the sample or write a new store with all tars listed"
+            )
+    joined = b"".join(raw.ljust(width, b"\0") for raw in encoded)
+    return np.frombuffer(joined, np.uint8).reshape(len(keys), width)
+
+
+def decode_keys(encoded: np.ndarray) -> list[str]:
+    """Inverse of encode_keys for a uint8 array [n, width]."""
+    return [bytes(row).rstrip(b"\0").decode() for row in encoded]

@@ -1,0 +1,59 @@
+"""Where a trainer's teacher features come from: one protocol, whatever stands behind it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from feature_store.sample import RowId
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Teacher outputs for B rows, in the order asked for.
+
+    Attributes:
+        rows: The B addresses.
+        taps: Array [B, N, C] per tap name, in the dtype the source holds.
+        logits: Teacher logits [B, classes], or None if the teacher has no classifier.
+    """
+
+    rows: tuple[RowId, ...]
+    taps: dict[str, np.ndarray]
+    logits: np.ndarray | None
+
+
+@runtime_checkable
+class FeatureSource(Protocol):
+    """Gives teacher features by row.
+
+    A cached source looks rows up; a live source computes them from the view's pixels. Both take the same
+    arguments, so that a trainer does not know which one it has.
+    """
+
+    needs_pixels: bool
+
+    def read(
+        self, rows: Sequence[RowId], taps: Sequence[str] | None = None, *, pixels: np.ndarray | None = None
+    ) -> FeatureBatch:
+        """Features of the given rows.
+
+        Args:
+            rows: Addresses; any order, repeats allowed.
+            taps: Tap names; None for all the source holds.
+            pixels: The rows' view pixels, uint8 [B, H, W, 3]. Required when ``needs_pixels``.
+
+        Raises:
+            UncommittedError: A row was never committed.
+            QuarantinedError: A row's sample was quarantined.
+            CorruptStoreError: Committed bytes are missing or damaged.
+            InputError: Unknown tap, or pixels missing for a live source.
+        """
+        ...
+
+    def iter_unit(
+        self, unit: int, view: int, taps: Sequence[str] | None = None, *, batch_size: int = 256
+    ) -> Iterator[FeatureBatch]:
+        """All readable rows of one unit and view in position order, in batches."""
+        ...
