@@ -81,10 +81,28 @@ class TarInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that must agree between the store, the teacher, the tars and the trainer."""
+    """Everything that must agree between the store, the teacher, the tars and the trainer.
+
+    Attributes:
+        teacher: The frozen model.
+        split: Where it is cut.
+        blocks_sha256: Hash of the later blocks' weights kept in the store.
+        taps: Stored taps by name.
+        logits_codec: Codec of the logits; None for a teacher without a classifier.
+        policy: What the views were drawn from.
+        seed: Seed of the views.
+        num_views: Views per sample, V.
+        tars: Input tars; a tar's index is its unit.
+        capacity: Rows per unit, S: the largest number of samples in a tar.
+        key_width: Bytes per stored sample key.
+        software: Versions that created the store; informative.
+        licence: Note of the data set's licence; informative.
+        format_version: Of FORMAT.md.
+    """
 
     teacher: TeacherInfo
     split: SplitInfo
+    blocks_sha256: str
     taps: dict[str, TapInfo]
     logits_codec: str | None
     policy: ViewPolicy
@@ -124,12 +142,23 @@ class Manifest:
                 **{name: data[name] for name in _PLAIN},
             )
         except (KeyError, TypeError) as error:
-            raise InputError(f"the store's manifest is incomplete: {error}; it was not written by this format") from error
+            raise InputError(
+                f"the store's manifest is incomplete: {error}; it was not written by this format"
+            ) from error
 
     def fingerprint(self) -> str:
         """sha256 of the manifest's canonical JSON: names this store in logs and checks its attributes."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def require_unit(self, unit: int) -> None:
+        """Refuse a unit the store does not have.
+
+        Raises:
+            InputError: Out of range.
+        """
+        if not 0 <= unit < len(self.tars):
+            raise InputError(f"unit {unit} does not exist: the store has units 0..{len(self.tars) - 1}")
 
     def require_equal(self, other: "Manifest", remedy: str) -> None:
         """Refuse another manifest by the first field that differs (software versions may differ).
@@ -144,7 +173,8 @@ class Manifest:
 
 
 _PLAIN = (
-    "logits_codec", "seed", "num_views", "capacity", "key_width", "software", "licence", "format_version",
+    "blocks_sha256", "logits_codec", "seed", "num_views", "capacity", "key_width", "software", "licence",
+    "format_version",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Shape legend: B batch, H W grid, N = H*W grid tokens, P prefix (class and regist
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from timm.models.swin_transformer import SwinTransformer
@@ -125,20 +126,19 @@ def split_teacher(model: nn.Module, depth: int | None = None) -> tuple[EarlyStag
 
 
 def _split_swin(model: SwinTransformer, depth: int | None) -> tuple[EarlyStages, LaterBlocks]:
-    stages = list(model.layers)
+    stages: list[Any] = [*model.layers.children()]
     last = stages[-1]
     if depth is not None and depth != len(last.blocks):
-        raise InputError(f"depth {depth} is not possible for Swin: its later blocks are stage 4 ({len(last.blocks)} blocks)")
-    height, width = _grid(model)
-    early_reduction = model.feature_info[-2]["reduction"] // model.patch_embed.patch_size[0]
-    late_reduction = model.feature_info[-1]["reduction"] // model.patch_embed.patch_size[0]
+        raise InputError(
+            f"depth {depth} is not possible for Swin: its later blocks are stage 4 ({len(last.blocks)} blocks)"
+        )
     info = SplitInfo(
         family="swin",
         depth=len(last.blocks),
-        input_dim=model.feature_info[-2]["num_chs"],
-        input_grid=(height // early_reduction, width // early_reduction),
+        input_dim=last.dim,
+        input_grid=_hw(stages[-2].output_resolution),
         output_dim=model.num_features,
-        output_grid=(height // late_reduction, width // late_reduction),
+        output_grid=_hw(last.output_resolution),
         prefix_tokens=0,
         prefix="none",
     )
@@ -147,11 +147,13 @@ def _split_swin(model: SwinTransformer, depth: int | None) -> tuple[EarlyStages,
 
 
 def _split_vit(model: VisionTransformer, depth: int | None) -> tuple[EarlyStages, LaterBlocks]:
-    blocks = list(model.blocks)
+    blocks: list[Any] = [*model.blocks.children()]
     depth = max(1, len(blocks) // 4) if depth is None else depth
     if not 1 <= depth < len(blocks):
-        raise InputError(f"depth {depth} is not possible: the teacher has {len(blocks)} blocks, expected 1..{len(blocks) - 1}")
-    grid = _grid(model)
+        raise InputError(
+            f"depth {depth} is not possible: the teacher has {len(blocks)} blocks, expected 1..{len(blocks) - 1}"
+        )
+    grid = _hw(model.patch_embed.grid_size)
     info = SplitInfo(
         family="vit",
         depth=depth,
@@ -166,8 +168,8 @@ def _split_vit(model: VisionTransformer, depth: int | None) -> tuple[EarlyStages
     return EarlyStages(trunk), LaterBlocks(blocks[-depth:], model.norm, info)
 
 
-def _grid(model: SwinTransformer | VisionTransformer) -> tuple[int, int]:
-    height, width = model.patch_embed.grid_size
+def _hw(size: Any) -> tuple[int, int]:
+    height, width = size
     return int(height), int(width)
 
 
@@ -175,7 +177,12 @@ def _without(model: nn.Module, **replaced: nn.Module) -> nn.Module:
     """A shallow copy of the model that shares its weights but has neither its later blocks, norm nor head."""
     trunk = copy.copy(model)
     trunk._modules = dict(model._modules)
-    for name, module in {"norm": nn.Identity(), "fc_norm": nn.Identity(), "head": nn.Identity(), **replaced}.items():
+    for name, module in {
+        "norm": nn.Identity(),
+        "fc_norm": nn.Identity(),
+        "head": nn.Identity(),
+        **replaced,
+    }.items():
         if name in trunk._modules:
             setattr(trunk, name, module)
     return trunk

@@ -1,0 +1,7 @@
+"""``python -m feature_store`` is ``feature-store``."""
+
+import sys
+
+from feature_store.cli import main
+
+sys.exit(main())

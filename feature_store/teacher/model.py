@@ -1,0 +1,217 @@
+"""The frozen teacher: loading by timm name, and pixels in, taps and logits out."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+from timm.models import load_checkpoint
+from torch import Tensor, nn
+
+from feature_store.errors import InputError, ResourceError
+from feature_store.manifest import TeacherInfo
+from feature_store.teacher.split import split_teacher
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What one forward pass gives, in float32.
+
+    Attributes:
+        taps: [B, N, C] per tap: ``stage4`` (F^t, grid tokens after the final norm), ``stage3`` (grid tokens at the
+            split) and, for teachers with prefix tokens, ``stage3_prefix``.
+        logits: [B, classes], or None for a teacher without a classifier.
+    """
+
+    taps: dict[str, Tensor]
+    logits: Tensor | None
+
+
+class Teacher(nn.Module):
+    """A frozen timm model with its split, in eval mode for good.
+
+    Attributes:
+        info: What the manifest says of it.
+        split: Where it is cut.
+        tap_shapes: (N, C) per tap it can give.
+        later_blocks: P of the paper, sharing this model's weights.
+    """
+
+    _mean: Tensor
+    _std: Tensor
+
+    def __init__(self, model: nn.Module, info: TeacherInfo, depth: int | None = None) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.info = info
+        self.early_stages, self.later_blocks = split_teacher(model, depth)
+        self.split = self.later_blocks.info
+        self.tap_shapes = tap_shapes(self.split)
+        self.register_buffer("_mean", _pixel_scale(info.mean), persistent=False)
+        self.register_buffer("_std", _pixel_scale(info.std), persistent=False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in eval mode whatever a trainer sets."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels_BHWC: Tensor) -> TeacherOutput:
+        """Taps and logits of uint8 RGB pixels, normalised on the teacher's device.
+
+        Raises:
+            InputError: The pixels are not uint8 [B, H, W, 3] of the teacher's input size.
+        """
+        expected = (*self.info.input_size, 3)
+        if pixels_BHWC.dtype != torch.uint8 or pixels_BHWC.ndim != 4 or tuple(pixels_BHWC.shape[1:]) != expected:
+            raise InputError(
+                f"the teacher takes uint8 pixels [B, {expected[0]}, {expected[1]}, 3], "
+                f"got {pixels_BHWC.dtype} {tuple(pixels_BHWC.shape)}"
+            )
+        images_BCHW = normalise(pixels_BHWC.to(self._mean.device), self._mean, self._std)
+        with self._autocast():
+            stage3 = self.early_stages(images_BCHW)
+            features = self.later_blocks(stage3)
+            logits = self.model.forward_head(features) if self.info.num_classes else None  # pyright: ignore[reportCallIssue]
+        return TeacherOutput(self._taps(stage3, features), None if logits is None else logits.float())
+
+    def _taps(self, stage3: Tensor, features: Tensor) -> dict[str, Tensor]:
+        prefix = self.split.prefix_tokens
+        if self.split.family == "swin":
+            stage3, features = stage3.flatten(1, 2), features.flatten(1, 2)
+        taps = {"stage4": features[:, prefix:], "stage3": stage3[:, prefix:]}
+        if prefix:
+            taps["stage3_prefix"] = stage3[:, :prefix]
+        return {name: tap.float() for name, tap in taps.items()}
+
+    def _autocast(self) -> Any:
+        if self.info.compute_dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self._mean.device.type, COMPUTE_DTYPES[self.info.compute_dtype])
+
+
+def load_teacher(
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    pretrained: bool = True,
+    model_kwargs: Mapping[str, Any] | None = None,
+    depth: int | None = None,
+    compute_dtype: str = "float32",
+    device: str | torch.device = "cpu",
+) -> Teacher:
+    """Build a timm teacher and load its weights.
+
+    Args:
+        name: timm model name, with or without a pretrained tag.
+        checkpoint: Local weights, safetensors or torch (read with ``weights_only=True``); rules over pretrained.
+        pretrained: Fetch timm's own weights for this name.
+        model_kwargs: Extra arguments of ``timm.create_model``.
+        depth: Number of later blocks of a plain ViT, see split_teacher.
+        compute_dtype: float32, or bfloat16/float16 by autocast.
+        device: Where the teacher runs.
+
+    Raises:
+        InputError: Unknown name, impossible arguments, or a checkpoint that does not fit.
+        ResourceError: The pretrained weights could not be fetched.
+    """
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise InputError(f"unknown compute dtype {compute_dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}")
+    model = build_model(name, model_kwargs, pretrained=pretrained and checkpoint is None)
+    if checkpoint is not None:
+        _load_checkpoint(model, name, checkpoint)
+    info = teacher_info(model, name, model_kwargs, compute_dtype, weights_sha256(model.state_dict()))
+    return Teacher(model, info, depth).to(device)
+
+
+def build_model(name: str, model_kwargs: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> nn.Module:
+    """``timm.create_model`` with this project's errors.
+
+    Raises:
+        InputError: Unknown name or impossible arguments.
+        ResourceError: The pretrained weights could not be fetched.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
+        raise InputError(f"timm {timm.__version__} knows no model {name!r}; {hint}")
+    kwargs = dict(model_kwargs or {})
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ResourceError(
+            f"the pretrained weights of {name!r} could not be fetched ({reason}); "
+            "check the network or pass a local file with --checkpoint"
+        ) from error
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise InputError(f"timm cannot build {name!r} with {kwargs}: {error}") from error
+
+
+def _load_checkpoint(model: nn.Module, name: str, checkpoint: Path) -> None:
+    if not checkpoint.is_file():
+        raise InputError(f"checkpoint {checkpoint} is not a file; pass a safetensors or torch file of {name}")
+    try:
+        load_checkpoint(model, str(checkpoint), strict=True, weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file makes the readers raise
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
+        raise InputError(
+            f"checkpoint {checkpoint} does not fit {name}: {reason}; "
+            "check the model name and --model-kwargs (num_classes, img_size...)"
+        ) from error
+
+
+def teacher_info(
+    model: nn.Module, name: str, model_kwargs: Mapping[str, Any] | None, compute_dtype: str, sha256: str
+) -> TeacherInfo:
+    """What the manifest says of a model; its weights may be on the meta device if sha256 is given."""
+    data = resolve_model_data_config(model)
+    size = getattr(model.patch_embed, "img_size", None) if hasattr(model, "patch_embed") else None
+    height, width = size or data["input_size"][1:]
+    return TeacherInfo(
+        name=name,
+        model_kwargs=json.loads(json.dumps(dict(model_kwargs or {}))),
+        weights_sha256=sha256,
+        input_size=(int(height), int(width)),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        num_classes=int(getattr(model, "num_classes", 0)),
+        compute_dtype=compute_dtype,
+    )
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash of names, dtypes, shapes and bytes of a state dict, in sorted order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def tap_shapes(split: Any) -> dict[str, tuple[int, int]]:
+    """(N, C) of every tap a teacher with this split can give."""
+    grid3, grid4 = (height * width for height, width in (split.input_grid, split.output_grid))
+    shapes = {"stage4": (grid4, split.output_dim), "stage3": (grid3, split.input_dim)}
+    if split.prefix_tokens:
+        shapes["stage3_prefix"] = (split.prefix_tokens, split.input_dim)
+    return shapes
+
+
+def normalise(pixels_BHWC: Tensor, mean_255: Tensor, std_255: Tensor) -> Tensor:
+    """uint8 pixels [B, H, W, 3] to normalised float32 images [B, 3, H, W]; mean and std on the 0..255 scale."""
+    return ((pixels_BHWC.float() - mean_255) / std_255).permute(0, 3, 1, 2).contiguous()
+
+
+def _pixel_scale(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32) * 255.0

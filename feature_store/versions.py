@@ -1,0 +1,11 @@
+"""Versions of the software that decides what a store's bytes are."""
+
+import platform
+from importlib.metadata import version
+
+PACKAGES = ("scalekd-cache", "numpy", "pillow", "torch", "timm", "zarr", "webdataset")
+
+
+def software_versions() -> dict[str, str]:
+    """Version per package, and Python's."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
