@@ -57,7 +57,7 @@ def magnitude_of(op: Op, strength: float, negative: bool) -> float:
     brightness, sharpness
     shear x, y                    ±0.3 s
     translate x, y                ±0.45 s of the side
-    posterize                     4 - floor(4 s) bits kept
+    posterize                     4 - floor(4 s) bits kept, at least 1 (0 is a black image, Pillow 13 refuses it)
     solarize                      256 - floor(256 s): values from here on are inverted
     solarize add                  floor(110 s): added to values under 128
     auto contrast, equalize,      0 (they have none)
@@ -76,7 +76,7 @@ def magnitude_of(op: Op, strength: float, negative: bool) -> float:
         size = float(np.float32(_SIGNED_MAXIMUM[op] * strength))
         return -size if negative and size else size
     if op is Op.POSTERIZE:
-        return float(4 - int(4 * strength))
+        return float(max(1, 4 - int(4 * strength)))
     if op is Op.SOLARIZE:
         return float(256 - int(256 * strength))
     if op is Op.SOLARIZE_ADD:

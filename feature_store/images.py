@@ -47,7 +47,9 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except (ImageError, MemoryError):  # memory is the machine's trouble: the image may be good
         raise
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"not an image in one of {', '.join(FORMATS)}: begins with {data[:8]!r}") from error
+        raise ImageError(
+            f"not an image in one of {', '.join(FORMATS)}, or its header is damaged: begins with {data[:8]!r}"
+        ) from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise ImageError(f"image cannot be decoded: {type(error).__name__}: {error}") from error
 

@@ -45,6 +45,11 @@ class ArraySpec:
         """Bytes of one row's value."""
         return self.dtype.itemsize * int(np.prod(self.row_shape, dtype=np.int64))
 
+    @property
+    def checksums(self) -> "ArraySpec":
+        """The array beside a sharded one that binds every row to its place: crc32c of the row's bytes."""
+        return ArraySpec(f"{self.path}.crc32c", np.dtype("<u4"), (), self.per_view, False, 0)
+
     def shape(self, manifest: Manifest) -> tuple[int, ...]:
         """Shape of the whole array."""
         rows = len(manifest.tars) * manifest.capacity
@@ -64,8 +69,8 @@ class ArraySpec:
         return "/".join([self.path, "c", *map(str, leading), *("0" for _ in self.row_shape)])
 
 
-def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
-    """All row arrays of a store, by path."""
+def value_specs(manifest: Manifest) -> dict[str, ArraySpec]:
+    """The arrays that hold what a unit is about, by path; see array_specs for their checksums."""
     specs = [
         ArraySpec("label", np.dtype("<i8"), (), False, False, -1),
         ArraySpec("key", np.dtype("u1"), (manifest.key_width,), False, False, 0, ("byte",)),
@@ -91,6 +96,13 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     return {spec.path: spec for spec in specs}
 
 
+def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
+    """All row arrays of a store, by path: values, and a table of row checksums beside each sharded one."""
+    values = value_specs(manifest)
+    tables = [spec.checksums for spec in values.values() if spec.sharded]
+    return {**values, **{table.path: table for table in tables}}
+
+
 def encode_chunk(spec: ArraySpec, values: np.ndarray, capacity: int) -> np.ndarray:
     """Bytes of an unsharded object: the unit's rows, padded with the fill value, then their crc32c.
 
@@ -113,7 +125,9 @@ def decode_chunk(spec: ArraySpec, raw: np.ndarray, path: str) -> np.ndarray:
     return _checked(raw, path, "chunk").view(spec.dtype).reshape(-1, *spec.row_shape)
 
 
-def encode_shard(spec: ArraySpec, values: np.ndarray, written: np.ndarray, capacity: int) -> np.ndarray:
+def encode_shard(
+    spec: ArraySpec, values: np.ndarray, written: np.ndarray, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of a shard object: written rows, each with its crc32c, then the shard index with its own.
 
     Args:
@@ -123,7 +137,7 @@ def encode_shard(spec: ArraySpec, values: np.ndarray, written: np.ndarray, capac
         capacity: Unit capacity S = number of inner chunks.
 
     Returns:
-        uint8 [shard_bytes].
+        The object, uint8 [shard_bytes]; and the rows' crc32c, uint32 [n], 0 where not written.
     """
     positions = np.flatnonzero(written)
     stride = spec.row_bytes + CRC_BYTES
@@ -132,11 +146,13 @@ def encode_shard(spec: ArraySpec, values: np.ndarray, written: np.ndarray, capac
     index[positions, 1] = stride
     shard = np.empty(shard_bytes(spec, len(positions), capacity), np.uint8)
     chunks = shard[: len(positions) * stride].reshape(len(positions), stride)
+    checksums = np.zeros(len(values), "<u4")
     for chunk, position in zip(chunks, positions, strict=True):
         chunk[:-CRC_BYTES] = np.ascontiguousarray(values[position]).reshape(-1).view(np.uint8)
-        chunk[-CRC_BYTES:] = _crc(chunk[:-CRC_BYTES])
+        checksums[position] = crc32c(chunk[:-CRC_BYTES])
+        chunk[-CRC_BYTES:] = checksums[position : position + 1].view(np.uint8)
     shard[len(positions) * stride :] = _with_crc(index)
-    return shard
+    return shard, checksums
 
 
 def decode_shard_index(raw: np.ndarray, path: str) -> np.ndarray:
@@ -163,9 +179,9 @@ def object_bytes(spec: ArraySpec, rows: int, capacity: int) -> int:
     return shard_bytes(spec, rows, capacity) if spec.sharded else capacity * spec.row_bytes + CRC_BYTES
 
 
-def row_is_whole(chunk: np.ndarray) -> bool:
-    """Whether the last bytes of an inner chunk, uint8 [row_bytes + 4], are the crc32c of the rest."""
-    return bool((chunk[-CRC_BYTES:] == _crc(chunk[:-CRC_BYTES])).all())
+def crc32c(payload: np.ndarray) -> int:
+    """crc32c of uint8 values."""
+    return google_crc32c.value(payload)
 
 
 def damaged(path: str, what: str) -> str:
@@ -178,14 +194,10 @@ def damaged(path: str, what: str) -> str:
 
 def _with_crc(values: np.ndarray) -> np.ndarray:
     payload = values.reshape(-1).view(np.uint8)
-    return np.concatenate([payload, _crc(payload)])
+    return np.concatenate([payload, np.array([crc32c(payload)], "<u4").view(np.uint8)])
 
 
 def _checked(raw: np.ndarray, path: str, what: str) -> np.ndarray:
-    if not row_is_whole(raw):
+    if crc32c(raw[:-CRC_BYTES]) != int(raw[-CRC_BYTES:].view("<u4")[0]):
         raise CorruptStoreError(damaged(path, f"the crc32c of its {what} does not match"))
     return raw[:-CRC_BYTES]
-
-
-def _crc(payload: np.ndarray) -> np.ndarray:
-    return np.array([google_crc32c.value(payload)], "<u4").view(np.uint8)

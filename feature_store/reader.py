@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ from feature_store.layout import (
     MISSING_CHUNK,
     ArraySpec,
     array_specs,
+    crc32c,
     damaged,
     decode_chunk,
     decode_shard_index,
-    row_is_whole,
     shard_index_bytes,
 )
 from feature_store.manifest import Manifest
@@ -72,18 +73,6 @@ class CommittedRows:
             )
         return record
 
-    def proof(self, unit: int, view: int, path: str) -> ObjectProof:
-        """Length and checksum of a committed object.
-
-        Raises:
-            UncommittedError: The unit's view is not committed.
-            CorruptStoreError: The record does not know the object.
-        """
-        record = self.record(unit, view)
-        if path not in record.objects:
-            raise CorruptStoreError(damaged(path, f"commit record {record.path} does not list it"))
-        return record.objects[path]
-
     def require(self, row: RowId) -> None:
         """Refuse a row that holds no features.
 
@@ -101,6 +90,13 @@ class CommittedRows:
             )
 
 
+@dataclass(frozen=True)
+class _Shard:
+    descriptor: int
+    index: np.ndarray
+    checksums: np.ndarray
+
+
 class ObjectReader:
     """Reads whole small objects and single rows of shards of a local store.
 
@@ -110,67 +106,71 @@ class ObjectReader:
 
     def __init__(self, root: Path, capacity: int) -> None:
         self._root, self._capacity = root, capacity
-        self._shards: OrderedDict[str, tuple[int, np.ndarray]] = OrderedDict()
+        self._shards: OrderedDict[str, _Shard] = OrderedDict()
 
     def __getstate__(self) -> dict:
         return {"_root": self._root, "_capacity": self._capacity, "_shards": OrderedDict()}
 
     def __del__(self) -> None:
-        for descriptor, _ in self._shards.values():
-            os.close(descriptor)
+        for shard in self._shards.values():
+            os.close(shard.descriptor)
 
-    def chunk(self, spec: ArraySpec, path: str, proof: ObjectProof) -> np.ndarray:
-        """All rows of an unsharded object: [S, *row_shape].
+    def chunk(self, spec: ArraySpec, record: CommitRecord, view: int | None = None) -> np.ndarray:
+        """All rows of a unit in an unsharded array: [S, *row_shape].
 
         Raises:
             CorruptStoreError: Missing, of another length or damaged.
         """
+        path = spec.object_path(record.unit, view)
+        proof = record.proof(path)
         descriptor = self._open(path, proof)
         try:
             raw = _pread(descriptor, path, proof.bytes, 0)
         finally:
             os.close(descriptor)
+        if crc32c(raw) != proof.crc32c:
+            raise CorruptStoreError(damaged(path, f"its crc32c is not the one in {record.path}"))
         return decode_chunk(spec, raw, path)
 
     def rows(
-        self,
-        spec: ArraySpec,
-        path: str,
-        proof: ObjectProof,
-        positions: Sequence[int],
-        out: Sequence[np.ndarray],
+        self, spec: ArraySpec, record: CommitRecord, view: int, positions: Sequence[int], out: Sequence[np.ndarray]
     ) -> None:
         """Read rows of one shard, each into its own array of the spec's shape and dtype.
 
-        Raises:
-            CorruptStoreError: The shard or a row in it is missing, cut or damaged.
-        """
-        descriptor, index = self._shard(path, proof)
-        chunk = np.empty(spec.row_bytes + CRC_BYTES, np.uint8)
-        for position, target in zip(positions, out, strict=True):
-            offset, length = (int(value) for value in index[position])
-            if offset == MISSING_CHUNK or length != chunk.size:
-                raise CorruptStoreError(damaged(path, f"position {position} has no row"))
-            _pread_into(descriptor, path, chunk, offset)
-            if not row_is_whole(chunk):
-                raise CorruptStoreError(damaged(path, f"the crc32c of position {position} does not match"))
-            target.reshape(-1).view(np.uint8)[:] = chunk[:-CRC_BYTES]
+        Every row is compared with the checksum that its commit record vouches for, so that neither a flipped
+        bit nor a shard that belongs elsewhere goes unnoticed.
 
-    def _shard(self, path: str, proof: ObjectProof) -> tuple[int, np.ndarray]:
+        Raises:
+            CorruptStoreError: The shard or a row in it is missing, cut, damaged or another one's.
+        """
+        path = spec.object_path(record.unit, view)
+        shard = self._shard(spec, record, view, path)
+        row = np.empty(spec.row_bytes, np.uint8)
+        for position, target in zip(positions, out, strict=True):
+            offset, length = (int(value) for value in shard.index[position])
+            if offset == MISSING_CHUNK or length != spec.row_bytes + CRC_BYTES:
+                raise CorruptStoreError(damaged(path, f"position {position} has no row"))
+            _pread_into(shard.descriptor, path, row, offset)
+            if crc32c(row) != shard.checksums[position]:
+                raise CorruptStoreError(damaged(path, f"the crc32c of position {position} does not match"))
+            target.reshape(-1).view(np.uint8)[:] = row
+
+    def _shard(self, spec: ArraySpec, record: CommitRecord, view: int, path: str) -> _Shard:
         if path in self._shards:
             self._shards.move_to_end(path)
             return self._shards[path]
+        checksums = self.chunk(spec.checksums, record, view)
+        proof, length = record.proof(path), shard_index_bytes(self._capacity)
         descriptor = self._open(path, proof)
         try:
-            length = shard_index_bytes(self._capacity)
             index = decode_shard_index(_pread(descriptor, path, length, proof.bytes - length), path)
         except BaseException:
             os.close(descriptor)
             raise
         if len(self._shards) >= OPEN_SHARDS:
-            os.close(self._shards.popitem(last=False)[1][0])
-        self._shards[path] = descriptor, index
-        return descriptor, index
+            os.close(self._shards.popitem(last=False)[1].descriptor)
+        self._shards[path] = _Shard(descriptor, index, checksums)
+        return self._shards[path]
 
     def _open(self, path: str, proof: ObjectProof) -> int:
         try:
@@ -223,10 +223,9 @@ class ZarrSource:
         for index, row in enumerate(rows):
             by_shard.setdefault((row.unit, row.view), []).append(index)
         for (unit, view), indices in by_shard.items():
-            path = spec.object_path(unit, view)
-            proof = self._committed.proof(unit, view, path)
+            record = self._committed.record(unit, view)
             positions = [rows[index].position for index in indices]
-            self._reader.rows(spec, path, proof, positions, [out[index] for index in indices])
+            self._reader.rows(spec, record, view, positions, [out[index] for index in indices])
         return out
 
     def _known(self, taps: Iterable[str]) -> tuple[str, ...]:

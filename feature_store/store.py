@@ -54,7 +54,7 @@ def open_store(url: str | Path) -> "Store":
     manifest = Manifest.from_dict(claimed)
     if manifest.fingerprint() != fingerprint:
         raise CorruptStoreError(f"the manifest in {metadata} is damaged: its sha256 does not match; restore the file")
-    return Store(path, manifest, read_commits(path))
+    return Store(path, manifest, read_commits(path, fingerprint))
 
 
 class Store:
@@ -244,23 +244,22 @@ class Store:
 
     def _unit_values(self, name: str, unit: int) -> np.ndarray:
         record, spec = self._first_record(unit), self._specs[name]
-        path = spec.object_path(unit)
-        proof = self.committed.proof(unit, record.first_view, path)
-        return self._reader.chunk(spec, path, proof)[: record.samples]
+        return self._reader.chunk(spec, record)[: record.samples]
 
     def _view_values(self, name: str, unit: int, view: int) -> np.ndarray:
-        spec = self._specs[name]
-        path = spec.object_path(unit, view)
-        proof = self.committed.proof(unit, view, path)
-        return self._reader.chunk(spec, path, proof)[: self.manifest.tars[unit].samples]
+        record = self.committed.record(unit, view)
+        return self._reader.chunk(self._specs[name], record, view)[: record.samples]
 
     def _blocks(self) -> dict[str, "torch.Tensor"]:
         import torch
 
         group = zarr.open_group(self.path, mode="r")[BLOCKS]
         if not isinstance(group, zarr.Group):
-            raise CorruptStoreError(f"{BLOCKS} in {self.path} is not a group")
-        return {name: torch.from_numpy(np.asarray(array[...])) for name, array in group.arrays()}
+            raise CorruptStoreError(f"{BLOCKS} in {self.path} is not a group; write the store again")
+        try:
+            return {name: torch.from_numpy(np.asarray(array[...])) for name, array in group.arrays()}
+        except ValueError as error:  # zarr's crc32c codec
+            raise CorruptStoreError(f"the later blocks in {self.path / BLOCKS} are damaged: {error}") from error
 
 
 def _write_skeleton(path: Path, manifest: Manifest, blocks: Mapping[str, "torch.Tensor"]) -> None:

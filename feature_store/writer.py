@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 
 from feature_store.codecs import get_codec
 from feature_store.commits import CommitRecord, ObjectProof, write_commit
 from feature_store.errors import InputError
-from feature_store.layout import ArraySpec, array_specs, encode_chunk, encode_shard
+from feature_store.layout import ArraySpec, crc32c, encode_chunk, encode_shard, value_specs
 from feature_store.manifest import Manifest
 from feature_store.objects import sync_directories, write_object
 from feature_store.sample import encode_keys, key_hash
@@ -50,9 +49,10 @@ def write_unit(root: Path, manifest: Manifest, unit: int, first_view: int, data:
     proofs = {}
     for path, payload in _objects(manifest, unit, first_view, data):
         write_object(root, path, payload)
-        proofs[path] = ObjectProof(payload.nbytes, google_crc32c.value(payload))
+        proofs[path] = ObjectProof(payload.nbytes, crc32c(payload))
     sync_directories(root, list(proofs))
     record = CommitRecord(
+        store=manifest.fingerprint(),
         unit=unit,
         first_view=first_view,
         last_view=first_view + len(data.params) - 1,
@@ -70,7 +70,7 @@ def _objects(manifest: Manifest, unit: int, first_view: int, data: UnitData):
     """Path and bytes of every object of the unit, one at a time to bound memory."""
     capacity = manifest.capacity
     written = np.array([position not in data.quarantined for position in range(len(data.keys))], dtype=bool)
-    for spec in array_specs(manifest).values():
+    for spec in value_specs(manifest).values():
         if not spec.per_view:
             yield spec.object_path(unit), encode_chunk(spec, _sample_values(spec, data), capacity)
             continue
@@ -78,7 +78,10 @@ def _objects(manifest: Manifest, unit: int, first_view: int, data: UnitData):
             path = spec.object_path(unit, first_view + index)
             if spec.sharded:
                 values = _encoded_rows(manifest, spec, data, index, written)
-                yield path, encode_shard(spec, values, written, capacity)
+                shard, checksums = encode_shard(spec, values, written, capacity)
+                yield path, shard
+                table = spec.checksums
+                yield table.object_path(unit, first_view + index), encode_chunk(table, checksums, capacity)
             else:
                 yield path, encode_chunk(spec, _view_values(spec, data, index), capacity)
 

@@ -1,0 +1,49 @@
+import dataclasses
+
+import pytest
+from tiny_store import tiny_manifest
+
+from feature_store.errors import InputError, MismatchError
+from feature_store.manifest import Manifest
+
+
+def test_manifest_survives_its_json_form():
+    manifest = tiny_manifest()
+    assert Manifest.from_dict(manifest.to_dict()) == manifest
+    assert Manifest.from_dict(manifest.to_dict()).fingerprint() == manifest.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("teacher.weights_sha256", lambda m: dataclasses.replace(m.teacher, weights_sha256="f" * 64)),
+        ("split.depth", lambda m: dataclasses.replace(m.split, depth=9)),
+        ("seed", lambda m: 9),
+        ("num_views", lambda m: 9),
+        ("policy.size[0]", lambda m: dataclasses.replace(m.policy, size=(16, 8))),
+        ("tars[1].header_sha256", lambda m: (m.tars[0], dataclasses.replace(m.tars[1], header_sha256="x"), m.tars[2])),
+        ("tars", lambda m: m.tars[:2]),
+    ],
+)
+def test_require_equal_names_the_field_both_values_and_the_remedy(field, change):
+    manifest = tiny_manifest()
+    name = field.split(".")[0].split("[")[0]
+    other = dataclasses.replace(manifest, **{name: change(manifest)})
+    with pytest.raises(MismatchError) as caught:
+        manifest.require_equal(other, "start a new store")
+    assert caught.value.field == field
+    assert repr(caught.value.expected) in str(caught.value)
+    assert repr(caught.value.got) in str(caught.value)
+    assert "start a new store" in str(caught.value)
+
+
+def test_require_equal_lets_other_software_versions_pass():
+    manifest = tiny_manifest()
+    manifest.require_equal(dataclasses.replace(manifest, software={"numpy": "99"}), "-")
+
+
+def test_from_dict_refuses_when_a_field_is_missing():
+    data = tiny_manifest().to_dict()
+    del data["seed"]
+    with pytest.raises(InputError, match="incomplete: 'seed'"):
+        Manifest.from_dict(data)

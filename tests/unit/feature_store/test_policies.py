@@ -1,0 +1,88 @@
+"""ViewPolicy: named policies, JSON form, refusals."""
+
+import dataclasses
+import json
+
+import pytest
+
+from feature_store.errors import InputError
+from feature_store.views import POLICIES, ViewPolicy, view_policy
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_policy_survives_json_when_written_and_read(name):
+    policy = view_policy(name, (192, 224))
+    assert ViewPolicy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+
+
+def test_view_policy_gives_released_schedules_when_named():
+    rrc_flip, a1, a2, center = (view_policy(name, 224) for name in ("rrc_flip", "a1", "a2", "center"))
+    assert (rrc_flip.interpolation, rrc_flip.num_ops, rrc_flip.erase, rrc_flip.flip) == ("bilinear", 0, 0, 0.5)
+    assert (a1.interpolation, a1.num_ops, a1.level, a1.max_level, a1.erase) == ("bicubic", 2, 7, 8, 0.25)
+    assert (a2.interpolation, a2.num_ops, a2.level, a2.max_level, a2.erase) == ("bicubic", 2, 9, 10, 0.25)
+    assert (a1.level_std, a1.op_probability, a1.erase_area) == (0.5, 0.5, (0.02, 1 / 3))
+    assert (center.crop, center.flip, center.num_ops, center.erase) == ("center", 0, 0, 0)
+    assert a1.size == (224, 224)
+
+
+def test_view_policy_takes_overrides_when_given():
+    assert view_policy("center", 224, crop_pct=1.0, interpolation="bilinear").crop_pct == 1.0
+
+
+def test_view_policy_refuses_when_name_is_unknown():
+    with pytest.raises(InputError, match="'a3' is unknown, expected one of rrc_flip, a1, a2, center"):
+        view_policy("a3", 224)
+
+
+def test_from_dict_refuses_when_field_is_unknown():
+    with pytest.raises(InputError, match="unknown field hue"):
+        ViewPolicy.from_dict({**view_policy("a1", 224).to_dict(), "hue": 0.1})
+
+
+def test_from_dict_refuses_when_field_is_missing():
+    with pytest.raises(InputError, match="lacks field size"):
+        ViewPolicy.from_dict({"name": "mine"})
+
+
+BAD_VALUES = [
+    ("name", ""),
+    ("name", 7),
+    ("size", (0, 224)),
+    ("size", (224,)),
+    ("size", (224.0, 224)),
+    ("size", "224"),
+    ("crop", "five"),
+    ("crop", ["random"]),
+    ("interpolation", "nearest"),
+    ("scale", (0.0, 1.0)),
+    ("scale", (0.5, 0.4)),
+    ("scale", (0.5, 1.5)),
+    ("scale", 0.5),
+    ("ratio", (-1.0, 1.0)),
+    ("ratio", (1.0, float("inf"))),
+    ("crop_pct", 0),
+    ("crop_pct", 1.1),
+    ("flip", 1.5),
+    ("flip", True),
+    ("flip", float("nan")),
+    ("num_ops", -1),
+    ("num_ops", 17),
+    ("num_ops", 1.0),
+    ("op_probability", "0.5"),
+    ("level", -1),
+    ("level", 11),
+    ("max_level", 0),
+    ("level_std", -0.5),
+    ("level_std", float("inf")),
+    ("erase", -0.1),
+    ("erase_area", (0.02, 1.2)),
+    ("erase_ratio", (0, 1)),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_VALUES)
+def test_policy_refuses_and_names_field_when_value_is_bad(field, value):
+    with pytest.raises(InputError, match=f"field {field} is .*expected"):
+        view_policy("rrc_flip", **{"size": 224, field: value}) if field != "name" else dataclasses.replace(
+            view_policy("rrc_flip", 224), name=value
+        )

@@ -1,0 +1,334 @@
+"""A store refuses, by name, everything it cannot vouch for."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_store import SAMPLES, tiny_manifest, tiny_store, unit_data
+
+from feature_store import FeatureSource, RowId, Store, open_store
+from feature_store.errors import (
+    CorruptStoreError,
+    InputError,
+    MismatchError,
+    QuarantinedError,
+    ResourceError,
+    UncommittedError,
+)
+
+
+@pytest.fixture
+def store(tmp_path):
+    tiny_store(tmp_path / "store")
+    return open_store(tmp_path / "store")
+
+
+def all_rows(store):
+    return [
+        RowId(unit, i, view)
+        for unit in store.committed.units
+        for view in store.committed_views(unit)
+        for i in range(SAMPLES[unit])
+        if i not in store.quarantined(unit)
+    ]
+
+
+def test_source_is_a_feature_source(store):
+    assert isinstance(store.source(), FeatureSource)
+
+
+def test_read_gives_rows_in_the_order_asked_for_with_repeats(store):
+    rows = [RowId(2, 3, 1), RowId(0, 0, 0), RowId(2, 3, 1), RowId(1, 2, 0)]
+    batch = store.source().read(rows)
+    expected = [unit_data(store.manifest, r.unit).taps["stage4"][r.view, r.position] for r in rows]
+    logits = [unit_data(store.manifest, r.unit).logits[r.view, r.position] for r in rows]
+    assert batch.rows == tuple(rows)
+    assert np.array_equal(batch.taps["stage4"], np.float16(expected))
+    assert np.array_equal(batch.logits, np.float16(logits))
+
+
+def test_iter_unit_gives_every_readable_row_once_in_position_order(tmp_path):
+    store = tiny_store(tmp_path / "s", quarantined={0: "broken"})
+    rows = [row for batch in store.source().iter_unit(2, 1, batch_size=2) for row in batch.rows]
+    assert rows == [RowId(2, i, 1) for i in (1, 2, 3)]
+
+
+def test_source_survives_pickling_after_reading(store):
+    source = store.source()
+    first = source.read([RowId(0, 1, 0)])
+    copy = pickle.loads(pickle.dumps(source))  # noqa: S301 - our own object
+    assert np.array_equal(copy.read([RowId(0, 1, 0)]).taps["stage4"], first.taps["stage4"])
+
+
+def test_keys_labels_params_and_crcs_come_back(store):
+    data = unit_data(store.manifest, 1)
+    assert store.keys(1) == data.keys
+    assert np.array_equal(store.labels(1), data.labels)
+    assert [store.view_params(1, view) for view in (0, 1)] == data.params
+    assert np.array_equal(store.pixel_crcs(1, 1), data.pixel_crc[1])
+
+
+def test_rows_finds_samples_by_key_across_units(store):
+    assert store.rows(["key/2-1", "key/0-4"], 1) == [RowId(2, 1, 1), RowId(0, 4, 1)]
+
+
+def test_rows_compares_keys_when_hashes_collide(tmp_path, monkeypatch):
+    monkeypatch.setattr("feature_store.writer.key_hash", lambda key: 7)
+    monkeypatch.setattr("feature_store.store.key_hash", lambda key: 7)
+    store = tiny_store(tmp_path / "s")
+    assert store.rows(["key/1-2", "key/2-3"], 0) == [RowId(1, 2, 0), RowId(2, 3, 0)]
+    with pytest.raises(InputError, match="no committed unit holds sample key 'key/9-9'"):
+        store.rows(["key/9-9"], 0)
+
+
+def test_read_refuses_when_row_is_not_committed(tmp_path):
+    store = tiny_store(tmp_path / "s", units=(0,))
+    with pytest.raises(UncommittedError, match=r"view 0 of unit 1 \(tar-1.tar\) was never committed"):
+        store.source().read([RowId(0, 0, 0), RowId(1, 0, 0)])
+    with pytest.raises(UncommittedError, match="unit 0 has 5 samples"):
+        store.source().read([RowId(0, 5, 0)])
+    with pytest.raises(InputError, match=r"unit 7 does not exist: the store has units 0..2"):
+        store.source().read([RowId(7, 0, 0)])
+
+
+def test_read_refuses_when_view_is_not_committed(tmp_path):
+    store = tiny_store(tmp_path / "s", units=(0,), views=1)
+    store.source().read([RowId(0, 0, 0)])
+    with pytest.raises(UncommittedError, match=r"view 1 of unit 0 .* committed views of this unit: \[0\]"):
+        store.source().read([RowId(0, 0, 1)])
+
+
+def test_read_refuses_when_sample_is_quarantined(tmp_path):
+    store = tiny_store(tmp_path / "s", quarantined={2: "truncated JPEG"})
+    with pytest.raises(QuarantinedError, match="truncated JPEG"):
+        store.source().read([RowId(0, 2, 0)])
+    assert store.view_params(0, 0)[2] is None
+
+
+def test_read_refuses_when_tap_is_unknown(store):
+    with pytest.raises(InputError, match="no tap 'stage2'; it has: stage4"):
+        store.source(["stage2"])
+
+
+def test_read_raises_when_a_committed_shard_is_missing(store):
+    (store.path / "taps/stage4/c/1/0/0/0").unlink()
+    with pytest.raises(CorruptStoreError, match=r"taps/stage4/c/1/0/0/0 is damaged: it is committed but missing"):
+        store.source().read([RowId(0, 0, 1)])
+
+
+def test_read_raises_when_a_shard_is_truncated(store):
+    shard = store.path / "taps/stage4/c/0/0/0/0"
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(CorruptStoreError, match="its commit record says"):
+        store.source().read([RowId(0, 0, 0)])
+
+
+def test_read_raises_when_a_shard_shrinks_after_it_was_opened(store):
+    source = store.source()
+    source.read([RowId(0, 0, 0)])
+    os.truncate(store.path / "taps/stage4/c/0/0/0/0", 10)
+    with pytest.raises(CorruptStoreError, match="it ends at byte"):
+        source.read([RowId(0, 3, 0)])
+
+
+def test_read_raises_when_two_shards_are_swapped(tmp_path):
+    """Same size, each valid on its own: only the row checksums beside them know."""
+    store = tiny_store(tmp_path / "s")
+    one, two = (store.path / f"taps/stage4/c/{view}/0/0/0" for view in (0, 1))
+    swap = store.path / "swap"
+    one.rename(swap), two.rename(one), swap.rename(two)
+    with pytest.raises(CorruptStoreError, match="crc32c of position 3 does not match"):
+        open_store(store.path).source().read([RowId(0, 3, 0)])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_flipped_bit_is_refused_or_harmless_wherever_it_is(tmp_path, data):
+    """Every committed object and record: a flip either raises or leaves all values as they were."""
+    path = tmp_path / "store"
+    if not path.exists():
+        tiny_store(path)
+    clean = everything(open_store(path))
+    files = sorted(f for f in path.rglob("*") if f.is_file() and f.stat().st_size and f.name != ".writer.lock")
+    files = [f for f in files if f.name != "zarr.json" or f.parent == path]
+    file = data.draw(st.sampled_from(files))
+    original = file.read_bytes()
+    at, bit = data.draw(st.integers(0, len(original) - 1)), data.draw(st.integers(0, 7))
+    file.write_bytes(original[:at] + bytes([original[at] ^ (1 << bit)]) + original[at + 1 :])
+    try:
+        assert everything(open_store(path)) == clean, file
+    except (CorruptStoreError, InputError, MismatchError):
+        pass
+    finally:
+        file.write_bytes(original)
+
+
+def everything(store):
+    """All values a trainer can get from a store, comparable."""
+    batch = store.source().read(all_rows(store))
+    per_unit = [(store.keys(u), store.labels(u).tolist()) for u in store.committed.units]
+    per_view = [
+        (store.view_params(u, v), store.pixel_crcs(u, v).tolist())
+        for u in store.committed.units
+        for v in store.committed_views(u)
+    ]
+    return batch.rows, batch.taps["stage4"].tobytes(), batch.logits.tobytes(), per_unit, per_view
+
+
+def test_open_refuses_when_a_commit_record_comes_from_another_store(tmp_path):
+    store, other = tiny_store(tmp_path / "a"), tiny_store(tmp_path / "b", tiny_manifest(seed=4))
+    for name in ("commits", "taps"):
+        shutil.rmtree(store.path / name)
+        shutil.copytree(other.path / name, store.path / name)
+    with pytest.raises(MismatchError, match="this record comes from another store"):
+        open_store(store.path)
+
+
+def test_open_refuses_when_two_records_vouch_for_one_view(store):
+    record = dataclasses.replace(store.committed.records[0], last_view=0)
+    from feature_store.commits import write_commit
+
+    write_commit(store.path, record)
+    with pytest.raises(CorruptStoreError, match="vouch for the same view"):
+        open_store(store.path)
+
+
+def test_open_refuses_when_path_is_no_store(tmp_path):
+    with pytest.raises(InputError, match="is not a store"):
+        open_store(tmp_path)
+    (tmp_path / "zarr.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no manifest"):
+        open_store(tmp_path)
+    with pytest.raises(InputError, match="local stores only"):
+        open_store("s3://bucket/store")
+
+
+def test_open_refuses_when_format_version_is_unknown(store):
+    metadata = json.loads((store.path / "zarr.json").read_text())
+    metadata["attributes"]["manifest"]["format_version"] = 99
+    (store.path / "zarr.json").write_text(json.dumps(metadata))
+    with pytest.raises(InputError, match="format_version 99, this build reads 1"):
+        open_store(store.path)
+
+
+def test_open_refuses_when_the_manifest_was_edited(store):
+    metadata = json.loads((store.path / "zarr.json").read_text())
+    metadata["attributes"]["manifest"]["teacher"]["mean"][0] = 0.4
+    (store.path / "zarr.json").write_text(json.dumps(metadata))
+    with pytest.raises(CorruptStoreError, match="manifest .* is damaged"):
+        open_store(store.path)
+
+
+def test_create_refuses_when_path_exists(store):
+    with pytest.raises(InputError, match="already exists"):
+        Store.create(store.path, store.manifest, {})
+
+
+def test_write_refuses_when_shapes_differ_from_the_manifest(tmp_path):
+    store = tiny_store(tmp_path / "s", units=())
+    data = unit_data(store.manifest, 0)
+    wrong = dataclasses.replace(data, taps={"stage4": data.taps["stage4"][:, :, :3]})
+    with pytest.raises(InputError, match=r"taps.stage4 of unit 0 has shape \(2, 5, 3, 6\), expected \(2, 5, 4, 6\)"):
+        store.write_unit(0, 0, wrong)
+    with pytest.raises(InputError, match="3 samples, the manifest says 5"):
+        store.write_unit(0, 0, unit_data(store.manifest, 1))
+    assert open_store(store.path).committed.records == []
+
+
+def test_write_refuses_when_a_value_is_not_finite_and_commits_nothing(tmp_path):
+    store = tiny_store(tmp_path / "s", units=())
+    data = unit_data(store.manifest, 0)
+    data.taps["stage4"][1, 2, 0, 0] = np.nan
+    with pytest.raises(InputError, match="check the teacher for NaN"):
+        store.write_unit(0, 0, data)
+    assert open_store(store.path).committed.records == []
+
+
+def test_write_keeps_the_store_consistent_when_the_disk_is_full(tmp_path):
+    """A real write error from the kernel: the file size limit of a child process."""
+    store = tiny_store(tmp_path / "s", units=(0,))
+    pid = os.fork()
+    if pid == 0:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            store.write_unit(1, 0, unit_data(store.manifest, 1))
+        except OSError:
+            os._exit(3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    after = open_store(store.path)
+    assert after.committed.units == [0]
+    after.remove_leftovers()
+    assert everything(after) == everything(store)
+
+
+def test_remove_leftovers_deletes_only_what_no_record_vouches_for(tmp_path):
+    store = tiny_store(tmp_path / "s", units=(0, 1))
+    before = everything(store)
+    (store.path / "commits/u00001-v0-1.json").unlink()
+    (store.path / "taps/stage4/c/0/2/0").mkdir(parents=True)
+    (store.path / "taps/stage4/c/0/2/0/0.123.partial").write_bytes(b"half")
+    reopened = open_store(store.path)
+    removed = reopened.remove_leftovers()
+    assert "taps/stage4/c/0/2/0/0.123.partial" in removed
+    assert "taps/stage4/c/0/1/0/0" in removed
+    assert not any(path.endswith("zarr.json") for path in removed)
+    with reopened.locked_for_writing():
+        reopened.write_unit(1, 0, unit_data(store.manifest, 1))
+    assert everything(open_store(store.path)) == before
+
+
+def test_a_second_writer_is_refused_while_the_first_one_lives(store):
+    with store.locked_for_writing(), pytest.raises(ResourceError, match="another process is writing"):
+        with open_store(store.path).locked_for_writing():
+            pass
+
+
+def test_rewriting_a_unit_gives_the_same_bytes(tmp_path):
+    one, two = tiny_store(tmp_path / "one"), tiny_store(tmp_path / "two", units=(2, 0, 1))
+    two.write_unit(0, 0, unit_data(two.manifest, 0))
+    contents = [
+        {f.relative_to(s.path): f.read_bytes() for f in s.path.rglob("*") if f.is_file()} for s in (one, two)
+    ]
+    assert contents[0] == contents[1]
+
+
+def test_views_can_be_committed_in_two_records(tmp_path):
+    whole = tiny_store(tmp_path / "whole")
+    parts = tiny_store(tmp_path / "parts", units=())
+    for unit in range(3):
+        data = unit_data(parts.manifest, unit)
+        for view in (0, 1):
+            part = dataclasses.replace(
+                data,
+                params=data.params[view : view + 1],
+                pixel_crc=data.pixel_crc[view : view + 1],
+                taps={"stage4": data.taps["stage4"][view : view + 1]},
+                logits=data.logits[view : view + 1],
+            )
+            parts.write_unit(unit, view, part)
+    assert everything(open_store(parts.path)) == everything(whole)
+
+
+def test_info_counts_what_commit_records_prove(tmp_path):
+    store = tiny_store(tmp_path / "s", units=(0, 2), quarantined={1: "zero bytes"})
+    info = store.info()
+    assert (info["units"], info["committed_units"], info["committed_rows"]) == (3, 2, 2 * (4 + 3))
+    on_disk = sum(
+        f.stat().st_size for f in store.path.rglob("*") if f.is_file() and "/c/" in f.as_posix() and "teacher" not in f.parts
+    )
+    assert info["bytes"] == on_disk
+    assert info["quarantined"][0] == {
+        "unit": 0, "tar": "tar-0.tar", "position": 1, "key": "key/0-1", "reason": "zero bytes",
+    }  # fmt: skip
+    assert json.loads(json.dumps(info)) == info

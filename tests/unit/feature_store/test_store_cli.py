@@ -1,0 +1,38 @@
+import json
+import os
+
+from tiny_store import tiny_store
+
+from feature_store.cli import main
+
+
+def test_info_prints_a_table_with_what_matters(tmp_path, capsys):
+    tiny_store(tmp_path / "s", units=(0,), quarantined={1: "zero bytes"})
+    assert main(["info", str(tmp_path / "s")]) == 0
+    out = capsys.readouterr().out
+    for text in ("test_vit", "stage4 [4, 6] f16", "1 of 3 complete", "8 committed of 24", "key/0-1: zero bytes"):
+        assert text in out
+
+
+def test_info_json_is_the_stores_info(tmp_path, capsys):
+    store = tiny_store(tmp_path / "s")
+    assert main(["info", str(tmp_path / "s"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == store.info()
+
+
+def test_errors_are_one_line_and_an_exit_code(tmp_path, capsys):
+    assert main(["info", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("feature-store: error: ")
+    assert err.count("\n") == 1
+    store = tiny_store(tmp_path / "s")
+    record = store.path / "commits/u00000-v0-1.json"
+    os.truncate(record, 20)
+    assert main(["info", str(tmp_path / "s")]) == 1
+    assert "commit record commits/u00000-v0-1.json is damaged" in capsys.readouterr().err
+
+
+def test_wrong_usage_exits_2(capsys):
+    assert main(["inof"]) == 2
+    assert main([]) == 2
+    assert main(["--help"]) == 0

@@ -1,0 +1,108 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import zarr
+from tiny_store import tiny_manifest
+
+from feature_store import Store, open_store
+from feature_store.errors import CorruptStoreError, MismatchError
+from feature_store.manifest import TapInfo
+from feature_store.teacher.bundle import build_later_blocks, bundle_sha256, bundle_state
+from feature_store.teacher.model import load_teacher
+
+SWIN = {"img_size": 32, "patch_size": 2, "window_size": 2, "depths": (1, 1, 2, 2), "embed_dim": 24, "num_classes": 5}
+TEACHERS = {"swin_tiny_patch4_window7_224": SWIN, "test_vit": {"num_classes": 5}}
+
+
+def make(path, name="swin_tiny_patch4_window7_224", kwargs=SWIN, seed=0, depth=None):
+    torch.manual_seed(seed)
+    teacher = load_teacher(name, pretrained=False, model_kwargs=kwargs, depth=depth)
+    blocks = bundle_state(teacher.later_blocks)
+    tokens, channels = teacher.tap_shapes["stage4"]
+    manifest = dataclasses.replace(
+        tiny_manifest(),
+        teacher=teacher.info,
+        split=teacher.split,
+        blocks_sha256=bundle_sha256(blocks),
+        taps={"stage4": TapInfo(tokens, channels, "f16")},
+    )
+    return teacher, Store.create(path, manifest, blocks)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_later_blocks_from_the_store_give_bitwise_what_the_teacher_gives(tmp_path, name):
+    teacher, store = make(tmp_path / "s", name, TEACHERS[name])
+    height, width = teacher.info.input_size
+    stage3 = teacher.early_stages(torch.randn(2, 3, height, width))
+    reloaded = open_store(store.path).later_blocks()
+    assert reloaded(stage3).equal(teacher.later_blocks(stage3))
+    assert sum(p.numel() for p in reloaded.parameters()) == sum(p.numel() for p in teacher.later_blocks.parameters())
+    assert not any(t.is_meta for t in [*reloaded.parameters(), *reloaded.buffers()])
+
+
+def test_later_blocks_refuse_when_the_blocks_come_from_another_checkpoint(tmp_path):
+    _, store = make(tmp_path / "a", seed=0)
+    _, other = make(tmp_path / "b", seed=1)
+    with pytest.raises(MismatchError, match="blocks_sha256 differs: the manifest has .* another checkpoint") as caught:
+        build_later_blocks(store.manifest, other._blocks())
+    assert (caught.value.expected, caught.value.got) == (store.manifest.blocks_sha256, other.manifest.blocks_sha256)
+
+
+def test_later_blocks_refuse_when_a_stored_weight_changed(tmp_path):
+    _, store = make(tmp_path / "s")
+    array = zarr.open_group(store.path, mode="r+")["teacher/blocks/norm.weight"]
+    array[0] = 1.0000001
+    with pytest.raises(MismatchError, match="blocks_sha256"):
+        store.later_blocks()
+
+
+def test_later_blocks_refuse_when_a_stored_weight_is_missing_or_damaged(tmp_path):
+    """A missing chunk reads as zeros in zarr, a flipped bit fails its checksum; neither may pass."""
+    _, store = make(tmp_path / "s")
+    chunk = store.path / "teacher/blocks/norm.bias/c/0"
+    whole = chunk.read_bytes()
+    chunk.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(CorruptStoreError, match="later blocks in .* are damaged: .*checksum"):
+        store.later_blocks()
+    weight = store.path / "teacher/blocks/norm.weight/c/0"
+    chunk.write_bytes(whole)
+    weight.unlink()
+    with pytest.raises(MismatchError, match="blocks_sha256"):
+        store.later_blocks()
+
+
+_MEASURE = """
+import json, sys
+import torch, timm
+from pathlib import Path
+from feature_store import open_store
+from feature_store.teacher.model import load_teacher
+def peak_kilobytes():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+before = peak_kilobytes()
+store = open_store(sys.argv[1])
+if sys.argv[2] == "blocks":
+    parameters = sum(p.numel() for p in store.later_blocks().parameters())
+else:
+    teacher = load_teacher(store.manifest.teacher.name, pretrained=False, model_kwargs=store.manifest.teacher.model_kwargs)
+    parameters = sum(p.numel() for p in teacher.parameters())
+print(json.dumps({"parameters": parameters, "megabytes": (peak_kilobytes() - before) / 1024}))
+"""
+
+
+def test_loading_later_blocks_takes_memory_for_them_alone(tmp_path):
+    """Peak memory of a fresh process: a 24-block ViT of 170 MB, of which one block is 7 MB."""
+    kwargs = {"img_size": 64, "embed_dim": 384, "num_heads": 6, "depth": 24, "num_classes": 5}
+    teacher, store = make(tmp_path / "s", "test_vit", kwargs, depth=1)
+    del teacher
+    peak = {}
+    for what in ("blocks", "teacher"):
+        command = [sys.executable, "-c", _MEASURE, str(store.path), what]
+        peak[what] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert peak["teacher"]["megabytes"] > peak["teacher"]["parameters"] * 4 / 2**20 * 0.9
+    assert peak["blocks"]["parameters"] < peak["teacher"]["parameters"] / 15
+    assert peak["blocks"]["megabytes"] < peak["teacher"]["megabytes"] / 3
