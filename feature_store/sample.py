@@ -21,14 +21,9 @@ class RowId(NamedTuple):
         return self.unit * capacity + self.position
 
 
-def key_bytes(key: str) -> bytes:
-    """A key as UTF-8; bytes of a tar's member name that are not UTF-8 stay as they are."""
-    return key.encode(errors="surrogateescape")
-
-
 def key_hash(key: str) -> int:
     """64-bit hash of a sample key: the first 8 bytes of its blake2b-128, little endian."""
-    return int.from_bytes(hashlib.blake2b(key_bytes(key), digest_size=16).digest()[:8], "little")
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest()[:8], "little")
 
 
 def encode_keys(keys: Sequence[str], width: int) -> np.ndarray:
@@ -44,7 +39,7 @@ def encode_keys(keys: Sequence[str], width: int) -> np.ndarray:
     Raises:
         InputError: A key is longer than width bytes or holds a NUL.
     """
-    encoded = [key_bytes(key) for key in keys]
+    encoded = [key.encode() for key in keys]
     for key, raw in zip(keys, encoded, strict=True):
         if len(raw) > width or b"\0" in raw:
             raise InputError(
@@ -57,4 +52,4 @@ def encode_keys(keys: Sequence[str], width: int) -> np.ndarray:
 
 def decode_keys(encoded: np.ndarray) -> list[str]:
     """Inverse of encode_keys for a uint8 array [n, width]."""
-    return [bytes(row).rstrip(b"\0").decode(errors="surrogateescape") for row in encoded]
+    return [bytes(row).rstrip(b"\0").decode() for row in encoded]

@@ -19,11 +19,6 @@ def test_keys_survive_encoding(keys):
     assert decode_keys(encode_keys(keys, 32)) == keys
 
 
-def test_keys_survive_encoding_when_not_utf8():
-    key = b"caf\xe9".decode(errors="surrogateescape")
-    assert decode_keys(encode_keys([key], 8)) == [key]
-
-
 @pytest.mark.parametrize("key", ["x" * 17, "a\0b"])
 def test_encode_keys_refuses_when_key_does_not_fit(key):
     with pytest.raises(InputError, match="does not fit the store"):

@@ -1,0 +1,327 @@
+"""Tar: webdataset's samples in webdataset's order, random access from anywhere, every damage named."""
+
+import errno
+import io
+import os
+import pickle
+import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tar_files import samples, tar_bytes, write
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from feature_store.errors import ImageError, InputError, ResourceError
+from feature_store.tars import Tar
+
+TEN = list(samples(10))
+
+
+@pytest.fixture
+def ten(tmp_path):
+    with Tar.open(write(tmp_path / "train-000.tar", tar_bytes(TEN))) as tar:
+        yield tar
+
+
+def open_tar(tmp_path, members):
+    return Tar.open(write(tmp_path / "a.tar", tar_bytes(members)))
+
+
+def refusal(tmp_path, data):
+    url = write(tmp_path / "broken.tar", data)
+    with pytest.raises(InputError) as caught:
+        Tar.open(url)
+    assert url in str(caught.value)
+    assert not isinstance(caught.value, ImageError)
+    return str(caught.value)
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def test_tar_gives_every_sample_when_read_in_any_order(ten):
+    assert (len(ten), ten.name) == (10, "train-000.tar")
+    assert ten.keys == tuple(f"n01/{i:04}" for i in range(10))
+    for i in (9, 0, 5, 5, 3):
+        assert ten.read(i) == (f"n01/{i:04}", bytes([i]) * (700 + i), i * 7)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
+def test_tar_equals_webdataset_when_both_read_the_same_file(ten):
+    theirs = [(s["__key__"], s["jpg"], int(s["cls"])) for s in webdataset.WebDataset(ten.url, shardshuffle=False)]
+    assert [tuple(ten.read(i)) for i in range(len(ten))] == theirs
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_reads_names_when_format_differs(tmp_path, format):
+    names = ["a" * 80, "b/" * 60 + "c", "é" * 20]
+    members = [(f"{name}.{ext}", b"1") for name in names for ext in ("jpg", "cls")]
+    with Tar.open(write(tmp_path / "a.tar", tar_bytes(members, format))) as tar:
+        assert list(tar.keys) == names
+        assert [tar.read(i).image for i in range(3)] == [b"1"] * 3
+
+
+@pytest.mark.parametrize("extension", "jpg jpeg png webp bmp ppm tif tiff gif JPG JpEg".split())
+def test_tar_finds_image_when_extension_is_known(tmp_path, extension):
+    tar = open_tar(tmp_path, [("a.json", b"{}"), (f"a.{extension}", b"pixels"), ("a.CLS", b" 12\n")])
+    assert tar.read(0) == ("a", b"pixels", 12)
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("a.cls", b"1")], "no image: members are cls, expected one of bmp, gif"),
+        ([("a.seg.png", b"x"), ("a.cls", b"1")], "no image: members are seg.png, cls"),
+        ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], "2 images (jpg, png), expected one"),
+        ([("a.jpg", b"x")], "no label: members are jpg, expected one cls"),
+        ([("a.jpg", b"x"), ("a.cls", b"")], "label is b'', expected a class index"),
+        ([("a.jpg", b"x"), ("a.cls", b"-1")], "label is b'-1', expected"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat")], "label is b'cat', expected"),
+        ([("a.jpg", b"x"), ("a.cls", b"1.5")], "label is b'1.5', expected"),
+        ([("a.jpg", b"x"), ("a.cls", "٣".encode())], "expected a class index in decimal digits"),
+        ([("a.jpg", b"x"), ("a.cls", b"9" * 19)], "expected a class index in decimal digits"),
+        ([("a.jpg", b"x"), ("a.cls", b"1" * 65)], "label has 65 bytes, expected a class index"),
+    ],
+)
+def test_tar_raises_image_error_but_keeps_position_when_sample_is_unusable(tmp_path, members, reason):
+    tar = open_tar(tmp_path, [("0.jpg", b"first"), ("0.cls", b"3"), *members, ("z.jpg", b"last"), ("z.cls", b"4")])
+    assert tar.keys == ("0", "a", "z")
+    with pytest.raises(ImageError) as caught:
+        tar.read(1)
+    assert reason in str(caught.value)
+    assert tar.read(0) == ("0", b"first", 3)
+    assert tar.read(2) == ("z", b"last", 4)
+
+
+def test_tar_treats_names_as_keys_only_when_they_point_outside(tmp_path):
+    before = sorted(path.name for path in tmp_path.parent.iterdir())
+    members = [("../../evil.jpg", b"x"), ("../../evil.cls", b"1"), ("/etc/passwd.jpg", b"y"), ("/etc/passwd.cls", b"2")]
+    tar = open_tar(tmp_path, members)
+    assert tar.keys == ("../../evil", "/etc/passwd")
+    assert [tar.read(i).image for i in range(2)] == [b"x", b"y"]
+    assert sorted(path.name for path in tmp_path.parent.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_tar_ignores_members_when_they_are_not_regular_files(tmp_path):
+    special = []
+    for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+        info = tarfile.TarInfo("b.jpg")
+        info.type, info.linkname = kind, "/etc/passwd"
+        special.append((info, b""))
+    with open_tar(tmp_path, [*special, ("a.jpg", b"x"), *special, ("a.cls", b"1")]) as tar:
+        assert tar.keys == ("a",)
+        assert tar.header_sha256 == open_tar(tmp_path, [("a.jpg", b"x"), ("a.cls", b"1")]).header_sha256
+
+
+def test_header_hash_follows_names_sizes_and_order_when_they_change(tmp_path):
+    base = [("a.jpg", b"xx"), ("a.cls", b"1"), ("b.jpg", b"x"), ("b.cls", b"1")]
+    same = [("a.jpg", b"yy"), *base[1:]]
+    others = [
+        [("a.jpg", b"x"), *base[1:]],
+        [("a.png", b"xx"), *base[1:]],
+        [*base[2:], *base[:2]],
+        base[:2],
+        [*base, ("__meta__", b"")],
+    ]
+    hashes = [open_tar(tmp_path, members).header_sha256 for members in (base, same, *others)]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == len(hashes) - 1
+
+
+@pytest.mark.parametrize("position", [-1, 10])
+def test_tar_refuses_when_position_is_out_of_range(ten, position):
+    with pytest.raises(InputError, match=f"no position {position}, expected 0 to 9"):
+        ten.read(position)
+
+
+# --- sharing -----------------------------------------------------------------------------------------------
+
+
+def open_files():
+    return {
+        os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if Path(f"/proc/self/fd/{fd}").exists()
+    }
+
+
+def test_tar_holds_no_file_when_indexed_pickled_closed_or_deleted(ten):
+    def is_open():
+        links = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        return ten_url in {os.readlink(link) for link in links if link.exists()}
+
+    ten_url = ten.url
+    assert not is_open()
+    ten.read(0)
+    assert is_open()
+    copy = pickle.loads(pickle.dumps(ten))
+    ten.close()
+    ten.close()
+    assert not is_open()
+    assert copy.read(4) == ten.read(4)
+    assert (copy.keys, copy.header_sha256, copy.url) == (ten.keys, ten.header_sha256, ten.url)
+    ten.close()
+    del copy
+    assert not is_open()
+
+
+def test_tar_gives_right_bytes_when_shared_by_threads_and_a_fork(ten):
+    start = threading.Barrier(4)
+
+    def read_all(_):
+        start.wait()  # so that they open the file at once
+        return [ten.read(i).label for i in range(10)] * 20
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(read_all, range(4)))
+    expected = [i * 7 for i in range(10)] * 20
+    assert results == [expected] * 4
+    child = os.fork()
+    if child == 0:  # reads and closes what it inherited, without touching the parent's file
+        good = [ten.read(i).label for i in range(10)] * 20 == expected
+        ten.close()
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ten.read(3).label == 21
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_open_refuses_when_key_comes_twice(tmp_path):
+    twice = [("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b"x"), ("b.cls", b"1"), ("a.png", b"x")]
+    assert "2 samples with key 'a', expected one" in refusal(tmp_path, tar_bytes(twice))
+
+
+def test_open_refuses_when_member_comes_twice(tmp_path):
+    message = refusal(tmp_path, tar_bytes([("a.jpg", b"x"), ("a.cls", b"1"), ("a.JPG", b"x")]))
+    assert "a member twice: a.JPG: duplicate file name" in message
+
+
+@pytest.mark.parametrize(("start", "whole"), [(0, 0), (3, 3)])
+def test_open_says_how_many_are_whole_when_tar_is_cut_anywhere(tmp_path, start, whole):
+    """One sample is jpg header 512, data 1024; cls header 512, data 512. Cut within each of them."""
+    data = tar_bytes(TEN)
+    sample = 512 + 1024 + 512 + 512
+    cuts = {300: 0, 512: 0, 900: 0, 1535: 0, 1700: 0, 2048: 0, 2049: 1, 2300: 1}
+    for cut, extra in cuts.items():
+        if start == 0 and cut == 300:
+            assert "is not a tar: truncated header" in refusal(tmp_path, data[:cut])
+            continue
+        message = refusal(tmp_path, data[: start * sample + cut])
+        assert "is cut short" in message, cut
+        assert f"{whole + extra} whole samples come before; fetch or make the tar again" in message, cut
+
+
+def test_open_accepts_when_only_the_end_marker_is_missing(tmp_path):
+    data = tar_bytes(TEN).rstrip(b"\0")
+    members_end = -(-len(data) // 512) * 512
+    for end in (members_end, members_end + 512, members_end + 700):
+        tar = Tar.open(write(tmp_path / f"{end}.tar", data.ljust(members_end, b"\0") + bytes(end - members_end)))
+        assert len(tar) == 10
+        assert tar.read(9).label == 63
+
+
+def test_open_refuses_when_a_header_in_the_middle_is_damaged(tmp_path):
+    data = bytearray(tar_bytes(TEN))
+    data[3 * 2560 + 5] ^= 255  # in the fourth sample's name: the header's checksum no longer fits
+    message = refusal(tmp_path, bytes(data))
+    assert "damaged in the header at byte 7680; 3 whole samples come before" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "is not a tar"),
+        (b"\x89PNG" * 300, "is not a tar"),
+        (b"PK\x03\x04" + bytes(2000), "is not a tar"),
+        (tar_bytes([]), "holds no samples (0 files)"),
+        (bytes(10240), "holds no samples (0 files)"),
+        (tar_bytes([("README", b"x"), ("__index__.json", b"x"), (".hidden", b"x")]), "holds no samples (3 files)"),
+    ],
+)
+def test_open_refuses_when_there_is_nothing_to_read(tmp_path, data, reason):
+    assert reason in refusal(tmp_path, data)
+
+
+def test_open_refuses_when_member_is_sparse(tmp_path):
+    info = tarfile.TarInfo("a.jpg")
+    info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "9", "GNU.sparse.name": "a.jpg"}
+    assert "'a.jpg' as a sparse file" in refusal(tmp_path, tar_bytes([(info, b"x"), ("a.cls", b"1")]))
+
+
+def test_open_refuses_when_name_is_not_utf8(tmp_path):
+    data = tar_bytes([("\udcff.jpg", b"x"), ("\udcff.cls", b"1")], tarfile.GNU_FORMAT)
+    assert "a name that is not UTF-8" in refusal(tmp_path, data)
+
+
+@pytest.mark.parametrize("place", ["missing.tar", "a.tar/inside.tar", "."])
+def test_open_refuses_when_path_is_no_file(tmp_path, place):
+    write(tmp_path / "a.tar", tar_bytes(TEN))
+    with pytest.raises(InputError, match=r"is not there: .*; correct the path"):
+        Tar.open(str(tmp_path / place))
+
+
+def test_open_raises_resource_error_when_file_may_not_be_read(ten, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ResourceError, match="Permission denied; check permissions"):
+        Tar.open(ten.url)
+
+
+def test_read_raises_resource_error_when_the_disk_fails(ten, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(ResourceError, match=r"train-000.tar cannot be read: .*Input/output error"):
+        ten.read(0)
+
+
+def test_read_refuses_when_the_file_changed_since_it_was_indexed(ten):
+    ten.read(0)
+    Path(ten.url).write_bytes(tar_bytes(TEN)[:3000])
+    with pytest.raises(InputError, match="was cut short while in use"):
+        ten.read(5)
+    ten.close()
+    with pytest.raises(InputError, match=r"changed while in use: \d+ bytes when it was indexed, 3000 now"):
+        ten.read(0)
+
+
+# --- any layout, against webdataset itself -------------------------------------------------------------------
+
+NAMES = st.builds(
+    "".join,
+    st.tuples(
+        st.sampled_from(["", "d/", "./", "d.e/", "__m__/", "../"]),
+        st.sampled_from(["a", "b", "__m__", "", "__", "x y", "é"]),
+        st.sampled_from([".jpg", ".JPG", ".cls", ".seg.png", "", ".txt", ".", ".jpg__"]),
+    ),
+)
+
+
+@given(names=st.lists(NAMES.filter(bool), max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_tar_groups_as_webdataset_when_members_have_any_names(names, tmp_path_factory):
+    data = tar_bytes([(name, f"{i}".encode()) for i, name in enumerate(names)])
+    url = write(tmp_path_factory.getbasetemp() / "any.tar", data)
+    try:
+        theirs = list(group_by_keys(tar_file_expander([{"url": url, "stream": io.BytesIO(data)}])))
+    except ValueError:
+        theirs = []  # a member twice
+    keys = [sample["__key__"] for sample in theirs]
+    if not keys or len(set(keys)) < len(keys):
+        with pytest.raises(InputError):
+            Tar.open(url)
+        return
+    with Tar.open(url) as tar:
+        assert list(tar.keys) == keys
+        for position, sample in enumerate(theirs):
+            if {"jpg", "cls"} <= sample.keys():
+                assert tuple(tar.read(position)) == (sample["__key__"], sample["jpg"], int(sample["cls"]))
