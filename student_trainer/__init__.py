@@ -1,0 +1,1 @@
+"""Trains small students against cached or live teacher features with ScaleKD."""

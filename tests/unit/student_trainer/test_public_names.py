@@ -1,0 +1,64 @@
+"""Pins the names and signatures other code may call; change them together with the docs and the changelog."""
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+
+import feature_store
+from feature_store import teacher, views
+from feature_store.source import FeatureSource
+from feature_store.store import Store
+from student_trainer import mimicking, official, projector, scalekd
+
+
+def signature(callable_: Callable) -> str:
+    """Names, kinds and defaults; annotations are free to become more precise."""
+    found = inspect.signature(callable_)
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in found.parameters.values()]
+    return str(found.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+
+@pytest.mark.parametrize(
+    ("callable_", "expected"),
+    [
+        (
+            projector.CrossAttentionProjector,
+            "(student_dim, teacher_dim, query_hw, key_hw, num_heads, softmax_scale=5.0, windows=(1, 1), "
+            "learned_query=True, norm='batch', token_order='raster')",
+        ),
+        (projector.CrossAttentionProjector.forward, "(self, student_BCHW, query_BND=None)"),
+        (mimicking.original_view_loss, "(projected_BND, teacher_BND, alpha)"),
+        (mimicking.alternative_view_loss, "(projected_BND, teacher_BND, alpha)"),
+        (scalekd.ScaleKDLoss, "(config, student_dims, student_grids, later_blocks)"),
+        (
+            scalekd.ScaleKDLoss.forward,
+            "(self, student_maps, student_logits_BK, teacher_BND, teacher_logits_BK, task_loss, prefix_BPD=None)",
+        ),
+        (scalekd.kd_loss, "(student_BK, teacher_BK, temperature, alpha)"),
+        (scalekd.FDLoss, "(student_dim, teacher_dim, alpha, teacher_grid=None)"),
+        (official.load_projector, "(projector, official_state, prefix=None)"),
+        (official.load_swin, "(timm_model, official_state)"),
+        (official.load_vit, "(timm_model, official_state)"),
+        (feature_store.open_store, "(url)"),
+        (Store.source, "(self, taps=None)"),
+        (Store.rows, "(self, keys, view)"),
+        (Store.later_blocks, "(self, device='cpu')"),
+        (Store.info, "(self)"),
+        (teacher.split_teacher, "(model, depth=None)"),
+        (views.draw_view, "(policy, seed, key, view, source_size)"),
+        (views.apply_view, "(image, params, size)"),
+    ],
+)
+def test_public_signature_is_unchanged_when_called_by_others(callable_, expected):
+    assert signature(callable_) == expected
+
+
+def test_losses_share_one_call_signature_when_a_method_is_exchanged():
+    methods = (scalekd.ScaleKDLoss, scalekd.FDLoss, scalekd.KDLoss, scalekd.TaskLoss)
+    assert len({signature(method.forward) for method in methods}) == 1
+
+
+def test_sources_are_read_by_rows_and_taps_when_called_by_others():
+    assert feature_store.FeatureSource is FeatureSource
+    assert list(inspect.signature(FeatureSource.read).parameters)[:3] == ["self", "rows", "taps"]
