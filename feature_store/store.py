@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
+from numpy.typing import ArrayLike
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from feature_store.commits import CommitRecord, read_commits
@@ -73,7 +74,7 @@ class Store:
         self.committed = CommittedRows(manifest, records)
 
     @classmethod
-    def create(cls, path: str | Path, manifest: Manifest, blocks: Mapping[str, "torch.Tensor"]) -> "Store":
+    def create(cls, path: str | Path, manifest: Manifest, blocks: Mapping[str, ArrayLike]) -> "Store":
         """Make an empty store: metadata, manifest and the later blocks, complete or not at all.
 
         Args:
@@ -250,25 +251,23 @@ class Store:
         record = self.committed.record(unit, view)
         return self._reader.chunk(self._specs[name], record, view)[: record.samples]
 
-    def _blocks(self) -> dict[str, "torch.Tensor"]:
-        import torch
-
+    def _blocks(self) -> dict[str, np.ndarray]:
         group = zarr.open_group(self.path, mode="r")[BLOCKS]
         if not isinstance(group, zarr.Group):
             raise CorruptStoreError(f"{BLOCKS} in {self.path} is not a group; write the store again")
         try:
-            return {name: torch.from_numpy(np.asarray(array[...])) for name, array in group.arrays()}
+            return {name: np.asarray(array[...]) for name, array in group.arrays()}
         except ValueError as error:  # zarr's crc32c codec
             raise CorruptStoreError(f"the later blocks in {self.path / BLOCKS} are damaged: {error}") from error
 
 
-def _write_skeleton(path: Path, manifest: Manifest, blocks: Mapping[str, "torch.Tensor"]) -> None:
+def _write_skeleton(path: Path, manifest: Manifest, blocks: Mapping[str, ArrayLike]) -> None:
     attributes = {"manifest": manifest.to_dict(), "manifest_sha256": manifest.fingerprint()}
     root = zarr.create_group(path, attributes=attributes)
     for spec in array_specs(manifest).values():
         _create_array(root, spec, manifest)
     for name, tensor in blocks.items():
-        values = tensor.numpy()
+        values = np.asarray(tensor)
         root.create_array(
             f"{BLOCKS}/{name}",
             data=values,

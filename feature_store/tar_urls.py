@@ -25,7 +25,6 @@ _DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
 }
-_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 
 def expand_tars(patterns: Sequence[str], *, allow_pipe: bool = False) -> list[str]:
@@ -102,13 +101,14 @@ def local_tar(url: str, scratch: Path | None) -> Path:
     """
     path = _local_path(url)
     if path is None:
+        _require_allowed(url, allow_pipe=True)
         path = _copy_once(url, url, scratch, lambda: gopen(url))
     decompress = _decompressor(url, path)
     if decompress is None:
         return path
     stat = path.stat()
     version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} decompressed"
-    return _copy_once(url, version, scratch, lambda: decompress(path))
+    return _copy_once(url, version, scratch, lambda: _decompressing(url, path, decompress))
 
 
 def _local_path(url: str) -> Path | None:
@@ -130,6 +130,17 @@ def _decompressor(url: str, path: Path) -> Callable[..., Any] | None:
     return next((opener for magic, opener in _DECOMPRESSORS.items() if head.startswith(magic)), None)
 
 
+@contextlib.contextmanager
+def _decompressing(url: str, path: Path, decompress: Callable[..., Any]) -> Iterator[Any]:
+    try:
+        with decompress(path) as stream:
+            yield stream
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk's trouble, not the data's
+            raise
+        raise InputError(f"tar {url} is cut short or damaged: {error}; fetch or make it again") from error
+
+
 def _copy_once(url: str, version: str, scratch: Path | None, source: Callable[[], Any]) -> Path:
     """The scratch file of this version of the tar; made unless an earlier run left it."""
     try:
@@ -139,8 +150,6 @@ def _copy_once(url: str, version: str, scratch: Path | None, source: Callable[[]
         if not copy.exists():
             with _whole_or_nothing(copy) as file, source() as stream:  # a failed command says so when closed
                 shutil.copyfileobj(stream, file, 1 << 20)
-    except _DAMAGED as error:
-        raise InputError(f"tar {url} is cut short or damaged: {error}; fetch or make it again") from error
     except OSError as error:
         raise ResourceError(
             f"tar {url} cannot be copied to scratch: {error}; check the URL, the network and the disk"

@@ -135,7 +135,7 @@ class CrossAttentionProjector(nn.Module):
         q = self._heads(self.to_q(u_BND), self.query_hw)
         k = self._heads(self.to_k(z_BLC), self.key_hw)
         v = self._heads(self.to_v(z_BLC), self.key_hw)
-        a_BSANE = F.scaled_dot_product_attention(q, k, v, scale=self.scale).unflatten(0, (len(u_BND), -1))
+        a_BSANE = attention(q, k, v, self.scale).unflatten(0, (len(u_BND), -1))
         a_BND = a_BSANE.transpose(2, 3).flatten(3).flatten(1, 2)
         if self.token_order == "raster":
             a_BND = window_to_raster(a_BND, self.query_hw, self.windows)
@@ -146,6 +146,17 @@ class CrossAttentionProjector(nn.Module):
         windows = self.windows[0] * self.windows[1]
         x_BSND = raster_to_window(x_BND, grid, self.windows).unflatten(1, (windows, -1))
         return x_BSND.flatten(0, 1).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale * Q K^T) V over the last two axes.
+
+    Half precision takes torch's fused kernels. Wider dtypes take the plain formula: the fused CPU kernel's float32
+    rounding moves the projectors' gradients by 1.2e-5 of their maximum, the plain one's by less than 1e-5.
+    """
+    if q.dtype in (torch.float16, torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return (scale * q @ k.mT).softmax(dim=-1) @ v
 
 
 def raster_to_window(x_BND: Tensor, grid: Grid, windows: Grid) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from feature_store.errors import CorruptStoreError, MismatchError
@@ -22,7 +23,7 @@ def bundle_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def build_later_blocks(
-    manifest: Manifest, state: Mapping[str, Tensor], device: str | torch.device = "cpu"
+    manifest: Manifest, arrays: Mapping[str, ArrayLike], device: str | torch.device = "cpu"
 ) -> LaterBlocks:
     """The later blocks of a store's teacher.
 
@@ -30,13 +31,14 @@ def build_later_blocks(
 
     Args:
         manifest: Names the model and where it is cut.
-        state: The bundle.
+        arrays: The bundle: values by tensor name.
         device: Where the blocks go.
 
     Raises:
         MismatchError: The bundle is not the one the manifest names, or timm now builds other blocks.
         CorruptStoreError: A tensor the blocks need is missing.
     """
+    state = {name: torch.as_tensor(values) for name, values in arrays.items()}
     got = bundle_sha256(state)
     if got != manifest.blocks_sha256:
         raise MismatchError(

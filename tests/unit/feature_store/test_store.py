@@ -297,9 +297,7 @@ def test_a_second_writer_is_refused_while_the_first_one_lives(store):
 def test_rewriting_a_unit_gives_the_same_bytes(tmp_path):
     one, two = tiny_store(tmp_path / "one"), tiny_store(tmp_path / "two", units=(2, 0, 1))
     two.write_unit(0, 0, unit_data(two.manifest, 0))
-    contents = [
-        {f.relative_to(s.path): f.read_bytes() for f in s.path.rglob("*") if f.is_file()} for s in (one, two)
-    ]
+    contents = [{f.relative_to(s.path): f.read_bytes() for f in s.path.rglob("*") if f.is_file()} for s in (one, two)]
     assert contents[0] == contents[1]
 
 
@@ -325,7 +323,9 @@ def test_info_counts_what_commit_records_prove(tmp_path):
     info = store.info()
     assert (info["units"], info["committed_units"], info["committed_rows"]) == (3, 2, 2 * (4 + 3))
     on_disk = sum(
-        f.stat().st_size for f in store.path.rglob("*") if f.is_file() and "/c/" in f.as_posix() and "teacher" not in f.parts
+        f.stat().st_size
+        for f in store.path.rglob("*")
+        if f.is_file() and "/c/" in f.as_posix() and "teacher" not in f.parts
     )
     assert info["bytes"] == on_disk
     assert info["quarantined"][0] == {
