@@ -135,7 +135,7 @@ class ObjectReader:
     def rows(
         self, spec: ArraySpec, record: CommitRecord, view: int, positions: Sequence[int], out: Sequence[np.ndarray]
     ) -> None:
-        """Read rows of one shard, each into its own array of the spec's shape and dtype.
+        """Read rows of one shard, each into its own uint8 [row_bytes].
 
         Every row is compared with the checksum that its commit record vouches for, so that neither a flipped
         bit nor a shard that belongs elsewhere goes unnoticed.
@@ -145,15 +145,13 @@ class ObjectReader:
         """
         path = spec.object_path(record.unit, view)
         shard = self._shard(spec, record, view, path)
-        row = np.empty(spec.row_bytes, np.uint8)
-        for position, target in zip(positions, out, strict=True):
+        for position, row in zip(positions, out, strict=True):
             offset, length = (int(value) for value in shard.index[position])
             if offset == MISSING_CHUNK or length != spec.row_bytes + CRC_BYTES:
                 raise CorruptStoreError(damaged(path, f"position {position} has no row"))
             _pread_into(shard.descriptor, path, row, offset)
             if crc32c(row) != shard.checksums[position]:
                 raise CorruptStoreError(damaged(path, f"the crc32c of position {position} does not match"))
-            target.reshape(-1).view(np.uint8)[:] = row
 
     def _shard(self, spec: ArraySpec, record: CommitRecord, view: int, path: str) -> _Shard:
         if path in self._shards:
@@ -218,7 +216,7 @@ class ZarrSource:
 
     def _read_array(self, name: str, rows: Sequence[RowId]) -> np.ndarray:
         spec = self._specs[name]
-        out = np.empty((len(rows), *spec.row_shape), spec.dtype)
+        out = np.empty((len(rows), spec.row_bytes), np.uint8)
         by_shard: dict[tuple[int, int], list[int]] = {}
         for index, row in enumerate(rows):
             by_shard.setdefault((row.unit, row.view), []).append(index)
@@ -226,7 +224,7 @@ class ZarrSource:
             record = self._committed.record(unit, view)
             positions = [rows[index].position for index in indices]
             self._reader.rows(spec, record, view, positions, [out[index] for index in indices])
-        return out
+        return out.view(spec.dtype).reshape(len(rows), *spec.row_shape)
 
     def _known(self, taps: Iterable[str]) -> tuple[str, ...]:
         for name in taps:
