@@ -164,7 +164,7 @@ class BatchLoader:
             persistent_workers=workers > 0,
             multiprocessing_context=start_method if workers else None,
             pin_memory=pin,
-            
+            generator=torch.Generator().manual_seed(0),
         )
 
     def __iter__(self) -> Iterator[Batch]:

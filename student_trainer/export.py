@@ -90,18 +90,20 @@ def _export_onnx(model: nn.Module, input_size: tuple[int, int], path: Path) -> N
         dynamic_shapes=({0: batch},),
         dynamo=True,
         external_data=False,
+        verbose=False,
     )
     with torch.no_grad():
         expected = model(images)
     got = torch.from_numpy(_run_onnx(path, images))
     difference = (got - expected).abs().max().item()
     if difference > 1e-3 * max(1.0, expected.abs().max().item()):
+        path.unlink()
         raise MismatchError(
             "logits of model.onnx",
             where="torch",
             expected=expected[0, :3].tolist(),
             got=got[0, :3].tolist(),
-            remedy="do not use model.onnx; try another version of torch or onnxruntime",
+            remedy="model.onnx was removed; try another version of torch or onnxruntime",
         )
 
 

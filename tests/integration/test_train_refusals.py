@@ -24,6 +24,9 @@ from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, View
 from student_trainer.scalekd import ScaleKDConfig
 from student_trainer.train import train
 
+# Python 3.12 and later warn of fork under threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 HEADLESS = (VIT[0], {**VIT[1], "num_classes": 0})
 
 

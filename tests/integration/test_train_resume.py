@@ -20,6 +20,9 @@ from student_trainer.metrics import read_metrics
 from student_trainer.scalekd import ScaleKDConfig
 from student_trainer.train import Trainer, train
 
+# Python 3.12 and later warn of fork under threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 TIMING = {"images_per_second", "data_wait", "seconds_per_step", "teacher_seconds"}
 
 

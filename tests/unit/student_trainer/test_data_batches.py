@@ -22,6 +22,9 @@ from student_trainer.data import (
 from student_trainer.order import EpochBatches
 from student_trainer.replay import DrawnViews, StoredViews
 
+# Python 3.12 and later warn of fork under threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 
 @pytest.fixture
 def world():
@@ -81,7 +84,6 @@ def test_batch_reads_only_the_taps_it_needs_when_some_are_named(store, tars):
 
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12 and later, under threads
 def test_loader_gives_the_same_batches_when_workers_make_them(dataset, store, tars, start_method):
     alone = list(BatchLoader(dataset, planned(store, tars)))
     with_workers = list(BatchLoader(dataset, planned(store, tars), workers=2, start_method=start_method))

@@ -8,6 +8,9 @@ from feature_store.tars import Tar
 from student_trainer.evaluate import EvaluateConfig, Evaluator
 from student_trainer.trained import Normaliser, Preprocessing
 
+# Python 3.12 and later warn of fork under threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 HOW = Preprocessing((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 0.875)
 
 
