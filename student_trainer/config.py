@@ -3,44 +3,11 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from tyro.constructors import PrimitiveConstructorSpec
+from typing import Any, Literal
 
 from feature_store.errors import InputError
+from feature_store.options import JsonObject, require
 from student_trainer.scalekd import ScaleKDConfig
-
-
-def _json_object(arguments: list[str]) -> dict[str, Any]:
-    try:
-        value = json.loads(arguments[0])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {value!r}")  # noqa: TRY004 - tyro reports ValueError
-    return value
-
-
-JsonObject = Annotated[
-    dict[str, Any],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=_json_object,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [json.dumps(value)],
-    ),
-]
-
-
-def require(condition: bool, option: str, got: object, expected: str) -> None:
-    """Refuse an option's value.
-
-    Raises:
-        InputError: The condition does not hold.
-    """
-    if not condition:
-        raise InputError(f"{option} is {got}, expected {expected}")
 
 
 @dataclass(frozen=True)

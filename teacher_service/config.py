@@ -1,36 +1,12 @@
 """What a user can ask of ``plan`` and ``cache``: frozen configurations, read by tyro and by Python callers."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional
-from tyro.constructors import PrimitiveConstructorSpec
 
-from feature_store.errors import InputError
-
-
-def _json_object(arguments: list[str]) -> dict[str, Any]:
-    try:
-        value = json.loads(arguments[0])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {value!r}")  # noqa: TRY004 - tyro reports ValueError
-    return value
-
-
-JsonObject = Annotated[
-    dict[str, Any],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=_json_object,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [json.dumps(value)],
-    ),
-]
+from feature_store.options import JsonObject, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +53,9 @@ class PlanConfig:
         Raises:
             InputError: Names the option, the value and what is accepted.
         """
-        _require(self.views >= 1, "--views", self.views, "at least 1")
-        _require(0 <= self.seed < 2**64, "--seed", self.seed, "an unsigned 64-bit integer")
-        _require("stage4" in self.taps, "--taps", " ".join(self.taps), "stage4 among them: every loss needs it")
+        require(self.views >= 1, "--views", self.views, "at least 1")
+        require(0 <= self.seed < 2**64, "--seed", self.seed, "an unsigned 64-bit integer")
+        require("stage4" in self.taps, "--taps", " ".join(self.taps), "stage4 among them: every loss needs it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +86,5 @@ class CacheConfig(PlanConfig):
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
         super().__post_init__()
-        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
-        _require(self.workers >= 0, "--workers", self.workers, "0 or more")
-
-
-def _require(condition: bool, option: str, got: object, expected: str) -> None:
-    if not condition:
-        raise InputError(f"{option} is {got}, expected {expected}")
+        require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
+        require(self.workers >= 0, "--workers", self.workers, "0 or more")

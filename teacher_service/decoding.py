@@ -4,10 +4,12 @@ Shape legend: b samples of a batch, V views, H W pixels.
 """
 
 import signal
+import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,7 +154,7 @@ def read_batches(
         multiprocessing_context=_context() if workers else None,
         collate_fn=_as_is,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_become_worker,
     )
     try:
         for batch in loader:
@@ -179,6 +181,12 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C goes to every process of the terminal; the main one ends the workers in good order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _become_worker(worker: int) -> None:
+    """Leave interrupts to the main process, and end without a word when it goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of the terminal
+    sys.excepthook = _report_unless_abandoned
+
+
+def _report_unless_abandoned(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, ConnectionError):  # of the thread that hands tensors over
+        sys.__excepthook__(kind, error, trace)

@@ -289,9 +289,9 @@ def test_remove_leftovers_deletes_only_what_no_record_vouches_for(tmp_path):
 
 
 def test_a_second_writer_is_refused_while_the_first_one_lives(store):
+    second = open_store(store.path).locked_for_writing()
     with store.locked_for_writing(), pytest.raises(ResourceError, match="another process is writing"):
-        with open_store(store.path).locked_for_writing():
-            pass
+        second.__enter__()
 
 
 def test_rewriting_a_unit_gives_the_same_bytes(tmp_path):

@@ -107,3 +107,12 @@ def test_read_batches_says_what_to_do_when_a_worker_dies(
 
     with pytest.raises(ResourceError, match=r"decode worker died .*Bus error.*--workers"):
         list(read_batches(make_dataset(), [Span(0, 0, 1)], workers=0, pin_memory=False))
+
+
+@pytest.mark.parametrize(("error", "printed"), [(ConnectionResetError("gone"), False), (ValueError("a bug"), True)])
+def test_worker_ends_without_a_word_when_the_main_process_is_gone(
+    error: Exception, printed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoding._report_unless_abandoned(type(error), error, None)
+
+    assert (str(error) in capsys.readouterr().err) is printed
