@@ -46,12 +46,11 @@ def _all_labels(results: Results) -> str:
     plain, kd, fd, scalekd = _store_fed(results, "all")
     doubt = 2 * sqrt(2) * _standard_error(plain.mean, results.test_images)
     apart = [setting.method for setting in (kd, fd, scalekd) if abs(setting.mean - plain.mean) > doubt]
-    conclusion = f"only {' and '.join(apart)} by more than" if apart else "no method by more than"
     return (
         f"With all {plain.images:,} labels, KD is {_signed(kd.mean - plain.mean)}, FD "
         f"{_signed(fd.mean - plain.mean)} and ScaleKD from the store {_signed(scalekd.mean - plain.mean)} against "
-        f"no distillation ({plain.mean:.1f} %). {_seeds(plain)} this is {conclusion} "
-        f"the {doubt:.1f} points that {results.test_images} test images leave in doubt."
+        f"no distillation ({plain.mean:.1f} %). Differences above the {doubt:.1f} points that {results.test_images} "
+        f"test images leave in doubt, {_seeds(plain)}: {' and '.join(apart) or 'none'}."
     )
 
 
@@ -77,11 +76,12 @@ def _break_even(results: Results) -> str:
     fed = [s for s in results.settings if s.method in ("KD", "FD", "ScaleKD, store")]
     runs = sum(len(s.seeds) for s in fed)
     return (
-        f"Caching spent {store.teacher_seconds:.1f} s in the teacher once; a live run spends {per_run:.1f} s every "
-        f"time. In teacher seconds the store has paid for itself after {_paid_after(store.teacher_seconds, per_run)}, "
-        f"counting the whole cache job ({store.seconds:.1f} s) after {_paid_after(store.seconds, per_run)}. The {runs} "
-        f"store-fed distilled runs here would have spent {runs * per_run:.0f} s in a live teacher. This teacher is "
-        "tiny; what a live run pays grows with the teacher, what a store-fed one pays does not."
+        f"Caching spent {store.teacher_seconds:.1f} s in the teacher once, in large batches; a live run spends "
+        f"{per_run:.1f} s every time, batch by batch. In teacher seconds the store has paid for itself after "
+        f"{_paid_after(store.teacher_seconds, per_run)}, counting the whole cache job ({store.seconds:.1f} s) after "
+        f"{_paid_after(store.seconds, per_run)}. The {runs} store-fed distilled runs here would have spent "
+        f"{runs * per_run:.0f} s in a live teacher. This teacher is tiny, and these are seconds on the clock: a busy "
+        "machine, or two students side by side, lengthens them."
     )
 
 
@@ -139,7 +139,7 @@ def _accuracy(setting: SettingResult) -> str:
 
 
 def _seeds(setting: SettingResult) -> str:
-    return "With one seed" if len(setting.seeds) == 1 else f"With {len(setting.seeds)} seeds"
+    return "with one seed" if len(setting.seeds) == 1 else f"with {len(setting.seeds)} seeds"
 
 
 def _points(difference: float) -> str:

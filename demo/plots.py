@@ -67,9 +67,10 @@ def accuracy_bars(results: Results, theme: Theme) -> bytes:
 def _bars(axes: Axes, settings: list[SettingResult], teacher: float, theme: Theme) -> None:
     for x, setting in enumerate(settings):
         axes.bar(x, setting.mean, width=0.7, color=COLOURS[setting.method])
-        axes.annotate(
-            f"{setting.mean:.1f}", (x, setting.mean), (0, -12), textcoords="offset points", ha="center", color="black"
-        )
+        axes.annotate(  # at the bar's foot, clear of the dots
+            f"{setting.mean:.1f}", (x, 0), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
+            ha="center", color="black",
+        )  # fmt: skip
         spots = np.linspace(-0.15, 0.15, len(setting.top1)) if len(setting.top1) > 1 else [0.0]
         axes.plot(x + np.asarray(spots), setting.top1, "o", markersize=4, color=theme.text, markeredgecolor="white")
     axes.axhline(teacher, linestyle="--", linewidth=1, color=theme.text)
@@ -105,7 +106,7 @@ def loss_curves(results: Results, theme: Theme) -> bytes:
 
 def _curve(axes: Axes, setting: SettingResult) -> None:
     losses = np.mean(setting.curves, axis=0)
-    window = min(_SMOOTHED_STEPS, len(losses))
+    window = min(_SMOOTHED_STEPS, len(losses) // 2)
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     steps = np.arange(len(smooth)) + window
     dashed = "--" if "live" in setting.method else "-"

@@ -1,5 +1,6 @@
 """The results as rows of text, the same for the terminal and the report."""
 
+from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -52,7 +53,7 @@ def _mean_live_seconds(results: Results) -> float:
 
 def rich_table(results: Results) -> Table:
     """The table for a terminal."""
-    table = Table(title="Handwritten digits: one student, five ways to train it", title_justify="left")
+    table = Table(title="Handwritten digits: one student, five ways to train it", box=SIMPLE_HEAD)
     for i, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if i < TEXT_COLUMNS else "right", no_wrap=True)
     previous = results.settings[0].labels

@@ -84,13 +84,13 @@ def test_findings_name_another_best_method_when_scalekd_is_worse(results):
 
 
 def test_findings_see_no_difference_when_all_labels_tie(results):
-    assert "no method by more than" in findings(results)[2]
+    assert "in doubt, with one seed: none." in findings(results)[2]
 
 
 def test_findings_name_methods_when_all_labels_differ_clearly(results):
     whole = findings(change(results, "all", "FD", (80.0,)))[2]
     assert "FD -15.0 points" in whole
-    assert "only FD by more than" in whole
+    assert "in doubt, with one seed: FD." in whole
 
 
 def test_findings_give_the_gap_of_losses_when_store_and_live_differ(results):
