@@ -3,8 +3,9 @@
 How they were chosen: the teacher among Swin and ViT shapes by accuracy per second (ViTs and finer final grids
 were far behind), the student's width so that it stays below the teacher with all labels (at channels 8, 16, 24, 32
 it came within a point), the steps so that everything fits in a few minutes on two cores. The loss weights are the
-released ones: scaled by 49 / 4, for this teacher's 4 tokens instead of 49, they helped FD with few labels, hurt it with all, and hurt ScaleKD with both. Learning
-rate and batch size were set once for the plain student. The seeds are 0, 1, 2 and were not chosen.
+released ones: scaled by 49 / 4, for this teacher's 4 tokens instead of 49, they helped FD with few labels, hurt it with
+all, and hurt ScaleKD with both. Learning rate and batch size were set once for the plain student. The seeds are 0, 1, 2
+and were not chosen.
 """
 
 from dataclasses import dataclass, field
