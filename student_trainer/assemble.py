@@ -26,25 +26,16 @@ from student_trainer.data import (
     require_views,
     training_positions,
 )
+from student_trainer.distributed import Group, synchronise_batchnorm
 from student_trainer.live import LiveSource, require_same_teacher
 from student_trainer.order import EpochBatches
 from student_trainer.replay import DrawnViews, StoredViews
 from student_trainer.scalekd import TaskLoss, build_loss
 from student_trainer.student import Student
 from student_trainer.trained import Preprocessing
+from student_trainer.trainee import Trainee
 
-
-class Trainee(nn.Module):
-    """Everything that learns: the student, and the loss with its projectors."""
-
-    def __init__(self, student: Student, loss: nn.Module) -> None:
-        super().__init__()
-        self.student, self.loss = student, loss
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters free of weight decay besides norms and biases: position embeddings and the like."""
-        positions = {f"loss.{name}" for name, _ in self.loss.named_parameters() if name.endswith("position")}
-        return positions | {f"student.{name}" for name in self.student.no_weight_decay()}
+ALONE = Group()
 
 
 @dataclass(frozen=True)
@@ -62,6 +53,7 @@ class Parts:
         val_tars: Validation tars.
         quarantined: Samples left out because the teacher's pass could not read them.
         inputs: Names and hashes of everything that is read, for config.json and resuming.
+        group: The run's processes.
     """
 
     device: torch.device
@@ -74,6 +66,7 @@ class Parts:
     val_tars: tuple[Tar, ...]
     quarantined: int
     inputs: dict[str, Any]
+    group: Group = ALONE
 
     def summary(self) -> dict[str, Any]:
         """What is trained on, in numbers."""
@@ -104,13 +97,18 @@ class Parts:
         }
 
 
-def assemble(config: TrainConfig, val_tars: Sequence[Tar] = ()) -> Parts:
+def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = ALONE) -> Parts:
     """Build a run's parts; the same config gives the same initial weights whatever the source of features.
+
+    Args:
+        config: The run.
+        val_tars: Validation tars, opened.
+        group: The run's processes; each gets its own part of every batch.
 
     Raises:
         UserError: Whatever does not fit together, see the functions below.
     """
-    device = find_device(config.device)
+    device = find_device(config.device, group.local_rank)
     store = None if config.store is None else open_store(config.store)
     keys = None if config.keys_file is None else read_keys(config.keys_file)
     tars = open_tars(config.tars, config.scratch)
@@ -119,16 +117,19 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = ()) -> Parts:
         tars = match_tars(store, tars)
     units = training_positions(tars, store=store, keys=keys)
     teacher = _live_teacher(config, store, device) if config.source == "live" else None
+    _require_expected(config, store, teacher)
     taps = _needed_taps(config, store, teacher)
     num_classes = _num_classes(config, store, teacher)
     views = _views(config, store, teacher)
     dataset = ViewDataset(tars, views, num_classes=num_classes, source=_cached_source(config, store, taps), taps=taps)
     later_blocks = _later_blocks(config, store, teacher, device)
     torch.manual_seed(config.seed)  # from here on, so that building a live teacher does not shift the weights
-    student = Student(config.student, num_classes, views.size, config.student_kwargs)
+    trainee = build_trainee(config, num_classes, views.size, later_blocks)
+    if config.sync_bn:
+        synchronise_batchnorm(trainee, group, device)
     return Parts(
         device=device,
-        trainee=Trainee(student, _loss(config, student, later_blocks)).to(device),
+        trainee=trainee.to(device),
         dataset=dataset,
         batches=EpochBatches(
             units,
@@ -136,25 +137,43 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = ()) -> Parts:
             seed=config.seed,
             shuffle_units=config.shuffle_units,
             num_views=config.views.count if store is None else config.num_views or store.manifest.num_views,
+            accumulate=config.accumulate,
+            rank=group.rank,
+            processes=group.size,
         ),
         live=None if teacher is None else LiveSource(teacher, dataset, units),
         taps=taps,
-        preprocessing=_preprocessing(config, store, teacher, student),
+        preprocessing=_preprocessing(config, store, teacher, trainee.student),
         val_tars=tuple(val_tars),
         quarantined=sum(len(store.quarantined(unit)) for unit in range(len(tars))) if store else 0,
-        inputs=_inputs(store, teacher, tars, val_tars, keys),
+        inputs={**_inputs(store, teacher, tars, val_tars, keys), "processes": group.size},
+        group=group,
     )
 
 
-def find_device(name: str) -> torch.device:
+def build_trainee(
+    config: TrainConfig, num_classes: int, view_size: tuple[int, int], later_blocks: LaterBlocks | None
+) -> Trainee:
+    """Student and loss with fresh weights; dims, grids and heads follow from the student and the later blocks."""
+    student = Student(config.student, num_classes, view_size, config.student_kwargs)
+    return Trainee(student, _loss(config, student, later_blocks))
+
+
+def find_device(name: str, local_rank: int | None = None) -> torch.device:
     """A torch device by name; ``auto`` takes a GPU if there is one.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        local_rank: Number of this process on its machine, and of the GPU it uses.
 
     Raises:
         InputError: No such kind of device.
         ResourceError: This machine has none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -182,6 +201,23 @@ def _live_teacher(config: TrainConfig, store: Store | None, device: torch.device
     if manifest is not None:
         require_same_teacher(manifest, teacher)
     return teacher
+
+
+def _require_expected(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> None:
+    """Refuse features of another teacher, or of other views, than a preset is for."""
+    info = teacher.info if teacher is not None else store.manifest.teacher if store is not None else None
+    for field, expected, got, remedy in (
+        ("teacher", config.expect.teacher, info and info.name.split(".")[0], "use a store of that teacher"),
+        ("policy", config.expect.policy, _policy(config, store).name, "use a store with views of that policy"),
+    ):
+        if expected is not None and got is not None and expected != got:
+            raise MismatchError(
+                f"expect.{field}",
+                where="the run",
+                expected=expected,
+                got=got,
+                remedy=f"{remedy}, or give --expect.{field} None to train with this one all the same",
+            )
 
 
 def _needed_taps(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> tuple[str, ...]:

@@ -1,21 +1,22 @@
 """Checkpoints of a run: written whole or not at all, read without running anything they contain."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from feature_store.errors import InputError, MismatchError
+from feature_store.errors import InputError, MismatchError, ResourceError
 
-FORMAT = 1
+FORMAT = 2
 
 # Options that cannot change a run's numbers, and paths: what lies there is compared by content instead.
 _FREE = frozenset(
     {"run", "resume", "progress", "workers", "start_method", "log_every", "checkpoint_every", "check_all_pixels",
-     "scratch", "store", "tars", "val_tars"}
+     "scratch", "store", "tars", "val_tars", "tensorboard", "wandb", "report", "expect.teacher", "expect.policy",
+     "scalekd.checkpoint_later_blocks"}
 )  # fmt: skip
 
 
@@ -52,7 +53,9 @@ class Checkpoint:
         loss: State dict of the loss module: the projectors.
         optimizer: State dict of the optimizer.
         progress: How far the run is.
-        rng: Random state per device kind.
+        rng: Random state per device kind, of every process.
+        ema: State dict of the timm model with averaged weights; None if none are kept.
+        scaler: State dict of float16's gradient scaler; empty for other dtypes.
     """
 
     student: dict[str, Any]
@@ -60,17 +63,35 @@ class Checkpoint:
     loss: dict[str, Any]
     optimizer: dict[str, Any]
     progress: Progress
-    rng: dict[str, Any]
+    rng: Sequence[dict[str, Any]]
+    ema: dict[str, Any] | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """The weights to use: the averaged ones if the run keeps any, which are those it validates."""
+        return self.weights if self.ema is None else self.ema
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint durably: temporary file, fsync, rename."""
+    """Write a checkpoint durably: temporary file, fsync, rename.
+
+    Raises:
+        ResourceError: The disk is full or refuses; the checkpoint that was there before stays.
+    """
     fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        torch.save({"format": FORMAT, **fields, "progress": asdict(checkpoint.progress)}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            torch.save({"format": FORMAT, **fields, "progress": asdict(checkpoint.progress)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch tells of a failed write by a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise ResourceError(
+            f"checkpoint {path} cannot be written: {one_line(error)}; make room on the disk and run the same command "
+            "with --resume, the checkpoint before this one is whole"
+        ) from error
     partial.replace(path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -90,15 +111,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["format"]
-        fields = {name: saved[name] for name in Checkpoint.__dataclass_fields__}
-        checkpoint = Checkpoint(**{**fields, "progress": Progress(**fields["progress"])})
     except Exception as error:  # a damaged file makes torch raise nearly anything
-        raise InputError(f"{path} is not a checkpoint of student-trainer, or is damaged: {one_line(error)}") from error
+        raise _not_a_checkpoint(path, error) from error
     if found != FORMAT:
         raise InputError(
             f"{path} has checkpoint format {found!r}, this build reads {FORMAT}; use the release that wrote it"
         )
-    return checkpoint
+    try:
+        fields = {name: saved[name] for name in Checkpoint.__dataclass_fields__}
+        return Checkpoint(**{**fields, "progress": Progress(**fields["progress"])})
+    except (KeyError, TypeError) as error:
+        raise _not_a_checkpoint(path, error) from error
+
+
+def _not_a_checkpoint(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is not a checkpoint of student-trainer, or is damaged: {one_line(error)}")
 
 
 def one_line(error: Exception) -> str:

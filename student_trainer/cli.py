@@ -1,36 +1,64 @@
-"""Command line of the trainer: train, evaluate, export."""
+"""Command line of the trainer: train, presets, evaluate, export, compare."""
 
 import json as json_module
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from feature_store.cli import run
-from student_trainer.config import TrainConfig
-from student_trainer.evaluate import EvaluateConfig
+from student_trainer.compare import CompareConfig
+from student_trainer.compare import compare as run_compare
+from student_trainer.comparison_report import comparison_columns, comparison_rows
+from student_trainer.config import TrainConfig, config_to_dict
+from student_trainer.distributed import is_main_process
+from student_trainer.evaluate import Accuracy, EvaluateConfig
 from student_trainer.evaluate import evaluate as run_evaluate
 from student_trainer.export import ExportConfig
 from student_trainer.export import export as run_export
+from student_trainer.recipes import PRESETS, preset_rows
 from student_trainer.train import train as run_train
 
+if TYPE_CHECKING:
+    PresetName = str
+else:
+    PresetName = Literal[tuple(PRESETS)]
+
 app = tyro.extras.SubcommandApp()
+
+_CLASSES_SHOWN = 10
 
 Flat = tyro.conf.OmitArgPrefixes  # --store rather than --config.store
 
 
 @app.command
-def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")], json: bool = False) -> None:
+def train(
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")],
+    preset: PresetName | None = None,
+    print_config: bool = False,
+    json: bool = False,
+) -> None:
     """Train a student against a store, a live teacher, or no teacher at all.
 
     Args:
         config: The run.
+        preset: Start from a released pair's settings, see `student-trainer presets`; every option given beside it
+            rules over them.
+        print_config: Print the settings as JSON and do nothing.
         json: Print the result as JSON on stdout.
     """
+    if print_config:
+        _print_json({"preset": preset, **config_to_dict(config)})
+        return
     result = run_train(config)
+    if not is_main_process():
+        return
     if json:
         _print_json(asdict(result))
         return
@@ -47,24 +75,47 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")], json: bool = F
 
 
 @app.command
+def presets(name: Annotated[PresetName | None, tyro.conf.Positional] = None, json: bool = False) -> None:
+    """List the released pairs of teacher and student, or print one's settings as JSON.
+
+    Args:
+        name: The preset to print.
+        json: Print the list as JSON.
+    """
+    if name is not None:
+        settings = config_to_dict(PRESETS[name].config())
+        _print_json({key: value for key, value in settings.items() if key not in ("run", "tars")})
+    elif json:
+        _print_json({"presets": preset_rows()})
+    else:
+        _print_presets()
+
+
+@app.command
 def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")], json: bool = False) -> None:
-    """Print a trained student's top-1 and top-5 accuracy on a tar set.
+    """Print a trained student's accuracy on a tar set, per class too, and what a forward pass costs.
 
     Args:
         config: What to evaluate.
         json: Print JSON instead of a table.
     """
-    accuracy = run_evaluate(config)
+    evaluation = run_evaluate(config)
+    accuracy = evaluation.accuracy
     if json:
-        _print_json(asdict(accuracy))
+        _print_json({**asdict(accuracy), **{k: v for k, v in asdict(evaluation).items() if k != "accuracy"}})
         return
     rows = {
         "top-1": _percent(accuracy.top1),
         "top-5": _percent(accuracy.top5),
         "samples": accuracy.samples,
         "unreadable": len(accuracy.unreadable),
+        "images per second": f"{evaluation.images_per_second:.1f}",
+        "images per second, forward only": f"{evaluation.forward_images_per_second:.1f}",
+        "GFLOPs per image": f"{evaluation.flops / 1e9:.3f}",
+        "parameters": f"{evaluation.parameters:,}",
     }
     _print_table(str(config.run or config.checkpoint), rows)
+    _print_classes(accuracy)
     for line in accuracy.unreadable:
         Console(stderr=True).print(f"unreadable: {line}", markup=False, highlight=False)
 
@@ -84,14 +135,56 @@ def export(config: Annotated[ExportConfig, tyro.conf.arg(name="")], json: bool =
         print("\n".join(files))
 
 
+@app.command
+def compare(config: Annotated[CompareConfig, tyro.conf.arg(name="")], json: bool = False) -> None:
+    """Train several settings with several seeds, and write a table, plots and a report; resumes.
+
+    Args:
+        config: The sweep.
+        json: Print the results as JSON on stdout.
+    """
+    comparison = run_compare(config)
+    if json:
+        _print_json(asdict(comparison))
+        return
+    table = Table()
+    for i, column in enumerate(comparison_columns(comparison)):
+        table.add_column(column, justify="right" if i else "left")
+    for row in comparison_rows(comparison):
+        table.add_row(*row)
+    print(comparison.title)
+    Console().print(table)
+    print(f"report: {config.folder / 'report.html'}")
+
+
+def _print_classes(accuracy: Accuracy) -> None:
+    """The classes a student does worst; all of them with --json."""
+    seen = [(top1, index) for index, top1 in enumerate(accuracy.per_class) if top1 is not None]
+    worst = {
+        f"class {index}": f"{top1:.2f} % of {accuracy.class_samples[index]}"
+        for top1, index in sorted(seen)[:_CLASSES_SHOWN]
+    }
+    _print_table(f"lowest top-1, {len(worst)} of {len(seen)} classes", worst)
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} %"
 
 
 def _print_table(title: str, rows: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, str(value))
+    print(title)  # as a title of the table it would be broken to the table's width
+    Console().print(table)
+
+
+def _print_presets() -> None:
+    table = Table(title="presets, with the paper's ImageNet-1K top-1", title_justify="left")
+    for column in ("preset", "teacher", "schedule", "views", "paper"):
+        table.add_column(column, no_wrap=column != "teacher", overflow="fold")
+    for row in preset_rows():
+        table.add_row(*(str(row[str(column.header)]) for column in table.columns))
     Console().print(table)
 
 
@@ -101,4 +194,19 @@ def _print_json(values: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``student-trainer``."""
-    return run(app, "student-trainer", argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run(_with_preset(arguments), "student-trainer", arguments)
+
+
+def _with_preset(arguments: Sequence[str]) -> tyro.extras.SubcommandApp:
+    """The commands, the preset's settings being ``train``'s defaults; tyro reads them before any argument."""
+    if list(arguments[:1]) != ["train"]:
+        return app
+    flags = [flag for argument in arguments[1:] for flag in argument.split("=", 1)]
+    asked = next((value for flag, value in pairwise(flags) if flag == "--preset"), None)
+    if asked not in PRESETS:  # tyro refuses an unknown one
+        return app
+    commands = tyro.extras.SubcommandApp()
+    commands.command(name="train")(partial(train, config=PRESETS[asked].config()))
+    commands.command(presets)  # with a single command, its name could not be given
+    return commands

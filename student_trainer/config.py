@@ -1,9 +1,11 @@
 """What a user can ask of ``train``: frozen configurations, read by tyro and by Python callers."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import tyro
 
 from feature_store.errors import InputError
 from feature_store.options import JsonObject, require
@@ -55,17 +57,33 @@ class ViewsConfig:
 
 
 @dataclass(frozen=True)
+class ExpectConfig:
+    """What the teacher features must be; presets say so, and None accepts anything.
+
+    Attributes:
+        teacher: timm architecture of the teacher; its pretrained tag does not count.
+        policy: View policy its views were drawn from.
+    """
+
+    teacher: str | None = None
+    policy: str | None = None
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning-rate schedule.
 
     Attributes:
         opt: timm optimizer name, e.g. adamw, lamb, momentum (plain SGD, as in T1 and T2) or sgd (Nesterov).
         lr: Peak learning rate.
+        lr_batch: Batch size that lr, min_lr and warmup_lr are meant for; at another batch size they are scaled.
+            Default: used as they are.
+        lr_scale: How they grow with batch_size / lr_batch: in proportion, or with its square root.
         weight_decay: Weight decay.
         decay_all: Apply weight decay to norms, biases and position embeddings too, as schedules T1, T2 and A1 do.
         momentum: Momentum of optimizers that have one.
         clip_grad: Largest gradient norm; default no clipping.
-        sched: Cosine to min_lr, or steps of decay_rate every decay_epochs.
+        sched: Cosine from the end of warm-up to min_lr, or steps of decay_rate every decay_epochs.
         min_lr: Where cosine ends.
         decay_epochs: Epochs between steps.
         decay_rate: Factor of a step.
@@ -75,6 +93,8 @@ class OptimConfig:
 
     opt: str = "adamw"
     lr: float = 1e-3
+    lr_batch: int | None = None
+    lr_scale: Literal["linear", "sqrt"] = "linear"
     weight_decay: float = 0.05
     decay_all: bool = False
     momentum: float = 0.9
@@ -89,10 +109,23 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
         require(self.lr > 0, "--optim.lr", self.lr, "above 0")
+        require(self.lr_batch is None or self.lr_batch >= 1, "--optim.lr-batch", self.lr_batch, "at least 1")
         require(self.weight_decay >= 0, "--optim.weight-decay", self.weight_decay, "at least 0")
         require(self.clip_grad is None or self.clip_grad > 0, "--optim.clip-grad", self.clip_grad, "above 0")
         require(self.decay_epochs > 0, "--optim.decay-epochs", self.decay_epochs, "above 0")
         require(self.warmup_epochs >= 0, "--optim.warmup-epochs", self.warmup_epochs, "at least 0")
+
+    def at(self, batch_size: int) -> "OptimConfig":
+        """The same with the learning rates of this batch size, by the rule lr_scale."""
+        ratio = batch_size / (self.lr_batch or batch_size)
+        factor = ratio if self.lr_scale == "linear" else ratio**0.5
+        return replace(
+            self,
+            lr=factor * self.lr,
+            min_lr=factor * self.min_lr,
+            warmup_lr=factor * self.warmup_lr,
+            lr_batch=None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,22 +145,33 @@ class TrainConfig:
         keys_file: Train on the samples listed here only, one key per line.
         num_views: Use the store's first views only; default all. Epoch e uses view e mod this.
         teacher: The live teacher.
+        expect: What the teacher features must be.
         views: Views of a run without a store.
         scalekd: The ScaleKD loss; kd_alpha, kd_temperature and alphas_stage4 also serve the baselines.
         task: ce (cross entropy), or bce (sigmoid cross entropy summed over classes).
         label_smoothing: Label smoothing of the task loss.
         epochs: Passes over the samples.
-        batch_size: Samples per step; the last incomplete batch of an epoch is dropped.
+        batch_size: Samples per step, over all processes; the last incomplete batch of an epoch is dropped.
+        accumulate: Passes that a step's samples are split into, to fit a batch into memory; BatchNorm sees one
+            pass at a time.
         shuffle_units: Units (tars) mixed together when an epoch is shuffled.
         optim: Optimizer and schedule.
-        amp: Autocast of student and loss.
-        device: Where the student runs, e.g. cuda:1; auto takes a GPU if there is one.
+        amp: Autocast of student and loss; float16 scales the loss to keep small gradients.
+        compile: torch.compile student and loss.
+        ema_decay: Also keep a moving average of the student's weights with this decay; it is what is validated and
+            exported then.
+        sync_bn: BatchNorm statistics over all processes rather than each one's own samples; needs GPUs.
+        deterministic: Only algorithms that repeat to the bit, also on GPUs; slower there.
+        device: Where the student runs, e.g. cuda:1; auto takes a GPU if there is one. Under torchrun: cuda or cpu.
         workers: Processes that make batches; 0 makes them in this process.
         start_method: How those processes start.
         seed: Seed of weights, order and dropout.
         crop_pct: Part of the shorter side validation keeps (256 -> 224 is 0.875).
         val_every: Validate every this many epochs, and after the last.
         log_every: Write a metrics line every this many steps.
+        tensorboard: Also log to TensorBoard, into the run's folder.
+        wandb: Also log to this project of Weights & Biases.
+        report: Write report.html when the run ends.
         checkpoint_every: Also write last.pt every this many steps; 0: after each epoch only.
         check_all_pixels: Check the CRC of every replayed view, not only of each unit's first rows.
         scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
@@ -147,15 +191,21 @@ class TrainConfig:
     keys_file: Path | None = None
     num_views: int | None = None
     teacher: TeacherConfig = TeacherConfig()
+    expect: ExpectConfig = ExpectConfig()
     views: ViewsConfig = ViewsConfig()
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
     task: Literal["ce", "bce"] = "ce"
     label_smoothing: float = 0.0
     epochs: int = 100
     batch_size: int = 256
+    accumulate: int = 1
     shuffle_units: int = 8
     optim: OptimConfig = OptimConfig()
-    amp: Literal["off", "bfloat16"] = "off"
+    amp: Literal["off", "bfloat16", "float16"] = "off"
+    compile: bool = False
+    ema_decay: float | None = None
+    sync_bn: bool = False
+    deterministic: bool = False
     device: str = "auto"
     workers: int = 4
     start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"
@@ -163,6 +213,9 @@ class TrainConfig:
     crop_pct: float = 0.875
     val_every: int = 1
     log_every: int = 50
+    tensorboard: bool = False
+    wandb: str | None = None
+    report: bool = True
     checkpoint_every: int = 0
     check_all_pixels: bool = False
     scratch: Path | None = None
@@ -175,12 +228,19 @@ class TrainConfig:
         Raises:
             InputError: Names the option, the value and what is accepted.
         """
+        if self.run is tyro.MISSING:  # a preset's defaults for the command line, not a run yet
+            return
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             require(value is None or value >= least, _option(name), value, f"at least {least}")
         require(self.seed < 2**64, "--seed", self.seed, "an unsigned 64-bit integer")
         require(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "0 to below 1")
         require(0 < self.crop_pct <= 1, "--crop-pct", self.crop_pct, "above 0, at most 1")
+        require(self.ema_decay is None or 0 < self.ema_decay < 1, "--ema-decay", self.ema_decay, "between 0 and 1")
+        require(
+            self.batch_size % self.accumulate == 0,
+            "--accumulate", self.accumulate, f"a divisor of --batch-size {self.batch_size}",
+        )  # fmt: skip
         self._require_source()
 
     def _require_source(self) -> None:
@@ -203,8 +263,8 @@ class TrainConfig:
 
 
 _AT_LEAST = {
-    "num_classes": 1, "num_views": 1, "epochs": 1, "batch_size": 1, "shuffle_units": 1, "workers": 0, "seed": 0,
-    "val_every": 1, "log_every": 1, "checkpoint_every": 0,
+    "num_classes": 1, "num_views": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "shuffle_units": 1,
+    "workers": 0, "seed": 0, "val_every": 1, "log_every": 1, "checkpoint_every": 0,
 }  # fmt: skip
 
 

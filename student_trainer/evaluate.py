@@ -1,12 +1,15 @@
-"""Top-1 and top-5 accuracy of a student on a tar set."""
+"""Accuracy of a student on a tar set, and what its forward pass costs."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from torch.utils.flop_counter import FlopCounterMode
 
 from feature_store.errors import InputError
 from feature_store.sample import RowId
@@ -28,12 +31,36 @@ class Accuracy:
         top5: Percent whose label is among the five best classes (or all, if there are fewer).
         samples: Samples evaluated.
         unreadable: ``tar/key: reason`` of samples that could not be read; they are not in the percentages.
+        per_class: Top-1 of each class, in percent of its samples; None for a class without any.
+        class_samples: Samples of each class.
     """
 
     top1: float
     top5: float
     samples: int
     unreadable: tuple[str, ...]
+    per_class: tuple[float | None, ...] = ()
+    class_samples: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy and cost of a student.
+
+    Attributes:
+        accuracy: What it gets right.
+        images_per_second: Over the whole evaluation, reading and decoding included.
+        forward_images_per_second: Of the forward pass alone: full batches of blank images on the device, median of
+            several passes.
+        flops: Floating-point operations of one image's forward pass; a multiply-add counts as two.
+        parameters: Weights of the student.
+    """
+
+    accuracy: Accuracy
+    images_per_second: float
+    forward_images_per_second: float
+    flops: int
+    parameters: int
 
 
 class Evaluator:
@@ -61,7 +88,7 @@ class Evaluator:
         self._loader = BatchLoader(
             dataset, batches, workers=workers, start_method=start_method, pin=device.type == "cuda"
         )
-        self._normalise, self._device = preprocessing.normaliser(device), device
+        self._normalise, self._device, self._num_classes = preprocessing.normaliser(device), device, num_classes
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Accuracy:
@@ -72,24 +99,27 @@ class Evaluator:
         """
         was_training = model.training
         model.eval()
-        hits, samples, unreadable = torch.zeros(2, dtype=torch.int64), 0, []
+        counts_KT, unreadable = torch.zeros(self._num_classes, 3, dtype=torch.int64), []
         for batch in self._loader:
             unreadable += batch.unreadable
             if len(batch.labels):
                 logits = model(self._normalise(batch.pixels))
-                hits += _hits(logits, batch.labels.to(self._device)).cpu()
-                samples += len(batch.labels)
+                counts_KT.index_add_(0, batch.labels, _hits(logits, batch.labels.to(self._device)).cpu())
         model.train(was_training)
+        samples, top1, top5 = counts_KT.sum(0).tolist()
         if not samples:
             raise InputError(f"none of {len(unreadable)} validation images can be read, first: {unreadable[0]}")
-        top1, top5 = (100 * hits / samples).tolist()
-        return Accuracy(top1, top5, samples, tuple(unreadable))
+        per_class = tuple(100 * right / count if count else None for count, right, _ in counts_KT.tolist())
+        class_samples = tuple(counts_KT[:, 0].tolist())
+        return Accuracy(
+            100 * top1 / samples, 100 * top5 / samples, samples, tuple(unreadable), per_class, class_samples
+        )
 
 
 def _hits(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """Samples whose label is the best class, and those with it among the five best: int64 [2]."""
+    """Per sample: one, whether its label is the best class, and whether among the five best; int64 [B, 3]."""
     best = logits_BK.topk(min(5, logits_BK.shape[1])).indices == labels_B[:, None]
-    return torch.stack([best[:, :1].sum(), best.sum()])
+    return torch.stack([torch.ones_like(labels_B), best[:, 0].long(), best.any(dim=1).long()], dim=1)
 
 
 class _InOrder(Sampler[list[RowId]]):
@@ -144,8 +174,8 @@ class EvaluateConfig:
         require(self.crop_pct is None or 0 < self.crop_pct <= 1, "--crop-pct", self.crop_pct, "above 0, at most 1")
 
 
-def evaluate(config: EvaluateConfig) -> Accuracy:
-    """Accuracy of a run's student on a tar set.
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Accuracy of a run's student on a tar set, and its cost.
 
     Raises:
         InputError: No checkpoint, no readable sample, or a label out of range.
@@ -165,4 +195,44 @@ def evaluate(config: EvaluateConfig) -> Accuracy:
         workers=config.workers,
         device=device,
     )
-    return evaluator(trained.student.model.to(device))
+    model = trained.student.model.to(device)
+    begun = time.perf_counter()
+    accuracy = evaluator(model)
+    seconds = time.perf_counter() - begun
+    images = min(config.batch_size, accuracy.samples)
+    images_BCHW = torch.zeros(images, 3, *preprocessing.input_size, device=device)
+    return Evaluation(
+        accuracy=accuracy,
+        images_per_second=accuracy.samples / seconds,
+        forward_images_per_second=forward_speed(model, images_BCHW),
+        flops=count_flops(model, images_BCHW[:1]),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+@torch.no_grad()
+def count_flops(model: nn.Module, images_BCHW: Tensor) -> int:
+    """Floating-point operations of one forward pass in eval mode, multiply-adds as two; element-wise ones left out."""
+    was_training = model.training
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(images_BCHW)
+    model.train(was_training)
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def forward_speed(model: nn.Module, images_BCHW: Tensor, passes: int = 5) -> float:
+    """Images per second of the forward pass in eval mode: median of several passes, after one to warm up."""
+    was_training = model.training
+    model.eval()
+    seconds = [_timed_pass(model, images_BCHW) for _ in range(1 + passes)]
+    model.train(was_training)
+    return len(images_BCHW) / median(seconds[1:])
+
+
+def _timed_pass(model: nn.Module, images_BCHW: Tensor) -> float:
+    begun = time.perf_counter()
+    model(images_BCHW)
+    if images_BCHW.is_cuda:
+        torch.cuda.synchronize(images_BCHW.device)
+    return time.perf_counter() - begun

@@ -1,10 +1,11 @@
-"""A trained student as a plain timm checkpoint: projectors dropped, nothing of this project needed to load it."""
+"""A trained student as plain timm weights: projectors dropped, nothing of this project needed to load them."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
@@ -22,11 +23,13 @@ class ExportConfig:
         run: Folder of the training run, or one of its checkpoint files.
         out: Folder to write model.safetensors and config.json to.
         onnx: Also write model.onnx, and compare it with the student in onnxruntime.
+        backbone: Also write backbone.safetensors: the weights without the classifier, for detection and segmentation.
     """
 
     run: Path
     out: Path
     onnx: bool = False
+    backbone: bool = False
 
 
 def export(config: ExportConfig) -> list[Path]:
@@ -53,9 +56,19 @@ def export(config: ExportConfig) -> list[Path]:
         model_args={k: v for k, v in trained.student.model_kwargs.items() if k != "num_classes"},
         safe_serialization=True,
     )
+    if config.backbone:
+        save_file(backbone_state(model), config.out / "backbone.safetensors")
     if config.onnx:
         _export_onnx(model, trained.preprocessing.input_size, config.out / "model.onnx")
     return sorted(config.out.iterdir())
+
+
+def backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A timm model's weights without its classifier, by timm's names (for plain ResNets torchvision's too)."""
+    classifiers: str | tuple[str, ...] = getattr(model, "pretrained_cfg")["classifier"]  # noqa: B009 - set by timm
+    names = (classifiers,) if isinstance(classifiers, str) else classifiers
+    prefixes = tuple(f"{name}." for name in names)
+    return {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith(prefixes)}
 
 
 def _pretrained_config(trained: Trained) -> dict[str, object]:

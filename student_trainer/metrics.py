@@ -2,10 +2,14 @@
 
 import json
 import math
+import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
+
+import torch
 
 from feature_store.errors import InputError
 
@@ -101,3 +105,11 @@ class Pace:
         images, waited, total = self._since
         self._since = [0.0, 0.0, 0.0]
         return {"images_per_second": images / total, "data_wait": waited / total}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory held so far, in bytes: torch's on a GPU, else this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

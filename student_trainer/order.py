@@ -16,6 +16,9 @@ class EpochBatches(Sampler[list[RowId]]):
     few units at a time, which is what makes a store on slow disks bearable. The last incomplete batch is dropped.
     Epoch e uses view e mod ``num_views``, or view e itself when views are drawn without end.
 
+    Each of several processes gets its share of every batch, in ``accumulate`` pieces of one size; which rows make up
+    a batch depends on neither.
+
     Attributes:
         rows: Rows of an epoch, before the incomplete batch is dropped.
         num_views: Number of views V; None if every epoch has its own.
@@ -29,19 +32,30 @@ class EpochBatches(Sampler[list[RowId]]):
         seed: int,
         shuffle_units: int = 8,
         num_views: int | None = None,
+        accumulate: int = 1,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         """Plan the epochs.
 
         Args:
             units: Positions to train on, one int array per unit.
-            batch_size: Rows per batch.
+            batch_size: Rows per batch, of all processes together.
             seed: Seed of every epoch's order.
             shuffle_units: Units mixed together.
             num_views: Number of views V; None if every epoch has its own.
+            accumulate: Pieces a process's share of a batch is given in.
+            rank: Number of this process.
+            processes: Number of processes that share every batch.
 
         Raises:
-            InputError: Fewer rows than one batch.
+            InputError: Fewer rows than one batch, or a batch that cannot be shared out.
         """
+        if batch_size % (processes * accumulate):
+            raise InputError(
+                f"a batch of {batch_size} cannot be shared by {processes} processes in {accumulate} passes each; "
+                f"make --batch-size a multiple of {processes * accumulate}"
+            )
         self._units, self._seed = [np.asarray(unit, np.int64) for unit in units], seed
         self._batch_size, self._shuffle_units, self.num_views = batch_size, shuffle_units, num_views
         self.rows = sum(map(len, self._units))
@@ -50,6 +64,8 @@ class EpochBatches(Sampler[list[RowId]]):
                 f"{self.rows} samples do not fill one batch of {batch_size}; lower --batch-size or add samples"
             )
         self._epoch, self._first = 0, 0
+        self._piece = batch_size // (processes * accumulate)
+        self._own = range(rank * accumulate, (rank + 1) * accumulate)  # pieces of every batch that are this process's
 
     def start(self, epoch: int, first_batch: int = 0) -> None:
         """Choose what the next iteration gives: an epoch, from one of its batches on."""
@@ -61,14 +77,16 @@ class EpochBatches(Sampler[list[RowId]]):
         return self.rows // self._batch_size
 
     def __len__(self) -> int:
-        return self.per_epoch - self._first
+        return (self.per_epoch - self._first) * len(self._own)
 
     def __iter__(self) -> Iterator[list[RowId]]:
         order = self.epoch_rows(self._epoch)
         view = self._epoch if self.num_views is None else self._epoch % self.num_views
         for batch in range(self._first, self.per_epoch):
-            rows = order[batch * self._batch_size : (batch + 1) * self._batch_size].tolist()
-            yield [RowId(unit, position, view) for unit, position in rows]
+            for piece in self._own:
+                start = batch * self._batch_size + piece * self._piece
+                rows = order[start : start + self._piece].tolist()
+                yield [RowId(unit, position, view) for unit, position in rows]
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
         """All (unit, position) pairs of an epoch in order, int64 [rows, 2]."""

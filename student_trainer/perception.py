@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from feature_store.teacher import LaterBlocks
 
@@ -19,9 +20,16 @@ class TeacherParameterPerception(nn.Module):
     neither ``parameters()`` nor ``state_dict()``, so that no optimizer sees it and no checkpoint repeats it.
     """
 
-    def __init__(self, later_blocks: LaterBlocks) -> None:
+    def __init__(self, later_blocks: LaterBlocks, *, checkpoint: bool = False) -> None:
+        """Borrow the later blocks.
+
+        Args:
+            later_blocks: P.
+            checkpoint: Run them again for the backward pass instead of keeping their activations.
+        """
         super().__init__()
         self._borrowed = (later_blocks,)  # a tuple hides it from nn.Module's registry
+        self._checkpoint = checkpoint
 
     @property
     def later_blocks(self) -> LaterBlocks:
@@ -43,8 +51,14 @@ class TeacherParameterPerception(nn.Module):
         """
         paths = len(projected)
         prefix = None if prefix_BPD is None else prefix_BPD.repeat(paths, 1, 1)
-        perceived = self.later_blocks(torch.cat(list(projected.values())), prefix)
+        perceived = self._perceive(torch.cat(list(projected.values())), prefix)
         return dict(zip(projected, perceived.chunk(paths), strict=True))
+
+    def _perceive(self, x_BND: Tensor, prefix_BPD: Tensor | None) -> Tensor:
+        if not self._checkpoint:
+            return self.later_blocks(x_BND, prefix_BPD)
+        # the blocks draw no random numbers, so there is no state to keep for the second run
+        return checkpoint(self.later_blocks, x_BND, prefix_BPD, use_reentrant=False, preserve_rng_state=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TeacherParameterPerception":
         """Where ``.to()``, ``.cuda()`` and ``.double()`` end up."""

@@ -118,7 +118,7 @@ class CrossAttentionProjector(nn.Module):
         return (self.key_proj(student_BCHW) + self.position).flatten(2).transpose(1, 2)
 
     def query_tokens(self, query_BND: Tensor | None, batch: int) -> Tensor:
-        """The tokens u [B, N, D] that look the student up, raster order."""
+        """The tokens u [B, N, D] that look the student up, raster order; [1, N, D] if they are learned."""
         if query_BND is not None:
             expected = (batch, self.query_hw[0] * self.query_hw[1], self.teacher_dim)
             if query_BND.shape != expected:
@@ -128,14 +128,16 @@ class CrossAttentionProjector(nn.Module):
             raise InputError(
                 "the projector has no learned query and got none; pass query_BND or build it with learned_query=True"
             )
-        return self.query_proj(self.query).expand(batch, -1, -1)
+        return self.query_proj(self.query)[None]
 
     def attend(self, u_BND: Tensor, z_BLC: Tensor) -> Tensor:
         """Attention output W_o a + b_o [B, N, D], window by window, in ``token_order``."""
-        q = self._heads(self.to_q(u_BND), self.query_hw)
+        batch = len(z_BLC)
+        q_BND = self.to_q(u_BND).expand(batch, -1, -1)  # learned queries are projected once, not once per sample
+        q = self._heads(q_BND, self.query_hw)
         k = self._heads(self.to_k(z_BLC), self.key_hw)
         v = self._heads(self.to_v(z_BLC), self.key_hw)
-        a_BSANE = attention(q, k, v, self.scale).unflatten(0, (len(u_BND), -1))
+        a_BSANE = attention(q, k, v, self.scale).unflatten(0, (batch, -1))
         a_BND = a_BSANE.transpose(2, 3).flatten(3).flatten(1, 2)
         if self.token_order == "raster":
             a_BND = window_to_raster(a_BND, self.query_hw, self.windows)

@@ -44,7 +44,7 @@ class RunFolder:
         description = {"config": config_to_dict(config), "inputs": dict(inputs)}
         described = config.run / "config.json"
         if config.resume and described.is_file():
-            require_same_run(_read_json(described), description)
+            require_same_run(read_description(described), description)
             return folder
         if config.run.exists() and (not config.run.is_dir() or any(config.run.iterdir())):
             raise InputError(
@@ -57,15 +57,24 @@ class RunFolder:
         partial.replace(described)
         return folder
 
-    def rewind(self) -> Checkpoint | None:
-        """Where the run resumes, its metrics cut back to there; None if it starts from nothing."""
-        checkpoint = load_checkpoint(self.last) if self.last.is_file() else None
+    def saved(self) -> Checkpoint | None:
+        """Where the run resumes; None if it starts from nothing."""
+        return load_checkpoint(self.last) if self.last.is_file() else None
+
+    def rewind(self, checkpoint: Checkpoint | None) -> None:
+        """Cut the metrics back to where the run resumes."""
         if self.metrics.is_file():
             rewind_metrics(self.metrics, -1 if checkpoint is None else checkpoint.progress.step)
-        return checkpoint
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """A run's config.json.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is missing: not the folder of a training run, or the file was removed")
     try:
         return json.loads(path.read_text())
     except ValueError as error:

@@ -38,6 +38,8 @@ class ScaleKDConfig:
         tpp: Teacher parameter perception, i.e. the stage-3 path. Off: its projectors, its two terms and with
             them F3 drop out, and the stage-4 projectors use learned queries.
         dual_view: The alternative view path. Off: only the original one is left.
+        checkpoint_later_blocks: Run the later blocks again for the backward pass instead of keeping what happens in
+            them: less memory, more time, the same numbers.
     """
 
     alphas_stage3: tuple[float, float] = (0.08, 0.06)
@@ -51,6 +53,7 @@ class ScaleKDConfig:
     norm: Literal["batch", "layer"] = "batch"
     tpp: bool = True
     dual_view: bool = True
+    checkpoint_later_blocks: bool = False
 
     def __post_init__(self) -> None:
         for name in ("alphas_stage3", "alphas_stage4"):
@@ -92,6 +95,7 @@ class ScaleKDLoss(nn.Module):
         """
         super().__init__()
         self.config = config
+        self._idle_stage3: set[str] = set()
         split = later_blocks.info
         if config.tpp:
             self.stage3 = _projectors(
@@ -101,7 +105,7 @@ class ScaleKDLoss(nn.Module):
                 heads=config.heads_stage3,
                 learned_query=True,
             )
-            self.perception = TeacherParameterPerception(later_blocks)
+            self.perception = TeacherParameterPerception(later_blocks, checkpoint=config.checkpoint_later_blocks)
         self.stage4 = _projectors(
             config,
             student=(student_dims[1], student_grids[1]),
@@ -143,13 +147,33 @@ class ScaleKDLoss(nn.Module):
         z = {view: cap(F4_BCHW, y.get(view)) for view, cap in self.stage4.items()}
         return _with_total(
             _task_term(task_loss, config.kd_alpha)  # (1 - alpha_kd) L_task
-            | dual_view_losses("stage3", y, teacher_BND, config.alphas_stage3)  # L_ori^st + L_alt^st
+            | dual_view_losses("stage3", self._counted(y), teacher_BND, config.alphas_stage3)  # L_ori^st + L_alt^st
             | dual_view_losses("stage4", z, teacher_BND, config.alphas_stage4)  # L_ori^s + L_alt^s
             | _kd_term(student_logits_BK, teacher_logits_BK, config)  # L_kd
         )
 
+    def without_idle_paths(self) -> "ScaleKDLoss":
+        """Compute nothing for terms of weight 0, and drop projectors that reach no other; the total stays the same.
+
+        The released code computes them all the same, and so does a loss as it is built.
+        """
+        for view, weight in zip(VIEW_LOSSES, self.config.alphas_stage4, strict=True):
+            if weight == 0 and view in self.stage4:
+                del self.stage4[view]
+        for view, weight in zip(VIEW_LOSSES, self.config.alphas_stage3, strict=True):
+            if weight == 0 and self.config.tpp:
+                self._idle_stage3.add(view)
+                if view in self.stage3 and view not in self.stage4:  # nobody asks for its y either
+                    del self.stage3[view]
+        return self
+
+    def _counted(self, y: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {view: y_BND for view, y_BND in y.items() if view not in self._idle_stage3}
+
     def perceive(self, F3_BCHW: Tensor, prefix_BPD: Tensor | None = None) -> dict[str, Tensor]:
         """TPP: final feature maps [B, N, D] that the later blocks make of F3, by view path."""
+        if not self.stage3:
+            return {}
         return self.perception({view: cap(F3_BCHW) for view, cap in self.stage3.items()}, prefix_BPD)
 
 
@@ -305,7 +329,7 @@ def build_loss(
     split = later_blocks.info
     match method:
         case "scalekd":
-            return ScaleKDLoss(config, student_dims, student_grids, later_blocks)
+            return ScaleKDLoss(config, student_dims, student_grids, later_blocks).without_idle_paths()
         case "fd":
             return FDLoss(student_dims[1], split.output_dim, config.alphas_stage4[0], split.output_grid)
         case "kd":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from feature_store.errors import InputError
 from feature_store.teacher.model import build_model
+from student_trainer import mixers  # noqa: F401 - timm then knows them by name
 
 
 class StudentOutput(NamedTuple):

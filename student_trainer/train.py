@@ -1,32 +1,35 @@
 """The training loop: source and tars -> student -> the method's loss -> step."""
 
 import math
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
-from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
-from timm.scheduler.scheduler import Scheduler
-from timm.scheduler.scheduler_factory import create_scheduler_v2
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from feature_store.errors import InputError, UserError
-from student_trainer.assemble import Parts, Trainee, assemble
+from student_trainer.assemble import Parts, assemble
 from student_trainer.checkpoint import Checkpoint, Progress, one_line, rng_state, save_checkpoint, set_rng_state
-from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.config import TrainConfig
 from student_trainer.data import Batch, BatchLoader, open_tars
-from student_trainer.evaluate import Evaluator
-from student_trainer.metrics import Means, MetricsLog, Pace, read_metrics
+from student_trainer.distributed import Group, data_parallel, gradients_shared, joined
+from student_trainer.evaluate import Accuracy, Evaluator
+from student_trainer.metrics import Means, MetricsLog, Pace, peak_memory, read_metrics
+from student_trainer.optimize import Updates
+from student_trainer.precision import repeatable
 from student_trainer.progress import RunProgress
+from student_trainer.report import write_run_report
 from student_trainer.runs import RunFolder
-from student_trainer.tasks import TASK_LOSSES
+from student_trainer.trackers import TrackedLog, open_log, require_trackers
 from student_trainer.trained import describe_student
+from student_trainer.trainee import ForwardPass
 
 T = TypeVar("T")
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -55,110 +58,156 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Train a student, or go on with a run that stopped.
 
+    Under torchrun every process calls this with the same config. The main one writes and validates; the run's folder
+    must be one that all of them see.
+
     Raises:
         UserError: Things that do not fit together, data other than the store was made from, a loss that is not
             finite; the message says what to do.
     """
+    with joined(config.device) as group, repeatable(enabled=config.deterministic):
+        trainer = group.together(lambda: _prepare(config, group))
+        folder = group.from_main(lambda: RunFolder.open(config, trainer.parts.inputs, trainer.parts.resolved()))
+        checkpoint = group.together(folder.saved)
+        group.from_main(lambda: folder.rewind(checkpoint))
+        if checkpoint is not None:
+            group.together(lambda: trainer.restore(checkpoint))
+        with _log(config, folder, trainer) as log:
+            trainer.run(folder, log)
+        if config.report:
+            group.from_main(lambda: write_run_report(folder.path))
+        return group.from_main(lambda: trainer.result(folder))
+
+
+def _prepare(config: TrainConfig, group: Group) -> "Trainer":
+    require_trackers(config)
     val_tars = open_tars(config.val_tars, config.scratch) if config.val_tars else []
-    parts = assemble(config, val_tars)
-    trainer = Trainer(config, parts)
-    folder = RunFolder.open(config, parts.inputs, parts.resolved())
-    checkpoint = folder.rewind()
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    with MetricsLog(folder.metrics) as log:
-        trainer.run(folder, log)
-    return trainer.result(folder)
+    return Trainer(config, assemble(config, val_tars, group))
+
+
+def _log(config: TrainConfig, folder: RunFolder, trainer: "Trainer") -> TrackedLog:
+    if trainer.group.is_main:
+        return open_log(config, folder.metrics, trainer.progress.step)
+    return TrackedLog(MetricsLog(Path(os.devnull)), ())
 
 
 class Trainer:
-    """A run in memory: parts, optimizer, and how far it is."""
+    """A run in memory: parts, updates, and how far it is."""
 
     def __init__(self, config: TrainConfig, parts: Parts) -> None:
         self.config, self.parts, self.progress, self.pace = config, parts, Progress(), Pace()
-        self.student, self.loss = parts.trainee.student, parts.trainee.loss
-        self.optimizer = make_optimizer(config.optim, parts.trainee)
-        self.scheduler = make_scheduler(config, self.optimizer, parts.batches.per_epoch)
+        self.student, self.loss, self.group = parts.trainee.student, parts.trainee.loss, parts.group
+        self.updates = Updates(config, parts.trainee, parts.batches.per_epoch, parts.device)
+        self.optimizer = self.updates.optimizer
+        self._forward: nn.Module = ForwardPass(parts.trainee, config.task, config.label_smoothing)
+        if config.compile:
+            self._forward.compile()
+        if not parts.group.is_main:  # own random numbers for drop path and dropout
+            torch.manual_seed((config.seed + parts.group.rank) % 2**64)
         self._normalise = parts.preprocessing.normaliser(parts.device)
         workers = {"workers": config.workers, "start_method": config.start_method}
         self._loader = BatchLoader(parts.dataset, parts.batches, pin=parts.device.type == "cuda", **workers)
         self._evaluate = (
             Evaluator(parts.val_tars, parts.preprocessing, self.student.num_classes,
                       batch_size=config.batch_size, device=parts.device, **workers)
-            if parts.val_tars else None
+            if parts.val_tars and parts.group.is_main else None
         )  # fmt: skip
 
-    def run(self, folder: RunFolder, log: MetricsLog) -> None:
+    def run(self, folder: RunFolder, log: TrackedLog) -> None:
         """All epochs that are left."""
         config, batches = self.config, self.parts.batches
+        self._forward = data_parallel(self._forward, self.group)
         log.write("start", self.progress.step, **self.parts.summary())
         total = config.epochs * batches.per_epoch
-        with RunProgress(enabled=config.progress, total=total, done=self.progress.step) as bar:
+        with RunProgress(enabled=config.progress and self.group.is_main, total=total, done=self.progress.step) as bar:
             bar.note(f"{config.run}: {self.parts.sentence()}")
             while self.progress.epoch < config.epochs:
                 means = self._epoch(folder, log, bar)
                 self._end_epoch(means, folder, log, bar)
 
-    def _epoch(self, folder: RunFolder, log: MetricsLog, bar: RunProgress) -> Means:
+    def _epoch(self, folder: RunFolder, log: TrackedLog, bar: RunProgress) -> Means:
         """What is left of the epoch in progress."""
         means = Means(self.progress.means)
         self.parts.batches.start(self.progress.epoch, self.progress.batch)
         self.parts.trainee.train()
-        for batch, waited in _timed(self._loader):
-            begun, lr = time.perf_counter(), self.optimizer.param_groups[0]["lr"]
-            terms = self.step(batch)
+        for pieces, waited in _timed(_in_groups(self._loader, self.config.accumulate)):
+            begun, lr = time.perf_counter(), self.updates.lr
+            terms = self.step(*pieces)
             means.add(terms)
             self._advance(means)
-            self.pace.add(len(batch.labels), waited, time.perf_counter() - begun)
-            self._report(batch, terms, lr, log, bar)
+            images = self.group.size * sum(len(batch.labels) for batch in pieces)
+            self.pace.add(images, waited, time.perf_counter() - begun)
+            self._report(pieces, terms, lr, log, bar)
             if self._saves_now():
-                save_checkpoint(folder.last, self.checkpoint())
+                self._save(folder.last)
         return means
 
-    def _report(self, batch: Batch, terms: dict[str, float], lr: float, log: MetricsLog, bar: RunProgress) -> None:
+    def _save(self, *paths: Path) -> None:
+        """Write the run as it is now; of several processes, the main one does."""
+        for path in paths:
+            checkpoint = self.checkpoint()
+            if self.group.is_main:
+                save_checkpoint(path, checkpoint)
+
+    def _report(
+        self, pieces: Sequence[Batch], terms: dict[str, float], lr: float, log: TrackedLog, bar: RunProgress
+    ) -> None:
         epoch, step = self.progress.epoch, self.progress.step
         bar.step(epoch, self.config.epochs, terms["total"])
-        if batch.unreadable:
-            log.write("unreadable", step, epoch=epoch, samples=batch.unreadable)
-            bar.note(f"left out, unreadable: {'; '.join(batch.unreadable)}")
+        if unreadable := self._unreadable(pieces):
+            log.write("unreadable", step, epoch=epoch, samples=unreadable)
+            bar.note(f"left out, unreadable: {'; '.join(unreadable)}")
         if step % self.config.log_every == 0:
-            log.write("step", step, epoch=epoch, lr=lr, **terms, **self.pace.since_last())
+            memory = peak_memory(self.parts.device)
+            log.write("step", step, epoch=epoch, lr=lr, **terms, **self.pace.since_last(), memory=memory)
 
     def _saves_now(self) -> bool:
         """Whether a checkpoint is due inside the epoch; its end has its own."""
         every = self.config.checkpoint_every
         return every > 0 and self.progress.step % every == 0 and self.progress.batch < self.parts.batches.per_epoch
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step: forward, loss, backward, update. Returns every loss term.
+    def _unreadable(self, pieces: Sequence[Batch]) -> list[str]:
+        own = [line for batch in pieces for line in batch.unreadable]
+        if not self.parts.dataset.views.skips_unreadable:
+            return own  # none: replayed samples must be readable, so there is nothing to ask the others
+        return [line for lines in self.group.gather(own) for line in lines]
+
+    def step(self, *pieces: Batch) -> dict[str, float]:
+        """One optimizer step: forward, loss and backward of every piece of this process's batch, then the update.
+
+        Returns:
+            Every loss term, its mean over pieces and processes.
 
         Raises:
-            InputError: None of the batch's images can be read.
+            InputError: None of a piece's images can be read.
             UserError: The loss is not finite; nothing was updated.
         """
-        if not len(batch.labels):
-            raise InputError(f"no image of a batch can be read: {'; '.join(batch.unreadable[:3])}; mend the tars")
-        terms = self.losses(batch)
-        values = dict(zip(terms, torch.stack([term.detach().float() for term in terms.values()]).tolist(), strict=True))
-        self._require_finite(values, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
-        if self.config.optim.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.parts.trainee.parameters(), self.config.optim.clip_grad)
-        self.optimizer.step()
-        self.scheduler.step_update(self.progress.step + 1)
-        return values
+        values: list[dict[str, float]] = []
+        for batch in pieces:
+            if not len(batch.labels):
+                raise InputError(f"no image of a batch can be read: {'; '.join(batch.unreadable[:3])}; mend the tars")
+            with gradients_shared(self._forward, now=batch is pieces[-1]):
+                terms = self.losses(batch)
+                values.append(self._values(terms, batch))
+                self.updates.backward(terms["total"] / len(pieces))
+        self.updates.apply(self.progress.step + 1)
+        return {name: sum(piece[name] for piece in values) / len(pieces) for name in values[0]}
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Every term of the method's loss for a batch, ``total`` being their sum."""
-        config, device = self.config, self.parts.device
+        device = self.parts.device
         taps, teacher_logits = self._teacher_features(batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bfloat16"):
-            output = self.student(self._normalise(batch.pixels))
-            task = TASK_LOSSES[config.task](output.logits, batch.labels.to(device), config.label_smoothing)
-            return self.loss(
-                output.maps, output.logits, taps.get("stage4"), teacher_logits, task, taps.get("stage3_prefix")
-            )
+        images, labels = self._normalise(batch.pixels), batch.labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, AMP_DTYPES.get(self.config.amp), enabled=self.config.amp in AMP_DTYPES):
+            return self._forward(images, labels, taps, teacher_logits)
+
+    def _values(self, terms: dict[str, Tensor], batch: Batch) -> dict[str, float]:
+        """The terms as numbers, their mean over processes."""
+        own = torch.stack([term.detach().float() for term in terms.values()])
+        values = dict(zip(terms, self.group.mean(own).tolist(), strict=True))
+        if not all(map(math.isfinite, values.values())):
+            self._stop_at(dict(zip(terms, own.tolist(), strict=True)), batch)
+        return values
 
     def _teacher_features(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         """Taps and logits on the device in float32: from the batch, or from the live teacher."""
@@ -171,11 +220,14 @@ class Trainer:
         moved = {name: tap.to(device, non_blocking=True).float() for name, tap in taps.items()}
         return moved, None if logits is None else logits.to(device, non_blocking=True).float()
 
-    def _require_finite(self, values: dict[str, float], batch: Batch) -> None:
-        if all(map(math.isfinite, values.values())):
-            return
+    def _stop_at(self, values: dict[str, float], batch: Batch) -> NoReturn:
+        """End the run, naming the rows of the first process whose loss is not finite."""
+        everyone = self.group.gather((values, batch.row_ids()[:4]))
+        values, first_rows = next(((v, r) for v, r in everyone if not all(map(math.isfinite, v.values()))), everyone[0])
         terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        rows = ", ".join(f"unit {row.unit} position {row.position} view {row.view}" for row in batch.row_ids()[:4])
+        rows = ", ".join(f"unit {row.unit} position {row.position} view {row.view}" for row in first_rows)
+        if not self.group.is_main:
+            raise SystemExit(UserError.exit_code)
         raise UserError(
             f"the loss is not finite at step {self.progress.step} (epoch {self.progress.epoch}): {terms}; first rows "
             f"of the batch: {rows}; lower --optim.lr, set --optim.clip-grad, or use --amp off"
@@ -191,12 +243,12 @@ class Trainer:
             teacher_seconds=0.0 if live is None else live.seconds,
         )
 
-    def _end_epoch(self, means: Means, folder: RunFolder, log: MetricsLog, bar: RunProgress) -> None:
+    def _end_epoch(self, means: Means, folder: RunFolder, log: TrackedLog, bar: RunProgress) -> None:
         """Validate, log, and save: best first, so that a crash between the two repeats the epoch's end."""
         epoch, values = self.progress.epoch, dict[str, Any](means.means())
         best, improved = self.progress.best_top1, False
-        if self._evaluate is not None and self._validates(epoch):
-            accuracy = self._evaluate(self.student.model)
+        if self._validates(epoch):
+            accuracy = self.group.from_main(self._accuracy)
             values |= {"top1": accuracy.top1, "top5": accuracy.top5, "val_samples": accuracy.samples}
             values |= {"val_unreadable": list(accuracy.unreadable)}
             improved = best is None or accuracy.top1 > best
@@ -205,12 +257,15 @@ class Trainer:
                   seconds_per_step=self.pace.median())  # fmt: skip
         bar.note(_epoch_line(epoch, self.config.epochs, values))
         self.progress = replace(self.progress, epoch=epoch + 1, batch=0, means=None, best_top1=best)
-        if improved:
-            save_checkpoint(folder.best, self.checkpoint())
-        save_checkpoint(folder.last, self.checkpoint())
+        self._save(*([folder.best] if improved else []), folder.last)
 
     def _validates(self, epoch: int) -> bool:
-        return (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.epochs
+        due = (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.epochs
+        return due and bool(self.config.val_tars)
+
+    def _accuracy(self) -> Accuracy:
+        assert self._evaluate is not None  # the main process has one if there are validation tars
+        return self._evaluate(self.updates.validated)
 
     def checkpoint(self) -> Checkpoint:
         """The run as it is now."""
@@ -218,9 +273,9 @@ class Trainer:
             student=describe_student(self.student, self.parts.preprocessing),
             weights=self.student.model.state_dict(),
             loss=self.loss.state_dict(),
-            optimizer=self.optimizer.state_dict(),
             progress=self.progress,
-            rng=rng_state(),
+            rng=self.group.gather(rng_state()),
+            **self.updates.state_dict(),
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -232,7 +287,9 @@ class Trainer:
         try:
             self.student.model.load_state_dict(checkpoint.weights)
             self.loss.load_state_dict(checkpoint.loss)
-            self.optimizer.load_state_dict(checkpoint.optimizer)
+            self.updates.load_state_dict(
+                {"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler, "ema": checkpoint.ema}
+            )
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"the checkpoint does not fit the run: {one_line(error)}; resume with the versions in its config.json"
@@ -240,7 +297,7 @@ class Trainer:
         self.progress = checkpoint.progress
         if self.parts.live is not None:
             self.parts.live.seconds = checkpoint.progress.teacher_seconds
-        set_rng_state(checkpoint.rng)
+        set_rng_state(checkpoint.rng[self.group.rank])
 
     def result(self, folder: RunFolder) -> TrainResult:
         """What the run gave so far."""
@@ -257,43 +314,9 @@ class Trainer:
         )
 
 
-def make_optimizer(config: OptimConfig, trainee: Trainee) -> Optimizer:
-    """A timm optimizer over student and projectors.
-
-    Raises:
-        InputError: timm knows no such optimizer.
-    """
-    try:
-        return create_optimizer_v2(
-            trainee.parameters() if config.decay_all else trainee,  # timm spares some only of a module
-            opt=config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-        )
-    except (ValueError, TypeError, AssertionError) as error:
-        raise InputError(
-            f"--optim.opt {config.opt!r} cannot be used: {error}; see timm.optim.list_optimizers()"
-        ) from error
-
-
-def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
-    """The learning rate as a function of the step."""
-    optim = config.optim
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=optim.sched,
-        num_epochs=config.epochs,
-        decay_epochs=optim.decay_epochs,
-        decay_rate=optim.decay_rate,
-        min_lr=optim.min_lr,
-        warmup_lr=optim.warmup_lr,
-        warmup_epochs=optim.warmup_epochs,  # pyright: ignore[reportArgumentType] - parts of an epoch are fine
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    assert scheduler is not None  # only for sched "none"
-    return scheduler
+def _in_groups(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    """So many items at a time."""
+    return zip(*[iter(items)] * size, strict=True)
 
 
 def _timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:

@@ -77,6 +77,8 @@ def describe_student(student: Student, preprocessing: Preprocessing) -> dict[str
 def load_student(path: Path) -> Trained:
     """Build the student of a checkpoint file, or of a run's folder (its best checkpoint if there is one).
 
+    It has the averaged weights if the run keeps any.
+
     Raises:
         InputError: No such checkpoint, or a damaged one.
     """
@@ -89,7 +91,7 @@ def load_student(path: Path) -> Trained:
     num_classes = kwargs.pop("num_classes")
     student = Student(described["name"], num_classes, preprocessing.input_size, kwargs)
     try:
-        student.model.load_state_dict(checkpoint.weights)
+        student.model.load_state_dict(checkpoint.trained)
     except RuntimeError as error:
         raise InputError(
             f"{path} does not fit timm's {student.name} any more: {one_line(error)}; "

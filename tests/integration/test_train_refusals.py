@@ -1,5 +1,6 @@
 """Things that would train a wrong student: each is refused before the first step, naming field, values and remedy."""
 
+import io
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,25 @@ def test_training_stops_when_pixels_change_beyond_the_first_rows_and_all_are_che
         train(replace(config, check_all_pixels=True))
     shutil.rmtree(config.run)
     assert train(config).steps == 1
+
+
+def test_training_stops_when_a_source_image_changed_under_the_same_size(config, tmp_path):
+    """Names and sizes, which the store remembers of a tar, are as before; the pixels are not."""
+    content = samples(8, seed=1)
+    for sample in content:
+        sample["png"] = bitmap(sample["png"])
+    tar = write_tar(tmp_path / "train.tar", content)
+    write_store(tmp_path / "store", [tar], make_teacher(VIT, tmp_path / "teacher.safetensors"), num_views=1)
+    content[3]["png"] = content[3]["png"][:54] + bytes(255 - byte for byte in content[3]["png"][54:])
+    write_tar(tmp_path / "train.tar", content)
+    with pytest.raises(MismatchError, match=r"pixels of sample 's003', view 0 differs"):
+        train(replace(config, tars=(tar,), store=tmp_path / "store"))
+
+
+def bitmap(png: bytes) -> bytes:
+    file = io.BytesIO()
+    decode_image(png).save(file, "BMP")
+    return file.getvalue()
 
 
 def test_store_is_refused_when_views_are_missing(config, other_store):

@@ -19,8 +19,9 @@ from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, View
 from student_trainer.data import BatchLoader
 from student_trainer.evaluate import EvaluateConfig, evaluate
 from student_trainer.metrics import read_metrics
+from student_trainer.optimize import make_scheduler
 from student_trainer.scalekd import ScaleKDConfig
-from student_trainer.train import Trainer, make_scheduler, train
+from student_trainer.train import Trainer, train
 
 SCALEKD_TERMS = {
     "task",
@@ -46,6 +47,7 @@ def config(tmp_path) -> TrainConfig:
         batch_size=8,
         workers=0,
         log_every=1,
+        report=False,
         optim=OptimConfig(lr=1e-3),
     )
 
@@ -250,22 +252,23 @@ def test_validation_counts_unreadable_images_when_there_are_some(config, tmp_pat
 
 
 def test_run_folder_says_what_it_was_made_from_when_started(config):
-    train(replace(config, method="none", epochs=1))
+    train(replace(config, method="none", epochs=1, report=True))
     saved = json.loads((config.run / "config.json").read_text())
     assert saved["config"]["student"] == "test_resnet"
     assert saved["inputs"]["store"] == open_store(config.store).manifest.fingerprint()
     assert saved["inputs"]["tars"]["train-0.tar"] == Tar.open(config.tars[0]).header_sha256
     assert saved["resolved"]["num_classes"] == 4
     assert saved["software"]["torch"] == torch.__version__.split("+")[0]
-    assert {path.name for path in config.run.iterdir()} == {"config.json", "metrics.jsonl", "last.pt", "best.pt"}
+    files = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "report.html"}
+    assert {path.name for path in config.run.iterdir()} == files
 
 
 def test_evaluation_repeats_the_runs_accuracy_when_run_again(config):
     result = train(replace(config, method="kd", epochs=3))
     accuracy = evaluate(EvaluateConfig(run=config.run, tars=config.val_tars, workers=0))
-    assert accuracy.top1 == result.best_top1
+    assert accuracy.accuracy.top1 == result.best_top1
     last = evaluate(EvaluateConfig(checkpoint=config.run / "last.pt", tars=config.val_tars, workers=0))
-    assert last.top1 == result.last_top1
+    assert last.accuracy.top1 == result.last_top1
 
 
 def test_commands_train_evaluate_and_export_when_called_in_turn(config, tmp_path, capsys):
@@ -278,9 +281,14 @@ def test_commands_train_evaluate_and_export_when_called_in_turn(config, tmp_path
     result = json.loads(captured.out)
     assert result["steps"] == 3
     assert main(["evaluate", "--run", run, "--tars", *config.val_tars, "--workers", "0", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["top1"] == result["best_top1"]
+    evaluation = json.loads(capsys.readouterr().out)
+    assert evaluation["top1"] == result["best_top1"]
+    assert (len(evaluation["per_class"]), sum(evaluation["class_samples"])) == (4, 10)
+    assert min(evaluation[name] for name in ("flops", "images_per_second", "forward_images_per_second")) > 0
     assert main(["evaluate", "--run", run, "--tars", *config.val_tars, "--workers", "0"]) == 0
-    assert f"{result['best_top1']:.2f} %" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{result['best_top1']:.2f} %" in printed
+    assert "lowest top-1, 4 of 4 classes" in printed
     assert main(["export", "--run", run, "--out", out]) == 0
     assert capsys.readouterr().out.split() == [f"{out}/config.json", f"{out}/model.safetensors"]
     exported = timm.create_model("test_resnet", checkpoint_path=f"{out}/model.safetensors", num_classes=4)

@@ -1,9 +1,12 @@
 import os
+import resource
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
-from feature_store.errors import InputError, MismatchError
+from feature_store.errors import InputError, MismatchError, ResourceError
 from student_trainer.checkpoint import (
     Checkpoint,
     Progress,
@@ -22,7 +25,7 @@ def checkpoint(step: int = 3) -> Checkpoint:
         loss={},
         optimizer={"state": {}, "param_groups": [{"lr": 0.1}]},
         progress=Progress(epoch=1, batch=2, step=step, best_top1=61.5, means={"sums": {"total": 0.1}, "count": 2}),
-        rng=rng_state(),
+        rng=[rng_state()],
     )
 
 
@@ -37,12 +40,26 @@ def test_checkpoint_comes_back_equal_when_loaded(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_checkpoint_stays_the_old_one_when_writing_the_new_one_fails(tmp_path, monkeypatch):
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 64 KB: the operating system refuses writes as a full disk does."""
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_checkpoint_stays_the_old_one_when_the_disk_is_full(tmp_path, full_disk):
     save_checkpoint(tmp_path / "last.pt", checkpoint(step=3))
-    monkeypatch.setattr("student_trainer.checkpoint.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path / "last.pt", checkpoint(step=4))
+    big = replace(checkpoint(step=4), weights={"w": torch.zeros(100_000)})
+    with pytest.raises(
+        ResourceError, match=r"last.pt cannot be written: .*; make room on the disk and run .* --resume"
+    ):
+        save_checkpoint(tmp_path / "last.pt", big)
     assert load_checkpoint(tmp_path / "last.pt").progress.step == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_random_numbers_repeat_when_the_state_is_restored():

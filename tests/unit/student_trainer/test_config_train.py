@@ -20,6 +20,9 @@ GOOD = TrainConfig(run=Path("r"), student="test_resnet", tars=("a.tar",), store=
         ({"num_views": 0}, "--num-views is 0"),
         ({"label_smoothing": 1.0}, "--label-smoothing is 1.0"),
         ({"crop_pct": 0.0}, "--crop-pct is 0.0"),
+        ({"accumulate": 0}, "--accumulate is 0, expected at least 1"),
+        ({"accumulate": 3}, "--accumulate is 3, expected a divisor of --batch-size 256"),
+        ({"ema_decay": 1.0}, "--ema-decay is 1.0, expected between 0 and 1"),
         ({"store": None}, "--method scalekd needs teacher features; give --store"),
         ({"store": None, "source": "live"}, "needs --teacher.name"),
         ({"method": "none", "source": "live"}, "--method none uses no teacher"),
@@ -39,6 +42,7 @@ def test_config_is_refused_when_it_cannot_work(change, message):
     [
         (OptimConfig, {"lr": 0.0}, "--optim.lr is 0.0"),
         (OptimConfig, {"clip_grad": 0.0}, "--optim.clip-grad"),
+        (OptimConfig, {"lr_batch": 0}, "--optim.lr-batch is 0"),
         (OptimConfig, {"decay_epochs": 0}, "--optim.decay-epochs"),
         (ViewsConfig, {"size": 0}, "--views.size"),
         (ViewsConfig, {"seed": -1}, "--views.seed"),

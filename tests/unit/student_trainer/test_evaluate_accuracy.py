@@ -5,7 +5,7 @@ from training_world import samples, write_tar
 
 from feature_store.errors import InputError
 from feature_store.tars import Tar
-from student_trainer.evaluate import EvaluateConfig, Evaluator
+from student_trainer.evaluate import EvaluateConfig, Evaluator, count_flops, forward_speed
 from student_trainer.trained import Normaliser, Preprocessing
 
 # Python 3.12 and later warn of fork under threads
@@ -99,3 +99,22 @@ def test_config_is_refused_when_neither_or_both_of_run_and_checkpoint_are_given(
     for given in ({}, {"run": tmp_path, "checkpoint": tmp_path}):
         with pytest.raises(InputError, match="give either --run or --checkpoint"):
             EvaluateConfig(tars=("a",), **given)
+
+
+def test_accuracy_is_counted_per_class_when_one_is_confused(tars):
+    found = evaluator(tars)(ByColour(confused=1))
+    assert found.per_class == (100.0, 0.0, 100.0, 100.0, None, None, None, None)
+    assert found.class_samples == (2, 3, 2, 1, 0, 0, 0, 0)  # samples 4 (label 0) and 7 (label 3) cannot be read
+    assert sum(found.class_samples) == found.samples
+
+
+def test_flops_count_multiply_adds_twice_when_layers_are_plain():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 8 * 8, 5)).train()
+    assert count_flops(model, torch.zeros(1, 3, 8, 8)) == 2 * (8 * 8 * 4 * 27) + 2 * (4 * 8 * 8 * 5)
+    assert model.training
+
+
+def test_forward_speed_is_images_over_median_seconds_when_passes_differ(monkeypatch):
+    clock = iter([0.0, 9.0, 0.0, 1.0, 0.0, 2.0, 0.0, 4.0])  # warm-up, then passes of 1, 2 and 4 seconds
+    monkeypatch.setattr("student_trainer.evaluate.time.perf_counter", lambda: next(clock))
+    assert forward_speed(nn.Identity(), torch.zeros(10, 1), passes=3) == 5.0

@@ -24,7 +24,7 @@ def save(path, student: Student) -> None:
             loss={"stage4.original.query": torch.ones(2, 2)},
             optimizer={},
             progress=Progress(),
-            rng=rng_state(),
+            rng=[rng_state()],
         ),
     )
 

@@ -60,3 +60,29 @@ def test_epoch_mixes_rows_only_within_a_group_when_units_are_grouped():
 def test_batches_are_refused_when_rows_do_not_fill_one():
     with pytest.raises(InputError, match=r"27 samples do not fill one batch of 28; lower --batch-size"):
         batches(batch_size=28)
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_batches_are_the_same_when_shared_out(processes, accumulate):
+    whole = epoch(batches(batch_size=4), 1)
+    shares = [
+        epoch(batches(batch_size=4, rank=rank, processes=processes, accumulate=accumulate), 1)
+        for rank in range(processes)
+    ]
+    assert {len(share) for share in shares} == {len(whole) * accumulate}
+    for i, batch in enumerate(whole):
+        pieces = [piece for share in shares for piece in share[i * accumulate : (i + 1) * accumulate]]
+        assert [row for piece in pieces for row in piece] == batch
+        assert {len(piece) for piece in pieces} == {4 // (processes * accumulate)}
+
+
+def test_epoch_starts_at_a_whole_batch_when_resumed_in_pieces():
+    of = batches(batch_size=4, accumulate=2)
+    assert epoch(of, 0, 3) == epoch(of, 0)[6:]
+    of.start(0, 3)
+    assert len(of) == len(list(of))
+
+
+def test_batch_is_refused_when_it_cannot_be_shared_out():
+    with pytest.raises(InputError, match=r"a batch of 4 cannot be shared by 3 processes in 1 passes each"):
+        batches(processes=3)

@@ -1,0 +1,297 @@
+r"""What a training step costs: from a store, from memory, with the teacher live; and the loss against a plain one.
+
+    python -m benchmarks.step --out benchmarks/results/step.json
+    python -m benchmarks.step --device cuda --amp bfloat16 --batch 128 --repeats 30 \
+        --teacher swin_large_patch4_window7_224 --student resnet50
+
+Everything is random but of true shapes. Times are medians of repeats that take turns, so that a busy machine disturbs
+all alike; only their ratios mean anything.
+"""
+
+import io
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from webdataset.writer import TarWriter
+
+from benchmarks.official_style import official_style_loss
+from feature_store.options import JsonObject
+from feature_store.sample import RowId
+from feature_store.source import FeatureBatch, FeatureSource
+from feature_store.store import Store, open_store
+from feature_store.teacher.model import build_model
+from student_trainer.assemble import assemble
+from student_trainer.config import TeacherConfig, TrainConfig
+from student_trainer.data import Batch, ViewDataset
+from student_trainer.scalekd import ScaleKDLoss
+from student_trainer.train import Trainer
+from teacher_service.caching import cache
+from teacher_service.config import CacheConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        teacher: timm model name.
+        teacher_kwargs: Extra arguments of timm.create_model for the teacher, as JSON.
+        student: timm model name.
+        device: Where.
+        amp: Autocast of student, loss and teacher.
+        batch: Samples per step.
+        samples: Images that exist; a whole number of batches.
+        repeats: Measurements of each kind.
+        threads: CPU threads; 0 leaves torch's own number.
+        out: Where the JSON goes, besides stdout.
+    """
+
+    teacher: str = "swin_tiny_patch4_window7_224"
+    teacher_kwargs: JsonObject = field(default_factory=dict)
+    student: str = "resnet18"
+    device: str = "cpu"
+    amp: Literal["off", "bfloat16", "float16"] = "off"
+    batch: int = 8
+    samples: int = 64
+    repeats: int = 7
+    threads: int = 0
+    out: Path | None = None
+
+
+class MemorySource:
+    """The features of a store, read beforehand."""
+
+    needs_pixels = False
+
+    def __init__(self, store: Store, rows: Sequence[RowId], taps: Sequence[str]) -> None:
+        whole = store.source(taps).read(rows, taps)
+        self._at = {row: i for i, row in enumerate(rows)}
+        self._taps, self._logits = whole.taps, whole.logits
+
+    def read(self, rows: Sequence[RowId], taps: Sequence[str] | None = None) -> FeatureBatch:
+        """See FeatureSource.read."""
+        at = [self._at[row] for row in rows]
+        features = {name: self._taps[name][at] for name in taps or self._taps}
+        return FeatureBatch(tuple(rows), features, None if self._logits is None else self._logits[at])
+
+
+class Bench:
+    """A store, and trainers on it."""
+
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        self.setting, self.folder = setting, folder
+        self.tar, self.checkpoint, self.store = folder / "images.tar", folder / "teacher.safetensors", folder / "store"
+
+    def write(self) -> None:
+        """Images, teacher and store."""
+        setting = self.setting
+        _write_images(self.tar, setting.samples)
+        torch.manual_seed(0)
+        teacher = build_model(setting.teacher, setting.teacher_kwargs)
+        save_file({name: leaf.contiguous() for name, leaf in teacher.state_dict().items()}, self.checkpoint)
+        job = CacheConfig(
+            tars=(str(self.tar),),
+            teacher=setting.teacher,
+            model_kwargs=setting.teacher_kwargs,
+            checkpoint=self.checkpoint,
+            store=self.store,
+            device=setting.device,
+            batch_size=setting.batch,
+            workers=0,
+        )
+        cache(job, Console(stderr=True, quiet=True))
+
+    def trainer(self, source: Literal["store", "live"]) -> Trainer:
+        """A trainer that reads the store, or asks the teacher."""
+        setting = self.setting
+        dtype = "float32" if setting.amp == "off" else setting.amp
+        live = TeacherConfig(checkpoint=self.checkpoint, compute_dtype=dtype)
+        config = TrainConfig(
+            run=self.folder / source,
+            student=setting.student,
+            tars=(str(self.tar),),
+            store=self.store,
+            source=source,
+            teacher=live if source == "live" else TeacherConfig(),
+            batch_size=setting.batch,
+            device=setting.device,
+            amp=setting.amp,
+            workers=0,
+        )
+        trainer = Trainer(config, assemble(config))
+        trainer.parts.trainee.train()
+        return trainer
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """All measurements of a setting."""
+    if setting.threads:
+        torch.set_num_threads(setting.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(setting, Path(folder))
+        bench.write()
+        steps = step_times(bench)
+        return {
+            "setting": {**asdict(setting), "torch": torch.__version__, "threads": torch.get_num_threads()},
+            **steps,
+            "peak_memory_bytes": {source: in_own_process(peak_of_steps, bench, source) for source in ("store", "live")},
+            "loss": loss_times(bench),
+        }
+
+
+def step_times(bench: Bench) -> dict[str, Any]:
+    """Seconds of a step with features from the store, from memory, and from the live teacher."""
+    trainer, live = bench.trainer("store"), bench.trainer("live")
+    batches = list(trainer.parts.batches)
+    dataset = trainer.parts.dataset
+    memory = MemorySource(open_store(bench.store), [row for rows in batches for row in rows], trainer.parts.taps)
+    in_memory = ViewDataset(dataset.tars, dataset.views, source=cast(FeatureSource, memory), taps=trainer.parts.taps)
+    live_batches = list(live.parts.batches)
+    turns: dict[str, Callable[[int], object]] = {
+        "store": lambda i: trainer.step(dataset[batches[i % len(batches)]]),
+        "memory": lambda i: trainer.step(in_memory[batches[i % len(batches)]]),
+        "live": lambda i: live.step(live.parts.dataset[live_batches[i % len(batches)]]),
+        "reading": lambda i: dataset.source and dataset.source.read(batches[i % len(batches)], trainer.parts.taps),
+    }
+    seconds = take_turns(turns, bench.setting)
+    flops = step_flops(trainer, live, dataset[batches[0]])
+    return {
+        "seconds": seconds,
+        "store_over_memory": seconds["store"] / seconds["memory"],
+        "live_over_store": seconds["live"] / seconds["store"],
+        "live_over_store_from_flops": 1 + flops["teacher"] / flops["step"],
+        "flops_per_sample": {name: count / bench.setting.batch for name, count in flops.items()},
+    }
+
+
+def step_flops(trainer: Trainer, live: Trainer, batch: Batch) -> dict[str, float]:
+    """Floating-point operations of a store-fed step, forward and backward, and of the teacher's forward pass."""
+    with FlopCounterMode(display=False) as step:
+        trainer.losses(batch)["total"].backward()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    assert live.parts.live is not None
+    with FlopCounterMode(display=False) as teacher:
+        live.parts.live.teacher(batch.pixels)
+    return {"step": step.get_total_flops(), "teacher": teacher.get_total_flops()}
+
+
+def loss_times(bench: Bench) -> dict[str, Any]:
+    """Forward and backward of the loss alone, ours and official-style, on the same numbers; their difference too."""
+    trainer = bench.trainer("store")
+    loss = trainer.loss
+    assert isinstance(loss, ScaleKDLoss)
+    batch = trainer.parts.dataset[next(iter(trainer.parts.batches))]
+    arguments = loss_arguments(trainer, batch)
+
+    def run(compute: Callable[..., dict[str, Tensor]]) -> tuple[float, list[Tensor]]:
+        maps, logits, *others = arguments
+        leaves = [leaf.detach().requires_grad_() for leaf in (*maps, logits)]
+        device = trainer.parts.device.type
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(bench.setting.amp)
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            total = compute((leaves[0], leaves[1]), leaves[2], *others)["total"]
+        total.backward()
+        return total.item(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    plain = lambda *args: official_style_loss(loss, *args)  # noqa: E731 - the counterpart of loss
+    (ours, gradients), (theirs, expected) = run(loss), run(plain)
+    seconds = take_turns({"ours": lambda _: run(loss), "official_style": lambda _: run(plain)}, bench.setting)
+    flops = {}
+    for name, compute in (("ours", loss), ("official_style", plain)):
+        with FlopCounterMode(display=False) as counter:
+            run(compute)
+        flops[name] = counter.get_total_flops()
+    return {
+        "seconds": seconds,
+        "official_style_over_ours": seconds["official_style"] / seconds["ours"],
+        "official_style_over_ours_from_flops": flops["official_style"] / flops["ours"],
+        "value_difference": abs(ours - theirs) / abs(theirs),
+        "gradient_difference": max(
+            ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(gradients, expected, strict=True)
+        ),
+    }
+
+
+def loss_arguments(trainer: Trainer, batch: Batch) -> tuple[Any, ...]:
+    """What a step hands to the loss."""
+    seen: list[tuple[Any, ...]] = []
+    handle = trainer.loss.register_forward_pre_hook(lambda _, args: seen.append(args))
+    trainer.losses(batch)
+    handle.remove()
+    maps, logits, teacher, teacher_logits, task, prefix = seen[0]
+    maps = tuple(leaf.detach().float() for leaf in maps)
+    return maps, logits.detach().float(), teacher, teacher_logits, task.detach(), prefix
+
+
+def take_turns(turns: dict[str, Callable[[int], object]], setting: Setting) -> dict[str, float]:
+    """Median seconds of each, measured in turn after a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for i in range(setting.repeats + 1):
+        for name, run in turns.items():
+            _synchronise(setting.device)
+            begun = time.perf_counter()
+            run(i)
+            _synchronise(setting.device)
+            if i:
+                seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_of_steps(bench: Bench, source: Literal["store", "live"]) -> int:
+    """Most bytes held while building a trainer and making two steps: torch's on a GPU, else the process's."""
+    trainer = bench.trainer(source)
+    for rows in list(trainer.parts.batches)[:2]:
+        trainer.step(trainer.parts.dataset[rows])
+    if bench.setting.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()  # getrusage's figure would be the parent's, if that is larger
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function's result from a fresh process, whose memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def _synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _write_images(path: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    with TarWriter(str(path), encoder=False, mtime=0) as writer:
+        for i in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+            file = io.BytesIO()
+            coarse.resize((320, 280), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+            writer.write({"__key__": f"{i:06}", "jpg": file.getvalue(), "cls": str(i % 1000).encode()})
+
+
+def main() -> None:
+    setting = tyro.cli(Setting, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    result = json.dumps(measure(setting), indent=2, default=str)
+    print(result)
+    if setting.out is not None:
+        setting.out.parent.mkdir(parents=True, exist_ok=True)
+        setting.out.write_text(result + "\n")
+
+
+if __name__ == "__main__":
+    main()

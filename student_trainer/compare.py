@@ -1,0 +1,203 @@
+"""Runs every setting of a sweep with every seed, and writes what they show; finished runs are not run again."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing.queues import Queue
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tyro.conf import Positional
+
+from feature_store.errors import InputError, ResourceError, UserError
+from feature_store.options import require
+from student_trainer.checkpoint import load_checkpoint, require_same_run
+from student_trainer.comparison import Comparison, compare_runs, read_run
+from student_trainer.comparison_report import write_comparison
+from student_trainer.config import TrainConfig, config_to_dict
+from student_trainer.runs import RunFolder, read_description
+from student_trainer.sweep import Run, Sweep, read_sweep
+from student_trainer.train import train
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Several settings, each with several seeds.
+
+    Attributes:
+        sweep: The sweep file, or the name of a ready one (ablation, baselines, beta, views).
+        out: Folder of all runs and of the results; default the sweep's name, in this folder. The same command resumes.
+        set: NAME=VALUE changed in every run, e.g. store=swin_l.zarr tars=[a.tar,b.tar] optim.lr=0.1.
+        seeds: Seeds instead of the file's.
+        processes: Runs at a time, on the CPU or sharing a GPU.
+        gpus: Numbers of the GPUs to use, one run at a time on each; instead of processes.
+        threads: CPU threads of each run; default the machine's cores divided by the runs at a time.
+        confidence: Of the intervals of differences.
+        progress: Show progress on stderr.
+    """
+
+    sweep: Positional[Path]
+    out: Path | None = None
+    set: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    processes: int = 1
+    gpus: tuple[int, ...] = ()
+    threads: int | None = None
+    confidence: float = 0.95
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse values no comparison could use.
+
+        Raises:
+            InputError: Names the option, the value and what is accepted.
+        """
+        require(self.processes >= 1, "--processes", self.processes, "at least 1")
+        require(self.threads is None or self.threads >= 1, "--threads", self.threads, "at least 1")
+        require(0 < self.confidence < 1, "--confidence", self.confidence, "between 0 and 1")
+        if self.gpus and self.processes > 1:
+            raise InputError("--gpus runs one process on each GPU; leave out --processes")
+        require(len(set(self.gpus)) == len(self.gpus), "--gpus", self.gpus, "each GPU once")
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        return Path(self.sweep.stem) if self.out is None else self.out
+
+    @property
+    def in_this_process(self) -> bool:
+        """One run after the other, each with its own progress bar."""
+        return self.processes == 1 and not self.gpus
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Run what is not finished, then write results.json, table.md and report.html.
+
+    Tables are also written after every run, so that a long sweep can be watched. A run that fails does not stop
+    the others.
+
+    Raises:
+        UserError: The sweep cannot be used; or runs failed, after the others were finished and written.
+    """
+    sweep = read_sweep(config.sweep, config.folder, config.set, config.seeds)
+    open_runs = [run for run in sweep.runs if not is_finished(run.config)]
+    results = [read_run(run, sweep.score) for run in sweep.runs if run not in open_runs]
+    failed: list[tuple[Run, UserError]] = []
+    with _RunsProgress(config, done=len(results), total=len(sweep.runs)) as progress:
+        for run, error in _run_all(open_runs, config):
+            if error is None:
+                results.append(read_run(run, sweep.score))
+                write_comparison(config.folder, compare_runs(sweep, results, config.confidence), plots=False)
+            else:
+                failed.append((run, error))
+            progress.ended(run, error)
+    comparison = compare_runs(sweep, results, config.confidence)
+    write_comparison(config.folder, comparison)
+    _raise_failures(failed, sweep)
+    return comparison
+
+
+def is_finished(config: TrainConfig) -> bool:
+    """Whether a run's folder holds all its epochs, made with these settings.
+
+    Raises:
+        MismatchError: The folder holds a run with other settings.
+    """
+    folder = RunFolder(config.run)
+    described = folder.path / "config.json"
+    if not described.is_file() or not folder.last.is_file():
+        return False
+    saved = read_description(described)
+    require_same_run(saved, {"config": config_to_dict(config), "inputs": saved["inputs"]})
+    return load_checkpoint(folder.last).progress.epoch >= config.epochs
+
+
+def _run_all(runs: Sequence[Run], config: CompareConfig) -> Iterator[tuple[Run, UserError | None]]:
+    """Each run as it ends, with why it failed if it did."""
+    if config.in_this_process:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        for run in runs:
+            yield run, _try(replace(run.config, progress=run.config.progress and config.progress))
+        return
+    at_a_time = len(config.gpus) or config.processes
+    spawn = multiprocessing.get_context("spawn")
+    gpus = spawn.Queue()
+    for gpu in config.gpus:
+        gpus.put(gpu)
+    threads = config.threads or max(1, (os.cpu_count() or 1) // at_a_time)
+    setup = (gpus if config.gpus else None, threads)
+    with ProcessPoolExecutor(at_a_time, spawn, initializer=_set_up_process, initargs=setup) as pool:
+        futures = {pool.submit(_try, replace(run.config, progress=False)): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], _outcome(future)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _try(config: TrainConfig) -> UserError | None:
+    try:
+        train(config)
+    except UserError as error:
+        return error
+    return None
+
+
+def _set_up_process(gpus: "Queue[int] | None", threads: int) -> None:
+    """Give a process its GPU, before anything touches CUDA, and its share of the cores."""
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
+    torch.set_num_threads(threads)
+
+
+def _outcome(future: "Future[UserError | None]") -> UserError | None:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise ResourceError(
+            "a process of the sweep was killed, perhaps for want of memory; lower --processes, the same command resumes"
+        ) from error
+
+
+def _raise_failures(failed: Sequence[tuple[Run, UserError]], sweep: Sweep) -> None:
+    if failed:
+        lines = "".join(f"\n  {run.setting}, seed {run.seed}: {error}" for run, error in failed)
+        raise UserError(
+            f"{len(failed)} of {len(sweep.runs)} runs failed; mend the sweep and run the same command again:{lines}"
+        )
+
+
+class _RunsProgress:
+    """A line per run on stderr, and on a terminal a bar, unless each run has its own."""
+
+    def __init__(self, config: CompareConfig, done: int, total: int) -> None:
+        console, enabled = Console(stderr=True), config.progress
+        self._enabled = enabled
+        shows_bar = enabled and console.is_terminal and not config.in_this_process
+        self._bar = Progress(
+            TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), console=console, disable=not shows_bar,
+        )  # fmt: skip
+        self._task = self._bar.add_task("runs", total=total, completed=done)
+        if enabled and done:
+            console.print(f"{done} of {total} runs were finished before", highlight=False)
+
+    def ended(self, run: Run, error: UserError | None) -> None:
+        """One run more."""
+        self._bar.update(self._task, advance=1)
+        if self._enabled:
+            outcome = "finished" if error is None else f"failed: {error}"
+            self._bar.console.print(f"{run.setting}, seed {run.seed}: {outcome}", highlight=False, markup=False)
+
+    def __enter__(self) -> "_RunsProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

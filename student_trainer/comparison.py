@@ -1,0 +1,178 @@
+"""What a sweep's runs say together: mean, spread, and the paired difference to a baseline, per setting."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from scipy.special import stdtrit
+
+from student_trainer.config import TrainConfig
+from student_trainer.metrics import read_metrics
+from student_trainer.sweep import Run, Sweep
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one run gave, read from its folder.
+
+    Attributes:
+        setting: Name of its setting.
+        seed: Its seed.
+        folder: Where it lies.
+        top1: The compared accuracy, in percent.
+        steps: Optimizer steps.
+        seconds_per_step: Median over steps of the process that ended the run; None if it made none.
+        teacher_seconds: Time in a live teacher; 0 with a store.
+        task_loss: Task loss per epoch without the weight the method gives it; None if that weight is 0.
+        top1_curve: (epochs done, top-1 in percent) of every validation.
+    """
+
+    setting: str
+    seed: int
+    folder: Path
+    top1: float
+    steps: int
+    seconds_per_step: float | None
+    teacher_seconds: float
+    task_loss: tuple[float, ...] | None
+    top1_curve: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of a setting minus the baseline, over the seeds both have.
+
+    Attributes:
+        mean: Mean of the differences, in points.
+        low: Lower end of its t confidence interval; None with fewer than two pairs.
+        high: Upper end.
+        pairs: Seeds that both settings finished.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+
+@dataclass(frozen=True)
+class SettingResult:
+    """A row of the table.
+
+    Attributes:
+        name: The setting.
+        runs: Its finished runs, by seed.
+        mean: Mean top-1 over seeds; None before the first run is finished.
+        spread: Sample standard deviation over seeds; None with fewer than two.
+        difference: To the baseline; None for the baseline itself, and where no seed pairs.
+        seconds_per_step: Median over runs.
+        teacher_seconds: Mean over runs.
+    """
+
+    name: str
+    runs: tuple[RunResult, ...]
+    mean: float | None
+    spread: float | None
+    difference: Difference | None
+    seconds_per_step: float | None
+    teacher_seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of a sweep's results.
+
+    Attributes:
+        title: What the report is called.
+        baseline: The setting others are compared with.
+        score: ``last`` or ``best``, see SweepFile.
+        confidence: Of the intervals, e.g. 0.95.
+        settings: The rows.
+    """
+
+    title: str
+    baseline: str
+    score: str
+    confidence: float
+    settings: tuple[SettingResult, ...]
+
+
+def read_run(run: Run, score: str) -> RunResult:
+    """The result of a finished run."""
+    epochs = [line for line in read_metrics(run.config.run / "metrics.jsonl") if line["kind"] == "epoch"]
+    curve = tuple((line["epoch"] + 1, line["top1"]) for line in epochs if "top1" in line)
+    accuracies = [top1 for _, top1 in curve]
+    paces = [line["seconds_per_step"] for line in epochs if line["seconds_per_step"] is not None]
+    return RunResult(
+        setting=run.setting,
+        seed=run.seed,
+        folder=run.config.run,
+        top1=max(accuracies) if score == "best" else accuracies[-1],
+        steps=epochs[-1]["step"],
+        seconds_per_step=paces[-1] if paces else None,
+        teacher_seconds=epochs[-1]["teacher_seconds"],
+        task_loss=_task_loss(run.config, epochs),
+        top1_curve=curve,
+    )
+
+
+def compare_runs(sweep: Sweep, results: Sequence[RunResult], confidence: float = 0.95) -> Comparison:
+    """Lay results side by side.
+
+    Args:
+        sweep: The sweep.
+        results: Its finished runs.
+        confidence: Of the intervals, between 0 and 1.
+    """
+    by_setting = {name: sorted((r for r in results if r.setting == name), key=_seed) for name in sweep.settings}
+    baseline = by_setting[sweep.baseline]
+    rows = tuple(
+        _row(name, runs, None if name == sweep.baseline else paired_difference(runs, baseline, confidence))
+        for name, runs in by_setting.items()
+    )
+    return Comparison(sweep.title, sweep.baseline, sweep.score, confidence, rows)
+
+
+def paired_difference(runs: Sequence[RunResult], baseline: Sequence[RunResult], confidence: float) -> Difference | None:
+    """Difference of top-1 on the seeds both have; None if they share none.
+
+    The interval is Student's, over the per-seed differences: mean -/+ t(confidence, n - 1) * sd / sqrt(n). It speaks
+    of the seeds (weights, order, dropout), not of other data sets, and with three seeds it is wide.
+    """
+    ours, theirs = ({run.seed: run.top1 for run in group} for group in (runs, baseline))
+    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    if not differences:
+        return None
+    middle, pairs = mean(differences), len(differences)
+    if pairs < 2:
+        return Difference(middle, None, None, pairs)
+    quantile = float(stdtrit(pairs - 1, (1 + confidence) / 2))
+    half = quantile * stdev(differences) / math.sqrt(pairs)
+    return Difference(middle, middle - half, middle + half, pairs)
+
+
+def _row(name: str, runs: Sequence[RunResult], difference: Difference | None) -> SettingResult:
+    top1, paces = [run.top1 for run in runs], [r.seconds_per_step for r in runs if r.seconds_per_step is not None]
+    return SettingResult(
+        name=name,
+        runs=tuple(runs),
+        mean=mean(top1) if top1 else None,
+        spread=stdev(top1) if len(top1) > 1 else None,
+        difference=difference,
+        seconds_per_step=median(paces) if paces else None,
+        teacher_seconds=mean(run.teacher_seconds for run in runs) if runs else 0.0,
+    )
+
+
+def _task_loss(config: TrainConfig, epochs: Sequence[dict[str, Any]]) -> tuple[float, ...] | None:
+    """The task loss as if its weight were 1, so that methods can be compared."""
+    takes_share = config.method in ("kd", "scalekd") and config.scalekd.kd_alpha is not None
+    weight = 1 - (config.scalekd.kd_alpha or 0.0) if takes_share else 1.0
+    return tuple(line["task"] / weight for line in epochs) if weight else None
+
+
+def _seed(run: RunResult) -> int:
+    return run.seed

@@ -1,0 +1,97 @@
+"""A run's report: its numbers, curves and settings as one HTML file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from student_trainer.metrics import read_metrics
+from student_trainer.pages import page, plots_or_note, section, words, write_whole
+from student_trainer.plots import curves
+from student_trainer.runs import read_description
+
+_NOT_TERMS = frozenset(  # of a metrics line; everything else that is a number is a loss term
+    {"kind", "step", "epoch", "lr", "images_per_second", "data_wait", "memory", "top1", "top5", "val_samples",
+     "val_unreadable", "teacher_seconds", "seconds_per_step"}
+)  # fmt: skip
+
+
+def write_run_report(folder: Path) -> Path:
+    """Write report.html into a run's folder, from its config.json and metrics.jsonl.
+
+    Without matplotlib (the ``report`` extra) it has no curves, and says so.
+
+    Raises:
+        InputError: Not a run's folder, or a damaged one.
+    """
+    description, lines = read_description(folder / "config.json"), read_metrics(folder / "metrics.jsonl")
+    steps = [line for line in lines if line["kind"] == "step"]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    settings, resolved = _flat(description["config"]), _flat(description["resolved"])
+    body = [
+        section("Results", words(run_numbers(steps, epochs))),
+        section("Curves", *plots_or_note(lambda: _run_curves(steps, epochs))),
+        section("Settings", words(settings)),
+        section("Resolved", words(resolved)),
+        section("Inputs", words(_flat(description["inputs"]))),
+        section("Software", words(description["software"])),
+    ]
+    asked = description["config"]
+    path = folder / "report.html"
+    write_whole(path, page(f"Run {folder.name}", f"{asked['student']}, method {asked['method']}", body))
+    return path
+
+
+def run_numbers(steps: Sequence[Mapping[str, Any]], epochs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A run's results in words.
+
+    Args:
+        steps: Its step lines of metrics.jsonl.
+        epochs: Its epoch lines.
+    """
+    top1 = [line["top1"] for line in epochs if "top1" in line]
+    numbers: dict[str, str] = {"epochs": str(len(epochs))}
+    if epochs:
+        last = epochs[-1]
+        numbers |= {"steps": str(last["step"])}
+        numbers |= {f"{name}, mean of the last epoch": f"{value:.4g}" for name, value in _terms(last).items()}
+        numbers |= {"teacher seconds": f"{last['teacher_seconds']:.1f}"}
+        if last["seconds_per_step"] is not None:
+            numbers |= {"seconds per step, median": f"{last['seconds_per_step']:.4f}"}
+    if top1:
+        numbers = {"best top-1": f"{max(top1):.2f} %", "last top-1": f"{top1[-1]:.2f} %", **numbers}
+    if steps:
+        numbers |= {
+            "images per second, mean": f"{mean(line['images_per_second'] for line in steps):.1f}",
+            "share of time waiting for data": f"{mean(line['data_wait'] for line in steps):.1%}",
+            "largest memory": f"{max(line['memory'] for line in steps) / 2**20:,.0f} MiB",
+        }
+    return numbers
+
+
+def _run_curves(steps: Sequence[Mapping[str, Any]], epochs: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not (steps or epochs):
+        return []
+    terms = {name: [(line["step"], line[name]) for line in steps or epochs] for name in _terms((steps or epochs)[-1])}
+    figures = [curves(terms, x="step", y="loss terms")]
+    accuracies = {
+        name: [(line["epoch"] + 1, line[key]) for line in epochs if key in line]
+        for name, key in (("top-1", "top1"), ("top-5", "top5"))
+    }
+    if accuracies["top-1"]:
+        figures.append(curves(accuracies, x="epoch", y="validation accuracy %"))
+    for key, label in (("lr", "learning rate"), ("images_per_second", "images per second"), ("data_wait", "data wait")):
+        if steps:
+            figures.append(curves({label: [(line["step"], line[key]) for line in steps]}, x="step", y=label))
+    return figures
+
+
+def _terms(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in _NOT_TERMS and isinstance(value, int | float)}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,40 @@
+"""Everything that learns, and one forward pass of it.
+
+Shape legend: B batch, C channels, H W pixels, K classes.
+"""
+
+from torch import Tensor, nn
+
+from student_trainer.student import Student
+from student_trainer.tasks import TASK_LOSSES
+
+
+class Trainee(nn.Module):
+    """Everything that learns: the student, and the loss with its projectors."""
+
+    def __init__(self, student: Student, loss: nn.Module) -> None:
+        super().__init__()
+        self.student, self.loss = student, loss
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters free of weight decay besides norms and biases: position embeddings and the like."""
+        positions = {f"loss.{name}" for name, _ in self.loss.named_parameters() if name.endswith("position")}
+        return positions | {f"student.{name}" for name in self.student.no_weight_decay()}
+
+
+class ForwardPass(nn.Module):
+    """Student, task loss and the method's loss as one module: what is compiled, and what DDP wraps."""
+
+    def __init__(self, trainee: Trainee, task: str, label_smoothing: float) -> None:
+        super().__init__()
+        self.trainee, self._task, self._smoothing = trainee, TASK_LOSSES[task], label_smoothing
+
+    def forward(
+        self, images_BCHW: Tensor, labels_B: Tensor, taps: dict[str, Tensor], teacher_logits_BK: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Every term of the method's loss, ``total`` being their sum."""
+        output = self.trainee.student(images_BCHW)
+        task = self._task(output.logits, labels_B, self._smoothing)
+        return self.trainee.loss(
+            output.maps, output.logits, taps.get("stage4"), teacher_logits_BK, task, taps.get("stage3_prefix")
+        )

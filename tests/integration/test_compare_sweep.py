@@ -1,0 +1,184 @@
+"""Whole sweeps on a tiny store: run, resumed, in parallel, with failures, and from the command line."""
+
+import json
+import os
+import queue
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_world import shared_world
+
+from feature_store.errors import MismatchError, UserError
+from student_trainer.checkpoint import load_checkpoint
+from student_trainer.cli import main
+from student_trainer.compare import CompareConfig, _set_up_process, compare, is_finished
+from student_trainer.metrics import read_metrics
+from student_trainer.sweep import read_sweep
+from student_trainer.train import Trainer
+
+ABLATION = ("No distillation", "CAP", "CAP + DFM", "CAP + DFM + TPP", "CAP + DFM + TPP + KD")
+
+
+def changes(**more: object) -> tuple[str, ...]:
+    """What turns a ready sweep into one over the tiny world."""
+    world = shared_world()
+    values = {
+        "store": world.store, "tars": f"[{', '.join(world.tars)}]", "val_tars": world.val_tars[0],
+        "student": "test_resnet", "epochs": 1, "batch_size": 8, "workers": 0, "report": "false", **more,
+    }  # fmt: skip
+    return tuple(f"{name}={value}" for name, value in values.items())
+
+
+def top1(folder: Path) -> float:
+    return [line["top1"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "epoch"][-1]
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory):
+    """The paper's ablation, run once with two seeds."""
+    config = CompareConfig(
+        sweep=Path("ablation"), out=tmp_path_factory.mktemp("sweep") / "ablation", seeds=(0, 1), set=changes(),
+        progress=False,
+    )  # fmt: skip
+    return config, compare(config)
+
+
+def test_ablation_gives_the_papers_rows_when_run_on_a_store(ablation):
+    config, found = ablation
+    assert tuple(row.name for row in found.settings) == ABLATION
+    for row in found.settings:
+        assert [run.seed for run in row.runs] == [0, 1]
+        assert [run.top1 for run in row.runs] == [top1(run.folder) for run in row.runs]
+        assert (row.difference is None) == (row.name == "No distillation")
+    terms = [
+        {name for name in read_metrics(row.runs[0].folder / "metrics.jsonl")[-1] if name.startswith(("stage", "kd"))}
+        for row in found.settings
+    ]
+    stage4, stage3 = ({f"{stage}_original", f"{stage}_alternative"} for stage in ("stage4", "stage3"))
+    assert terms == [set(), {"stage4_original"}, stage4, stage3 | stage4, stage3 | stage4 | {"kd"}]
+    assert {path.name for path in config.folder.iterdir()} == {"runs", "results.json", "table.md", "report.html"}
+    assert json.loads((config.folder / "results.json").read_text())["settings"][4]["name"] == ABLATION[4]
+
+
+def test_task_loss_is_unweighted_when_methods_are_compared(ablation):
+    _, found = ablation
+    kd = found.settings[4].runs[0]
+    logged = [line["task"] for line in read_metrics(kd.folder / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert kd.task_loss == tuple(2 * value for value in logged)
+    plain = found.settings[0].runs[0]
+    assert plain.task_loss == (read_metrics(plain.folder / "metrics.jsonl")[-1]["task"],)
+
+
+def test_finished_runs_are_left_alone_when_the_sweep_is_repeated(ablation, monkeypatch):
+    config, found = ablation
+    monkeypatch.setattr("student_trainer.compare.train", lambda config: pytest.fail(f"ran {config.run} again"))
+    assert compare(config) == found
+
+
+def test_missing_run_is_made_again_with_the_same_result_when_its_folder_is_gone(ablation):
+    config, found = ablation
+    shutil.rmtree(found.settings[1].runs[1].folder)
+    again = compare(config)
+    assert [run.top1 for run in again.settings[1].runs] == [run.top1 for run in found.settings[1].runs]
+
+
+def test_sweep_is_refused_when_its_folder_holds_runs_with_other_settings(ablation):
+    config, _ = ablation
+    with pytest.raises(MismatchError, match=r"config.optim.lr differs: the run has 0.001, got 0.5"):
+        compare(replace(config, set=(*config.set, "optim.lr=0.5")))
+
+
+def test_more_seeds_only_add_runs_when_the_sweep_grows(ablation):
+    config, found = ablation
+    grown = read_sweep(config.sweep, config.folder, config.set, (0, 1, 2))
+    assert [is_finished(run.config) for run in grown.runs] == [True] * 10 + [False] * 5
+    assert {run.config.run for run in grown.runs[:10]} == {run.folder for row in found.settings for run in row.runs}
+
+
+def test_unfinished_run_goes_on_where_it_stopped_when_the_sweep_is_repeated(tmp_path, monkeypatch):
+    options = changes(epochs=3)
+    sweep = ("{settings: {kd: {method: kd}}, seeds: [0]}", tmp_path / "kd.yaml")
+    sweep[1].write_text(sweep[0])
+    whole = compare(CompareConfig(sweep=sweep[1], out=tmp_path / "whole", set=options, progress=False))
+    config = CompareConfig(sweep=sweep[1], out=tmp_path / "cut", set=options, progress=False)
+    (run,) = read_sweep(config.sweep, config.folder, config.set).runs
+    end_epoch = Trainer._end_epoch
+
+    def stop_after_two(self, *args):
+        end_epoch(self, *args)
+        if self.progress.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_end_epoch", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config)
+    monkeypatch.setattr(Trainer, "_end_epoch", end_epoch)
+    assert load_checkpoint(run.config.run / "last.pt").progress.epoch == 2
+    assert not is_finished(run.config)
+    resumed = compare(config)
+    assert resumed.settings[0].runs[0].top1 == whole.settings[0].runs[0].top1
+    cut, full = (load_checkpoint(tmp_path / name / "runs/kd-seed0/last.pt").weights for name in ("cut", "whole"))
+    assert all(torch.equal(cut[name], full[name]) for name in full)
+
+
+def test_other_runs_finish_when_one_fails(tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text("{settings: {good: {}, bad: {optim: {lr: 1e30, opt: momentum}}}, seeds: [0]}")
+    config = CompareConfig(sweep=tmp_path / "s.yaml", out=tmp_path / "out", set=changes(method="none", epochs=2))
+    with pytest.raises(UserError, match=r"1 of 2 runs failed; mend the sweep.*\n  bad, seed 0: the loss is not finite"):
+        compare(config)
+    saved = json.loads((tmp_path / "out/results.json").read_text())
+    assert [len(row["runs"]) for row in saved["settings"]] == [1, 0]
+    assert "bad, seed 0: failed: the loss is not finite" in capsys.readouterr().err
+
+
+def test_parallel_runs_give_what_sequential_ones_do_when_processes_are_asked_for(ablation, tmp_path):
+    config, found = ablation
+    (tmp_path / "two.yaml").write_text("{settings: {No distillation: {method: none}}, seeds: [0, 1]}")
+    parallel = compare(
+        CompareConfig(sweep=tmp_path / "two.yaml", out=tmp_path / "p", set=config.set, processes=2, progress=False)
+    )
+    assert [run.top1 for run in parallel.settings[0].runs] == [run.top1 for run in found.settings[0].runs]
+
+
+def test_each_process_sees_one_gpu_when_gpus_are_listed(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    threads, gpus = torch.get_num_threads(), queue.Queue()
+    gpus.put(3)
+    try:
+        _set_up_process(gpus, 1)
+        assert (os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads()) == ("3", 1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_command_prints_table_or_json_when_a_sweep_is_done(ablation, capsys):
+    config, found = ablation
+    arguments = ["compare", "ablation", "--out", str(config.out), "--seeds", "0", "1", "--set", *config.set]
+    assert main([*arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["settings"][2]["mean"] == found.settings[2].mean
+    assert "10 of 10 runs were finished before" in captured.err
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "vs No" in printed
+    assert str(config.out) in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "0"], "--processes is 0, expected at least 1"),
+        (["--gpus", "0", "1", "--processes", "2"], "--gpus runs one process on each GPU; leave out --processes"),
+        (["--gpus", "0", "0"], "--gpus is (0, 0), expected each GPU once"),
+        (["--confidence", "1"], "--confidence is 1.0, expected between 0 and 1"),
+        (["--threads", "0"], "--threads is 0, expected at least 1"),
+        (["--set", "lr"], "--set 'lr' assigns nothing"),
+    ],
+)
+def test_command_is_refused_when_an_option_cannot_work(tmp_path, capsys, options, message):
+    assert main(["compare", "ablation", "--out", str(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

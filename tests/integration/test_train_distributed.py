@@ -1,0 +1,158 @@
+"""Several processes train as one: same losses, one writer, one error, exact resume. Gloo, on CPUs."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from process_runs import kill, poison_second_process, run_alone, run_group, start_group, wait_for_lines
+from training_world import shared_world
+
+from student_trainer.assemble import assemble
+from student_trainer.checkpoint import load_checkpoint
+from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.distributed import Group, synchronise_batchnorm
+from student_trainer.metrics import read_metrics
+from student_trainer.scalekd import ScaleKDConfig
+
+TIMING = {"images_per_second", "data_wait", "seconds_per_step", "teacher_seconds", "memory"}
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    """A run without BatchNorm: several processes and one see the same."""
+    world = shared_world()
+    return TrainConfig(
+        run=tmp_path / "run",
+        student="test_vit",
+        student_kwargs={"depth": 4},
+        tars=world.tars,
+        val_tars=world.val_tars,
+        store=world.store,
+        epochs=3,
+        batch_size=8,
+        scalekd=ScaleKDConfig(norm="layer"),
+        # small steps of plain SGD: sums in another order differ in the last bit, and large steps or Adam's division
+        # by tiny second moments would make more of that
+        optim=OptimConfig(opt="momentum", lr=3e-4, clip_grad=10.0),
+        workers=0,
+        log_every=1,
+        device="cpu",
+        progress=False,
+        report=False,
+    )
+
+
+def lines(config: TrainConfig, kind: str) -> list[dict]:
+    found = (line for line in read_metrics(config.run / "metrics.jsonl") if line["kind"] == kind)
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in found]
+
+
+def assert_same_curves(config: TrainConfig, other: TrainConfig) -> None:
+    mine, theirs = lines(config, "step"), lines(other, "step")
+    assert len(mine) == len(theirs) == 9
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.pop("kind"), a["step"]) == (b.pop("kind"), b["step"])
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one_when_they_share_a_batch(config, tmp_path):
+    alone = replace(config, run=tmp_path / "alone")
+    assert run_alone(alone) == {"steps": 9}
+    split = replace(config, accumulate=2)
+    assert run_group(config, 2) == run_group(replace(split, run=tmp_path / "split"), 2) == [{"steps": 9}] * 2
+    assert_same_curves(config, alone)
+    assert_same_curves(replace(split, run=tmp_path / "split"), alone)
+    assert [line["val_samples"] for line in lines(config, "epoch")] == [10, 10, 10]
+    assert lines(config, "start") == lines(alone, "start")
+    weights, expected = (load_checkpoint(c.run / "last.pt").weights for c in (config, alone))
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_group_goes_on_to_the_bit_when_killed_and_resumed(config, tmp_path):
+    """With what a process has for itself: drop path's random numbers, and BatchNorm statistics."""
+    config = replace(
+        config,
+        student="test_convnext",
+        student_kwargs={"drop_path_rate": 0.3},
+        scalekd=ScaleKDConfig(),
+        ema_decay=0.9,
+        checkpoint_every=2,
+    )
+    whole = replace(config, run=tmp_path / "whole")
+    assert run_group(whole, 2) == [{"steps": 9}] * 2
+    processes = start_group(config, 2)
+    assert wait_for_lines(config, 7, processes)  # start, 3 steps, epoch, 2 steps: beyond the checkpoint at step 4
+    kill(processes)
+    assert run_group(replace(config, resume=True), 2) == [{"steps": 9}] * 2
+    for kind in ("step", "epoch"):
+        assert lines(config, kind) == lines(whole, kind)
+    mine, theirs = load_checkpoint(config.run / "last.pt"), load_checkpoint(whole.run / "last.pt")
+    for part in ("weights", "loss", "ema"):
+        a, b = getattr(mine, part), getattr(theirs, part)
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    states = [state["cpu"] for state in mine.rng]
+    assert all(torch.equal(a, b["cpu"]) for a, b in zip(states, theirs.rng, strict=True))
+    assert not torch.equal(*states)  # each process draws its own
+
+
+def test_group_names_the_rows_of_the_process_whose_loss_is_not_finite(config):
+    first, second = run_group(config, 2, poison_second_process)
+    assert second == {"exit": 2}
+    assert first["error"].startswith("UserError: the loss is not finite at step 2 (epoch 0): task ")
+    rows = list(assemble(config, group=Group(1, 2)).batches)[2]
+    assert f"first rows of the batch: unit {rows[0].unit} position {rows[0].position} view 0" in first["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sync_bn": True}, "InputError: --sync-bn with several processes needs GPUs"),
+        ({"batch_size": 9}, "InputError: a batch of 9 cannot be shared by 2 processes in 1 passes each"),
+        ({"device": "cuda:0"}, "InputError: --device is cuda:0, but 2 processes were started; use --device cuda"),
+    ],
+)
+def test_group_is_refused_once_when_it_cannot_train(config, change, message):
+    first, second = run_group(replace(config, **change), 2)
+    assert first["error"].startswith(message)
+    assert not config.run.exists()
+    if "device" not in change:  # that one is met before the processes know each other
+        assert second == {"exit": 2}
+
+
+def test_run_is_refused_when_resumed_by_another_number_of_processes(config):
+    assert run_alone(replace(config, epochs=1)) == {"steps": 3}
+    first, second = run_group(replace(config, epochs=1, resume=True), 2)
+    assert "inputs.processes differs: the run has 1, got 2" in first["error"]
+    assert second == {"exit": 2}
+
+
+def test_torchrun_trains_and_prints_once_when_it_starts_the_command(config, tmp_path):
+    arguments = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "--", "student_trainer", "train", "--run", str(config.run), "--student", config.student,
+        "--device", "cpu",
+        "--student-kwargs", json.dumps(config.student_kwargs), "--store", str(config.store), "--tars", *config.tars,
+        "--epochs", "1", "--batch-size", "8", "--workers", "0", "--scalekd.norm", "layer", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(
+        arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 3
+    assert done.stderr.count("epoch 1/1: loss") == 1
+    assert len(lines(config, "epoch")) == 1
+
+
+def test_batchnorm_is_synchronised_when_processes_have_gpus():
+    student = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    names = list(student.state_dict())
+    synchronised = synchronise_batchnorm(student, Group(0, 2, 0), torch.device("cuda"))
+    assert isinstance(synchronised[1], torch.nn.SyncBatchNorm)
+    assert list(synchronised.state_dict()) == names
+    plain = torch.nn.BatchNorm2d(4)
+    assert synchronise_batchnorm(plain, Group(), torch.device("cpu")) is plain

@@ -1,0 +1,228 @@
+"""Options between a loss and new weights: accumulation, moving average, autocast, compilation, idle terms."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import timm
+import torch
+from training_world import shared_world
+
+from feature_store.errors import InputError
+from student_trainer.assemble import assemble
+from student_trainer.checkpoint import load_checkpoint
+from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.data import BatchLoader
+from student_trainer.evaluate import EvaluateConfig, evaluate
+from student_trainer.export import ExportConfig, export
+from student_trainer.metrics import read_metrics
+from student_trainer.scalekd import ScaleKDConfig, ScaleKDLoss
+from student_trainer.train import Trainer, train
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    """A run without BatchNorm, so that a batch may be split."""
+    world = shared_world()
+    return TrainConfig(
+        run=tmp_path / "run",
+        student="test_vit",
+        student_kwargs={"depth": 4},
+        tars=world.tars,
+        store=world.store,
+        epochs=1,
+        batch_size=12,
+        scalekd=ScaleKDConfig(norm="layer"),
+        optim=OptimConfig(lr=1e-3, clip_grad=1.0),
+        workers=0,
+        log_every=1,
+        progress=False,
+        report=False,
+    )
+
+
+def running(config: TrainConfig) -> Trainer:
+    return Trainer(config, assemble(config))
+
+
+def first_batch(trainer: Trainer):
+    return next(iter(BatchLoader(trainer.parts.dataset, trainer.parts.batches)))
+
+
+def totals(config: TrainConfig) -> list[float]:
+    train(config)
+    return [line["total"] for line in read_metrics(config.run / "metrics.jsonl") if line["kind"] == "step"]
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_accumulated_steps_equal_whole_ones_when_there_is_no_batchnorm(config, tmp_path, pieces):
+    whole = totals(config)
+    split = totals(replace(config, run=tmp_path / "split", accumulate=pieces))
+    assert len(whole) == len(split) == 2
+    assert split == pytest.approx(whole, rel=1e-5)
+
+
+def test_accumulated_gradients_are_the_whole_batchs_when_there_is_no_batchnorm(config):
+    gradients = []
+    for pieces in (1, 4):
+        trainer = running(replace(config, accumulate=pieces))
+        loader = iter(BatchLoader(trainer.parts.dataset, trainer.parts.batches))
+        for _ in range(pieces):
+            trainer.updates.backward(trainer.losses(next(loader))["total"] / pieces)
+        gradients.append([p.grad for p in trainer.parts.trainee.parameters()])
+    for whole, split in zip(*gradients, strict=True):
+        assert (whole - split).abs().max() <= 5e-5 * whole.abs().max()
+
+
+def test_batch_size_is_refused_when_it_cannot_be_split(config):
+    with pytest.raises(InputError, match="--accumulate is 5, expected a divisor of --batch-size 12"):
+        replace(config, accumulate=5)
+
+
+def test_average_follows_the_students_weights_when_kept(config):
+    trainer = running(replace(config, ema_decay=0.75))
+    name = "head.weight"
+    seen = []
+    for batch in BatchLoader(trainer.parts.dataset, trainer.parts.batches):
+        trainer.step(batch)
+        trainer._advance(_NoMeans())
+        seen.append(trainer.student.model.state_dict()[name].clone())
+    average = trainer.updates.validated.state_dict()[name]
+    torch.testing.assert_close(average, 0.75 * seen[0] + 0.25 * seen[1])  # it starts at the first step's weights
+    assert not torch.equal(average, seen[1])
+
+
+class _NoMeans:
+    def state_dict(self) -> dict:
+        return {}
+
+
+def test_average_is_validated_exported_and_resumed_when_kept(config, tmp_path):
+    world = shared_world()
+    config = replace(
+        config, student_kwargs={"depth": 4, "drop_path_rate": 0.3}, val_tars=world.val_tars, ema_decay=0.5, epochs=2
+    )
+    train(replace(config, run=tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_end_epoch", _dying_in_epoch(1))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    result = train(replace(config, resume=True))
+    mine, whole = load_checkpoint(config.run / "last.pt"), load_checkpoint(tmp_path / "whole" / "last.pt")
+    for got, expected in ((mine.ema, whole.ema), (mine.weights, whole.weights)):
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert not torch.equal(mine.ema["head.weight"], mine.weights["head.weight"])
+    last = EvaluateConfig(checkpoint=config.run / "last.pt", tars=world.val_tars, workers=0)
+    assert evaluate(last).accuracy.top1 == result.last_top1
+    export(ExportConfig(run=config.run / "last.pt", out=tmp_path / "out"))
+    exported = timm.create_model(
+        "test_vit", checkpoint_path=str(tmp_path / "out" / "model.safetensors"), num_classes=4, depth=4, img_size=64
+    )
+    assert torch.equal(exported.state_dict()["head.weight"], mine.ema["head.weight"])
+
+
+def _dying_in_epoch(number: int):
+    end = Trainer._end_epoch
+
+    def dying(self, *arguments):
+        if self.progress.epoch == number:
+            raise KeyboardInterrupt
+        end(self, *arguments)
+
+    return dying
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_autocast_stays_close_to_float32_when_training(config, amp):
+    exact, rough = running(config), running(replace(config, amp=amp))
+    batch = first_batch(exact)
+    expected, got = exact.losses(batch)["total"].item(), rough.losses(batch)["total"].item()
+    assert got == pytest.approx(expected, rel=0.01)
+    assert got != expected
+    assert len(totals(replace(config, amp=amp))) == 2
+
+
+def test_float16_scales_the_loss_and_skips_the_step_when_gradients_overflow(config):
+    trainer = running(replace(config, amp="float16"))
+    batch = first_batch(trainer)
+    trainer.updates._scaler._init_scale = 2.0**126  # any gradient overflows
+    before = [p.detach().clone() for p in trainer.parts.trainee.parameters()]
+    trainer.step(batch)
+    after = list(trainer.parts.trainee.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert trainer.updates.state_dict()["scaler"]["scale"] == 2.0**125
+    assert running(replace(config)).updates.state_dict()["scaler"] == {}
+
+
+def test_compiled_run_gives_the_same_losses_when_traced(config, monkeypatch):
+    # the eager backend proves that all of student and loss can be traced, without a compiler's minutes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    plain, compiled = running(config), running(replace(config, compile=True))
+    batch = first_batch(plain)
+    expected, got = plain.losses(batch), compiled.losses(batch)
+    for name, term in expected.items():
+        torch.testing.assert_close(got[name], term, rtol=1e-5, atol=1e-6)
+    assert compiled._forward._compiled_call_impl is not None
+
+
+def test_deterministic_run_asks_torch_for_it_when_switched_on(config, monkeypatch):
+    asked = []
+    step = Trainer.step
+    monkeypatch.setattr(
+        Trainer, "step", lambda *a: asked.append(torch.are_deterministic_algorithms_enabled()) or step(*a)
+    )
+    train(replace(config, deterministic=True))
+    assert asked == [True, True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+IDLE = [
+    {"alphas_stage4": (0.08, 0.0)},
+    {"alphas_stage3": (0.0, 0.06)},
+    {"alphas_stage3": (0.08, 0.0), "alphas_stage4": (0.08, 0.0)},
+    {"alphas_stage3": (0.0, 0.0)},
+]
+
+
+@pytest.mark.parametrize("alphas", IDLE)
+def test_idle_terms_change_nothing_when_left_out(config, alphas):
+    """The trainer's loss against the released composition, which computes everything."""
+    config = replace(config, scalekd=replace(config.scalekd, **alphas))
+    lean = running(config)
+    whole = running(config)
+    batch = first_batch(lean)
+    faithful = _released(whole)
+    faithful.load_state_dict(lean.loss.state_dict(), strict=False)
+    whole._forward.trainee.loss = faithful
+    terms, expected = lean.losses(batch), whole.losses(batch)
+    assert terms.keys() < expected.keys()
+    assert all(expected[name] == 0 for name in expected.keys() - terms.keys())
+    assert terms["total"].item() == pytest.approx(expected["total"].item(), rel=1e-6)
+    terms["total"].backward()
+    expected["total"].backward()
+    for name, leaf in lean.loss.named_parameters():
+        reference = dict(faithful.named_parameters())[name].grad
+        torch.testing.assert_close(leaf.grad, reference, rtol=1e-4, atol=1e-7)
+    left = [cap for stage in (lean.loss.stage3, lean.loss.stage4) for cap in stage]
+    assert len(left) == {0: 3, 1: 4, 2: 2, 3: 4}[IDLE.index(alphas)]
+
+
+def _released(trainer: Trainer) -> ScaleKDLoss:
+    student = trainer.student
+    later_blocks = trainer.loss.perception.later_blocks
+    return ScaleKDLoss(trainer.config.scalekd, student.dims, student.grids, later_blocks)
+
+
+def test_later_blocks_run_twice_and_give_the_same_gradients_when_checkpointed(config):
+    results = []
+    for checkpointed in (False, True):
+        trainer = running(replace(config, scalekd=replace(config.scalekd, checkpoint_later_blocks=checkpointed)))
+        runs = []
+        trainer.loss.perception.later_blocks.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        total = trainer.losses(first_batch(trainer))["total"]
+        total.backward()
+        results.append((len(runs), total.item(), [p.grad for p in trainer.parts.trainee.parameters()]))
+    (once, total, gradients), (twice, same_total, same_gradients) = results
+    assert (once, twice) == (1, 2)
+    assert total == same_total
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same_gradients, strict=True))

@@ -1,0 +1,199 @@
+"""Every preset in its true shapes, without memory or time: on the meta device, where only shapes exist."""
+
+import json
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from timm.optim import Lamb
+
+from feature_store.errors import InputError
+from feature_store.teacher import LaterBlocks, split_teacher
+from feature_store.teacher.model import build_model
+from feature_store.views import POLICIES
+from student_trainer.assemble import build_trainee
+from student_trainer.cli import main
+from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.optimize import make_optimizer
+from student_trainer.recipes import A1, A2, PRESETS, SCHEDULES, T1, T2, preset_config
+from student_trainer.trainee import ForwardPass
+
+B, K = 2, 1000
+
+
+@cache
+def later_blocks(teacher: str) -> LaterBlocks:
+    preset = next(preset for preset in PRESETS.values() if preset.teacher.name == teacher)
+    with torch.device("meta"):
+        return split_teacher(build_model(teacher, preset.teacher.model_kwargs))[1]
+
+
+def run_config(name: str, **options) -> TrainConfig:
+    return preset_config(PRESETS, name, run=Path("r"), tars=("a.tar",), store=Path("s"), **options)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_makes_a_step_in_its_true_shapes_when_built_on_the_meta_device(name):
+    config, later = run_config(name), later_blocks(PRESETS[name].teacher.name)
+    split = later.info
+    with torch.device("meta"):
+        trainee = build_trainee(config, K, (224, 224), later)
+        taps = {"stage4": torch.empty(B, split.output_grid[0] * split.output_grid[1], split.output_dim)}
+        if split.prefix_tokens:
+            taps["stage3_prefix"] = torch.empty(B, split.prefix_tokens, split.input_dim)
+        images, labels = torch.empty(B, 3, 224, 224), torch.zeros(B, dtype=torch.int64)
+        forward = ForwardPass(trainee, config.task, config.label_smoothing)
+        terms = forward(images, labels, taps, torch.empty(B, K))
+        optimizer = make_optimizer(config.optim, trainee)
+        terms["total"].backward()
+        optimizer.step()
+    assert "stage3_alternative" in terms
+    assert ("stage4_alternative" in terms) == (config.scalekd.alphas_stage4[1] > 0)
+    assert ("kd" in terms) == (config.scalekd.kd_alpha is not None)
+    # every parameter learns; one without a gradient would stop distributed training
+    assert [name for name, leaf in trainee.named_parameters() if leaf.grad is None] == []
+    assert all(leaf.grad is None for leaf in later.parameters())
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(trainee.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "grids", "heads", "queries"),
+    [
+        ("trad-swin_s-resnet50", (1024, 2048), (14, 7), (3, 6), (196, 49)),
+        ("trad-swin_b-resnet50", (1024, 2048), (14, 7), (8, 16), (196, 49)),
+        ("trad-swin_l-mobilenetv1", (512, 1024), (14, 7), (16, 24), (196, 49)),
+        ("adv-swin_l-resnet50", (1024, 2048), (14, 7), (16, 24), (196, 49)),
+        ("adv-swin_l-vit_b16", (768, 768), (14, 14), (8, 8), (196, 49)),
+        ("adv-eva_l14-mixer_b14", (768, 768), (16, 16), (16, 16), (256, 256)),
+        ("adv-eva_l14-vit_b14", (768, 768), (16, 16), (16, 16), (256, 256)),
+    ],
+)
+def test_preset_has_the_released_shapes_when_built(name, dims, grids, heads, queries):
+    with torch.device("meta"):
+        trainee = build_trainee(run_config(name), K, (224, 224), later_blocks(PRESETS[name].teacher.name))
+    assert trainee.student.dims == dims
+    assert trainee.student.grids == tuple((grid, grid) for grid in grids)
+    caps = trainee.loss.stage3["original"], trainee.loss.stage4["original"]
+    assert tuple(cap.num_heads for cap in caps) == heads
+    assert tuple(cap.query_hw[0] * cap.query_hw[1] for cap in caps) == queries
+    assert [cap.key_hw for cap in caps] == list(trainee.student.grids)
+
+
+def test_schedules_are_the_released_ones_when_read():
+    assert T1.optim.at(256) == OptimConfig(
+        "momentum", 0.1, weight_decay=1e-4, decay_all=True, sched="step", decay_epochs=30, decay_rate=0.1
+    )
+    assert T2.optim.at(256) == OptimConfig("momentum", 0.1, weight_decay=1e-4, decay_all=True)
+    assert (A1.optim.at(2048).lr, A1.optim.warmup_lr, A1.optim.weight_decay, A1.optim.decay_all) == (
+        5e-3, 1.25e-3, 0.02, True,
+    )  # fmt: skip
+    assert (A2.optim.at(1024).lr, A2.optim.min_lr, A2.optim.weight_decay, A2.optim.decay_all) == (
+        1e-3, 1e-5, 0.05, False,
+    )  # fmt: skip
+    assert A2.more == {"ema_decay": pytest.approx(0.9999)}
+    assert {s.name: (s.epochs, s.batch_size, s.optim.clip_grad, s.optim.warmup_epochs) for s in SCHEDULES.values()} == {
+        "T1": (100, 256, None, 0),
+        "T2": (100, 256, None, 0),
+        "A1": (300, 2048, 5.0, 5),
+        "A2": (300, 1024, 5.0, 20),
+    }
+    assert {schedule.policy for schedule in SCHEDULES.values()} <= POLICIES.keys()
+
+
+def test_presets_are_those_of_the_released_table_when_listed():
+    assert len({(p.teacher.architecture, p.student, p.schedule.name) for p in PRESETS.values()}) == len(PRESETS) == 14
+    by_teacher = Counter(preset.teacher.architecture for preset in PRESETS.values())
+    assert by_teacher == {
+        "swin_small_patch4_window7_224": 1,
+        "swin_base_patch4_window7_224": 1,
+        "swin_large_patch4_window7_224": 9,
+        "eva_large_patch14_196": 3,
+    }
+    assert PRESETS["adv-eva_l14-vit_b14"].scalekd.alphas_stage4 == (0.016, 0.008)
+    assert PRESETS["trad-swin_s-resnet50"].scalekd.alphas_stage4 == (0.08, 0.0)
+    assert PRESETS["trad-swin_s-resnet50"].scalekd.kd_alpha is None
+    assert {p.options.get("task", "ce") for p in PRESETS.values() if p.schedule is A1} == {"bce"}
+    assert {p.options["label_smoothing"] for p in PRESETS.values() if p.schedule is A2} == {0.1}
+
+
+def test_learning_rate_follows_the_batch_when_it_is_not_the_schedules():
+    linear, root = T1.optim.at(512), A1.optim.at(512)
+    assert linear.lr == pytest.approx(0.2)
+    assert (root.lr, root.warmup_lr) == pytest.approx((2.5e-3, 0.625e-3))
+    assert A2.optim.at(2048).min_lr == pytest.approx(2e-5)
+    assert OptimConfig(lr=0.3).at(7).lr == 0.3  # without lr_batch rates are as given
+
+
+def test_optimizer_is_timms_with_the_scaled_rate_when_a_preset_trains():
+    config = run_config("adv-swin_l-resnet50", batch_size=512)
+    with torch.device("meta"):
+        trainee = build_trainee(config, K, (224, 224), later_blocks(PRESETS["adv-swin_l-resnet50"].teacher.name))
+    optimizer = make_optimizer(config.optim.at(config.batch_size), trainee)
+    assert isinstance(optimizer, Lamb)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-3)
+
+
+def test_a2_spares_norms_biases_positions_and_class_token_when_decaying():
+    config = run_config("adv-swin_l-vit_s16")
+    with torch.device("meta"):
+        trainee = build_trainee(config, K, (224, 224), later_blocks(PRESETS["adv-swin_l-vit_s16"].teacher.name))
+    spared = {
+        id(p) for g in make_optimizer(config.optim, trainee).param_groups if not g["weight_decay"] for p in g["params"]
+    }
+    for name, leaf in trainee.named_parameters():
+        free = leaf.ndim <= 1 or name.endswith(("bias", "position", "pos_embed", "cls_token"))
+        assert (id(leaf) in spared) == free, name
+
+
+def test_preset_name_is_corrected_when_unknown():
+    with pytest.raises(InputError, match=r"no preset 'adv-swin_l-resnet5'; did you mean adv-swin_l-resnet50"):
+        run_config("adv-swin_l-resnet5")
+
+
+LINE = ["train", "--preset", "adv-swin_l-vit_s16", "--run", "r", "--tars", "a.tar", "--store", "s", "--print-config"]
+
+
+def test_command_prints_the_presets_settings_when_asked(capsys):
+    assert main(LINE) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["preset"] == "adv-swin_l-vit_s16"
+    assert (printed["student"], printed["epochs"], printed["ema_decay"]) == ("vit_small_patch16_224", 300, 0.9999)
+    assert printed["expect"] == {"teacher": "swin_large_patch4_window7_224", "policy": "a2"}
+    assert not Path("r").exists()
+
+
+def test_command_overrides_the_preset_when_options_are_given_beside_it(capsys):
+    changes = [
+        "--epochs",
+        "3",
+        "--ema-decay",
+        "None",
+        "--optim.opt",
+        "lamb",
+        "--scalekd.no-tpp",
+        "--expect.policy",
+        "None",
+    ]
+    assert main([*LINE, *changes]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["epochs"], printed["ema_decay"], printed["optim"]["opt"]) == (3, None, "lamb")
+    assert printed["optim"]["lr"] == 1e-3  # what was not given stays the preset's
+    assert printed["scalekd"]["tpp"] is False
+    assert printed["expect"]["policy"] is None
+
+
+def test_command_lists_presets_when_asked(capsys):
+    assert main(["presets", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["presets"]
+    assert [row["preset"] for row in rows] == list(PRESETS)
+    assert main(["presets"]) == 0
+    assert all(name in capsys.readouterr().out for name in ("adv-eva_l14-vit_b14",))
+    assert main(["presets", "trad-swin_s-resnet50"]) == 0
+    assert json.loads(capsys.readouterr().out)["sync_bn"] is True
+
+
+def test_command_names_the_presets_when_an_unknown_one_is_asked_for(capsys):
+    assert main(["train", "--preset", "nope", "--run", "r", "--tars", "a.tar"]) == 2
+    assert "adv-swin_l-resnet50" in capsys.readouterr().err

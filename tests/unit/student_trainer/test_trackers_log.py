@@ -1,0 +1,99 @@
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from feature_store.errors import InputError
+from student_trainer.config import TrainConfig
+from student_trainer.metrics import read_metrics
+from student_trainer.trackers import open_log, require_trackers
+
+VALUES = {"epoch": 0, "total": 1.5, "kd": 0.5, "lr": 0.1, "images_per_second": 9.0, "data_wait": 0.25, "memory": 1000}
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    run = tmp_path / "run"
+    run.mkdir()
+    return TrainConfig(run=run, student="test_resnet", tars=("a.tar",), method="none", num_classes=2)
+
+
+def log_some(config: TrainConfig, first_step: int = 0) -> None:
+    with open_log(config, config.run / "metrics.jsonl", first_step) as log:
+        log.write("start", first_step, samples=3)
+        log.write("step", first_step + 1, **VALUES)
+        log.write("epoch", first_step + 1, epoch=0, top1=50.0, val_unreadable=["x"], seconds_per_step=None)
+
+
+def test_only_the_log_is_written_when_no_tracker_is_asked_for(config):
+    log_some(config)
+    assert [line["kind"] for line in read_metrics(config.run / "metrics.jsonl")] == ["start", "step", "epoch"]
+    assert {path.name for path in config.run.iterdir()} == {"metrics.jsonl"}
+
+
+def test_tensorboard_holds_every_number_when_asked_for(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(config, tensorboard=True)
+    log_some(config)
+    log_some(config, first_step=1)
+    events = EventAccumulator(str(config.run / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {f"step/{name}" for name in VALUES} | {"epoch/epoch", "epoch/top1"}
+    assert [(event.step, event.value) for event in events.Scalars("step/kd")] == [(1, 0.5), (2, 0.5)]
+
+
+def test_tensorboard_forgets_what_a_crash_left_beyond_the_checkpoint_when_resumed(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(config, tensorboard=True)
+    for step in (1, 2, 3):
+        log_some(config, first_step=step)
+    with open_log(config, config.run / "metrics.jsonl", 2) as log:  # the checkpoint was at step 2
+        log.write("step", 3, total=9.0)
+    events = EventAccumulator(str(config.run / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("step/total")][-2:] == [(2, 1.5), (3, 9.0)]
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the wandb package, of the two calls that are made."""
+    calls = []
+
+    def init(**options):
+        calls.append(("init", options))
+        return SimpleNamespace(log=lambda v, step: calls.append((step, v)), finish=lambda: calls.append(("finish", {})))
+
+    module = ModuleType("wandb")
+    module.init = init
+    module.__spec__ = SimpleNamespace(name="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+def test_wandb_gets_config_and_numbers_and_the_same_run_when_resumed(config, wandb):
+    config = replace(config, wandb="my-project")
+    require_trackers(config)
+    log_some(config)
+    log_some(config)
+    (_, first), step, epoch, finish, (_, second), *_ = wandb
+    assert (first["project"], first["name"], first["resume"]) == ("my-project", "run", "allow")
+    assert first["id"] == second["id"]
+    assert first["config"]["student"] == "test_resnet"
+    assert step == (1, {f"step/{name}": value for name, value in VALUES.items()})
+    assert epoch == (1, {"epoch/epoch": 0, "epoch/top1": 50.0})
+    assert finish[0] == "finish"
+
+
+@pytest.mark.parametrize(("change", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "p"}, "wandb")])
+def test_run_is_refused_before_it_starts_when_a_tracker_is_not_installed(config, monkeypatch, change, package):
+    monkeypatch.setattr("student_trainer.trackers.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=rf"--{package} needs {package}; install with `pip install .\[{package}\]`"):
+        require_trackers(replace(config, **change))
+
+
+def test_trackers_are_closed_when_a_run_fails(config, wandb):
+    with pytest.raises(RuntimeError), open_log(replace(config, wandb="p"), Path(config.run / "m.jsonl"), 0):
+        raise RuntimeError
+    assert wandb[-1][0] == "finish"
