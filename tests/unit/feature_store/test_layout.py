@@ -80,9 +80,9 @@ def test_ops_arrays_are_absent_when_the_policy_has_no_randaugment():
 def test_object_bytes_predicts_exactly_what_is_written(written, spare):
     spec = array_specs(tiny_manifest())["taps/stage4"]
     capacity = len(written) + spare
-    values = np.zeros((len(written), *spec.row_shape), spec.dtype)
-    shard, _ = encode_shard(spec, values, np.array(written), capacity)
-    assert shard.nbytes == object_bytes(spec, sum(written), capacity)
+    values = np.zeros((sum(written), *spec.row_shape), spec.dtype)
+    shard, _ = encode_shard(spec, values, np.flatnonzero(written), capacity)
+    assert sum(part.nbytes for part in shard.parts) == shard.nbytes == object_bytes(spec, sum(written), capacity)
 
 
 @given(st.integers(0, 43), st.integers(0, 7))
