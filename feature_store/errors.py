@@ -11,6 +11,7 @@ UserError                       exit 2 unless a subclass says otherwise
 └── ResourceError               disk, network or device gave up                                 exit 3
 """
 
+from functools import partial
 from typing import Any
 
 
@@ -39,7 +40,13 @@ class MismatchError(UserError):
 
     def __init__(self, field: str, *, expected: Any, got: Any, remedy: str, where: str = "store") -> None:
         self.field, self.expected, self.got, self.remedy = field, expected, got, remedy
+        self._where = where
         super().__init__(f"{field} differs: {where} has {expected!r}, got {got!r}; {remedy}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive the way out of a worker process."""
+        keywords = {"expected": self.expected, "got": self.got, "remedy": self.remedy, "where": self._where}
+        return partial(type(self), **keywords), (self.field,)
 
 
 class UncommittedError(UserError):

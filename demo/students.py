@@ -1,0 +1,173 @@
+"""The same student trained ten times over: five methods, with few labels and with all."""
+
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Literal
+
+import torch
+
+from demo.digits import Digits
+from demo.settings import StudentSettings
+from demo.teacher import CROP_PCT
+from student_trainer.config import TeacherConfig, TrainConfig
+from student_trainer.metrics import read_metrics
+from student_trainer.train import TrainResult, train
+
+PROCESSES = 2  # students trained at a time, one thread each: networks this small do not gain from a second thread
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train: what it is called, and the trainer's names for it."""
+
+    label: str
+    method: Literal["scalekd", "fd", "kd", "none"]
+    source: Literal["store", "live"] = "store"
+
+
+METHODS = (
+    Method("No distillation", "none"),
+    Method("KD", "kd"),
+    Method("FD", "fd"),
+    Method("ScaleKD, store", "scalekd"),
+    Method("ScaleKD, live", "scalekd", "live"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table: one method with ``few`` or ``all`` labels, over its seeds."""
+
+    labels: str
+    method: Method
+    images: int
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SettingResult:
+    """What a setting gave.
+
+    Attributes:
+        labels: ``few`` or ``all``.
+        method: What the method is called.
+        images: Labelled images trained on.
+        seeds: Seeds of weights and order.
+        top1: Test accuracy after the last step per seed, in percent.
+        mean: Mean of top1.
+        spread: Sample standard deviation of top1; None with one seed.
+        steps: Optimizer steps of each run.
+        seconds_per_step: Median over steps, median over seeds.
+        teacher_seconds: Seconds in a live teacher per run, mean over seeds.
+        curves: Cross entropy with the labels per step and seed, unweighted.
+    """
+
+    labels: str
+    method: str
+    images: int
+    seeds: tuple[int, ...]
+    top1: tuple[float, ...]
+    mean: float
+    spread: float | None
+    steps: int
+    seconds_per_step: float
+    teacher_seconds: float
+    curves: tuple[tuple[float, ...], ...]
+
+
+class Students:
+    """Where the runs read and write.
+
+    Attributes:
+        student: The student and its training.
+    """
+
+    def __init__(self, folder: Path, digits: Digits, store: Path, checkpoint: Path, settings: StudentSettings) -> None:
+        self._folder, self._digits, self._store = folder, digits, store
+        self._checkpoint, self.student = checkpoint, settings
+
+    def settings(self) -> list[Setting]:
+        """All ten settings, in the table's order."""
+        labels = (
+            ("few", self._digits.few_images, self.student.few_seeds),
+            ("all", self._digits.train_images, self.student.all_seeds),
+        )
+        return [Setting(name, method, images, seeds) for name, images, seeds in labels for method in METHODS]
+
+    def config(self, setting: Setting, seed: int) -> TrainConfig:
+        """One run. Nothing but method, source, labels and seed differs between runs."""
+        student, method = self.student, setting.method
+        name = f"{setting.labels}-{method.method}-{method.source}-seed{seed}"
+        epochs = student.steps // (setting.images // student.batch_size)
+        return TrainConfig(
+            run=self._folder / name,
+            student=student.name,
+            student_kwargs=student.model_kwargs,
+            tars=self._digits.train_tars,
+            keys_file=self._digits.few_keys if setting.labels == "few" else None,
+            val_tars=self._digits.test_tars,
+            store=self._store,
+            method=method.method,
+            source=method.source,
+            teacher=TeacherConfig(checkpoint=self._checkpoint) if method.source == "live" else TeacherConfig(),
+            epochs=epochs,
+            val_every=epochs,  # test once, after the last step: no choosing by test accuracy
+            batch_size=student.batch_size,
+            optim=student.optim,
+            scalekd=student.scalekd,
+            crop_pct=CROP_PCT,
+            device="cpu",
+            workers=0,
+            seed=seed,
+            log_every=1,
+            progress=False,
+        )
+
+    def run(self) -> Iterator[tuple[Setting, TrainResult]]:
+        """Train every setting with every seed; gives each run as it ends, in the order of settings."""
+        runs = [(setting, seed) for setting in self.settings() for seed in setting.seeds]
+        configs = [self.config(setting, seed) for setting, seed in runs]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(PROCESSES, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for (setting, _), result in zip(runs, pool.map(train, configs), strict=True):
+                yield setting, result
+
+
+def summarise(runs: Iterable[tuple[Setting, TrainResult]], settings: StudentSettings) -> list[SettingResult]:
+    """Results by setting, in order of first appearance."""
+    by_setting: dict[Setting, list[TrainResult]] = {}
+    for setting, result in runs:
+        by_setting.setdefault(setting, []).append(result)
+    return [_summary(setting, results, settings) for setting, results in by_setting.items()]
+
+
+def _summary(setting: Setting, results: Sequence[TrainResult], settings: StudentSettings) -> SettingResult:
+    top1 = tuple(_known(result.last_top1) for result in results)
+    logits_share = settings.scalekd.kd_alpha or 0.0 if setting.method.method in ("kd", "scalekd") else 0.0
+    return SettingResult(
+        labels=setting.labels,
+        method=setting.method.label,
+        images=setting.images,
+        seeds=setting.seeds,
+        top1=top1,
+        mean=mean(top1),
+        spread=stdev(top1) if len(top1) > 1 else None,
+        steps=results[0].steps,
+        seconds_per_step=median(_known(result.seconds_per_step) for result in results),
+        teacher_seconds=mean(result.teacher_seconds for result in results),
+        curves=tuple(_cross_entropy(result.run, 1 - logits_share) for result in results),
+    )
+
+
+def _known(value: float | None) -> float:
+    assert value is not None  # every run tests and makes steps
+    return value
+
+
+def _cross_entropy(run: Path, weight: float) -> tuple[float, ...]:
+    """The task loss per step without the weight the method gives it, so that methods can be compared."""
+    return tuple(line["task"] / weight for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step")

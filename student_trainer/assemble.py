@@ -1,0 +1,303 @@
+"""What a run is made of: data, teacher features, student and loss, built from its config and checked together."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.config import resolve_model_data_config
+from torch import nn
+
+from feature_store.errors import InputError, MismatchError, ResourceError
+from feature_store.source import FeatureSource
+from feature_store.store import Store, open_store
+from feature_store.tars import Tar
+from feature_store.teacher import LaterBlocks
+from feature_store.teacher.model import Teacher, load_teacher
+from feature_store.views import ViewPolicy, view_policy
+from student_trainer.config import TrainConfig
+from student_trainer.data import (
+    ViewDataset,
+    match_tars,
+    open_tars,
+    read_keys,
+    require_views,
+    training_positions,
+)
+from student_trainer.live import LiveSource, require_same_teacher
+from student_trainer.order import EpochBatches
+from student_trainer.replay import DrawnViews, StoredViews
+from student_trainer.scalekd import TaskLoss, build_loss
+from student_trainer.student import Student
+from student_trainer.trained import Preprocessing
+
+
+class Trainee(nn.Module):
+    """Everything that learns: the student, and the loss with its projectors."""
+
+    def __init__(self, student: Student, loss: nn.Module) -> None:
+        super().__init__()
+        self.student, self.loss = student, loss
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters free of weight decay besides norms and biases: position embeddings and the like."""
+        positions = {f"loss.{name}" for name, _ in self.loss.named_parameters() if name.endswith("position")}
+        return positions | {f"student.{name}" for name in self.student.no_weight_decay()}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run's parts.
+
+    Attributes:
+        device: Where student, loss and a live teacher live.
+        trainee: Student and loss.
+        dataset: Batches of rows, with cached features in them unless the source is live.
+        batches: Which rows, epoch by epoch.
+        live: The live source; None if features are cached or not needed.
+        taps: Taps the loss needs.
+        preprocessing: How images reach the student: normalised as for the teacher, so that both see the same.
+        val_tars: Validation tars.
+        quarantined: Samples left out because the teacher's pass could not read them.
+        inputs: Names and hashes of everything that is read, for config.json and resuming.
+    """
+
+    device: torch.device
+    trainee: Trainee
+    dataset: ViewDataset
+    batches: EpochBatches
+    live: LiveSource | None
+    taps: tuple[str, ...]
+    preprocessing: Preprocessing
+    val_tars: tuple[Tar, ...]
+    quarantined: int
+    inputs: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """What is trained on, in numbers."""
+        return {
+            "samples": self.batches.rows,
+            "units": len(self.dataset.tars),
+            "quarantined": self.quarantined,
+            "views": self.batches.num_views,
+            "steps_per_epoch": self.batches.per_epoch,
+        }
+
+    def sentence(self) -> str:
+        """What is trained on, in words."""
+        left_out = f", {self.quarantined} quarantined ones left out" if self.quarantined else ""
+        views = f"{self.batches.num_views} views" if self.batches.num_views else "a new view every epoch"
+        return f"{self.batches.rows} samples from {len(self.dataset.tars)} tars{left_out}, {views}, on {self.device}"
+
+    def resolved(self) -> dict[str, Any]:
+        """What the config left open."""
+        student = self.trainee.student
+        return {
+            "device": str(self.device),
+            "num_classes": student.num_classes,
+            "student_dims": student.dims,
+            "student_grids": student.grids,
+            "preprocessing": asdict(self.preprocessing),
+            **self.summary(),
+        }
+
+
+def assemble(config: TrainConfig, val_tars: Sequence[Tar] = ()) -> Parts:
+    """Build a run's parts; the same config gives the same initial weights whatever the source of features.
+
+    Raises:
+        UserError: Whatever does not fit together, see the functions below.
+    """
+    device = find_device(config.device)
+    store = None if config.store is None else open_store(config.store)
+    keys = None if config.keys_file is None else read_keys(config.keys_file)
+    tars = open_tars(config.tars, config.scratch)
+    if store is not None:
+        require_views(store, config.num_views or store.manifest.num_views)
+        tars = match_tars(store, tars)
+    units = training_positions(tars, store=store, keys=keys)
+    teacher = _live_teacher(config, store, device) if config.source == "live" else None
+    taps = _needed_taps(config, store, teacher)
+    num_classes = _num_classes(config, store, teacher)
+    views = _views(config, store, teacher)
+    dataset = ViewDataset(tars, views, num_classes=num_classes, source=_cached_source(config, store, taps), taps=taps)
+    later_blocks = _later_blocks(config, store, teacher, device)
+    torch.manual_seed(config.seed)  # from here on, so that building a live teacher does not shift the weights
+    student = Student(config.student, num_classes, views.size, config.student_kwargs)
+    return Parts(
+        device=device,
+        trainee=Trainee(student, _loss(config, student, later_blocks)).to(device),
+        dataset=dataset,
+        batches=EpochBatches(
+            units,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            shuffle_units=config.shuffle_units,
+            num_views=config.views.count if store is None else config.num_views or store.manifest.num_views,
+        ),
+        live=None if teacher is None else LiveSource(teacher, dataset, units),
+        taps=taps,
+        preprocessing=_preprocessing(config, store, teacher, student),
+        val_tars=tuple(val_tars),
+        quarantined=sum(len(store.quarantined(unit)) for unit in range(len(tars))) if store else 0,
+        inputs=_inputs(store, teacher, tars, val_tars, keys),
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """A torch device by name; ``auto`` takes a GPU if there is one.
+
+    Raises:
+        InputError: No such kind of device.
+        ResourceError: This machine has none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(
+            f"--device is {name}, but torch sees {torch.cuda.device_count()} GPUs here; use --device cpu"
+        )
+    return device
+
+
+def _live_teacher(config: TrainConfig, store: Store | None, device: torch.device) -> Teacher:
+    """The live teacher; with a store, the store's own or none."""
+    asked, manifest = config.teacher, None if store is None else store.manifest
+    name = asked.name or (manifest.teacher.name if manifest else "")
+    teacher = load_teacher(
+        name,
+        checkpoint=asked.checkpoint,
+        pretrained=asked.pretrained,
+        model_kwargs=asked.model_kwargs or (manifest.teacher.model_kwargs if manifest else {}),
+        depth=asked.depth or (manifest.split.depth if manifest else None),
+        compute_dtype=asked.compute_dtype or (manifest.teacher.compute_dtype if manifest else "float32"),
+        device=device,
+    )
+    if manifest is not None:
+        require_same_teacher(manifest, teacher)
+    return teacher
+
+
+def _needed_taps(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> tuple[str, ...]:
+    if config.method in ("kd", "none"):
+        return ()
+    split = teacher.split if teacher is not None else store.manifest.split if store is not None else None
+    needs_prefix = config.method == "scalekd" and config.scalekd.tpp and split is not None and split.prefix == "cached"
+    return ("stage4", "stage3_prefix") if needs_prefix else ("stage4",)
+
+
+def _cached_source(config: TrainConfig, store: Store | None, taps: tuple[str, ...]) -> FeatureSource | None:
+    cached = store is not None and config.source == "store" and config.method != "none"
+    return store.source(taps) if cached and store is not None else None
+
+
+def _num_classes(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> int:
+    """The student's classes; checked against the teacher's where logits are compared, and against stored labels."""
+    info = teacher.info if teacher is not None else store.manifest.teacher if store is not None else None
+    teacher_classes = info.num_classes if info is not None else 0
+    largest = _largest_label(store)
+    num_classes = config.num_classes or teacher_classes or (largest + 1 if largest is not None else 0)
+    if not num_classes:
+        raise InputError("the number of classes is unknown without a store or a teacher; give --num-classes")
+    if largest is not None and largest >= num_classes:
+        raise InputError(
+            f"the store has labels up to {largest}, but the student {num_classes} classes; "
+            f"give --num-classes {largest + 1} or more, and without a teacher of as many classes switch kd off"
+        )
+    if _uses_logits(config):
+        _require_same_classes(num_classes, teacher_classes)
+    return num_classes
+
+
+def _uses_logits(config: TrainConfig) -> bool:
+    return config.method == "kd" or (config.method == "scalekd" and config.scalekd.kd_alpha is not None)
+
+
+def _require_same_classes(student_classes: int, teacher_classes: int) -> None:
+    remedy = "set --scalekd.kd-alpha None to train without logit distillation"
+    if not teacher_classes:
+        raise InputError(f"logit distillation needs teacher logits, but the teacher has no classifier; {remedy}")
+    if student_classes != teacher_classes:
+        raise MismatchError(
+            "num_classes",
+            where="the teacher",
+            expected=teacher_classes,
+            got=student_classes,
+            remedy=f"leave out --num-classes, or {remedy}",
+        )
+
+
+def _largest_label(store: Store | None) -> int | None:
+    if store is None:
+        return None
+    return max(int(np.max(store.labels(unit), initial=-1)) for unit in range(len(store.manifest.tars)))
+
+
+def _views(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> StoredViews | DrawnViews:
+    if store is not None:
+        units_in_memory = 2 * config.shuffle_units  # a batch may reach into the next group
+        return StoredViews(store, check_all=config.check_all_pixels, units_in_memory=units_in_memory)
+    policy = _policy(config, None)
+    if teacher is not None and policy.size != teacher.info.input_size:
+        raise InputError(
+            f"views are {policy.size[0]} x {policy.size[1]}, but teacher {teacher.info.name} takes "
+            f"{teacher.info.input_size[0]} x {teacher.info.input_size[1]}; set --views.size"
+        )
+    return DrawnViews(policy, config.views.seed)
+
+
+def _policy(config: TrainConfig, store: Store | None) -> ViewPolicy:
+    return view_policy(config.views.policy, config.views.size) if store is None else store.manifest.policy
+
+
+def _later_blocks(
+    config: TrainConfig, store: Store | None, teacher: Teacher | None, device: torch.device
+) -> LaterBlocks | None:
+    """P: a live teacher's own, or the store's bundle, built without the rest of the teacher."""
+    if config.method == "none":
+        return None
+    if teacher is not None:
+        return teacher.later_blocks
+    return None if store is None else store.later_blocks(device)
+
+
+def _loss(config: TrainConfig, student: Student, later_blocks: LaterBlocks | None) -> nn.Module:
+    if later_blocks is None:
+        return TaskLoss()
+    return build_loss(config.method, config.scalekd, student.dims, student.grids, later_blocks)
+
+
+def _preprocessing(
+    config: TrainConfig, store: Store | None, teacher: Teacher | None, student: Student
+) -> Preprocessing:
+    info = teacher.info if teacher is not None else store.manifest.teacher if store is not None else None
+    data = resolve_model_data_config(student.model) if info is None else asdict(info)
+    return Preprocessing(
+        input_size=student.input_size,
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        interpolation=_policy(config, store).interpolation,
+        crop_pct=config.crop_pct,
+    )
+
+
+def _inputs(
+    store: Store | None,
+    teacher: Teacher | None,
+    tars: Sequence[Tar],
+    val_tars: Sequence[Tar],
+    keys: frozenset[str] | None,
+) -> dict[str, Any]:
+    return {
+        "store": None if store is None else store.manifest.fingerprint(),
+        "live_teacher": None if teacher is None else teacher.info.weights_sha256,
+        "keys": None if keys is None else hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest(),
+        "tars": {tar.name: tar.header_sha256 for tar in tars},
+        "val_tars": {tar.name: tar.header_sha256 for tar in val_tars},
+    }

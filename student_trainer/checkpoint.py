@@ -1,0 +1,150 @@
+"""Checkpoints of a run: written whole or not at all, read without running anything they contain."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from feature_store.errors import InputError, MismatchError
+
+FORMAT = 1
+
+# Options that cannot change a run's numbers, and paths: what lies there is compared by content instead.
+_FREE = frozenset(
+    {"run", "resume", "progress", "workers", "start_method", "log_every", "checkpoint_every", "check_all_pixels",
+     "scratch", "store", "tars", "val_tars"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        epoch: Epoch in progress.
+        batch: Batches of it that are done.
+        step: Optimizer steps done in all.
+        best_top1: Best validation accuracy so far, in percent; None before the first validation.
+        teacher_seconds: Time spent in a live teacher.
+        means: State of the epoch's running means.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best_top1: float | None = None
+    teacher_seconds: float = 0.0
+    means: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on as if it had never stopped.
+
+    The learning-rate schedule is a function of the step and has no state of its own.
+
+    Attributes:
+        student: The student's timm name, arguments, input size and normalisation, see ``train``.
+        weights: State dict of the timm model.
+        loss: State dict of the loss module: the projectors.
+        optimizer: State dict of the optimizer.
+        progress: How far the run is.
+        rng: Random state per device kind.
+    """
+
+    student: dict[str, Any]
+    weights: dict[str, Any]
+    loss: dict[str, Any]
+    optimizer: dict[str, Any]
+    progress: Progress
+    rng: dict[str, Any]
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint durably: temporary file, fsync, rename."""
+    fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        torch.save({"format": FORMAT, **fields, "progress": asdict(checkpoint.progress)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint on the CPU.
+
+    Raises:
+        InputError: Missing, damaged, or not a checkpoint of this trainer.
+    """
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist; give the folder or a .pt file of a training run")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = saved["format"]
+        fields = {name: saved[name] for name in Checkpoint.__dataclass_fields__}
+        checkpoint = Checkpoint(**{**fields, "progress": Progress(**fields["progress"])})
+    except Exception as error:  # a damaged file makes torch raise nearly anything
+        raise InputError(f"{path} is not a checkpoint of student-trainer, or is damaged: {one_line(error)}") from error
+    if found != FORMAT:
+        raise InputError(
+            f"{path} has checkpoint format {found!r}, this build reads {FORMAT}; use the release that wrote it"
+        )
+    return checkpoint
+
+
+def one_line(error: Exception) -> str:
+    """What an error of another library says, short enough for a message of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def rng_state() -> dict[str, Any]:
+    """State of torch's generators, the only random numbers a training step draws."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Inverse of rng_state; generators of devices this machine lacks are left out."""
+    torch.set_rng_state(state["cpu"])
+    for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(cuda, device)
+
+
+def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with other settings or other data.
+
+    Args:
+        saved: The run's config.json.
+        current: What it would be now.
+
+    Raises:
+        MismatchError: Names the first field that differs.
+    """
+    for section in ("config", "inputs"):
+        before, now = _flat(saved[section]), _flat(current[section])
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name) and not (section == "config" and name in _FREE):
+                raise MismatchError(
+                    f"{section}.{name}",
+                    where="the run",
+                    expected=before.get(name),
+                    got=now.get(name),
+                    remedy="resume with the settings and data the run was started with, or choose another --run",
+                )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat

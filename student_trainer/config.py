@@ -1,0 +1,217 @@
+"""What a user can ask of ``train``: frozen configurations, read by tyro and by Python callers."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from feature_store.errors import InputError
+from feature_store.options import JsonObject, require
+from student_trainer.scalekd import ScaleKDConfig
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The live teacher; only for ``--source live``.
+
+    Attributes:
+        name: timm model name; default the store's teacher.
+        checkpoint: Its weights (safetensors or torch file); default timm's pretrained weights.
+        pretrained: Without a checkpoint: fetch timm's weights for this name. Off: random weights, for tests.
+        model_kwargs: Extra arguments of timm.create_model, as JSON; default the store's.
+        depth: Number of later blocks of a plain ViT; default the store's, or the last quarter.
+        compute_dtype: dtype of its forward pass (autocast below float32); default the store's, or float32.
+    """
+
+    name: str | None = None
+    checkpoint: Path | None = None
+    pretrained: bool = True
+    model_kwargs: JsonObject = field(default_factory=dict)
+    depth: int | None = None
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """Views of a run without a store; with one, its own are replayed.
+
+    Attributes:
+        policy: What views are drawn from (rrc_flip: schedules T1 and T2).
+        size: Height and width of a view, in pixels.
+        seed: Seed of the views.
+        count: Views per sample, used in turn; default a new one every epoch.
+    """
+
+    policy: Literal["rrc_flip", "a1", "a2", "center"] = "rrc_flip"
+    size: int = 224
+    seed: int = 0
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values no run could use."""
+        require(self.size >= 1, "--views.size", self.size, "at least 1")
+        require(0 <= self.seed < 2**64, "--views.seed", self.seed, "an unsigned 64-bit integer")
+        require(self.count is None or self.count >= 1, "--views.count", self.count, "at least 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule.
+
+    Attributes:
+        opt: timm optimizer name, e.g. adamw, lamb, momentum (plain SGD, as in T1 and T2) or sgd (Nesterov).
+        lr: Peak learning rate.
+        weight_decay: Weight decay.
+        decay_all: Apply weight decay to norms, biases and position embeddings too, as schedules T1, T2 and A1 do.
+        momentum: Momentum of optimizers that have one.
+        clip_grad: Largest gradient norm; default no clipping.
+        sched: Cosine to min_lr, or steps of decay_rate every decay_epochs.
+        min_lr: Where cosine ends.
+        decay_epochs: Epochs between steps.
+        decay_rate: Factor of a step.
+        warmup_epochs: Epochs of linear warm-up; 0 for none.
+        warmup_lr: Where warm-up starts.
+    """
+
+    opt: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    decay_all: bool = False
+    momentum: float = 0.9
+    clip_grad: float | None = None
+    sched: Literal["cosine", "step"] = "cosine"
+    min_lr: float = 0.0
+    decay_epochs: float = 30
+    decay_rate: float = 0.1
+    warmup_epochs: float = 0
+    warmup_lr: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Refuse values no run could use."""
+        require(self.lr > 0, "--optim.lr", self.lr, "above 0")
+        require(self.weight_decay >= 0, "--optim.weight-decay", self.weight_decay, "at least 0")
+        require(self.clip_grad is None or self.clip_grad > 0, "--optim.clip-grad", self.clip_grad, "above 0")
+        require(self.decay_epochs > 0, "--optim.decay-epochs", self.decay_epochs, "above 0")
+        require(self.warmup_epochs >= 0, "--optim.warmup-epochs", self.warmup_epochs, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        run: Folder of the run: config.json, metrics.jsonl, last.pt, best.pt.
+        student: timm model name.
+        tars: Training tars: paths, brace patterns, URLs; with a store, those it was written from.
+        store: Store of the teacher's features.
+        val_tars: Validation tars; without them nothing is validated and there is no best.pt.
+        method: scalekd, or a baseline: fd (features), kd (logits), none (no distillation).
+        source: Where teacher features come from: the store, or a live teacher in this process.
+        student_kwargs: Extra arguments of timm.create_model for the student, as JSON.
+        num_classes: Classes of the student; default the teacher's, or the largest label in the store + 1.
+        keys_file: Train on the samples listed here only, one key per line.
+        num_views: Use the store's first views only; default all. Epoch e uses view e mod this.
+        teacher: The live teacher.
+        views: Views of a run without a store.
+        scalekd: The ScaleKD loss; kd_alpha, kd_temperature and alphas_stage4 also serve the baselines.
+        task: ce (cross entropy), or bce (sigmoid cross entropy summed over classes).
+        label_smoothing: Label smoothing of the task loss.
+        epochs: Passes over the samples.
+        batch_size: Samples per step; the last incomplete batch of an epoch is dropped.
+        shuffle_units: Units (tars) mixed together when an epoch is shuffled.
+        optim: Optimizer and schedule.
+        amp: Autocast of student and loss.
+        device: Where the student runs, e.g. cuda:1; auto takes a GPU if there is one.
+        workers: Processes that make batches; 0 makes them in this process.
+        start_method: How those processes start.
+        seed: Seed of weights, order and dropout.
+        crop_pct: Part of the shorter side validation keeps (256 -> 224 is 0.875).
+        val_every: Validate every this many epochs, and after the last.
+        log_every: Write a metrics line every this many steps.
+        checkpoint_every: Also write last.pt every this many steps; 0: after each epoch only.
+        check_all_pixels: Check the CRC of every replayed view, not only of each unit's first rows.
+        scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
+        resume: Continue the run in its folder.
+        progress: Show progress on stderr.
+    """
+
+    run: Path
+    student: str
+    tars: tuple[str, ...]
+    store: Path | None = None
+    val_tars: tuple[str, ...] = ()
+    method: Literal["scalekd", "fd", "kd", "none"] = "scalekd"
+    source: Literal["store", "live"] = "store"
+    student_kwargs: JsonObject = field(default_factory=dict)
+    num_classes: int | None = None
+    keys_file: Path | None = None
+    num_views: int | None = None
+    teacher: TeacherConfig = TeacherConfig()
+    views: ViewsConfig = ViewsConfig()
+    scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
+    task: Literal["ce", "bce"] = "ce"
+    label_smoothing: float = 0.0
+    epochs: int = 100
+    batch_size: int = 256
+    shuffle_units: int = 8
+    optim: OptimConfig = OptimConfig()
+    amp: Literal["off", "bfloat16"] = "off"
+    device: str = "auto"
+    workers: int = 4
+    start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"
+    seed: int = 0
+    crop_pct: float = 0.875
+    val_every: int = 1
+    log_every: int = 50
+    checkpoint_every: int = 0
+    check_all_pixels: bool = False
+    scratch: Path | None = None
+    resume: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse values no run could use, and options that would do nothing.
+
+        Raises:
+            InputError: Names the option, the value and what is accepted.
+        """
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            require(value is None or value >= least, _option(name), value, f"at least {least}")
+        require(self.seed < 2**64, "--seed", self.seed, "an unsigned 64-bit integer")
+        require(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "0 to below 1")
+        require(0 < self.crop_pct <= 1, "--crop-pct", self.crop_pct, "above 0, at most 1")
+        self._require_source()
+
+    def _require_source(self) -> None:
+        if self.store is None and self.source == "store" and self.method != "none":
+            raise InputError(
+                f"--method {self.method} needs teacher features; give --store, or --source live with --teacher.name"
+            )
+        if self.store is None and self.source == "live" and self.teacher.name is None:
+            raise InputError("--source live without --store needs --teacher.name")
+        if self.source == "live" and self.method == "none":
+            raise InputError("--method none uses no teacher; leave out --source live")
+        if self.source == "store" and self.teacher != TeacherConfig():
+            raise InputError("--teacher options are for --source live; leave them out or add --source live")
+        if self.store is not None and self.views != ViewsConfig():
+            raise InputError("--views options are for runs without --store, whose own views are replayed")
+        if self.store is None and self.num_views is not None:
+            raise InputError("--num-views limits a store's views; without --store use --views.count")
+        if self.store is None and self.check_all_pixels:
+            raise InputError("--check-all-pixels checks replayed views; without --store there is nothing to check")
+
+
+_AT_LEAST = {
+    "num_classes": 1, "num_views": 1, "epochs": 1, "batch_size": 1, "shuffle_units": 1, "workers": 0, "seed": 0,
+    "val_every": 1, "log_every": 1, "checkpoint_every": 0,
+}  # fmt: skip
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """JSON form of a config."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,305 @@
+"""Training batches: views made from the tars, with the teacher's cached features beside them.
+
+Shape legend: B rows of a batch, H W pixels of a view, N tokens, C channels, K classes.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from feature_store.errors import ImageError, InputError, MismatchError, UncommittedError, UserError
+from feature_store.sample import RowId
+from feature_store.source import FeatureSource
+from feature_store.store import Store
+from feature_store.tars import Tar, expand_tars
+from feature_store.views import apply_view, decode_image
+from student_trainer.replay import ViewSupplier
+
+_SHOWN = 5  # names listed in an error message
+
+
+class Batch(NamedTuple):
+    """What one step trains on.
+
+    Attributes:
+        rows: int64 [B, 3]: unit, position, view.
+        pixels: uint8 [B, H, W, 3].
+        labels: int64 [B].
+        taps: Cached teacher features, [B, N, C] per tap; empty if they do not come from a store.
+        logits: Cached teacher logits [B, K], or None.
+        unreadable: ``tar/key: reason`` of samples left out; always empty when a store is replayed.
+    """
+
+    rows: Tensor
+    pixels: Tensor
+    labels: Tensor
+    taps: dict[str, Tensor]
+    logits: Tensor | None
+    unreadable: list[str]
+
+    def row_ids(self) -> list[RowId]:
+        """The rows as addresses."""
+        return [RowId(*row) for row in self.rows.tolist()]
+
+
+class ViewDataset(Dataset[Batch]):
+    """Random access to batches of rows: ``dataset[rows]`` is a Batch.
+
+    One worker makes one whole batch, so that cached features are read in one go and in parallel with training.
+    """
+
+    def __init__(
+        self,
+        tars: Sequence[Tar],
+        views: ViewSupplier,
+        *,
+        num_classes: int | None = None,
+        source: FeatureSource | None = None,
+        taps: Sequence[str] = (),
+    ) -> None:
+        """Join tars, views and features.
+
+        Args:
+            tars: One per unit, in unit order.
+            views: Which view each row is.
+            num_classes: Refuse labels that reach this; None to accept any.
+            source: Cached features to put into the batches, or None.
+            taps: Taps to read from the source.
+        """
+        self.tars, self.views, self.num_classes = tuple(tars), views, num_classes
+        self.source, self.taps = source, tuple(taps)
+
+    def __getitem__(self, rows: Sequence[RowId]) -> Batch:
+        """The batch of these rows, in this order.
+
+        Raises:
+            InputError: An image cannot be read although it was cached, or a label is out of range.
+            MismatchError: A label or view differs from what the teacher saw.
+        """
+        kept: list[RowId] = []
+        pixels: list[np.ndarray] = []
+        labels: list[int] = []
+        unreadable: list[str] = []
+        for row in rows:
+            try:
+                view, label = self._view(row)
+            except ImageError as error:
+                unreadable.append(self._leave_out(row, error))
+            else:
+                kept.append(row)
+                pixels.append(view)
+                labels.append(label)
+        stacked = np.stack(pixels) if pixels else np.zeros((0, *self.views.size, 3), np.uint8)
+        taps, logits = self._features(kept)
+        return Batch(
+            torch.tensor(kept, dtype=torch.int64).reshape(-1, 3),
+            torch.from_numpy(stacked), torch.tensor(labels, dtype=torch.int64), taps, logits, unreadable,
+        )  # fmt: skip
+
+    def _view(self, row: RowId) -> tuple[np.ndarray, int]:
+        sample = self.tars[row.unit].read(row.position)
+        if self.num_classes is not None and not 0 <= sample.label < self.num_classes:
+            raise InputError(
+                f"label of sample {sample.key!r} in {self.tars[row.unit].name} is {sample.label}, expected "
+                f"0..{self.num_classes - 1}; raise --num-classes or mend the tar"
+            )
+        image = decode_image(sample.image)
+        pixels = apply_view(image, self.views.params(row, sample.key, image.size), self.views.size)
+        self.views.check(row, sample, pixels)
+        return pixels, sample.label
+
+    def _leave_out(self, row: RowId, error: ImageError) -> str:
+        tar = self.tars[row.unit]
+        if self.views.skips_unreadable:
+            return f"{tar.name}/{tar.keys[row.position]}: {error}"
+        raise InputError(
+            f"sample {tar.keys[row.position]!r} of {tar.url} was readable when the store was written but is not now: "
+            f"{error}; restore the tar the store was written from"
+        ) from error
+
+    def _features(self, rows: list[RowId]) -> tuple[dict[str, Tensor], Tensor | None]:
+        if self.source is None:
+            return {}, None
+        features = self.source.read(rows, self.taps)
+        logits = None if features.logits is None else torch.from_numpy(features.logits)
+        return {name: torch.from_numpy(tap) for name, tap in features.taps.items()}, logits
+
+
+class BatchLoader:
+    """A DataLoader over batches of rows that hands a worker's user errors on as they are.
+
+    Its random generator is its own, so that iterating never advances the global one (exact resume).
+    """
+
+    def __init__(
+        self,
+        dataset: ViewDataset,
+        batches: Sampler[list[RowId]],
+        *,
+        workers: int = 0,
+        start_method: str = "forkserver",
+        pin: bool = False,
+    ) -> None:
+        """Set up the workers; they start with the first iteration and stay.
+
+        Args:
+            dataset: Makes a batch from rows.
+            batches: Which rows, batch by batch.
+            workers: Processes that make batches; 0 makes them in this process.
+            start_method: How workers start: ``fork``, ``forkserver`` or ``spawn``.
+            pin: Put batches into pinned memory, for copies to a GPU.
+        """
+        self._loader = DataLoader(
+            _Guarded(dataset),
+            batch_size=None,
+            sampler=batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            multiprocessing_context=start_method if workers else None,
+            pin_memory=pin,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for result in self._loader:
+            if isinstance(result, _Failure):
+                raise result.error()
+            yield result
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A user error on its way out of a worker; DataLoader itself would bury its message in a traceback."""
+
+    kind: type[UserError]
+    message: str
+    attributes: dict[str, Any]
+
+    def error(self) -> UserError:
+        error = self.kind.__new__(self.kind, self.message)
+        error.__dict__.update(self.attributes)
+        return error
+
+
+class _Guarded(Dataset["Batch | _Failure"]):
+    def __init__(self, dataset: ViewDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, rows: Sequence[RowId]) -> "Batch | _Failure":
+        try:
+            return self._dataset[rows]
+        except UserError as error:
+            return _Failure(type(error), str(error), vars(error))
+
+
+def open_tars(patterns: Sequence[str], scratch: Path | None = None) -> list[Tar]:
+    """Open tars by path, brace pattern or URL.
+
+    Raises:
+        InputError: No tar, two of one name, or one that cannot be opened.
+    """
+    tars = [Tar.open(url, scratch=scratch) for url in expand_tars(patterns)]
+    twice = [name for name, count in Counter(tar.name for tar in tars).items() if count > 1]
+    if twice:
+        raise InputError(f"tars must differ in name, given twice: {_some(twice)}; rename one of each pair")
+    return tars
+
+
+def match_tars(store: Store, tars: Sequence[Tar]) -> list[Tar]:
+    """The store's tars in unit order.
+
+    Raises:
+        InputError: A tar of the store is missing, or one is given that it does not know.
+        MismatchError: A tar, or the keys in it, changed since the store was written.
+    """
+    known = {info.name: unit for unit, info in enumerate(store.manifest.tars)}
+    given = {tar.name: tar for tar in tars}
+    _require_none(known.keys() - given.keys(), "tars of the store are missing", "add them to --tars")
+    _require_none(
+        given.keys() - known.keys(), "tars are not in the store", "leave them out, or cache them with teacher-service"
+    )
+    for name, unit in known.items():
+        _require_same_tar(store, unit, given[name])
+    return [given[info.name] for info in store.manifest.tars]
+
+
+def _require_same_tar(store: Store, unit: int, tar: Tar) -> None:
+    remedy = f"{tar.url} changed since the store was written: restore it, or write a new store"
+    info = store.manifest.tars[unit]
+    for field, expected, got in (
+        ("samples", info.samples, len(tar)),
+        ("header_sha256", info.header_sha256, tar.header_sha256),
+    ):
+        if expected != got:
+            raise MismatchError(f"tars[{tar.name}].{field}", expected=expected, got=got, remedy=remedy)
+    for position, (expected, got) in enumerate(zip(store.keys(unit), tar.keys, strict=True)):
+        if expected != got:
+            raise MismatchError(f"tars[{tar.name}].keys[{position}]", expected=expected, got=got, remedy=remedy)
+
+
+def require_views(store: Store, num_views: int) -> None:
+    """Refuse a store whose units do not all hold views 0..num_views-1.
+
+    Raises:
+        UncommittedError: Names the first units and the views they lack.
+    """
+    lacking = []
+    for unit, info in enumerate(store.manifest.tars):
+        views = sorted(set(range(num_views)) - store.committed_views(unit))
+        if views:
+            lacking.append(f"{info.name} (views {', '.join(map(str, views))})")
+    if lacking:
+        raise UncommittedError(
+            f"{len(lacking)} of {len(store.manifest.tars)} units lack views: {_some(lacking)}; run the same "
+            "`teacher-service cache` command again to finish the store, or use fewer with --num-views"
+        )
+
+
+def training_positions(
+    tars: Sequence[Tar], *, store: Store | None = None, keys: frozenset[str] | None = None
+) -> list[np.ndarray]:
+    """Positions to train on per unit: all that are not quarantined, or those of the chosen keys.
+
+    Raises:
+        InputError: A chosen key is in no tar.
+    """
+    if keys is not None:
+        present = {key for tar in tars for key in tar.keys}
+        _require_none(keys - present, "keys of --keys-file are in no tar", "correct the file")
+    units = []
+    for unit, tar in enumerate(tars):
+        left_out = store.quarantined(unit) if store is not None else {}
+        chosen = (p for p, key in enumerate(tar.keys) if p not in left_out and (keys is None or key in keys))
+        units.append(np.fromiter(chosen, np.int64))
+    return units
+
+
+def read_keys(path: Path) -> frozenset[str]:
+    """Sample keys from a text file, one per line; blank lines do not count.
+
+    Raises:
+        InputError: The file cannot be read or holds no key.
+    """
+    try:
+        keys = frozenset(line.strip() for line in path.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--keys-file {path} cannot be read: {error}") from error
+    if not keys:
+        raise InputError(f"--keys-file {path} holds no key; expected one sample key per line")
+    return keys
+
+
+def _require_none(names: "set[str] | frozenset[str]", what: str, remedy: str) -> None:
+    if names:
+        raise InputError(f"{len(names)} {what}: {_some(sorted(names))}; {remedy}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -1,0 +1,83 @@
+"""In which order rows are trained on: a pure function of seed and epoch, so that a run can resume anywhere."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from feature_store.errors import InputError
+from feature_store.sample import RowId
+
+
+class EpochBatches(Sampler[list[RowId]]):
+    """Batches of row addresses, one epoch at a time.
+
+    Units are permuted; then groups of ``shuffle_units`` neighbours are mixed and permuted as one. Reads stay inside
+    few units at a time, which is what makes a store on slow disks bearable. The last incomplete batch is dropped.
+    Epoch e uses view e mod ``num_views``, or view e itself when views are drawn without end.
+
+    Attributes:
+        rows: Rows of an epoch, before the incomplete batch is dropped.
+        num_views: Number of views V; None if every epoch has its own.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[np.ndarray],
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle_units: int = 8,
+        num_views: int | None = None,
+    ) -> None:
+        """Plan the epochs.
+
+        Args:
+            units: Positions to train on, one int array per unit.
+            batch_size: Rows per batch.
+            seed: Seed of every epoch's order.
+            shuffle_units: Units mixed together.
+            num_views: Number of views V; None if every epoch has its own.
+
+        Raises:
+            InputError: Fewer rows than one batch.
+        """
+        self._units, self._seed = [np.asarray(unit, np.int64) for unit in units], seed
+        self._batch_size, self._shuffle_units, self.num_views = batch_size, shuffle_units, num_views
+        self.rows = sum(map(len, self._units))
+        if self.rows < batch_size:
+            raise InputError(
+                f"{self.rows} samples do not fill one batch of {batch_size}; lower --batch-size or add samples"
+            )
+        self._epoch, self._first = 0, 0
+
+    def start(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose what the next iteration gives: an epoch, from one of its batches on."""
+        self._epoch, self._first = epoch, first_batch
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches of a whole epoch."""
+        return self.rows // self._batch_size
+
+    def __len__(self) -> int:
+        return self.per_epoch - self._first
+
+    def __iter__(self) -> Iterator[list[RowId]]:
+        order = self.epoch_rows(self._epoch)
+        view = self._epoch if self.num_views is None else self._epoch % self.num_views
+        for batch in range(self._first, self.per_epoch):
+            rows = order[batch * self._batch_size : (batch + 1) * self._batch_size].tolist()
+            yield [RowId(unit, position, view) for unit, position in rows]
+
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """All (unit, position) pairs of an epoch in order, int64 [rows, 2]."""
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+        order = generator.permutation(len(self._units))
+        groups = [order[i : i + self._shuffle_units] for i in range(0, len(order), self._shuffle_units)]
+        mixed = [np.concatenate([self._addresses(unit) for unit in group]) for group in groups]
+        return np.concatenate([generator.permutation(rows) for rows in mixed])
+
+    def _addresses(self, unit: int) -> np.ndarray:
+        positions = self._units[unit]
+        return np.stack([np.full_like(positions, unit), positions], axis=1)

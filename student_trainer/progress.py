@@ -1,0 +1,46 @@
+"""Progress of a run on stderr: a bar with ETA on a terminal, a line per epoch elsewhere."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class RunProgress:
+    """Shows where a run is; does nothing when switched off."""
+
+    def __init__(self, *, enabled: bool, total: int, done: int = 0, console: Console | None = None) -> None:
+        """Set up the bar.
+
+        Args:
+            enabled: Show anything at all.
+            total: Steps of the whole run.
+            done: Steps already done.
+            console: Where to; default stderr.
+        """
+        self._enabled, self._console = enabled, console or Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (enabled and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("starting", total=total, completed=done)
+
+    def __enter__(self) -> "RunProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def step(self, epoch: int, epochs: int, loss: float) -> None:
+        """One optimizer step more."""
+        self._bar.update(self._task, advance=1, description=f"epoch {epoch + 1}/{epochs} loss {loss:.4f}")
+
+    def note(self, line: str) -> None:
+        """A line that stays."""
+        if self._enabled:
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,220 @@
+"""The cache job: tars through the frozen teacher into a store, unit by unit, resumable after any interruption.
+
+Shape legend: b samples of a batch, V views, n samples of a unit, N tokens, C channels.
+"""
+
+import glob
+import shutil
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.filesize import decimal
+from torch import Tensor
+
+from feature_store.errors import InputError, ResourceError
+from feature_store.manifest import Manifest
+from feature_store.objects import PARTIAL_SUFFIX
+from feature_store.store import Store, open_store
+from feature_store.tars import Tar
+from feature_store.teacher.bundle import bundle_sha256, bundle_state
+from feature_store.teacher.model import Teacher, load_teacher
+from teacher_service.config import CacheConfig
+from teacher_service.decoding import Batch, ViewDataset, batch_spans, read_batches, warm_up
+from teacher_service.planning import job_manifest, require_same, survey
+from teacher_service.progress import Progress
+from teacher_service.rows import UnitRows
+from teacher_service.writing import UnitWriter, disk_error
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What a cache job did.
+
+    Attributes:
+        store: The store's path.
+        units: Units of the store.
+        units_written: Units this run computed and committed.
+        units_skipped: Units an earlier run had committed.
+        images: View images this run put through the teacher.
+        quarantined: Samples in the whole store that could not be used.
+        teacher_seconds: Seconds of this run spent in the teacher, transfers included.
+        seconds: Seconds of this run.
+        images_per_second: View images per second of this run.
+    """
+
+    store: str
+    units: int
+    units_written: int
+    units_skipped: int
+    images: int
+    quarantined: int
+    teacher_seconds: float
+    seconds: float
+    images_per_second: float
+
+
+def cache(config: CacheConfig, console: Console | None = None) -> CacheSummary:
+    """Run the teacher over every unit that is not committed yet.
+
+    Args:
+        config: What to do.
+        console: Where to show progress; None for nowhere.
+
+    Raises:
+        InputError: Unknown teacher, unusable tars or checkpoint, or with strict an unreadable sample.
+        MismatchError: The store was begun with other settings; names the field.
+        ResourceError: Disk full, weights that cannot be fetched, a device that gave up.
+    """
+    started = time.perf_counter()
+    warm_up(config.workers)
+    plan, tars = survey(config)
+    if not plan.fits:
+        raise ResourceError(
+            f"{plan.store} needs {decimal(plan.remaining_bytes)} more, {decimal(plan.free_bytes)} are free, "
+            f"{decimal(plan.remaining_bytes - plan.free_bytes)} are missing; "
+            "make room, or store fewer --views or --taps"
+        )
+    teacher = _load_teacher(config)
+    blocks = bundle_state(teacher.later_blocks)
+    manifest = job_manifest(config, tars, teacher.info, teacher.split, bundle_sha256(blocks))
+    with _writable_store(config.store, manifest, blocks, plan.remaining_bytes) as store:
+        units = _remaining_units(store)
+        job = _Job(config, store, teacher, tars)
+        job.run(units, Progress(console or Console(quiet=True), manifest, units))
+    seconds = time.perf_counter() - started
+    return CacheSummary(
+        store=str(config.store),
+        units=len(tars),
+        units_written=len(units),
+        units_skipped=len(tars) - len(units),
+        images=job.images,
+        quarantined=sum(len(record.quarantined) for record in store.committed.records),
+        teacher_seconds=job.teacher_seconds,
+        seconds=seconds,
+        images_per_second=job.images / seconds,
+    )
+
+
+def _load_teacher(config: CacheConfig) -> Teacher:
+    return load_teacher(
+        config.teacher,
+        checkpoint=config.checkpoint,
+        model_kwargs=config.model_kwargs,
+        depth=config.depth,
+        compute_dtype=config.compute_dtype,
+        device=_device(config.device),
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ResourceError(f"--device {name} cannot be used: {reason}; try cpu, cuda or auto") from error
+    return device
+
+
+@contextmanager
+def _writable_store(path: Path, manifest: Manifest, blocks: Mapping[str, Tensor], needed: int) -> Iterator[Store]:
+    """The store, created if need be, with this process as its only writer and without leftovers."""
+    if not (path / "zarr.json").exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Store.create(path, manifest, blocks)
+        except OSError as error:
+            raise disk_error(error, path, "the new store", needed) from error
+    store = open_store(path)
+    require_same(store, manifest)
+    with store.locked_for_writing():
+        store = open_store(path)  # another writer may have committed before it gave up the lock
+        store.remove_leftovers()
+        for unborn in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL_SUFFIX}"):
+            shutil.rmtree(unborn, ignore_errors=True)  # a creation that was killed; the store exists by now
+        yield store
+
+
+def _remaining_units(store: Store) -> list[int]:
+    units, views = range(len(store.manifest.tars)), set(range(store.manifest.num_views))
+    partly = [unit for unit in units if store.committed_views(unit) not in (set(), views)]
+    if partly:
+        raise InputError(
+            f"units {partly} of {store.path} hold some of their {len(views)} views, expected all or none; "
+            "delete their records under commits/ and run the same command again"
+        )
+    return [unit for unit in units if not store.committed_views(unit)]
+
+
+class _Job:
+    """One run over the units that are left; counts as it goes."""
+
+    def __init__(self, config: CacheConfig, store: Store, teacher: Teacher, tars: Sequence[Tar]) -> None:
+        self.config, self.store, self.teacher, self.tars = config, store, teacher, tars
+        self.device = next(teacher.parameters()).device
+        self.images, self.teacher_seconds = 0, 0.0
+
+    def run(self, units: Sequence[int], progress: Progress) -> None:
+        """Compute and commit the given units, in order."""
+        manifest = self.store.manifest
+        with (
+            progress,
+            closing(self._batches(units)) as batches,
+            UnitWriter(self.store, progress.committed) as writer,
+        ):
+            for unit, parts in groupby(batches, key=lambda batch: batch.unit):
+                rows = UnitRows(manifest, self.tars[unit].keys)
+                for batch in parts:
+                    self._require_readable(batch)
+                    taps, logits = self._forward(batch.pixels.flatten(0, 1))
+                    rows.add(batch, taps, logits)
+                    progress.computed(self.images)
+                writer.submit(unit, rows.data())
+
+    def _batches(self, units: Sequence[int]) -> Generator[Batch, None, None]:
+        manifest, config = self.store.manifest, self.config
+        samples_per_batch = max(1, config.batch_size // manifest.num_views)
+        return read_batches(
+            ViewDataset(self.tars, manifest.policy, manifest.seed, manifest.num_views),
+            batch_spans(units, [len(tar) for tar in self.tars], samples_per_batch),
+            workers=config.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _require_readable(self, batch: Batch) -> None:
+        if self.config.strict and batch.quarantined:
+            position, reason = next(iter(batch.quarantined.items()))
+            tar = self.tars[batch.unit]
+            raise InputError(
+                f"sample {tar.keys[position]!r} of {tar.url} cannot be used: {reason}; "
+                "mend the tar, or run without --strict to quarantine it"
+            )
+
+    def _forward(self, pixels_BHWC: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """Taps [B, N, C] and logits [B, classes] in float32."""
+        started = time.perf_counter()
+        try:
+            parts = [self._forward_part(part) for part in pixels_BHWC.split(self.config.batch_size)]
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{self.device} ran out of memory at --batch-size {self.config.batch_size}; use a smaller one"
+            ) from error
+        self.teacher_seconds += time.perf_counter() - started
+        self.images += len(pixels_BHWC)
+        taps = {name: np.concatenate([taps[name] for taps, _ in parts]) for name in self.store.manifest.taps}
+        logits = [logits for _, logits in parts if logits is not None]
+        return taps, np.concatenate(logits) if logits else None
+
+    def _forward_part(self, pixels_BHWC: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        output = self.teacher(pixels_BHWC.to(self.device, non_blocking=True))
+        taps = {name: output.taps[name].cpu().numpy() for name in self.store.manifest.taps}
+        return taps, None if output.logits is None else output.logits.cpu().numpy()

@@ -1,0 +1,90 @@
+"""What a user can ask of ``plan`` and ``cache``: frozen configurations, read by tyro and by Python callers."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from feature_store.options import JsonObject, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What is to be cached: enough to say how big it gets.
+
+    Attributes:
+        tars: Image tars: paths, brace patterns, URLs; one unit each, in this order.
+        teacher: timm model name.
+        store: Where the store is or would be written.
+        model_kwargs: Extra arguments of timm.create_model, as JSON.
+        depth: Number of later blocks of a plain ViT; default its last quarter.
+        views: Augmented views per sample.
+        policy: What views are drawn from (rrc_flip: schedules T1 and T2).
+        policy_options: Fields of the view policy to set differently, as JSON, e.g. '{"flip": 0}'.
+        seed: Seed of the views.
+        taps: What to store of the teacher; stage4 is the final feature map, always needed.
+        tap_codec: How features are stored.
+        allow_pipe: Run ``pipe:`` commands given as tars; only for tar lists you wrote yourself.
+        scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
+        licence_note: Terms of use of the images and the teacher, kept in the store.
+        json: Print one JSON object on stdout.
+    """
+
+    tars: Positional[tuple[str, ...]]
+    teacher: str
+    store: Path = Path("store")
+    model_kwargs: JsonObject = field(default_factory=dict)
+    depth: int | None = None
+    views: int = 1
+    policy: Literal["rrc_flip", "a1", "a2", "center"] = "rrc_flip"
+    policy_options: JsonObject = field(default_factory=dict)
+    seed: int = 0
+    taps: tuple[Literal["stage4", "stage3"], ...] = ("stage4",)
+    tap_codec: Literal["f16", "f32"] = "f16"
+    allow_pipe: bool = False
+    scratch: Path | None = None
+    licence_note: str = ""
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values no run could use.
+
+        Raises:
+            InputError: Names the option, the value and what is accepted.
+        """
+        require(self.views >= 1, "--views", self.views, "at least 1")
+        require(0 <= self.seed < 2**64, "--seed", self.seed, "an unsigned 64-bit integer")
+        require("stage4" in self.taps, "--taps", " ".join(self.taps), "stage4 among them: every loss needs it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(PlanConfig):
+    """What is to be cached, and how it is computed.
+
+    Workers and device decide only how fast. A batch size can change the last bits of a feature, so an
+    interrupted job resumed with the same one ends with the same bytes.
+
+    Attributes:
+        store: The store's folder; created, or continued if it was begun with the same settings.
+        checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
+        batch_size: View images per forward pass.
+        workers: Processes that decode and cut views; 0 does it in this process.
+        device: Where the teacher runs, e.g. cuda:1; auto takes a GPU if there is one.
+        compute_dtype: dtype of the teacher's forward pass (autocast below float32).
+        strict: Stop at the first unreadable sample instead of quarantining it.
+    """
+
+    store: Path = field()  # required here: a run should not choose where to write
+    checkpoint: Path | None = None
+    batch_size: int = 256
+    workers: int = 4
+    device: str = "auto"
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values no run could use."""
+        super().__post_init__()
+        require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
+        require(self.workers >= 0, "--workers", self.workers, "0 or more")

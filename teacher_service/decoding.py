@@ -1,0 +1,192 @@
+"""Decodes source images once each and cuts all their views, in worker processes, batch by batch.
+
+Shape legend: b samples of a batch, V views, H W pixels.
+"""
+
+import signal
+import sys
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from feature_store.errors import ImageError, ResourceError, UserError
+from feature_store.tars import Tar
+from feature_store.views import ViewParams, ViewPolicy, apply_view, decode_image, draw_view, pixel_crc
+
+
+class Span(NamedTuple):
+    """Consecutive positions start .. stop - 1 of a unit: the samples of one batch."""
+
+    unit: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One source image's views, or the reason why it has none."""
+
+    label: int
+    reason: str | None
+    params: list[ViewParams | None]
+    crcs: list[int]
+    views: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive samples of one unit; what the teacher sees in one go.
+
+    Attributes:
+        unit: Unit they are of.
+        start: Position of the first one.
+        labels: int64 [b]; -1 where quarantined.
+        quarantined: Reason by position in the unit.
+        params: [V] lists of [b]; None where quarantined.
+        pixel_crc: uint32 [V, b]; 0 where quarantined.
+        pixels: uint8 [b, V, H, W, 3]; black where quarantined, so that a batch's shape never depends on it.
+    """
+
+    unit: int
+    start: int
+    labels: np.ndarray
+    quarantined: dict[int, str]
+    params: list[list[ViewParams | None]]
+    pixel_crc: np.ndarray
+    pixels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pin_memory(self) -> "Batch":
+        """The same with page-locked pixels; DataLoader calls this for a GPU."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
+
+class ViewDataset(Dataset):
+    """Batches of views by their span; errors are returned, for a traceback does not cross processes well."""
+
+    def __init__(self, tars: Sequence[Tar], policy: ViewPolicy, seed: int, num_views: int) -> None:
+        self.tars, self.policy, self.seed, self.num_views = tars, policy, seed, num_views
+
+    def __getitem__(self, span: Span) -> Batch | UserError:
+        """One batch, or what kept it from being read."""
+        try:
+            samples = [self.sample(span.unit, position) for position in range(span.start, span.stop)]
+        except UserError as error:
+            return error
+        except OSError as error:
+            return ResourceError(f"{self.tars[span.unit].url} cannot be read: {error}; check the disk or network")
+        return _batch(span, samples)
+
+    def sample(self, unit: int, position: int) -> Sample:
+        """All views of one sample, cut from one decode."""
+        label = -1
+        try:
+            key, encoded, label = self.tars[unit].read(position)
+            image = decode_image(encoded)
+        except ImageError as error:
+            return self._unusable(label, str(error))
+        params = [draw_view(self.policy, self.seed, key, view, image.size) for view in range(self.num_views)]
+        views = [apply_view(image, each, self.policy.size) for each in params]
+        return Sample(label, None, list(params), [pixel_crc(view) for view in views], views)
+
+    def _unusable(self, label: int, reason: str) -> Sample:
+        blank, count = np.zeros((*self.policy.size, 3), np.uint8), self.num_views
+        return Sample(label, reason, [None] * count, [0] * count, [blank] * count)
+
+
+def _batch(span: Span, samples: Sequence[Sample]) -> Batch:
+    return Batch(
+        unit=span.unit,
+        start=span.start,
+        labels=np.array([sample.label for sample in samples], np.int64),
+        quarantined={span.start + i: each.reason for i, each in enumerate(samples) if each.reason is not None},
+        params=[list(view) for view in zip(*(sample.params for sample in samples), strict=True)],
+        pixel_crc=np.array([sample.crcs for sample in samples], np.uint32).T,
+        pixels=torch.from_numpy(np.stack([np.stack(sample.views) for sample in samples])),
+    )
+
+
+def batch_spans(units: Sequence[int], sizes: Sequence[int], samples_per_batch: int) -> list[Span]:
+    """Every batch of the given units: never across a unit's border, the same whatever other units are done.
+
+    Args:
+        units: Units to do, in order.
+        sizes: Samples per unit, of all units.
+        samples_per_batch: Largest batch.
+    """
+    return [
+        Span(unit, start, min(start + samples_per_batch, sizes[unit]))
+        for unit in units
+        for start in range(0, sizes[unit], samples_per_batch)
+    ]
+
+
+def warm_up(workers: int) -> None:
+    """Begin to import what workers need, in the background, while the caller does something else."""
+    if workers:
+        _context()
+        forkserver.ensure_running()
+
+
+def read_batches(
+    dataset: ViewDataset, spans: Sequence[Span], *, workers: int, pin_memory: bool
+) -> Generator[Batch, None, None]:
+    """Batches in order, decoded ahead by worker processes that live as long as the job.
+
+    Raises:
+        UserError: A tar cannot be read (any more), or a worker process died.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=spans,
+        num_workers=workers,
+        multiprocessing_context=_context() if workers else None,
+        collate_fn=_as_is,
+        pin_memory=pin_memory,
+        worker_init_fn=_become_worker,
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ResourceError(
+            f"a decode worker died ({str(error).splitlines()[0]}); usually memory or /dev/shm ran out: "
+            "use fewer --workers or a smaller --batch-size"
+        ) from error
+
+
+def _context() -> ForkServerContext:
+    """Workers are forked from a clean process: not from this one, whose threads, GPU and lock they would inherit."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["teacher_service.caching"])
+    return context
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _become_worker(worker: int) -> None:
+    """Leave interrupts to the main process, and end without a word when it goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of the terminal
+    sys.excepthook = _report_unless_abandoned
+
+
+def _report_unless_abandoned(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, ConnectionError):  # of the thread that hands tensors over
+        sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,265 @@
+"""Says what a job will write, before anything runs: no weights are loaded and no forward pass is made."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from feature_store.commits import CommitRecord, ObjectProof
+from feature_store.errors import InputError
+from feature_store.layout import CRC_BYTES, array_specs, object_bytes
+from feature_store.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
+from feature_store.store import Store, open_store
+from feature_store.tars import Tar, expand_tars
+from feature_store.teacher.model import build_model, tap_shapes, teacher_info
+from feature_store.teacher.split import split_teacher
+from feature_store.versions import software_versions
+from feature_store.views import view_policy
+from teacher_service.config import PlanConfig
+
+ARRAY_BYTES, SHARDED_BYTES = 600, 1150  # zarr.json of an array, about
+GROUPS = 5  # root, taps, view, teacher, teacher/blocks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job writes.
+
+    Attributes:
+        teacher: timm model name.
+        store: Destination.
+        units: Tars.
+        samples: Source images in them.
+        capacity: Rows reserved per unit: the largest tar's samples.
+        views: Views per sample.
+        rows: Samples times views: images through the teacher.
+        taps: ``[tokens, channels, codec]`` per tap.
+        bytes: Bytes per array or kind of object.
+        total_bytes: Their sum.
+        objects: Files in the finished store.
+        committed_units: Units the destination already holds.
+        remaining_bytes: Bytes still to be written.
+        free_bytes: Free disk at the destination.
+        fits: Whether the remaining bytes fit in the free ones.
+    """
+
+    teacher: str
+    store: str
+    units: int
+    samples: int
+    capacity: int
+    views: int
+    rows: int
+    taps: dict[str, tuple[int, int, str]]
+    bytes: dict[str, int]
+    total_bytes: int
+    objects: int
+    committed_units: int
+    remaining_bytes: int
+    free_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class TeacherOutline:
+    """A teacher's shapes without its weights; ``block_bytes`` are the sizes of the later blocks' tensors."""
+
+    info: TeacherInfo
+    split: SplitInfo
+    block_bytes: tuple[int, ...]
+
+
+def plan(config: PlanConfig) -> Plan:
+    """Predict a job's bytes and objects from tar headers and the teacher's shapes.
+
+    Raises:
+        UserError: The job could not start: unknown teacher, unusable tars, impossible settings, or a store begun
+            with other ones.
+    """
+    return survey(config)[0]
+
+
+def survey(config: PlanConfig) -> tuple[Plan, tuple[Tar, ...]]:
+    """A job's plan and its opened tars: all that can be found out without the teacher's weights.
+
+    Raises:
+        UserError: See plan.
+    """
+    outline = outline_teacher(config)
+    tars = open_tars(config)
+    manifest = job_manifest(config, tars, outline.info, outline.split)
+    done = _committed_units(manifest, config.store)
+    return predict(manifest, outline.block_bytes, config.store, done), tars
+
+
+def outline_teacher(config: PlanConfig) -> TeacherOutline:
+    """Build the teacher on torch's meta device: shapes only, in a moment, whatever its size.
+
+    Raises:
+        InputError: Unknown model, impossible arguments, or a family that cannot be split.
+    """
+    with torch.device("meta"):
+        model = build_model(config.teacher, config.model_kwargs)
+    _, later_blocks = split_teacher(model, config.depth)
+    info = teacher_info(model, config.teacher, config.model_kwargs, "float32", sha256="")
+    tensors = (*later_blocks.parameters(), *later_blocks.buffers())
+    return TeacherOutline(info, later_blocks.info, tuple(tensor.nbytes for tensor in tensors))
+
+
+def open_tars(config: PlanConfig) -> tuple[Tar, ...]:
+    """Index all tars of a job; contents are not decoded.
+
+    Raises:
+        InputError: No tars, a tar that cannot be read to its end, or a sample key in two places.
+    """
+    urls = expand_tars(config.tars, allow_pipe=config.allow_pipe)
+    tars = tuple(Tar.open(url, scratch=config.scratch) for url in urls)
+    seen: dict[str, str] = {}
+    for tar in tars:
+        for key in tar.keys:
+            if key in seen:
+                raise InputError(
+                    f"sample key {key!r} is in {seen[key]} and again in {tar.url}; keys must be unique across "
+                    "all tars of a store: views are drawn by key; remove the duplicate or rename it"
+                )
+            seen[key] = tar.url
+    return tars
+
+
+def job_manifest(
+    config: PlanConfig, tars: Sequence[Tar], info: TeacherInfo, split: SplitInfo, blocks_sha256: str = ""
+) -> Manifest:
+    """The manifest of the store this job writes.
+
+    Raises:
+        InputError: Impossible view policy options.
+    """
+    shapes = tap_shapes(split)
+    prefix = ("stage3_prefix",) if split.prefix == "cached" else ()
+    names: tuple[str, ...] = (*config.taps, *prefix)
+    return Manifest(
+        teacher=info,
+        split=split,
+        blocks_sha256=blocks_sha256,
+        taps={name: TapInfo(*shapes[name], config.tap_codec) for name in names},
+        logits_codec=config.tap_codec if info.num_classes else None,
+        policy=view_policy(config.policy, info.input_size, **config.policy_options),
+        seed=config.seed,
+        num_views=config.views,
+        tars=tuple(TarInfo(tar.name, len(tar), tar.header_sha256) for tar in tars),
+        capacity=max(len(tar) for tar in tars),
+        key_width=max(len(key.encode()) for tar in tars for key in tar.keys),
+        software=software_versions(),
+        licence=config.licence_note,
+    )
+
+
+def require_same(store: Store, manifest: Manifest) -> None:
+    """Refuse to go on with a store that was begun with other settings.
+
+    Raises:
+        MismatchError: Names the first field that differs.
+    """
+    store.manifest.require_equal(manifest, "use the settings it was begun with, or another --store")
+
+
+def _committed_units(manifest: Manifest, path: Path) -> list[int] | None:
+    """Units a store at the path already holds; None if there is no store."""
+    if not (path / "zarr.json").exists():
+        return None
+    store = open_store(path)
+    theirs = store.manifest
+    weights = {name: getattr(theirs.teacher, name) for name in ("weights_sha256", "compute_dtype")}
+    known = replace(manifest, blocks_sha256=theirs.blocks_sha256, teacher=replace(manifest.teacher, **weights))
+    require_same(store, known)
+    return store.committed.units
+
+
+def predict(manifest: Manifest, block_bytes: Sequence[int], store: Path, done: Sequence[int] | None) -> Plan:
+    """Sizes of the store a manifest describes, and whether what is still missing fits on its disk.
+
+    Args:
+        manifest: What will be written.
+        block_bytes: Bytes of each later-block tensor.
+        store: Destination.
+        done: Units it already holds; None if it does not exist.
+    """
+    kinds = sum((_unit_bytes(manifest, unit) for unit in range(len(manifest.tars))), Counter[str]())
+    arrays = [*(spec.sharded for spec in array_specs(manifest).values()), *(False for _ in block_bytes)]
+    metadata = _json_bytes(manifest.to_dict()) + sum(SHARDED_BYTES if shard else ARRAY_BYTES for shard in arrays)
+    fixed = Counter({"teacher/blocks": sum(block_bytes) + CRC_BYTES * len(block_bytes), "metadata": metadata})
+    remaining = remaining_bytes(manifest, done or ()) + (fixed.total() if done is None else 0)
+    samples, free = sum(tar.samples for tar in manifest.tars), free_bytes(store)
+    return Plan(
+        teacher=manifest.teacher.name,
+        store=str(store),
+        units=len(manifest.tars),
+        samples=samples,
+        capacity=manifest.capacity,
+        views=manifest.num_views,
+        rows=samples * manifest.num_views,
+        taps={name: (tap.tokens, tap.channels, tap.codec) for name, tap in manifest.taps.items()},
+        bytes=dict(kinds + fixed),
+        total_bytes=(kinds + fixed).total(),
+        objects=len(manifest.tars) * (len(_unit_objects(manifest, 0)) + 1) + len(arrays) + GROUPS + len(block_bytes),
+        committed_units=len(done or ()),
+        remaining_bytes=remaining,
+        free_bytes=free,
+        fits=remaining <= free,
+    )
+
+
+def remaining_bytes(manifest: Manifest, done: Sequence[int]) -> int:
+    """Bytes of all units that are not done."""
+    return sum(_unit_bytes(manifest, unit).total() for unit in set(range(len(manifest.tars))) - set(done))
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk where a path is or would be, in bytes."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _unit_bytes(manifest: Manifest, unit: int) -> Counter[str]:
+    """Bytes of a unit's objects by kind, commit record included."""
+    objects = _unit_objects(manifest, unit)
+    sizes = Counter[str]()
+    for kind, _, size in objects:
+        sizes[kind] += size
+    sizes["metadata"] += _commit_bytes(manifest, unit, {path: size for _, path, size in objects})
+    return sizes
+
+
+def _unit_objects(manifest: Manifest, unit: int) -> list[tuple[str, str, int]]:
+    """Kind, path and bytes of each object of a unit without quarantined samples."""
+    samples = manifest.tars[unit].samples
+    return [
+        (spec.path if spec.sharded else "samples and views", spec.object_path(unit, view), size)
+        for spec in array_specs(manifest).values()
+        for size in [object_bytes(spec, samples, manifest.capacity)]
+        for view in (range(manifest.num_views) if spec.per_view else [None])
+    ]
+
+
+def _commit_bytes(manifest: Manifest, unit: int, sizes: dict[str, int]) -> int:
+    tar = manifest.tars[unit]
+    record = CommitRecord(
+        store="0" * 64,
+        unit=unit,
+        first_view=0,
+        last_view=manifest.num_views - 1,
+        tar=tar.name,
+        samples=tar.samples,
+        quarantined={},
+        objects={path: ObjectProof(size, 2**31) for path, size in sizes.items()},
+        software=manifest.software,
+    )
+    return _json_bytes(asdict(record))
+
+
+def _json_bytes(value: object) -> int:
+    return len(json.dumps(value, separators=(",", ":")))

@@ -1,0 +1,78 @@
+"""Shows how far a job is: a bar on a terminal, one plain line per unit elsewhere."""
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from feature_store.manifest import Manifest
+from feature_store.writer import UnitData
+
+
+class Progress:
+    """A job's progress in view images; use as a context manager.
+
+    Args:
+        console: Where to show it.
+        manifest: The store's.
+        units: Units this run is about.
+    """
+
+    def __init__(self, console: Console, manifest: Manifest, units: Sequence[int]) -> None:
+        self._console, self._manifest = console, manifest
+        self._units_done, self._quarantined = len(manifest.tars) - len(units), 0
+        samples = sum(manifest.tars[unit].samples for unit in units)
+        self._images, self._total = 0, samples * manifest.num_views
+        self._started = time.perf_counter()
+        self._bar = Bar(
+            TextColumn("{task.fields[units]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("cache", total=self._total, units=self._units(), rate="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def computed(self, images: int) -> None:
+        """Note how many view images went through the teacher so far."""
+        self._images = images
+        self._bar.update(self._task, completed=self._images, rate=f"{self._rate():,.0f} images/s")
+
+    def committed(self, unit: int, data: UnitData) -> None:
+        """Count a unit that is safe on disk; may be called from another thread."""
+        self._units_done += 1
+        self._quarantined += len(data.quarantined)
+        self._bar.update(self._task, units=self._units())
+        if not self._console.is_terminal:
+            self._console.print(self._line(unit, data), markup=False, highlight=False, soft_wrap=True)
+
+    def _units(self) -> str:
+        suffix = f", {self._quarantined} quarantined" if self._quarantined else ""
+        return f"unit {self._units_done}/{len(self._manifest.tars)}{suffix}"
+
+    def _line(self, unit: int, data: UnitData) -> str:
+        left = timedelta(seconds=round((self._total - self._images) / self._rate()))
+        quarantined = f", {len(data.quarantined)} quarantined" if data.quarantined else ""
+        return (
+            f"{self._units_done}/{len(self._manifest.tars)} {self._manifest.tars[unit].name}: "
+            f"{len(data.keys)} samples{quarantined}, {self._rate():,.1f} images/s, {left} left"
+        )
+
+    def _rate(self) -> float:
+        return self._images / (time.perf_counter() - self._started)

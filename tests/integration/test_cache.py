@@ -1,0 +1,223 @@
+"""The cache job from tars to a store: right numbers, the same bytes however it is run, plan's promise kept."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, write_tar, write_tars
+
+from feature_store import RowId, open_store
+from feature_store.tars import Tar
+from feature_store.teacher.model import load_teacher
+from feature_store.views import apply_view, decode_image, draw_view, pixel_crc
+from teacher_service import caching
+from teacher_service.caching import cache
+from teacher_service.cli import main
+from teacher_service.planning import plan
+
+
+@pytest.fixture(params=["tiny_swin", "tiny_vit"])
+def teacher(request: pytest.FixtureRequest) -> TinyTeacher:
+    return request.getfixturevalue(request.param)
+
+
+def test_cache_stores_what_the_teacher_says_of_each_view(tmp_path: Path, teacher: TinyTeacher) -> None:
+    tars = write_tars(tmp_path, 5, 3)
+    config = cache_config(tars, teacher, tmp_path / "store", views=2, policy="a2", seed=7, taps=("stage4", "stage3"))
+
+    summary = cache(config)
+
+    store, model = open_store(config.store), _load(teacher)
+    assert (summary.units, summary.units_written, summary.images, summary.quarantined) == (2, 2, 16, 0)
+    for unit, tar in enumerate(map(Tar.open, tars)):
+        assert store.keys(unit) == list(tar.keys)
+        assert store.labels(unit).tolist() == [tar.read(i).label for i in range(len(tar))]
+        for view in range(2):
+            params = [
+                draw_view(store.manifest.policy, 7, tar.keys[i], view, decode_image(tar.read(i).image).size)
+                for i in range(len(tar))
+            ]
+            pixels = [apply_view(decode_image(tar.read(i).image), params[i], (32, 32)) for i in range(len(tar))]
+            output = model(torch.from_numpy(np.stack(pixels)))
+            batch = store.source().read([RowId(unit, i, view) for i in range(len(tar))])
+            assert store.view_params(unit, view) == params
+            assert store.pixel_crcs(unit, view).tolist() == [pixel_crc(each) for each in pixels]
+            assert batch.taps.keys() == {"stage4", "stage3", *(["stage3_prefix"] if model.split.prefix_tokens else [])}
+            for name, values in batch.taps.items():
+                np.testing.assert_allclose(values, output.taps[name], rtol=1e-3, atol=1e-4)
+            assert output.logits is not None
+            np.testing.assert_allclose(batch.logits, output.logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(store.later_blocks().state_dict(), model.later_blocks.state_dict(), rtol=0, atol=0)
+
+
+def _load(teacher: TinyTeacher):
+    return load_teacher(teacher.name, checkpoint=teacher.checkpoint, model_kwargs=teacher.model_kwargs)
+
+
+@pytest.mark.parametrize("codec", ["f16", "f32"])
+def test_plan_predicts_the_stores_bytes_within_three_percent(tmp_path: Path, teacher: TinyTeacher, codec: str) -> None:
+    tars = write_tars(tmp_path, 60, 41)
+    config = cache_config(
+        tars,
+        teacher,
+        tmp_path / "store",
+        views=3,
+        policy="a1",
+        tap_codec=codec,
+        taps=("stage4", "stage3"),
+        batch_size=96,
+    )
+
+    before = plan(config)
+    cache(config)
+    after = plan(config)
+
+    written = sum(map(len, store_files(config.store).values()))
+    assert before.total_bytes == pytest.approx(written, rel=0.03)
+    assert before.remaining_bytes == before.total_bytes
+    assert (after.committed_units, after.remaining_bytes) == (2, 0)
+    files = [name for name in store_files(config.store) if name.startswith(("taps/", "logits/c"))]
+    exact = sum((config.store / name).stat().st_size for name in files if "/c/" in name and ".crc32c" not in name)
+    assert sum(size for kind, size in before.bytes.items() if kind.startswith(("taps", "logits"))) == exact
+
+
+def test_cache_writes_the_same_bytes_when_workers_differ(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
+    tars = write_tars(tmp_path, 5, 6)
+    tars = (
+        *tars,
+        write_tar(tmp_path / "bad.tar", [*noise_samples("c", 2), {"__key__": "x", "png": b"?", "cls": b"1"}]),
+    )
+
+    files = []
+    for workers in (0, 1, 2):
+        config = cache_config(tars, tiny_swin, tmp_path / f"store{workers}", views=2, policy="a2", workers=workers)
+        assert cache(config).quarantined == 1
+        files.append(store_files(config.store))
+
+    assert files[0] == files[1] == files[2]
+
+
+def test_cache_ends_with_the_same_bytes_when_restarted_with_any_units_done(
+    tmp_path: Path, tiny_vit: TinyTeacher
+) -> None:
+    config = cache_config(write_tars(tmp_path, 3, 5, 4, 1), tiny_vit, tmp_path / "store", views=2)
+    cache(config)
+    whole = store_files(config.store)
+    rng = random.Random(0)
+
+    for _ in range(4):
+        lost = rng.sample(range(4), rng.randint(1, 3))
+        for unit in lost:
+            (config.store / f"commits/u{unit:05}-v0-1.json").unlink()
+            (config.store / f"taps/stage4/c/0/{unit}/0/0").write_bytes(b"half a shard")
+            (config.store / f"label/c/{unit}.77.partial").write_bytes(b"leftover")
+        summary = cache(config)
+        assert (summary.units_written, summary.units_skipped) == (len(lost), 4 - len(lost))
+        assert store_files(config.store) == whole
+
+
+def test_cache_does_no_forward_pass_when_every_unit_is_committed(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = cache_config(write_tars(tmp_path, 2), tiny_swin, tmp_path / "store")
+    cache(config)
+
+    code = main(["cache", *config.tars, *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint),
+                 "--store", str(config.store), "--workers", "0", "--json"])  # fmt: skip
+
+    summary = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert (summary["units_skipped"], summary["units_written"], summary["images"]) == (1, 0, 0)
+    assert summary["teacher_seconds"] == 0
+
+
+def test_cache_stops_between_units_and_resumes_when_interrupted(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars = write_tars(tmp_path, 4, 4, 4, 4, 4)
+    cache(cache_config(tars, tiny_swin, tmp_path / "whole"))
+    command = ["cache", *tars, *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint),
+               "--store", str(tmp_path / "store"), "--workers", "0", "--batch-size", "4"]  # fmt: skip
+
+    with monkeypatch.context() as patched:
+        patched.setattr(caching.Progress, "computed", _interrupt_after(12))
+        assert main(command) == 130
+    assert "the same command resumes" in capsys.readouterr().err
+    store = open_store(tmp_path / "store")
+    done = store.committed.units
+    assert done in ([0], [0, 1])  # the third unit was being computed, the second perhaps still queued
+    assert len(store.source().read([RowId(0, i, 0) for i in range(4)]).rows) == 4
+
+    assert main(command) == 0
+    assert store_files(tmp_path / "store") == store_files(tmp_path / "whole")
+
+
+def _interrupt_after(images: int):
+    def computed(_: object, count: int) -> None:
+        if count >= images:
+            signal.raise_signal(signal.SIGINT)
+
+    return computed
+
+
+def test_cache_commits_a_unit_when_all_its_samples_are_quarantined(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
+    broken = [{"__key__": f"b{i}", "png": b"not an image", "cls": b"2"} for i in range(3)]
+    tars = (*write_tars(tmp_path, 2), write_tar(tmp_path / "broken.tar", broken))
+    config = cache_config(tars, tiny_swin, tmp_path / "store")
+
+    summary = cache(config)
+
+    store = open_store(config.store)
+    assert (summary.units_written, summary.quarantined) == (2, 3)
+    assert sorted(store.quarantined(1)) == [0, 1, 2]
+    assert store.labels(1).tolist() == [2, 2, 2]
+    assert store.view_params(1, 0) == [None, None, None]
+
+
+def test_cache_reports_units_on_stderr_and_a_summary_when_not_on_a_terminal(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tars = write_tars(tmp_path, 3, 2)
+
+    code = main(["cache", *tars, *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint),
+                 "--store", str(tmp_path / "deep" / "store"), "--views", "2", "--workers", "0"])  # fmt: skip
+
+    captured = capsys.readouterr()
+    assert code == 0
+    assert [line.split(",")[0] for line in captured.err.splitlines()] == [
+        "1/2 images-000.tar: 3 samples",
+        "2/2 images-001.tar: 2 samples",
+    ]
+    assert "2 units written" in captured.out
+    assert "10 images" in captured.out
+
+
+def test_cache_view_policy_options_reach_the_manifest_when_given(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
+    config = cache_config(
+        write_tars(tmp_path, 6), tiny_swin, tmp_path / "store", policy_options={"flip": 0, "scale": [0.5, 1.0]}
+    )
+
+    cache(config)
+
+    store = open_store(config.store)
+    assert (store.manifest.policy.flip, store.manifest.policy.scale) == (0, (0.5, 1.0))
+    assert not any(params.flip for params in store.view_params(0, 0) if params)
+
+
+def test_cache_uses_half_precision_when_told(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
+    tars = write_tars(tmp_path, 4)
+    rows = [RowId(0, i, 0) for i in range(4)]
+    taps = {}
+    for dtype in ("float32", "bfloat16"):
+        config = cache_config(tars, tiny_swin, tmp_path / dtype, compute_dtype=dtype)
+        cache(config)
+        store = open_store(config.store)
+        assert store.manifest.teacher.compute_dtype == dtype
+        taps[dtype] = store.source().read(rows).taps["stage4"].astype(np.float32)
+
+    difference = np.abs(taps["float32"] - taps["bfloat16"]).max()
+    assert 0 < difference < 0.2

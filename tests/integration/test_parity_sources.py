@@ -1,0 +1,167 @@
+"""Cached and live features are interchangeable: the contract, the same losses, and the same first training steps."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conformance import ROWS, FeatureSourceConformance
+from training_world import World, shared_world
+
+from feature_store.errors import InputError, QuarantinedError, UncommittedError
+from feature_store.sample import RowId
+from feature_store.store import open_store
+from feature_store.teacher.model import Teacher, load_teacher
+from student_trainer.assemble import assemble
+from student_trainer.config import TeacherConfig, TrainConfig
+from student_trainer.data import BatchLoader, ViewDataset, match_tars, open_tars, training_positions
+from student_trainer.live import LiveSource
+from student_trainer.metrics import read_metrics
+from student_trainer.replay import StoredViews
+from student_trainer.train import Trainer, train
+
+
+@pytest.fixture
+def world() -> World:
+    return shared_world("vit")
+
+
+@pytest.fixture
+def store(world):
+    return open_store(world.store)
+
+
+@pytest.fixture
+def teacher(world) -> Teacher:
+    name, kwargs = world.teacher
+    return load_teacher(name, checkpoint=world.checkpoint, model_kwargs=kwargs)
+
+
+@pytest.fixture
+def dataset(world, store) -> ViewDataset:
+    return ViewDataset(match_tars(store, open_tars(world.tars)), StoredViews(store))
+
+
+@pytest.fixture
+def views(dataset):
+    return lambda rows: dataset[rows].pixels.numpy()
+
+
+class TestZarrSource(FeatureSourceConformance):
+    relative_error = 2.0**-10  # float16 taps
+
+    @pytest.fixture
+    def source(self, store):
+        return store.source()
+
+    def test_read_is_refused_when_a_row_is_not_committed_or_quarantined(self, source):
+        with pytest.raises(UncommittedError):
+            source.read([RowId(0, 0, 2)])
+        with pytest.raises(QuarantinedError):
+            source.read([RowId(0, 9, 0)])
+
+
+class TestLiveSource(FeatureSourceConformance):
+    @pytest.fixture
+    def source(self, teacher, dataset, store):
+        return LiveSource(teacher, dataset, training_positions(dataset.tars, store=store))
+
+    def test_read_is_refused_when_pixels_are_missing_or_too_few(self, source, views):
+        with pytest.raises(InputError, match="a live source needs the rows' pixels"):
+            source.read(ROWS)
+        with pytest.raises(InputError, match="got pixels of 4 views for 5 rows"):
+            source.read(ROWS, pixels=views(ROWS)[:4])
+
+    def test_seconds_grow_when_the_teacher_runs(self, source, views):
+        assert source.seconds == 0.0
+        source.read(ROWS, pixels=views(ROWS))
+        once = source.seconds
+        source.read(ROWS, pixels=views(ROWS))
+        assert 0 < once < source.seconds
+
+
+def config(world: World, tmp_path: Path, source: str, **changes) -> TrainConfig:
+    asked = TrainConfig(
+        run=tmp_path / source,
+        student="test_resnet",
+        tars=world.tars,
+        store=world.store,
+        source=source,
+        teacher=TeacherConfig(checkpoint=world.checkpoint) if source == "live" else TeacherConfig(),
+        epochs=4,
+        batch_size=8,
+        workers=0,
+        log_every=1,
+        progress=False,
+    )
+    return replace(asked, **changes)
+
+
+def trainer(world: World, tmp_path: Path, source: str, **changes) -> Trainer:
+    asked = config(world, tmp_path, source, **changes)
+    return Trainer(asked, assemble(asked))
+
+
+def first_batch(of: Trainer):
+    return next(iter(BatchLoader(of.parts.dataset, of.parts.batches)))
+
+
+def relative_difference(a: dict[str, float], b: dict[str, float]) -> float:
+    assert a.keys() == b.keys()
+    return max(abs(a[name] - b[name]) / abs(b[name]) for name in a)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize(("codec", "limit"), [("f16", 2e-3), ("f32", 1e-6)])
+@pytest.mark.parametrize("method", ["scalekd", "fd", "kd"])
+def test_loss_terms_agree_when_rows_are_store_fed_and_live_fed(tmp_path, family, codec, limit, method):
+    world = shared_world(family, codec)
+    cached, live = (trainer(world, tmp_path, source, method=method) for source in ("store", "live"))
+    batches = first_batch(cached), first_batch(live)
+    assert torch.equal(batches[0].pixels, batches[1].pixels)
+    terms = [
+        {name: term.item() for name, term in of.losses(batch).items()}
+        for of, batch in zip((cached, live), batches, strict=True)
+    ]
+    assert relative_difference(*terms) <= limit
+    if method == "scalekd":
+        assert terms[0].keys() == {
+            "task", "stage3_original", "stage3_alternative", "stage4_original", "stage4_alternative", "kd", "total",
+        }  # fmt: skip
+
+
+def test_parity_check_sees_a_wrong_teacher_when_features_are_anothers(tmp_path):
+    world = shared_world("vit", "f32")
+    cached = trainer(world, tmp_path, "store")
+    batch = first_batch(cached)
+    right = {name: term.item() for name, term in cached.losses(batch).items()}
+    wrong = batch._replace(taps={name: tap.flip(0) for name, tap in batch.taps.items()})
+    other = {name: term.item() for name, term in cached.losses(wrong).items()}
+    assert relative_difference(other, right) > 2e-3
+
+
+def test_ten_steps_stay_together_when_store_fed_and_live_fed(tmp_path):
+    world = shared_world("vit", "f16")
+    totals = {}
+    for source in ("store", "live"):
+        running = train(config(world, tmp_path, source))
+        lines = [line for line in read_metrics(running.run / "metrics.jsonl") if line["kind"] == "step"]
+        assert len(lines) >= 10
+        totals[source] = np.array([line["total"] for line in lines[:10]])
+    assert np.abs(totals["store"] / totals["live"] - 1).max() <= 1e-2
+    assert abs(totals["store"][9] / totals["store"][0] - 1) > 0.05  # the steps did move
+
+
+def test_training_never_builds_the_teacher_when_fed_from_a_store(tmp_path, world, monkeypatch):
+    monkeypatch.setattr("student_trainer.assemble.load_teacher", None)
+    monkeypatch.setattr("feature_store.teacher.model.Teacher.forward", None)
+    running = trainer(world, tmp_path, "store")
+    running.step(first_batch(running))
+    later_blocks = running.loss.perception.later_blocks
+    held = sum(parameter.numel() for parameter in later_blocks.parameters())
+    name, kwargs = world.teacher
+    whole = sum(p.numel() for p in load_teacher(name, checkpoint=world.checkpoint, model_kwargs=kwargs).parameters())
+    assert later_blocks.info.depth == 1  # of 6 blocks
+    assert held < whole / 3
+    assert not any("later_blocks" in name for name in running.loss.state_dict())

@@ -1,0 +1,233 @@
+"""Things that would train a wrong student: each is refused before the first step, naming field, values and remedy."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from training_world import SIZE, SWIN, VIT, make_teacher, samples, shared_world, write_store, write_tar
+
+import student_trainer.data
+from feature_store.errors import (
+    CorruptStoreError,
+    InputError,
+    MismatchError,
+    ResourceError,
+    UncommittedError,
+    UserError,
+)
+from feature_store.tars import Tar
+from feature_store.views import decode_image, view_policy
+from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, ViewsConfig
+from student_trainer.scalekd import ScaleKDConfig
+from student_trainer.train import train
+
+# Python 3.12 and later warn of fork under threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+HEADLESS = (VIT[0], {**VIT[1], "num_classes": 0})
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    world = shared_world()
+    return TrainConfig(
+        run=tmp_path / "run",
+        student="test_resnet",
+        tars=world.tars,
+        store=world.store,
+        epochs=1,
+        batch_size=8,
+        workers=0,
+        progress=False,
+    )
+
+
+def refused(config: TrainConfig, kind: type[UserError], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        train(config)
+    assert not config.run.exists()  # the folder stays free for the corrected command
+
+
+@pytest.fixture
+def other_store(tmp_path):
+    """Writes a store of the shared world's tars with changes."""
+    world = shared_world()
+
+    def write(spec=VIT, **changes) -> Path:
+        teacher = make_teacher(spec, tmp_path / "other" / "teacher.safetensors", seed=7)
+        write_store(tmp_path / "other" / "store", world.tars, teacher, num_views=1, **changes)
+        return tmp_path / "other" / "store"
+
+    return write
+
+
+def test_live_teacher_is_refused_when_its_weights_are_not_the_stores(config, tmp_path):
+    make_teacher(VIT, tmp_path / "other.safetensors", seed=9)
+    refused(
+        replace(config, source="live", teacher=TeacherConfig(checkpoint=tmp_path / "other.safetensors")),
+        MismatchError,
+        r"^teacher.weights_sha256 differs: store has '[0-9a-f]{64}', got '[0-9a-f]{64}'; use the --teacher options",
+    )
+
+
+def test_live_teacher_is_refused_when_it_is_another_model_or_cut_elsewhere(config, tmp_path):
+    world = shared_world()
+    make_teacher(SWIN, tmp_path / "swin.safetensors")
+    swin = TeacherConfig(name=SWIN[0], model_kwargs=SWIN[1], checkpoint=tmp_path / "swin.safetensors")
+    refused(replace(config, source="live", teacher=swin), MismatchError, r"^teacher.name differs: store has 'test_vit'")
+    deeper = TeacherConfig(checkpoint=world.checkpoint, depth=3)
+    refused(replace(config, source="live", teacher=deeper), MismatchError, r"^split differs: store has .*depth.*1.*got")
+
+
+def test_tar_is_refused_when_it_changed_since_the_store_was_written(config, tmp_path):
+    changed = write_tar(tmp_path / "train-0.tar", samples(14, seed=8, prefix="a"))
+    refused(
+        replace(config, tars=(changed, config.tars[1])),
+        MismatchError,
+        r"^tars\[train-0.tar\].header_sha256 differs: .*changed since the store was written: restore it",
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_stops_when_pillow_resizes_differently(config, monkeypatch, workers):
+    resize = Image.Image.resize
+
+    def changed(self, size, resample=None, *arguments, **options):
+        return resize(self, size, Image.Resampling.BOX, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", changed)
+    with pytest.raises(MismatchError, match=r"pixels of sample '.*', view 0 differs: .*CRC-32 \w+ by Pillow .*, got"):
+        train(replace(config, workers=workers, start_method="fork"))
+
+
+def test_training_stops_when_pixels_change_beyond_the_first_rows_and_all_are_checked(config, monkeypatch):
+    apply_view = student_trainer.data.apply_view
+    odd = decode_image(Tar.open(config.tars[0]).read(12).image).size  # a sample beyond those that are always checked
+
+    def changed(image, params, size):
+        pixels = apply_view(image, params, size)
+        if image.size == odd:
+            pixels[0, 0, 0] ^= 1
+        return pixels
+
+    monkeypatch.setattr(student_trainer.data, "apply_view", changed)
+    config = replace(config, batch_size=25)
+    with pytest.raises(MismatchError, match="pixels of sample 'a012', view 0"):
+        train(replace(config, check_all_pixels=True))
+    shutil.rmtree(config.run)
+    assert train(config).steps == 1
+
+
+def test_store_is_refused_when_views_are_missing(config, other_store):
+    store = other_store(skip=[(1, 0)])
+    refused(
+        replace(config, store=store),
+        UncommittedError,
+        r"1 of 2 units lack views: train-1.tar \(views 0\); run the same `teacher-service cache` command again",
+    )
+
+
+def test_store_is_refused_when_more_views_are_asked_for_than_it_has(config):
+    refused(replace(config, num_views=3), UncommittedError, r"2 of 2 units lack views: train-0.tar \(views 2\)")
+
+
+def test_store_is_refused_when_a_tap_the_loss_needs_is_missing(config, other_store):
+    store = other_store(taps=("stage4",))
+    refused(replace(config, store=store), InputError, r"the store has no tap 'stage3_prefix'; it has: stage4")
+    assert train(replace(config, store=store, scalekd=ScaleKDConfig(tpp=False))).steps == 3
+
+
+def test_store_is_refused_when_its_later_blocks_are_from_another_checkpoint(config, other_store, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(config.store, mixed)
+    shutil.rmtree(mixed / "teacher" / "blocks")
+    shutil.copytree(other_store() / "teacher" / "blocks", mixed / "teacher" / "blocks")
+    refused(replace(config, store=mixed), MismatchError, r"^blocks_sha256 differs: .* come from another checkpoint")
+
+
+def test_training_stops_when_a_shard_is_truncated(config, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(config.store, damaged)
+    shard = next(path for path in (damaged / "taps" / "stage4" / "c").rglob("*") if path.is_file())
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CorruptStoreError, match=r"object taps/stage4/c/\d/\d/0/0 is damaged"):
+        train(replace(config, store=damaged, epochs=2))
+
+
+def test_student_name_is_corrected_when_unknown(config):
+    refused(
+        replace(config, student="test_resnt"), InputError, r"knows no model 'test_resnt'; did you mean .*test_resnet"
+    )
+
+
+def test_student_is_refused_when_its_classes_are_not_the_teachers_and_logits_are_compared(config):
+    refused(
+        replace(config, num_classes=9),
+        MismatchError,
+        r"^num_classes differs: the teacher has 4, got 9; leave out --num-classes, or set --scalekd.kd-alpha None",
+    )
+    assert train(replace(config, num_classes=9, scalekd=ScaleKDConfig(kd_alpha=None))).steps == 3
+
+
+def test_student_is_refused_when_labels_are_beyond_its_classes(config):
+    refused(
+        replace(config, num_classes=3, method="fd"),
+        InputError,
+        r"the store has labels up to 3, but the student 3 classes; give --num-classes 4 or more",
+    )
+
+
+def test_classes_are_counted_from_the_labels_when_the_teacher_has_no_classifier(config, other_store):
+    store = other_store(HEADLESS)
+    refused(replace(config, store=store), InputError, r"logit distillation needs teacher logits, but .* no classifier")
+    run = replace(config, store=store, scalekd=ScaleKDConfig(kd_alpha=None))
+    train(run)
+    assert '"num_classes": 4' in (run.run / "config.json").read_text()
+
+
+def test_classes_must_be_given_when_nobody_knows_them(config):
+    refused(
+        replace(config, store=None, method="none", views=ViewsConfig(size=SIZE)),
+        InputError,
+        r"the number of classes is unknown without a store or a teacher; give --num-classes",
+    )
+
+
+def test_views_are_refused_when_they_are_not_the_live_teachers_size(config):
+    world = shared_world()
+    teacher = TeacherConfig(name=world.teacher[0], model_kwargs=world.teacher[1], checkpoint=world.checkpoint)
+    refused(
+        replace(config, store=None, source="live", teacher=teacher, views=ViewsConfig(size=32)),
+        InputError,
+        r"views are 32 x 32, but teacher test_vit takes 64 x 64; set --views.size",
+    )
+
+
+def test_store_with_other_view_size_sets_the_students_input_when_read(config, tmp_path):
+    world = shared_world()
+    name, kwargs = VIT
+    teacher = make_teacher((name, {**kwargs, "img_size": 48}), tmp_path / "small.safetensors")
+    write_store(tmp_path / "small", world.tars, teacher, num_views=1, policy=view_policy("a1", 48))
+    train(replace(config, store=tmp_path / "small", student="test_vit"))
+    saved = torch.load(config.run / "last.pt", weights_only=True)
+    assert saved["student"]["preprocessing"]["input_size"] == (48, 48)
+    assert saved["student"]["model_kwargs"]["img_size"] == (48, 48)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"optim": OptimConfig(opt="adamwww")}, InputError, r"--optim.opt 'adamwww' cannot be used"),
+        ({"device": "tpu9"}, InputError, r"--device is 'tpu9', expected auto, cpu, cuda"),
+        ({"device": "cuda:99"}, ResourceError, r"--device is cuda:99, but torch sees \d+ GPUs here"),
+        ({"store": Path("nowhere")}, InputError, r"nowhere is not a store"),
+        ({"tars": ()}, InputError, r"no tars are listed"),
+        ({"batch_size": 26}, InputError, r"25 samples do not fill one batch of 26"),
+        ({"scalekd": ScaleKDConfig(heads_stage4=5)}, InputError, r"5"),
+    ],
+)
+def test_option_is_refused_when_it_cannot_be_used(config, change, kind, message):
+    refused(replace(config, **change), kind, message)

@@ -1,0 +1,76 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tyro
+
+from feature_store.errors import InputError
+from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, ViewsConfig, config_to_dict
+
+GOOD = TrainConfig(run=Path("r"), student="test_resnet", tars=("a.tar",), store=Path("s"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "--epochs is 0, expected at least 1"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"workers": -1}, "--workers is -1"),
+        ({"num_views": 0}, "--num-views is 0"),
+        ({"label_smoothing": 1.0}, "--label-smoothing is 1.0"),
+        ({"crop_pct": 0.0}, "--crop-pct is 0.0"),
+        ({"store": None}, "--method scalekd needs teacher features; give --store"),
+        ({"store": None, "source": "live"}, "needs --teacher.name"),
+        ({"method": "none", "source": "live"}, "--method none uses no teacher"),
+        ({"teacher": TeacherConfig(name="vit")}, "--teacher options are for --source live"),
+        ({"views": ViewsConfig(size=32)}, "--views options are for runs without --store"),
+        ({"store": None, "method": "none", "num_views": 2}, "--num-views limits a store's views"),
+        ({"store": None, "method": "none", "check_all_pixels": True}, "--check-all-pixels checks replayed views"),
+    ],
+)
+def test_config_is_refused_when_it_cannot_work(change, message):
+    with pytest.raises(InputError, match=message):
+        replace(GOOD, **change)
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (OptimConfig, {"lr": 0.0}, "--optim.lr is 0.0"),
+        (OptimConfig, {"clip_grad": 0.0}, "--optim.clip-grad"),
+        (OptimConfig, {"decay_epochs": 0}, "--optim.decay-epochs"),
+        (ViewsConfig, {"size": 0}, "--views.size"),
+        (ViewsConfig, {"seed": -1}, "--views.seed"),
+    ],
+)
+def test_nested_config_is_refused_when_a_value_is_out_of_range(config, values, message):
+    with pytest.raises(InputError, match=message):
+        config(**values)
+
+
+def test_config_is_read_from_a_command_line_when_given_as_flags():
+    line = (
+        '--run r --student test_resnet --tars a.tar b-{0..2}.tar --store s --student-kwargs {"drop_rate":0.1} '
+        "--optim.lr 0.5 --scalekd.kd-alpha None --scalekd.alphas-stage4 0.08 0"
+    )
+    config = tyro.cli(TrainConfig, args=line.split())
+    assert config.tars == ("a.tar", "b-{0..2}.tar")
+    assert config.student_kwargs == {"drop_rate": 0.1}
+    assert config.optim == OptimConfig(lr=0.5)
+    assert config.scalekd.kd_alpha is None
+    assert config.scalekd.alphas_stage4 == (0.08, 0.0)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_student_kwargs_are_refused_when_they_are_no_json_object(text, capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(TrainConfig, args=["--run", "r", "--student", "x", "--tars", "a", "--student-kwargs", text])
+    assert "student-kwargs" in capsys.readouterr().err
+
+
+def test_config_is_plain_json_when_saved():
+    saved = config_to_dict(GOOD)
+    assert json.loads(json.dumps(saved)) == saved
+    assert saved["store"] == "s"
+    assert saved["optim"]["lr"] == 1e-3

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch import nn
+from training_world import samples, write_tar
+
+from feature_store.errors import InputError
+from feature_store.tars import Tar
+from student_trainer.evaluate import EvaluateConfig, Evaluator
+from student_trainer.trained import Normaliser, Preprocessing
+
+# Python 3.12 and later warn of fork under threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+HOW = Preprocessing((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 0.875)
+
+
+class ByColour(nn.Module):
+    """Knows the test images' colours: red rises with the label; wrong for one label, and then right in the top five."""
+
+    def __init__(self, classes: int = 8, confused: int | None = None) -> None:
+        super().__init__()
+        self.classes, self.confused = classes, confused
+
+    def forward(self, images_BCHW):
+        red = (images_BCHW.mean(dim=(2, 3)) * torch.tensor(HOW.std) + torch.tensor(HOW.mean))[:, 0] * 255
+        label = ((red - 40) / 60).round().long()
+        logits = torch.nn.functional.one_hot(label, self.classes).float()
+        if self.confused is not None:
+            logits[label == self.confused, (self.confused + 1) % self.classes] = 2.0
+        return logits
+
+
+@pytest.fixture
+def tars(tmp_path):
+    content = samples(10, seed=3, prefix="v")
+    content[4]["png"] = b"junk"
+    del content[7]["cls"]
+    return [Tar.open(write_tar(tmp_path / "val.tar", content))]
+
+
+def evaluator(tars, classes: int = 8, **changes) -> Evaluator:
+    return Evaluator(tars, HOW, classes, **{"batch_size": 3, "device": torch.device("cpu"), **changes})
+
+
+def test_accuracy_counts_top1_and_top5_when_some_predictions_are_wrong(tars):
+    right = evaluator(tars)(ByColour())
+    assert (right.top1, right.top5, right.samples) == (100.0, 100.0, 8)
+    wrong = evaluator(tars)(ByColour(confused=1))  # samples 1, 5 and 9 have label 1
+    assert wrong.top1 == pytest.approx(100 * 5 / 8)
+    assert wrong.top5 == 100.0
+
+
+def test_accuracy_names_what_could_not_be_read_when_images_or_labels_are_bad(tars):
+    unreadable = evaluator(tars)(ByColour()).unreadable
+    assert [line.split(":")[0] for line in unreadable] == ["val.tar/v004", "val.tar/v007"]
+    assert "not an image" in unreadable[0]
+
+
+def test_accuracy_is_the_same_when_batches_and_workers_differ(tars):
+    model = ByColour(confused=1)
+    assert evaluator(tars)(model) == evaluator(tars, batch_size=256, workers=1, start_method="fork")(model)
+
+
+def test_accuracy_uses_all_classes_when_there_are_fewer_than_five(tars):
+    assert evaluator(tars, classes=4)(ByColour(classes=4, confused=1)).top5 == 100.0
+
+
+def test_model_keeps_its_mode_when_evaluated(tars):
+    model = ByColour().train()
+    seen = []
+    model.register_forward_hook(lambda module, *_: seen.append(module.training))
+    evaluator(tars)(model)
+    assert model.training
+    assert not any(seen)
+
+
+def test_evaluation_is_refused_when_nothing_can_be_read(tmp_path):
+    content = samples(2, seed=3)
+    for sample in content:
+        sample["png"] = b"junk"
+    tars = [Tar.open(write_tar(tmp_path / "val.tar", content))]
+    with pytest.raises(InputError, match=r"none of 2 validation images can be read, first: val.tar/s000"):
+        evaluator(tars)(ByColour())
+
+
+def test_evaluation_is_refused_when_a_label_is_out_of_range(tars):
+    with pytest.raises(InputError, match=r"label of sample 'v002' in val.tar is 2, expected 0..1"):
+        evaluator(tars, classes=2)(ByColour())
+
+
+def test_normaliser_gives_zero_when_pixels_are_the_mean():
+    pixels = torch.full((1, 2, 2, 3), 51, dtype=torch.uint8)
+    images = Normaliser((0.2, 0.2, 0.0), (0.5, 0.25, 0.1), torch.device("cpu"))(pixels)
+    assert images.shape == (1, 3, 2, 2)
+    torch.testing.assert_close(images[0, :, 0, 0], torch.tensor([0.0, 0.0, 2.0]))
+
+
+def test_config_is_refused_when_neither_or_both_of_run_and_checkpoint_are_given(tmp_path):
+    for given in ({}, {"run": tmp_path, "checkpoint": tmp_path}):
+        with pytest.raises(InputError, match="give either --run or --checkpoint"):
+            EvaluateConfig(tars=("a",), **given)

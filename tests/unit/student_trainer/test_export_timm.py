@@ -1,0 +1,106 @@
+import json
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from feature_store.errors import InputError
+from student_trainer.checkpoint import Checkpoint, Progress, load_checkpoint, rng_state, save_checkpoint
+from student_trainer.export import ExportConfig, export
+from student_trainer.student import Student
+from student_trainer.trained import Preprocessing, describe_student, load_student
+
+HOW = Preprocessing((64, 64), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 1.0)
+
+
+def save(path, student: Student) -> None:
+    save_checkpoint(
+        path,
+        Checkpoint(
+            student=describe_student(student, HOW),
+            weights=student.model.state_dict(),
+            loss={"stage4.original.query": torch.ones(2, 2)},
+            optimizer={},
+            progress=Progress(),
+            rng=rng_state(),
+        ),
+    )
+
+
+@pytest.fixture(params=[("test_resnet", {"drop_rate": 0.1}), ("test_vit", {})], ids=["cnn", "vit"])
+def run(request, tmp_path):
+    torch.manual_seed(0)
+    name, kwargs = request.param
+    student = Student(name, 7, HOW.input_size, kwargs).train()
+    with torch.no_grad():
+        for _ in range(2):  # batch statistics must be exported too
+            student(torch.randn(4, 3, 64, 64))
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save(folder / "last.pt", student)
+    return folder, student.eval()
+
+
+def test_export_loads_in_timm_with_equal_logits_when_written(run, tmp_path):
+    folder, student = run
+    files = export(ExportConfig(run=folder, out=tmp_path / "out"))
+    assert [file.name for file in files] == ["config.json", "model.safetensors"]
+    images = torch.randn(2, 3, 64, 64)
+    size = {"img_size": (64, 64)} if student.name == "test_vit" else {}
+    by_name = timm.create_model(
+        student.name, checkpoint_path=str(tmp_path / "out/model.safetensors"), num_classes=7, **size
+    )
+    by_folder = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    with torch.no_grad():
+        expected = student.model(images)
+        assert torch.equal(by_name.eval()(images), expected)
+        assert torch.equal(by_folder.eval()(images), expected)
+
+
+def test_export_holds_only_the_student_and_its_preprocessing_when_written(run, tmp_path):
+    folder, student = run
+    export(ExportConfig(run=folder, out=tmp_path / "out"))
+    assert load_file(tmp_path / "out/model.safetensors").keys() == student.model.state_dict().keys()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architecture"] == student.name
+    pretrained = config["pretrained_cfg"]
+    assert pretrained["mean"] == [0.5, 0.4, 0.3]
+    assert (pretrained["input_size"], pretrained["crop_pct"], pretrained["num_classes"]) == ([3, 64, 64], 1.0, 7)
+
+
+def test_best_checkpoint_is_taken_when_a_run_has_one(run):
+    folder, student = run
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    save(folder / "best.pt", student)
+    weights = load_student(folder).student.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in student.model.state_dict().items())
+    other = load_student(folder / "last.pt").student.model.state_dict()
+    assert not all(torch.equal(other[name], value) for name, value in student.model.state_dict().items())
+
+
+def test_checkpoint_is_refused_when_its_weights_do_not_fit_the_model(run):
+    folder, _ = run
+    checkpoint = load_checkpoint(folder / "last.pt")
+    weights = dict(list(checkpoint.weights.items())[1:])
+    save_checkpoint(folder / "last.pt", replace(checkpoint, weights=weights))
+    with pytest.raises(InputError, match=r"last.pt does not fit timm's test_\w+ any more: .*Missing key"):
+        load_student(folder)
+
+
+def test_export_is_refused_when_the_folder_is_not_empty(run):
+    folder, _ = run
+    with pytest.raises(InputError, match=r"--out .*run already exists; choose another folder"):
+        export(ExportConfig(run=folder, out=folder))
+
+
+def test_export_says_what_to_install_when_onnx_is_absent(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("student_trainer.export.find_spec", lambda name: None if name == "onnxruntime" else object())
+    with pytest.raises(InputError, match=r"--onnx needs onnxruntime; install with `pip install .\[onnx\]`"):
+        export(ExportConfig(run=run[0], out=tmp_path / "out", onnx=True))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,76 @@
+import math
+
+import pytest
+
+from feature_store.errors import InputError
+from student_trainer.metrics import Means, MetricsLog, Pace, read_metrics, rewind_metrics
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for step in range(4):
+            log.write("step", step, total=step / 3)
+    return path
+
+
+def test_log_gives_back_what_was_written_when_read(path):
+    assert read_metrics(path) == [{"kind": "step", "step": s, "total": s / 3} for s in range(4)]
+
+
+def test_log_appends_when_opened_again(path):
+    with MetricsLog(path) as log:
+        log.write("epoch", 4, top1=50.0)
+    assert [line["kind"] for line in read_metrics(path)] == ["step"] * 4 + ["epoch"]
+
+
+def test_log_leaves_out_its_last_line_when_a_crash_cut_it(path):
+    with path.open("a") as file:
+        file.write('{"kind": "step", "st')
+    assert len(read_metrics(path)) == 4
+
+
+def test_log_is_refused_when_a_line_in_the_middle_is_damaged(path):
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{oops", *lines[2:], ""]))
+    with pytest.raises(InputError, match=r"metrics.jsonl line 2 is damaged"):
+        read_metrics(path)
+
+
+def test_log_is_refused_when_missing(tmp_path):
+    with pytest.raises(InputError, match=r"metrics.jsonl is missing"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_log_ends_at_the_checkpoint_when_rewound(path):
+    with path.open("a") as file:
+        file.write('{"kind": "step", "st')
+    rewind_metrics(path, 2)
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
+    assert path.read_text().endswith("}\n")
+
+
+def test_means_are_the_same_to_the_bit_when_resumed():
+    values = [{"a": 0.1 * n, "b": 1 / (n + 1)} for n in range(7)]
+    whole, first = Means(), Means()
+    for value in values:
+        whole.add(value)
+    for value in values[:3]:
+        first.add(value)
+    second = Means(first.state_dict())
+    for value in values[3:]:
+        second.add(value)
+    assert second.means() == whole.means()
+    assert math.isclose(whole.means()["a"], 0.3)
+
+
+def test_pace_counts_from_the_last_line_when_asked():
+    pace = Pace()
+    assert pace.median() is None
+    pace.add(10, 0.5, 1.5)
+    pace.add(10, 0.0, 3.0)
+    assert pace.since_last() == {"images_per_second": 4.0, "data_wait": 0.1}
+    pace.add(5, 1.0, 0.0)
+    assert pace.since_last() == {"images_per_second": 5.0, "data_wait": 1.0}
+    assert pace.median() == 2.0

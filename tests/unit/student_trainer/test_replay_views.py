@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+from training_world import SIZE, shared_world
+
+import feature_store.views
+from feature_store.errors import InputError, MismatchError
+from feature_store.sample import RowId
+from feature_store.store import open_store
+from feature_store.tars import Tar, TarSample
+from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, view_policy
+from student_trainer.replay import CHECKED_ROWS, DrawnViews, StoredViews
+
+
+@pytest.fixture
+def store():
+    return open_store(shared_world().store)
+
+
+@pytest.fixture
+def tar():
+    return Tar.open(shared_world().tars[0])
+
+
+def replay(views, tar: Tar, row: RowId) -> tuple[TarSample, np.ndarray]:
+    sample = tar.read(row.position)
+    image = decode_image(sample.image)
+    return sample, apply_view(image, views.params(row, sample.key, image.size), views.size)
+
+
+def test_stored_views_are_those_of_the_store_when_replayed(store, tar):
+    views = StoredViews(store, check_all=True)
+    assert views.size == (SIZE, SIZE)
+    for position in (0, 13):
+        for view in (0, 1):
+            row = RowId(0, position, view)
+            sample, pixels = replay(views, tar, row)
+            views.check(row, sample, pixels)
+            image = decode_image(sample.image)
+            drawn = draw_view(store.manifest.policy, store.manifest.seed, sample.key, view, image.size)
+            assert views.params(row, sample.key, image.size) == drawn
+
+
+def test_stored_views_never_draw_when_replayed(store, tar, monkeypatch):
+    monkeypatch.setattr("student_trainer.replay.draw_view", None)
+    monkeypatch.setattr(feature_store.views, "draw_view", None)
+    replay(StoredViews(store), tar, RowId(0, 0, 0))
+
+
+@pytest.mark.parametrize(("position", "check_all", "caught"), [
+    (0, False, True), (CHECKED_ROWS - 1, False, True), (CHECKED_ROWS, False, False), (CHECKED_ROWS, True, True),
+])  # fmt: skip
+def test_stored_views_catch_changed_pixels_when_the_row_is_checked(store, tar, position, check_all, caught):
+    views, row = StoredViews(store, check_all=check_all), RowId(0, position, 1)
+    sample, pixels = replay(views, tar, row)
+    pixels[3, 5, 1] ^= 1
+    if not caught:
+        views.check(row, sample, pixels)
+        return
+    with pytest.raises(MismatchError, match=r"pixels of sample 'a00\d', view 1 differs.*CRC-32.*Pillow"):
+        views.check(row, sample, pixels)
+
+
+def test_stored_views_catch_a_changed_label_when_checked(store, tar):
+    views, row = StoredViews(store), RowId(0, 12, 0)
+    sample, pixels = replay(views, tar, row)
+    with pytest.raises(MismatchError, match=r"label of sample 'a012' differs: store has 0, got 3; train on the tars"):
+        views.check(row, sample._replace(label=3), pixels)
+
+
+def test_stored_views_refuse_a_quarantined_sample_when_asked_for_it(store):
+    with pytest.raises(InputError, match=r"sample 'a009' \(unit 0\) is quarantined"):
+        StoredViews(store).params(RowId(0, 9, 0), "a009", (50, 50))
+
+
+def test_stored_views_keep_few_units_when_the_data_set_is_large(store, tar):
+    views = StoredViews(store, units_in_memory=1)
+    first = views.params(RowId(0, 0, 0), "a000", (50, 50))
+    assert views.params(RowId(1, 0, 1), "b000", (50, 50)) != first
+    assert list(views._units) == [(1, 1)]
+    assert views.params(RowId(0, 0, 0), "a000", (50, 50)) == first
+
+
+def test_drawn_views_are_a_stores_when_policy_and_seed_are_its_own(store, tar):
+    row = RowId(0, 3, 1)
+    drawn = DrawnViews(store.manifest.policy, store.manifest.seed)
+    assert np.array_equal(replay(drawn, tar, row)[1], replay(StoredViews(store), tar, row)[1])
+    other = DrawnViews(store.manifest.policy, store.manifest.seed + 1)
+    assert not np.array_equal(replay(other, tar, row)[1], replay(drawn, tar, row)[1])
+
+
+def test_drawn_views_keep_the_middle_when_the_policy_is_center(tar):
+    policy: ViewPolicy = view_policy("center", 16, crop_pct=1.0)
+    params = DrawnViews(policy).params(RowId(0, 0, 0), "any", (40, 20))
+    assert (params.crop, params.flip) == ((10, 0, 20, 20), False)

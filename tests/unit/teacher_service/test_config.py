@@ -1,0 +1,29 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from feature_store.errors import InputError
+from teacher_service.config import CacheConfig, PlanConfig
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("views", 0, "--views is 0"),
+        ("seed", -1, "--seed is -1"),
+        ("seed", 2**64, "64-bit"),
+        ("taps", ("stage3",), "stage4"),
+        ("batch_size", 0, "--batch-size is 0"),
+        ("workers", -1, "--workers is -1"),
+    ],
+)
+def test_cache_config_refuses_a_value_no_run_can_use(option: str, value: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        CacheConfig(tars=("a.tar",), teacher="test_vit", store=Path("s"), **{option: value})
+
+
+def test_cache_config_needs_a_store_when_plan_does_not() -> None:
+    assert PlanConfig(tars=("a.tar",), teacher="test_vit").store == Path("store")
+    with pytest.raises(TypeError, match="store"):
+        CacheConfig(tars=("a.tar",), teacher="test_vit")  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,118 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_jobs import noise_samples, write_tar
+
+from feature_store.errors import ResourceError, UserError
+from feature_store.tars import Tar
+from feature_store.views import apply_view, decode_image, draw_view, pixel_crc, view_policy
+from teacher_service import decoding
+from teacher_service.decoding import Batch, Span, ViewDataset, batch_spans, read_batches
+
+
+@pytest.fixture
+def make_dataset(tmp_path: Path) -> Callable[..., ViewDataset]:
+    def make(*extra: dict, views: int = 3) -> ViewDataset:
+        tar = write_tar(tmp_path / "images.tar", [*noise_samples("s", 4), *extra])
+        return ViewDataset([Tar.open(tar)], view_policy("a2", (24, 32)), seed=9, num_views=views)
+
+    return make
+
+
+def _batch(dataset: ViewDataset, start: int, stop: int) -> Batch:
+    batch = dataset[Span(0, start, stop)]
+    assert isinstance(batch, Batch)
+    return batch
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), samples=st.integers(1, 10), data=st.data())
+def test_batch_spans_of_a_unit_do_not_depend_on_the_others(sizes: list[int], samples: int, data: st.DataObject) -> None:
+    units = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1))))
+
+    spans = batch_spans(units, sizes, samples)
+
+    assert [span for unit in units for span in batch_spans([unit], sizes, samples)] == spans
+    assert [(s.unit, i) for s in spans for i in range(s.start, s.stop)] == [
+        (u, i) for u in units for i in range(sizes[u])
+    ]
+    assert all(0 < span.stop - span.start <= samples for span in spans)
+
+
+def test_dataset_gives_every_view_of_the_contract(make_dataset: Callable[..., ViewDataset]) -> None:
+    dataset = make_dataset()
+
+    batch = _batch(dataset, 1, 4)
+
+    assert batch.pixels.shape == (3, 3, 24, 32, 3)
+    assert batch.pixels.dtype == torch.uint8
+    for i, position in enumerate(range(1, 4)):
+        sample = dataset.tars[0].read(position)
+        image = decode_image(sample.image)
+        assert batch.labels[i] == sample.label
+        for view in range(3):
+            params = draw_view(dataset.policy, 9, sample.key, view, image.size)
+            pixels = apply_view(image, params, (24, 32))
+            assert batch.params[view][i] == params
+            assert batch.pixel_crc[view, i] == pixel_crc(pixels)
+            np.testing.assert_array_equal(batch.pixels[i, view], pixels)
+
+
+def test_dataset_decodes_each_image_once_when_many_views_are_cut(
+    make_dataset: Callable[..., ViewDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    monkeypatch.setattr(decoding, "decode_image", lambda data: decoded.append(data) or decode_image(data))
+
+    _batch(make_dataset(views=5), 0, 4)
+
+    assert len(decoded) == 4
+
+
+def test_dataset_keeps_place_and_label_when_an_image_is_broken(make_dataset: Callable[..., ViewDataset]) -> None:
+    broken = {"__key__": "t0", "png": b"?", "cls": b"3"}
+    nameless = {"__key__": "t1", "png": b"?"}
+    batch = _batch(make_dataset(broken, nameless), 3, 6)
+
+    assert sorted(batch.quarantined) == [4, 5]
+    assert batch.labels.tolist() == [3, 3, -1]
+    assert [params is None for params in batch.params[2]] == [False, True, True]
+    assert batch.pixel_crc[:, 1:].tolist() == [[0, 0]] * 3
+    assert batch.pixels[0].any()
+    assert not batch.pixels[1:].any()
+
+
+def test_read_batches_raises_the_users_error_when_a_tar_changes(
+    make_dataset: Callable[..., ViewDataset], tmp_path: Path
+) -> None:
+    dataset = make_dataset()
+    (tmp_path / "images.tar").write_bytes(b"short")
+
+    with pytest.raises(UserError, match=r"images\.tar changed while in use"):
+        list(read_batches(dataset, [Span(0, 0, 2)], workers=0, pin_memory=False))
+
+
+def test_read_batches_says_what_to_do_when_a_worker_dies(
+    make_dataset: Callable[..., ViewDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying:
+        def __iter__(self):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. \nmore")
+
+    monkeypatch.setattr(decoding, "DataLoader", lambda *args, **kwargs: Dying())
+
+    with pytest.raises(ResourceError, match=r"decode worker died .*Bus error.*--workers"):
+        list(read_batches(make_dataset(), [Span(0, 0, 1)], workers=0, pin_memory=False))
+
+
+@pytest.mark.parametrize(("error", "printed"), [(ConnectionResetError("gone"), False), (ValueError("a bug"), True)])
+def test_worker_ends_without_a_word_when_the_main_process_is_gone(
+    error: Exception, printed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoding._report_unless_abandoned(type(error), error, None)
+
+    assert (str(error) in capsys.readouterr().err) is printed

@@ -1,0 +1,78 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_jobs import TinyTeacher, write_tars
+
+from feature_store.errors import InputError
+from feature_store.manifest import Manifest
+from feature_store.tars import Tar
+from teacher_service.config import PlanConfig
+from teacher_service.decoding import Batch
+from teacher_service.planning import job_manifest, outline_teacher
+from teacher_service.rows import UnitRows
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, tiny_swin: TinyTeacher) -> Manifest:
+    """Two views of five samples, taps [4, 64], four classes, f16."""
+    tars = write_tars(tmp_path, 5)
+    config = PlanConfig(tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, views=2)
+    outline = outline_teacher(config)
+    return job_manifest(config, [Tar.open(tars[0])], outline.info, outline.split)
+
+
+def _batch(start: int, count: int, quarantined: dict[int, str] | None = None) -> Batch:
+    return Batch(
+        unit=0,
+        start=start,
+        labels=np.arange(start, start + count),
+        quarantined=quarantined or {},
+        params=[[None] * count for _ in range(2)],
+        pixel_crc=np.array([[100 * view + i for i in range(start, start + count)] for view in range(2)], np.uint32),
+        pixels=torch.zeros(count, 2, 1, 1, 3, dtype=torch.uint8),
+    )
+
+
+def _outputs(start: int, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Teacher outputs in batch order, sample-major, each filled with 10 * position + view."""
+    codes = np.array([10 * i + view for i in range(start, start + count) for view in range(2)], np.float32)
+    return {"stage4": np.broadcast_to(codes[:, None, None], (len(codes), 4, 64))}, np.repeat(codes[:, None], 4, axis=1)
+
+
+def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(manifest: Manifest) -> None:
+    rows = UnitRows(manifest, list("abcde"))
+    rows.add(_batch(0, 3), *_outputs(0, 3))
+    rows.add(_batch(3, 2, {4: "broken"}), *_outputs(3, 2))
+
+    data = rows.data()
+
+    expected = [[10 * i + view for i in range(5)] for view in range(2)]
+    assert data.taps["stage4"].shape == (2, 5, 4, 64)
+    assert data.taps["stage4"].dtype == np.float16
+    assert data.taps["stage4"][..., 3, 63].tolist() == expected
+    assert data.logits is not None
+    assert data.logits[..., 2].tolist() == expected
+    assert data.labels.tolist() == [0, 1, 2, 3, 4]
+    assert data.pixel_crc.tolist() == [[0, 1, 2, 3, 4], [100, 101, 102, 103, 104]]
+    assert data.quarantined == {4: "broken"}
+    assert [len(params) for params in data.params] == [5, 5]
+
+
+def test_unit_rows_have_no_logits_when_the_teacher_has_no_classifier(manifest: Manifest) -> None:
+    rows = UnitRows(replace(manifest, logits_codec=None), list("abcde"))
+    rows.add(_batch(0, 5), _outputs(0, 5)[0], None)
+
+    assert rows.data().logits is None
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e6])
+def test_unit_rows_refuse_a_value_that_float16_cannot_hold(manifest: Manifest, value: float) -> None:
+    taps, logits = _outputs(0, 2)
+    taps["stage4"] = taps["stage4"].copy()
+    taps["stage4"][1, 2, 3] = value
+
+    with pytest.raises(InputError, match="cannot hold"):
+        UnitRows(manifest, list("abcde")).add(_batch(0, 2), taps, logits)
