@@ -88,7 +88,16 @@ def main(config: Config) -> None:
     result["features"]["store"] = path.name
     found = json.loads(config.out.read_text()) if config.out.exists() else {}
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps({**found, config.teacher: result}, indent=1) + "\n")
+    config.out.write_text(json.dumps({**found, config.teacher: _rounded(result)}, indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Three digits of every number: what repeats."""
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 class Student(nn.Module):

@@ -25,7 +25,7 @@ import tyro
 from benchmarks.store_data import CHANNELS, ROW_BYTES, TOKENS, make_data, make_linked_store, make_manifest, make_store
 from benchmarks.store_floor import RawFiles, write_raw
 from feature_store import RowId, Store
-from feature_store.layout import encode_shard, value_specs
+from feature_store.layout import ShardBuilder, value_specs
 from feature_store.reader import ZarrSource
 from feature_store.streaming import ShuffledStream
 from feature_store.versions import software_versions
@@ -99,23 +99,17 @@ def reading(store: Store, config: Config) -> dict[str, Any]:
     raw, direct = RawFiles(store.path, places), RawFiles(store.path, places, direct=True)
     ordered = [row for place in places for row in store.source().unit_rows(*place)]
     memory = store.source().buffers(BATCH)
+    stream = ShuffledStream(store.source(), places, seed=0)
     found = {}
     for name, batches in {
         "sequential": batches_of(ordered, config.rounds),
+        "shard-shuffled": batches_of(stream.rows(0), config.rounds),
         "random": random_batches(ordered, config.rounds),
     }.items():
         for threads in (1, 2, 8):
             found[f"{name}, warm, {threads} threads"] = take_turns(
                 {"preadv": floor(raw, memory, threads), "store": ours(store, memory, threads)}, batches, base="preadv"
             )
-    stream = ShuffledStream(store.source(), places, seed=0, group_units=2)
-    groups = [group[: 2 * config.samples] for group in stream._groups(0)] * 3
-    large = store.source().buffers(2 * config.samples)
-    for threads in (1, 2, 8):
-        found[f"shard-shuffled, warm, {threads} threads"] = take_turns(
-            {"preadv": floor(raw, large, threads), "store": ours(store, large, threads)}, groups, base="preadv"
-        )
-    del large
     found["random, cold"] = take_turns(
         {
             "O_DIRECT, 8 in flight": floor(direct, memory, 8),
@@ -140,7 +134,7 @@ def floor(raw: RawFiles, memory: dict[str, np.ndarray], threads: int) -> Callabl
     return lambda rows: raw.read(rows, flat[: len(rows)], threads)
 
 
-def whole_epochs(store: Store, raw: RawFiles, stream: ShuffledStream, repeats: int = 5) -> dict[str, Any]:
+def whole_epochs(store: Store, raw: RawFiles, stream: ShuffledStream, repeats: int = 7) -> dict[str, Any]:
     """The stream as a trainer uses it, next to the same rows in the same order by preadv."""
     memory = store.source().buffers(BATCH)
     read, rows = floor(raw, memory, 8), stream.rows(0)
@@ -160,10 +154,11 @@ def writing(config: Config, repeats: int = 9) -> dict[str, Any]:
     """One unit: its objects and its commit record, against its shards alone as raw files."""
     manifest = make_manifest(1, config.views, config.samples)
     data, spec = make_data(manifest, 0), value_specs(manifest)["taps/stage4"]
-    shards = [
-        encode_shard(spec, list(values), np.arange(config.samples), config.samples)[0] for values in data.taps["stage4"]
-    ]
-    payloads = [np.concatenate([part.reshape(-1) for part in shard.parts]) for shard in shards]
+    payloads = []
+    for values in np.asarray(data.taps["stage4"]):
+        shard = ShardBuilder(spec, config.samples)
+        shard.add(np.arange(config.samples), values)
+        payloads.append(np.concatenate([part.reshape(-1) for part in shard.finish()[0].parts]))
     target = config.folder / "written"
 
     def clear() -> None:

@@ -21,7 +21,7 @@ STRIDE = ROW_BYTES + 4  # a row and its crc32c
 
 def make_manifest(units: int, views: int, samples: int) -> Manifest:
     return Manifest(
-        teacher=TeacherInfo("benchmark", {}, "0" * 64, (224, 224), (0.5,) * 3, (0.2,) * 3, 0, "float32"),
+        teacher=TeacherInfo("benchmark", {}, "0" * 64, (224, 224), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 0, "float32"),
         split=SplitInfo("swin", 2, 768, (14, 14), CHANNELS, (7, 7), 0, "none"),
         blocks_sha256="0" * 64,
         taps={"stage4": TapInfo(TOKENS, CHANNELS, "f16")},

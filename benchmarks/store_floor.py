@@ -4,6 +4,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from benchmarks.store_data import ROW_BYTES, STRIDE
 from feature_store import RowId
 
 _PAGE = 4096
+_pool = ThreadPoolExecutor(16)
 
 
 class RawFiles:
@@ -78,10 +80,8 @@ def write_raw(folder: Path, payloads: Sequence[np.ndarray], threads: int) -> Non
 
 
 def in_threads(threads: int, work: Callable[[], None]) -> None:
-    """Run work in so many threads, this one among them."""
-    others = [threading.Thread(target=work) for _ in range(threads - 1)]
-    for thread in others:
-        thread.start()
+    """Run work in so many threads, this one among them; the others wait from one call to the next."""
+    others = [_pool.submit(work) for _ in range(threads - 1)]
     work()
-    for thread in others:
-        thread.join()
+    for other in others:
+        other.result()

@@ -50,7 +50,9 @@ def _beside(store: Store, patterns: dict[str, Read | Rows], rounds: int) -> dict
     memory = store.source().buffers(bench.BATCH)
     raw = RawFiles(store.path, [(unit, 0) for unit in range(UNITS)])
     ordered = [RowId(unit, at, 0) for unit in range(UNITS) for at in range(samples)]
-    shuffled = [RowId(unit, at, 0) for unit in np.random.default_rng(2).permutation(UNITS) for at in range(samples)]
+    shuffled = [
+        RowId(unit, at, 0) for unit in np.random.default_rng(2).permutation(UNITS).tolist() for at in range(samples)
+    ]
     batches = {
         "sequential": bench.batches_of(ordered, rounds),
         "shard-shuffled": bench.batches_of(shuffled, rounds),

@@ -78,10 +78,12 @@ class CachedObjects:
         if not _is_kept(path):
             return self.origin.get_range(path, offset, length)
         pieces = []
-        for block, start, (wanted,) in _by_block(offset, [length]):
-            pieces.append(self._piece(path, block, start, wanted))
-            if len(pieces[-1]) < wanted:
-                break
+        while length > 0:
+            block, start = divmod(offset, BLOCK_BYTES)
+            pieces.append(self._piece(path, block, start, min(length, BLOCK_BYTES - start)))
+            if start + len(pieces[-1]) < min(start + length, BLOCK_BYTES):
+                break  # the object ends here
+            offset, length = offset + len(pieces[-1]), length - len(pieces[-1])
         return np.concatenate([np.empty(0, np.uint8), *pieces])
 
     def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int]) -> None:
@@ -142,13 +144,12 @@ class CachedObjects:
         name = f"{path}/{block}"
         try:
             self._local.read_into(name, start, parts)
+        except (FileNotFoundError, EOFError) as error:
+            if isinstance(error, EOFError):  # torn
+                self._drop(name)
+            scatter(self._fetched(path, block)[start:], block * BLOCK_BYTES + start, parts)
+        else:
             self._touch(name)
-            return
-        except EOFError:  # torn
-            self._drop(name)
-        except FileNotFoundError:
-            pass
-        scatter(self._fetched(path, block)[start:], block * BLOCK_BYTES + start, parts)
 
     def _fetched(self, path: str, block: int) -> np.ndarray:
         """A block from the origin, kept from now on."""

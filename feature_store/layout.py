@@ -4,12 +4,12 @@ Everything here is plain zarr v3: readable by any client, written without one be
 memory is several times faster. Tests compare both ways. See FORMAT.md.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from awscrt.checksums import crc32c
+from awscrt import checksums as awscrt_checksums
 from numcodecs import zstd  # pyright: ignore[reportAttributeAccessIssue] - a compiled module
 
 from feature_store.codecs import ValueCodec, part_path, value_codecs
@@ -18,6 +18,8 @@ from feature_store.errors import CorruptStoreError
 from feature_store.manifest import Manifest
 
 CRC_BYTES = 4
+crc32c = cast(Callable[[np.ndarray | memoryview], int], awscrt_checksums.crc32c)
+"""crc32c of bytes. It takes any buffer, whatever its annotation says."""
 MISSING_CHUNK = 2**64 - 1
 
 
@@ -152,33 +154,38 @@ class EncodedObject:
     checksum: int
 
 
-def encode_shard(
-    spec: ArraySpec, rows: Iterable[np.ndarray], positions: np.ndarray, capacity: int
-) -> tuple[EncodedObject, np.ndarray]:
-    """A shard object: rows, each with its crc32c, then the shard index with its own.
+class ShardBuilder:
+    """A shard object in the making: rows, each with its crc32c, then the shard index with its own.
 
     Args:
         spec: The array.
-        rows: Values of each row that is there, in the stored dtype, by ascending position.
-        positions: Their positions; the others stay missing and read as the fill value.
         capacity: Unit capacity S = number of inner chunks.
-
-    Returns:
-        The object; and the rows' crc32c by position, uint32 [S], 0 where there is no row.
     """
-    checksums = np.zeros(capacity, "<u4")
-    index = np.full((capacity, 2), MISSING_CHUNK, "<u8")
-    parts: list[np.ndarray] = []
-    offset = 0
-    for position, row in zip(positions.tolist(), rows, strict=True):
-        stored = encode_row(spec, row)
-        checksums[position] = crc32c(stored)
-        checksum = checksums[position : position + 1].view(np.uint8)
-        parts += (stored, checksum)
-        index[position] = offset, len(stored) + CRC_BYTES
-        offset += len(stored) + CRC_BYTES
-    tail = _with_crc(index)
-    return EncodedObject([*parts, tail], offset + len(tail), object_checksum(tail)), checksums
+
+    def __init__(self, spec: ArraySpec, capacity: int) -> None:
+        self._spec = spec
+        self._checksums = np.zeros(capacity, "<u4")
+        self._index = np.full((capacity, 2), MISSING_CHUNK, "<u8")
+        self._parts: list[np.ndarray] = []
+        self._size = 0
+
+    def add(self, positions: np.ndarray, rows: Iterable[np.ndarray]) -> None:
+        """Append rows, values in the stored dtype, by ascending position.
+
+        Positions never added stay missing and read as the fill value. Rows are not copied: leave them as they are.
+        """
+        for position, row in zip(positions.tolist(), rows, strict=True):
+            stored = encode_row(self._spec, row)
+            self._checksums[position] = crc32c(stored)
+            self._parts += (stored, self._checksums[position : position + 1].view(np.uint8))
+            self._index[position] = self._size, len(stored) + CRC_BYTES
+            self._size += len(stored) + CRC_BYTES
+
+    def finish(self) -> tuple[EncodedObject, np.ndarray]:
+        """The object; and the rows' crc32c by position, uint32 [S], 0 where there is no row."""
+        tail = _with_crc(self._index)
+        encoded = EncodedObject([*self._parts, tail], self._size + len(tail), object_checksum(tail))
+        return encoded, self._checksums
 
 
 def encode_row(spec: ArraySpec, values: np.ndarray) -> np.ndarray:

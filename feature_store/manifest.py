@@ -214,12 +214,12 @@ class Manifest:
     def growth_from(self, old: "Manifest") -> "Growth":
         """What a store of an old manifest has to add to become a store of this one; maybe nothing.
 
-        Capacity and key width stay the old ones, which must be large enough; so do software and licence.
+        Capacity and key width stay the old ones, which must be large enough; so does software.
 
         Raises:
             MismatchError: Something else differs, a tar is missing or changed, or a new one does not fit.
         """
-        fixed = {name: getattr(old, name) for name in ("num_views", "tars", "capacity", "key_width", "licence")}
+        fixed = {name: getattr(old, name) for name in ("num_views", "tars", "capacity", "key_width")}
         old.require_equal(replace(self, **fixed), _KEEP)
         for name in ("capacity", "key_width"):
             if getattr(self, name) > getattr(old, name):

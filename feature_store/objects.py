@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +19,6 @@ IOV_MAX = os.sysconf("SC_IOV_MAX")
 OPEN_FILES = 8192
 # Local reads skip at most this much between two rows; a row's crc32c is 4 bytes.
 _LOCAL_GAP = 4096
-_WRITE_BEHIND = 8 << 20
 _SYNCS = 16
 _skipped = memoryview(bytearray(_LOCAL_GAP))
 
@@ -133,7 +132,7 @@ class LocalObjects:
 
     def get(self, path: str) -> np.ndarray:
         """See ObjectStore.get."""
-        with _missing_folder_is_missing_file():
+        with _MissingFolderIsMissingFile():
             return np.fromfile(self.root / path, np.uint8)
 
     def get_range(self, path: str, offset: int, length: int) -> np.ndarray:
@@ -148,7 +147,7 @@ class LocalObjects:
         """See ObjectStore.read_into."""
         file = self._files.open(path)
         first = parts[0]
-        if len(parts) == 1 and not isinstance(first, int) and os.preadv(file.descriptor, parts, offset) == len(first):
+        if len(parts) == 1 and not isinstance(first, int) and os.preadv(file.descriptor, [first], offset) == len(first):
             return  # the hot path
         buffers = [_skipped[:part] if isinstance(part, int) else part for part in parts]
         for start in range(0, len(buffers), IOV_MAX):
@@ -157,7 +156,7 @@ class LocalObjects:
 
     def size(self, path: str) -> int:
         """See ObjectStore.size."""
-        with _missing_folder_is_missing_file():
+        with _MissingFolderIsMissingFile():
             return (self.root / path).stat().st_size
 
     def list(self, prefix: str = "") -> list[str]:
@@ -209,7 +208,7 @@ class LocalObjects:
 
     def delete(self, path: str) -> None:
         """See ObjectStore.delete."""
-        with _missing_folder_is_missing_file():
+        with _MissingFolderIsMissingFile():
             (self.root / path).unlink()
         self._files.close(path)
 
@@ -309,7 +308,7 @@ class _OpenFiles:
         """A file, opened now or before. Safe in threads: each step on the dictionary is atomic."""
         file = self._files.get(path)
         if file is None:
-            with _missing_folder_is_missing_file():
+            with _MissingFolderIsMissingFile():
                 file = self._files[path] = _File(f"{self._folder}/{path}")
             while len(self._files) > self._limit:
                 with suppress(KeyError):  # another thread was faster
@@ -328,41 +327,26 @@ def _descriptor_limit() -> int:
     return OPEN_FILES if soft == resource.RLIM_INFINITY else soft // 2
 
 
-class _missing_folder_is_missing_file(suppress):  # noqa: N801 - reads as a function
-    """A path through something that is not a folder is a missing object too."""
+class _MissingFolderIsMissingFile:
+    """A path through something that is not a folder names a missing object too."""
 
-    def __exit__(self, kind, error, trace) -> bool:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, NotADirectoryError):
             raise FileNotFoundError(*error.args) from error
-        return False
 
 
 def _write_durably(path: Path, buffers: list[memoryview]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         offset = 0
-        for some in _pieces(buffers):
-            length = _each_byte(os.pwritev, descriptor, some, offset)
-            if length >= _WRITE_BEHIND and hasattr(os, "posix_fadvise"):
-                # Linux starts to write the pages out, so that the disk does not wait for the sync.
-                os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
-            offset += length
+        for start in range(0, len(buffers), IOV_MAX):
+            offset += _each_byte(os.pwritev, descriptor, buffers[start : start + IOV_MAX], offset)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _pieces(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
-    """The buffers in lists of at least _WRITE_BEHIND bytes where the system call takes so many."""
-    some, length = [], 0
-    for buffer in buffers:
-        some.append(buffer)
-        length += len(buffer)
-        if length >= _WRITE_BEHIND or len(some) == IOV_MAX:
-            yield some
-            some, length = [], 0
-    if some:
-        yield some
 
 
 def _each_byte(

@@ -55,7 +55,8 @@ class ZarrSource:
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, got {threads}; leave it out for a fitting number")
-        self.manifest, self._committed, self._table_bytes = manifest, committed, table_bytes
+        self.objects, self.manifest = objects, manifest
+        self._committed, self._table_bytes = committed, table_bytes
         self._threads = objects.in_flight if threads is None else threads
         self._reader = ObjectReader(objects, manifest.capacity)
         self._values = {_name(path): value for path, value in value_codecs(manifest).items()}

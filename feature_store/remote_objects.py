@@ -169,7 +169,7 @@ def _import_obstore(url: str) -> Any:
 
 def _store(obstore: Any, url: str) -> Any:
     scheme = url.partition("://")[0]
-    options = {"connect_timeout": "10s", "timeout": "120s"}
+    options: dict[str, Any] = {"connect_timeout": "10s", "timeout": "120s"}
     if scheme == "http" or (scheme == "s3" and _s3_endpoint().startswith("http://")):
         options["allow_http"] = True
     more: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """A store: create it, open it, look rows up, add units, let it grow."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,8 @@ class Store:
         require_calibrated(manifest)
         objects = open_objects(path)
         parts = skeleton(manifest, blocks)
+        if isinstance(objects, LocalObjects) and objects.root.is_file():
+            raise InputError(f"{path} already exists and is a file; choose another path or remove it")
         if any(found == ROOT or found not in parts for found in leftovers.whole_objects(objects)):
             raise InputError(f"{path} already exists; open it, choose another path or remove it")
         for name, payload in parts.items():
@@ -231,7 +233,8 @@ class Store:
     def _forget_index(self, unit: int, views: range) -> None:
         """A record of this name was removed after it was indexed: the index must not pass for the new one."""
         if self.committed.is_indexed(unit, views):
-            self.objects.delete(commit_index.PATH)
+            with suppress(FileNotFoundError):  # another writer was first
+                self.objects.delete(commit_index.PATH)
 
     def compact(self) -> int:
         """Write the commit index anew, from the records themselves, so that opening stays fast; call it now and then.

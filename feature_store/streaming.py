@@ -20,11 +20,14 @@ _Memory: TypeAlias = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class ShuffledStream:
-    """Rows of some units in random order, without random access: what a slow disk or a bucket likes best.
+    """Rows of some units in random order from a few shards at a time.
 
     Units are shuffled and taken ``group_units`` at a time; the rows of a group are shuffled among each other. The
-    order depends on nothing but the arguments: not on threads, time, or what was read before. While a group's batches
-    are used, the next group is read.
+    order depends on nothing but the arguments: not on threads, time, or what was read before.
+
+    Where a request costs more than reading a row in vain (buckets, tiny rows), whole groups are read, shard by shard,
+    straight into shuffled places; else each batch is read by itself. Either way the next one is on its way while a
+    batch is used.
 
     Attributes:
         source: Where the rows are.
@@ -35,7 +38,7 @@ class ShuffledStream:
         taps: Tap names; None for all the source has.
         part: (index, of): take only every of-th group; for processes that share an epoch.
         decode: As in ZarrSource.read.
-        memory_bytes: Most memory for rows; two groups and a batch each must fit.
+        memory_bytes: Most memory for rows; see needed_bytes.
     """
 
     source: ZarrSource
@@ -60,11 +63,10 @@ class ShuffledStream:
                 f"{of}: expected at least 1, 1, and a part of 0..{of - 1}"
             )
         if (needed := self.needed_bytes) > self.memory_bytes:
-            unit = 2 * self.source.manifest.capacity * self.source.row_bytes(self.taps)
-            fitting = max(0, self.memory_bytes - needed + unit * self.group_units) // unit
             raise InputError(
-                f"two groups of {self.group_units} units take {needed / 1e9:.1f} GB, memory_bytes allows "
-                f"{self.memory_bytes / 1e9:.1f} GB; use group_units {fitting} or less, or allow more"
+                f"rows of groups of {self.group_units} units in batches of {self.batch_size} take "
+                f"{needed / 1e9:.3g} GB, memory_bytes allows {self.memory_bytes / 1e9:.3g} GB; use fewer group_units, "
+                "smaller batches, or allow more"
             )
 
     def rows(self, epoch: int) -> list[RowId]:
@@ -112,14 +114,15 @@ class ShuffledStream:
         return rows, memory
 
     def _windows(self, epoch: int) -> Iterator[list[RowId]]:
-        """The groups, cut at whole batches: what is left of one comes with the next."""
+        """What is read at once: groups cut at whole batches, what is left of one comes with the next; or batches."""
         left: list[RowId] = []
         for group in self._groups(epoch):
             rows = left + group
             whole = len(rows) // self.batch_size * self.batch_size
+            step = max(1, whole) if self._by_group else self.batch_size
+            for start in range(0, whole, step):
+                yield rows[start : start + step]
             left = rows[whole:]
-            if whole:
-                yield rows[:whole]
         if left:
             yield left
 
@@ -136,9 +139,15 @@ class ShuffledStream:
 
     @property
     def needed_bytes(self) -> int:
-        """Memory for rows while batches are taken."""
+        """Memory for rows while batches are taken: two windows, each a group and a batch, or a batch alone."""
         return 2 * self._window_rows * self.source.row_bytes(self.taps)
 
     @property
+    def _by_group(self) -> bool:
+        return self.source.objects.gap_bytes >= self.source.row_bytes(self.taps)
+
+    @property
     def _window_rows(self) -> int:
+        if not self._by_group:
+            return self.batch_size
         return min(self.group_units, len(self.places)) * self.source.manifest.capacity + self.batch_size

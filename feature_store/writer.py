@@ -14,9 +14,9 @@ from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.layout import (
     ArraySpec,
     EncodedObject,
+    ShardBuilder,
     coded_specs,
     encode_chunk,
-    encode_shard,
     object_bytes,
     object_checksum,
     value_specs,
@@ -196,12 +196,17 @@ def _write_shards(
 ) -> dict[str, ObjectProof]:
     """One view of a tap or of the logits: a shard per part of its codec, and the row checksums of each."""
     positions = np.array([i for i in range(len(data.keys)) if i not in data.quarantined], np.int64)
-    rows = _encoded_rows(value, data, index, positions)
+    shards = {
+        part.suffix: ShardBuilder(spec, capacity) for spec, part in zip(coded_specs(value), value.parts, strict=True)
+    }
+    for some, encoded in _encoded_blocks(value, data, index, positions):
+        for suffix, shard in shards.items():
+            shard.add(some, encoded[suffix])  # checksums while the rows are still in the processor's cache
     proofs = {}
-    for spec, part in zip(coded_specs(value), value.parts, strict=True):
-        shard, checksums = encode_shard(spec, rows[part.suffix], positions, capacity)
+    for spec, shard in zip(coded_specs(value), shards.values(), strict=True):
+        encoded, checksums = shard.finish()
         path = spec.object_path(unit, first_view + index)
-        proofs[path] = target.put(path, shard)
+        proofs[path] = target.put(path, encoded)
         path = spec.checksums.object_path(unit, first_view + index)
         proofs[path] = target.put(path, _whole(encode_chunk(spec.checksums, checksums, capacity)))
     return proofs
@@ -230,25 +235,18 @@ def _view_values(spec: ArraySpec, data: UnitData, index: int) -> np.ndarray:
     return values
 
 
-def _encoded_rows(value: ValueCodec, data: UnitData, index: int, positions: np.ndarray) -> dict[str, list[np.ndarray]]:
-    """One view's encoded rows at the positions, by part."""
+def _encoded_blocks(
+    value: ValueCodec, data: UnitData, index: int, positions: np.ndarray
+) -> Iterator[tuple[np.ndarray, Mapping[str, np.ndarray]]]:
+    """One view's encoded rows by part, a few positions at a time."""
     values = data.logits if value.path == "logits" else data.taps[value.path.removeprefix("taps/")]
-    if isinstance(values, Mapping):
-        return {part.suffix: [values[part.suffix][index, i] for i in positions] for part in value.parts}
-    rows: dict[str, list[np.ndarray]] = {part.suffix: [] for part in value.parts}
-    for block in _blocks(np.asarray(values)[index], positions):
-        for suffix, encoded in value.encode(block).items():
-            rows[suffix] += list(encoded)
-    return rows
-
-
-def _blocks(values: np.ndarray, positions: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows in blocks that stay in the processor's cache during encoding; not copied if they are adjacent."""
-    rows = max(1, ENCODE_BYTES // max(1, values[:1].nbytes))
+    arrays = {suffix: part[index] for suffix, part in (values if isinstance(values, dict) else {"": values}).items()}
+    rows = max(1, ENCODE_BYTES // max(1, sum(array[:1].nbytes for array in arrays.values())))
     for start in range(0, len(positions), rows):
         some = positions[start : start + rows]
         adjacent = some[-1] - some[0] == len(some) - 1
-        yield values[some[0] : some[-1] + 1] if adjacent else values[some]
+        block = {k: array[some[0] : some[-1] + 1] if adjacent else array[some] for k, array in arrays.items()}
+        yield some, block if isinstance(values, dict) else value.encode(block[""])
 
 
 def _require_shapes(manifest: Manifest, unit: int, first_view: int, data: UnitData) -> None:

@@ -11,9 +11,12 @@ from feature_store.streaming import ShuffledStream
 PLACES = [(unit, view) for view in (0, 1) for unit in range(3)]
 
 
-@pytest.fixture
-def source(tmp_path):
-    return tiny_store(tmp_path / "s", quarantined={2: "broken"}).source()
+@pytest.fixture(params=["group by group", "batch by batch"])
+def source(request, tmp_path):
+    source = tiny_store(tmp_path / "s", quarantined={2: "broken"}).source()
+    if request.param == "batch by batch":
+        source.objects.gap_bytes = 0
+    return source
 
 
 def all_rows():
@@ -72,9 +75,9 @@ def test_parts_share_an_epoch_without_overlap(source):
 
 
 def test_stream_states_and_keeps_its_memory(source):
-    row = source.row_bytes()
-    stream = ShuffledStream(source, PLACES, seed=1, group_units=2, batch_size=3, memory_bytes=2 * 13 * row)
-    assert stream.needed_bytes == 2 * 13 * row
+    row, rows = source.row_bytes(), 3 + (10 if source.objects.gap_bytes else 0)
+    stream = ShuffledStream(source, PLACES, seed=1, group_units=2, batch_size=3, memory_bytes=2 * rows * row)
+    assert stream.needed_bytes == 2 * rows * row
     memory = set()
     for batch in stream.batches(0):
         for array in (batch.taps["stage4"], batch.logits):
@@ -83,8 +86,8 @@ def test_stream_states_and_keeps_its_memory(source):
             memory.add((id(array), array.nbytes))
     assert len(memory) == 4
     assert sum(nbytes for _, nbytes in memory) == stream.needed_bytes
-    with pytest.raises(InputError, match=r"two groups of 3 units take .* use group_units 2 or less"):
-        ShuffledStream(source, PLACES, seed=1, group_units=3, batch_size=3, memory_bytes=2 * 13 * row)
+    with pytest.raises(InputError, match="rows of groups of 2 units in batches of 3 take"):
+        ShuffledStream(source, PLACES, seed=1, group_units=2, batch_size=3, memory_bytes=2 * rows * row - 1)
 
 
 def test_stream_stops_cleanly_when_left_early(source):
