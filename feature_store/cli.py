@@ -2,15 +2,18 @@
 
 import errno
 import json as json_module
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from feature_store.errors import ResourceError, UserError
+from feature_store.errors import CorruptStoreError, InputError, ResourceError, UserError
 from feature_store.store import open_store
 from feature_store.summary import print_summary
 
@@ -32,6 +35,137 @@ def info(path: Annotated[Path, tyro.conf.Positional], json: bool = False) -> Non
         print(json_module.dumps(summary, indent=2))
     else:
         print_summary(summary, Console())
+
+
+@app.command
+def verify(
+    path: Annotated[str, tyro.conf.Positional],
+    quick: bool = False,
+    workers: int = os.cpu_count() or 1,
+    json: bool = False,
+) -> None:
+    """Check every record, object, checksum, row and key of a store; exit code 1 and a list if anything is wrong.
+
+    Args:
+        path: The store: a directory or URL.
+        quick: Compare existence and lengths only, not contents.
+        workers: Processes.
+        json: Print the whole report as JSON.
+    """
+    from feature_store.summary import print_report
+    from feature_store.verify import verify
+
+    with unit_progress("verifying", quiet=json) as progress:
+        report = verify(path, quick=quick, workers=workers, progress=progress)
+    if json:
+        print(json_module.dumps(report.to_dict(), indent=2))
+    else:
+        print_report(report, Console())
+    if report.findings:
+        raise CorruptStoreError(
+            f"{len(report.findings)} findings in {report.store}; `feature-store repair {report.store}` says what helps"
+        )
+
+
+@app.command
+def repair(
+    path: Annotated[str, tyro.conf.Positional],
+    yes: bool = False,
+    drop_damaged: bool = False,
+    quick: bool = False,
+    workers: int = os.cpu_count() or 1,
+    json: bool = False,
+) -> None:
+    """Say what interrupted writers left and which units to write again; with --yes delete and mend.
+
+    Committed data that is good is never touched. In a bucket, run it only while no writer does.
+
+    Args:
+        path: The store: a directory or URL.
+        yes: Do it. Without this flag nothing is changed.
+        drop_damaged: Also remove the commit records of damaged units, so that `teacher-service cache` rewrites them.
+        quick: Look for damage by existence and length only.
+        workers: Processes.
+        json: Print JSON.
+    """
+    from feature_store.repair import repair
+    from feature_store.summary import print_repair
+
+    with unit_progress("verifying", quiet=json) as progress:
+        result = repair(path, apply=yes, drop_damaged=drop_damaged, quick=quick, workers=workers, progress=progress)
+    if json:
+        print(json_module.dumps(result.to_dict(), indent=2))
+    else:
+        print_repair(result, Console())
+
+
+@app.command
+def bench(
+    path: Annotated[str, tyro.conf.Positional],
+    codecs: tuple[str, ...] | None = None,
+    rows: int = 512,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Measure on a store's own features what each codec costs and keeps: bytes, speed, errors of losses and gradients.
+
+    Args:
+        path: The store, with taps stored as f32 or f16: a directory or URL.
+        codecs: Codecs to measure; --codecs alone for all.
+        rows: Rows to measure on.
+        seed: Chooses the rows.
+        json: Print JSON instead of tables.
+    """
+    from feature_store.bench import bench_codecs, print_codecs
+
+    if codecs is None:
+        raise InputError("bench measures codecs: add --codecs for all of them, or --codecs int8 int4 for some")
+    report = bench_codecs(open_store(path), codecs, rows, seed)
+    if json:
+        print(json_module.dumps(report, indent=2))
+    else:
+        print_codecs(report, Console())
+
+
+@app.command
+def plot(
+    path: Annotated[str, tyro.conf.Positional],
+    out: Path,
+    tars: tuple[str, ...] = (),
+    tap: str = "stage4",
+    rows: int = 256,
+    thumbnails: int = 8,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Draw a store's features by frequency, by channel and beside their views: PNG files and one HTML page.
+
+    Args:
+        path: The store: a directory or URL.
+        out: Folder for the files.
+        tars: The store's tars: paths, brace patterns, URLs. Needed for thumbnails of views, which are replayed.
+        tap: What to draw: stage4 or stage3.
+        rows: Rows to average over.
+        thumbnails: Views to show.
+        seed: Chooses rows and views.
+        json: Print the files as JSON.
+    """
+    from feature_store.plots import plot
+
+    files = plot(open_store(path), out, tars, tap=tap, rows=rows, thumbnails=thumbnails, seed=seed)
+    if json:
+        print(json_module.dumps([str(file) for file in files], indent=2))
+    else:
+        print(f"wrote {', '.join(str(file) for file in files)}")
+
+
+@contextmanager
+def unit_progress(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr over units; gives what to call with units done and in all."""
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def run(app: tyro.extras.SubcommandApp, prog: str, argv: Sequence[str] | None = None) -> int:

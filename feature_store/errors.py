@@ -5,6 +5,7 @@ UserError                       exit 2 unless a subclass says otherwise
 │   └── ImageError              one sample's image cannot be decoded (the sample is quarantined, not the run)
 ├── MismatchError               two things that must agree do not; names the field, both values and the remedy
 ├── UncommittedError            a row that no commit record vouches for
+├── CommittedError              a unit's views that another writer committed first
 ├── QuarantinedError            a row whose sample was quarantined when the store was written
 ├── CorruptStoreError           committed bytes are missing or damaged                          exit 1
 └── ResourceError               disk, network or device gave up                                 exit 3
@@ -50,6 +51,10 @@ class MismatchError(UserError):
 
 class UncommittedError(UserError):
     """A row was asked for that no commit record vouches for."""
+
+
+class CommittedError(UserError):
+    """A unit's views cannot be written because a commit record vouches for them already; nothing was changed."""
 
 
 class QuarantinedError(UserError):

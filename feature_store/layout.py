@@ -4,17 +4,22 @@ Everything here is plain zarr v3: readable by any client, written without one be
 memory is several times faster. Tests compare both ways. See FORMAT.md.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-import google_crc32c
 import numpy as np
+from awscrt import checksums as awscrt_checksums
+from numcodecs import zstd  # pyright: ignore[reportAttributeAccessIssue] - a compiled module
 
-from feature_store.codecs import get_codec
+from feature_store.codecs import ValueCodec, part_path, value_codecs
+from feature_store.encoding import ZSTD_LEVEL
 from feature_store.errors import CorruptStoreError
 from feature_store.manifest import Manifest
 
 CRC_BYTES = 4
+crc32c = cast(Callable[[np.ndarray | memoryview], int], awscrt_checksums.crc32c)
+"""crc32c of bytes. It takes any buffer, whatever its annotation says."""
 MISSING_CHUNK = 2**64 - 1
 
 
@@ -30,6 +35,8 @@ class ArraySpec:
         sharded: One inner chunk per row inside one shard per unit (big rows); otherwise one chunk per unit.
         fill: Value of unwritten rows.
         dimensions: Names of the row's own axes.
+        zstd: Whether each row of a sharded array is compressed, so that rows differ in length.
+        attributes: What a foreign client should know of the values.
     """
 
     path: str
@@ -39,6 +46,8 @@ class ArraySpec:
     sharded: bool
     fill: Any
     dimensions: tuple[str, ...] = ()
+    zstd: bool = False
+    attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def row_bytes(self) -> int:
@@ -85,15 +94,20 @@ def value_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         ops = (manifest.policy.num_ops,)
         specs.append(ArraySpec("view/ops", np.dtype("u1"), ops, True, False, 0, ("op",)))
         specs.append(ArraySpec("view/magnitude", np.dtype("<f4"), ops, True, False, 0.0, ("op",)))
-    for name, tap in manifest.taps.items():
-        shape = (tap.tokens, tap.channels)
-        specs.append(
-            ArraySpec(f"taps/{name}", get_codec(tap.codec).dtype, shape, True, True, np.nan, ("token", "channel"))
-        )
-    if manifest.logits_codec is not None:
-        dtype, shape = get_codec(manifest.logits_codec).dtype, (manifest.teacher.num_classes,)
-        specs.append(ArraySpec("logits", dtype, shape, True, True, np.nan, ("class",)))
+    for codec in value_codecs(manifest).values():
+        specs += coded_specs(codec)
     return {spec.path: spec for spec in specs}
+
+
+def coded_specs(codec: ValueCodec) -> list[ArraySpec]:
+    """The sharded arrays that hold one tap or the logits, the largest first."""
+    return [
+        ArraySpec(
+            part_path(codec.path, part), part.dtype, part.row_shape, True, True, part.fill, part.dimensions, part.zstd,
+            part.attributes,
+        )
+        for part in codec.parts
+    ]  # fmt: skip
 
 
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
@@ -125,34 +139,74 @@ def decode_chunk(spec: ArraySpec, raw: np.ndarray, path: str) -> np.ndarray:
     return _checked(raw, path, "chunk").view(spec.dtype).reshape(-1, *spec.row_shape)
 
 
-def encode_shard(
-    spec: ArraySpec, values: np.ndarray, written: np.ndarray, capacity: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of a shard object: written rows, each with its crc32c, then the shard index with its own.
+@dataclass(frozen=True)
+class EncodedObject:
+    """An object about to be written.
+
+    Attributes:
+        parts: Its bytes, one buffer after the other; rows are not copied together.
+        nbytes: Their number.
+        checksum: What the commit record keeps of it, see object_checksum.
+    """
+
+    parts: list[np.ndarray]
+    nbytes: int
+    checksum: int
+
+
+class ShardBuilder:
+    """A shard object in the making: rows, each with its crc32c, then the shard index with its own.
 
     Args:
         spec: The array.
-        values: [n, *row_shape] in the stored dtype.
-        written: bool [n], whether a row holds a value; the others stay missing and read as the fill value.
         capacity: Unit capacity S = number of inner chunks.
-
-    Returns:
-        The object, uint8 [shard_bytes]; and the rows' crc32c, uint32 [n], 0 where not written.
     """
-    positions = np.flatnonzero(written)
-    stride = spec.row_bytes + CRC_BYTES
-    index = np.full((capacity, 2), MISSING_CHUNK, "<u8")
-    index[positions, 0] = np.arange(len(positions)) * stride
-    index[positions, 1] = stride
-    shard = np.empty(shard_bytes(spec, len(positions), capacity), np.uint8)
-    chunks = shard[: len(positions) * stride].reshape(len(positions), stride)
-    checksums = np.zeros(len(values), "<u4")
-    for chunk, position in zip(chunks, positions, strict=True):
-        chunk[:-CRC_BYTES] = np.ascontiguousarray(values[position]).reshape(-1).view(np.uint8)
-        checksums[position] = crc32c(chunk[:-CRC_BYTES])
-        chunk[-CRC_BYTES:] = checksums[position : position + 1].view(np.uint8)
-    shard[len(positions) * stride :] = _with_crc(index)
-    return shard, checksums
+
+    def __init__(self, spec: ArraySpec, capacity: int) -> None:
+        self._spec = spec
+        self._checksums = np.zeros(capacity, "<u4")
+        self._index = np.full((capacity, 2), MISSING_CHUNK, "<u8")
+        self._parts: list[np.ndarray] = []
+        self._size = 0
+
+    def add(self, positions: np.ndarray, rows: Iterable[np.ndarray]) -> None:
+        """Append rows, values in the stored dtype, by ascending position.
+
+        Positions never added stay missing and read as the fill value. Rows are not copied: leave them as they are.
+        """
+        for position, row in zip(positions.tolist(), rows, strict=True):
+            stored = encode_row(self._spec, row)
+            self._checksums[position] = crc32c(stored)
+            self._parts += (stored, self._checksums[position : position + 1].view(np.uint8))
+            self._index[position] = self._size, len(stored) + CRC_BYTES
+            self._size += len(stored) + CRC_BYTES
+
+    def finish(self) -> tuple[EncodedObject, np.ndarray]:
+        """The object; and the rows' crc32c by position, uint32 [S], 0 where there is no row."""
+        tail = _with_crc(self._index)
+        encoded = EncodedObject([*self._parts, tail], self._size + len(tail), object_checksum(tail))
+        return encoded, self._checksums
+
+
+def encode_row(spec: ArraySpec, values: np.ndarray) -> np.ndarray:
+    """Bytes of one row as its inner chunk holds them, without the checksum: compressed if the array is."""
+    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return np.frombuffer(zstd.compress(raw, ZSTD_LEVEL), np.uint8) if spec.zstd else raw
+
+
+def decode_row(spec: ArraySpec, stored: np.ndarray, out: np.ndarray, path: str) -> None:
+    """Inverse of encode_row, into uint8 [row_bytes].
+
+    Raises:
+        CorruptStoreError: The bytes are not a row of this array.
+    """
+    if not spec.zstd:
+        out[...] = stored
+        return
+    try:
+        zstd.decompress(stored, out)
+    except (RuntimeError, ValueError) as error:
+        raise CorruptStoreError(damaged(path, f"a row cannot be decompressed ({error})")) from error
 
 
 def decode_shard_index(raw: np.ndarray, path: str) -> np.ndarray:
@@ -170,7 +224,10 @@ def shard_index_bytes(capacity: int) -> int:
 
 
 def shard_bytes(spec: ArraySpec, rows: int, capacity: int) -> int:
-    """Size of a shard object with this many written rows."""
+    """Size of a shard object with this many written rows; if they are compressed, the most it can be."""
+    if spec.zstd:
+        most = spec.row_bytes + spec.row_bytes // 256 + 64  # zstd's bound
+        return rows * (most + CRC_BYTES) + shard_index_bytes(capacity)
     return rows * (spec.row_bytes + CRC_BYTES) + shard_index_bytes(capacity)
 
 
@@ -179,17 +236,21 @@ def object_bytes(spec: ArraySpec, rows: int, capacity: int) -> int:
     return shard_bytes(spec, rows, capacity) if spec.sharded else capacity * spec.row_bytes + CRC_BYTES
 
 
-def crc32c(payload: np.ndarray) -> int:
-    """crc32c of uint8 values."""
-    return google_crc32c.value(payload)
-
-
 def damaged(path: str, what: str) -> str:
     """Message of a CorruptStoreError about one object."""
     return (
-        f"object {path} is damaged: {what}; delete the unit's record under commits/ and run the same "
-        "`teacher-service cache` command: it rewrites only that unit"
+        f"object {path} is damaged: {what}; `feature-store repair --yes --drop-damaged` removes the unit's record, "
+        "then the same `teacher-service cache` command writes only that unit again"
     )
+
+
+def object_checksum(raw: np.ndarray) -> int:
+    """The checksum a commit record keeps of an object: the object's own, in its last four bytes.
+
+    It covers a chunk's values, and a shard's index; a shard's rows are covered by the table beside it. A crc32c over
+    all of the bytes would say nothing: bytes followed by their crc32c have the same one whatever they are.
+    """
+    return int(raw[-CRC_BYTES:].view("<u4")[0])
 
 
 def _with_crc(values: np.ndarray) -> np.ndarray:
@@ -198,6 +259,6 @@ def _with_crc(values: np.ndarray) -> np.ndarray:
 
 
 def _checked(raw: np.ndarray, path: str, what: str) -> np.ndarray:
-    if crc32c(raw[:-CRC_BYTES]) != int(raw[-CRC_BYTES:].view("<u4")[0]):
+    if raw.nbytes < CRC_BYTES or crc32c(raw[:-CRC_BYTES]) != object_checksum(raw):
         raise CorruptStoreError(damaged(path, f"the crc32c of its {what} does not match"))
     return raw[:-CRC_BYTES]

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from feature_store.errors import InputError, MismatchError
@@ -63,11 +64,19 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class TapInfo:
-    """Shape and storage of one tap: N tokens of C channels per row, as ``codec``."""
+    """Shape and storage of one tap: N tokens of C channels per row.
+
+    Attributes:
+        tokens: N.
+        channels: C.
+        codec: Name of its codec.
+        statistics: Numbers [C] the codec learnt from a first sample, by name; None if it needs none.
+    """
 
     tokens: int
     channels: int
     codec: str
+    statistics: dict[str, list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,8 @@ class TarInfo:
 class Manifest:
     """Everything that must agree between the store, the teacher, the tars and the trainer.
 
+    A store may grow: more views, and more tars after those it has. Nothing else of it ever changes.
+
     Attributes:
         teacher: The frozen model.
         split: Where it is cut.
@@ -93,8 +104,8 @@ class Manifest:
         seed: Seed of the views.
         num_views: Views per sample, V.
         tars: Input tars; a tar's index is its unit.
-        capacity: Rows per unit, S: the largest number of samples in a tar.
-        key_width: Bytes per stored sample key.
+        capacity: Rows per unit, S: at least the largest number of samples in a tar; more leaves room to grow.
+        key_width: Bytes per stored sample key; more than needed leaves room to grow.
         software: Versions that created the store; informative.
         licence: Note of the data set's licence; informative.
         format_version: Of FORMAT.md.
@@ -147,9 +158,25 @@ class Manifest:
             ) from error
 
     def fingerprint(self) -> str:
-        """sha256 of the manifest's canonical JSON: names this store in logs and checks its attributes."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """sha256 of the manifest's canonical JSON: checks the root group's attributes."""
+        return _sha256(self.to_dict())
+
+    def identity(self) -> str:
+        """sha256 of all that growth leaves as it is: names this store in logs and in its commit records."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
+        kept = replace(self, tars=()).to_dict()
+        return _sha256({name: value for name, value in kept.items() if name not in _GROWING})
+
+    def with_statistics_of(self, stored: "Manifest") -> "Manifest":
+        """This manifest with the codec statistics a store already has: a job that goes on learns none of its own."""
+        taps = {
+            name: replace(tap, statistics=stored.taps[name].statistics) if name in stored.taps else tap
+            for name, tap in self.taps.items()
+        }
+        return replace(self, taps=taps)
 
     def require_unit(self, unit: int) -> None:
         """Refuse a unit the store does not have.
@@ -159,6 +186,19 @@ class Manifest:
         """
         if not 0 <= unit < len(self.tars):
             raise InputError(f"unit {unit} does not exist: the store has units 0..{len(self.tars) - 1}")
+
+    def require_room(self) -> None:
+        """Refuse tars that do not fit the capacity.
+
+        Raises:
+            InputError: One has more samples.
+        """
+        for tar in self.tars:
+            if tar.samples > self.capacity:
+                raise InputError(
+                    f"{tar.name} has {tar.samples} samples, the capacity is {self.capacity}; give the manifest the "
+                    "capacity of its largest tar, or more to leave room to grow"
+                )
 
     def require_equal(self, other: "Manifest", remedy: str) -> None:
         """Refuse another manifest by the first field that differs (software versions may differ).
@@ -171,7 +211,54 @@ class Manifest:
             side.pop("software")
         _require_equal("manifest", mine, theirs, remedy)
 
+    def growth_from(self, old: "Manifest") -> "Growth":
+        """What a store of an old manifest has to add to become a store of this one; maybe nothing.
 
+        Capacity and key width stay the old ones, which must be large enough; so does software.
+
+        Raises:
+            MismatchError: Something else differs, a tar is missing or changed, or a new one does not fit.
+        """
+        fixed = {name: getattr(old, name) for name in ("num_views", "tars", "capacity", "key_width")}
+        old.require_equal(replace(self, **fixed), _KEEP)
+        for name in ("capacity", "key_width"):
+            if getattr(self, name) > getattr(old, name):
+                raise _mismatch(name, f"at most {getattr(old, name)}", getattr(self, name), _NO_ROOM)
+        if self.num_views < old.num_views:
+            raise _mismatch("num_views", f"at least {old.num_views}", self.num_views, _ONLY_GROWS)
+        if len(self.tars) < len(old.tars):
+            raise _mismatch("tars", f"at least {len(old.tars)}", len(self.tars), _ONLY_GROWS)
+        for unit, (had, has) in enumerate(zip(old.tars, self.tars, strict=False)):
+            _require_equal(f"tars[{unit}]", asdict(had), asdict(has), _ONLY_GROWS)
+        for tar in self.tars[len(old.tars) :]:
+            if tar.samples > old.capacity:
+                raise _mismatch(f"samples of {tar.name}", f"at most {old.capacity}", tar.samples, _NO_ROOM)
+        merged = replace(old, num_views=self.num_views, tars=self.tars)
+        return Growth(merged, self.num_views - old.num_views, self.tars[len(old.tars) :])
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a store has to add; false if nothing.
+
+    Attributes:
+        manifest: Of the grown store.
+        views: How many views come after those it has.
+        tars: Tars that come after those it has.
+    """
+
+    manifest: Manifest
+    views: int
+    tars: tuple[TarInfo, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.views or self.tars)
+
+
+_GROWING = ("num_views", "tars", "software", "licence")
+_KEEP = "use the settings the store was begun with, or another store"
+_ONLY_GROWS = "a store only grows: give its own tars first, in the same order, and at least its views"
+_NO_ROOM = "the new tars do not fit the room this store was made with; split them, or write another store"
 _PLAIN = (
     "blocks_sha256", "logits_codec", "seed", "num_views", "capacity", "key_width", "software", "licence",
     "format_version",
@@ -180,6 +267,15 @@ _PLAIN = (
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+
+
+def _sha256(value: dict[str, Any]) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _mismatch(name: str, expected: Any, got: Any, remedy: str) -> MismatchError:
+    return MismatchError(name, expected=expected, got=got, remedy=remedy)
 
 
 def _require_equal(path: str, mine: Any, theirs: Any, remedy: str) -> None:

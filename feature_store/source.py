@@ -1,7 +1,7 @@
 """Where a trainer's teacher features come from: one protocol, whatever stands behind it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -17,11 +17,13 @@ class FeatureBatch:
         rows: The B addresses.
         taps: Array [B, N, C] per tap name, in the dtype the source holds.
         logits: Teacher logits [B, classes], or None if the teacher has no classifier.
+        encoded: Instead of taps, for a source asked not to decode them: the codec's arrays by suffix, per tap name.
     """
 
     rows: tuple[RowId, ...]
     taps: dict[str, np.ndarray]
     logits: np.ndarray | None
+    encoded: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -1,27 +1,29 @@
-"""A store on disk: create it, open it, look rows up, add units."""
+"""A store: create it, open it, look rows up, add units, let it grow."""
 
-import fcntl
-import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import ArrayLike
-from zarr.codecs import BytesCodec, Crc32cCodec
 
-from feature_store.commits import CommitRecord, read_commits
-from feature_store.errors import CorruptStoreError, InputError, ResourceError
-from feature_store.layout import ArraySpec, array_specs
+from feature_store import commit_index, leftovers
+from feature_store.blocks import read_blocks
+from feature_store.codecs import require_calibrated
+from feature_store.commits import FOLDER, CommitRecord, already_committed, decode_record, record_place
+from feature_store.committed import CommittedRows, load_commits, load_store
+from feature_store.errors import InputError
+from feature_store.growth import grow
+from feature_store.keys import KeyIndex
+from feature_store.layout import array_specs
+from feature_store.locks import exclusive, lock_name
 from feature_store.manifest import Manifest
-from feature_store.objects import PARTIAL_SUFFIX, list_objects, sync_directories
-from feature_store.reader import CommittedRows, ObjectReader, ZarrSource
-from feature_store.sample import RowId, decode_keys, key_hash
+from feature_store.objects import LocalObjects, ObjectStore, open_objects
+from feature_store.reader import ObjectReader, ZarrSource
+from feature_store.sample import RowId, decode_keys
+from feature_store.skeleton import ROOT, skeleton
 from feature_store.views import ViewParams
 from feature_store.writer import UnitData, write_unit
 
@@ -30,77 +32,87 @@ if TYPE_CHECKING:
 
     from feature_store.teacher.split import LaterBlocks
 
-BLOCKS = "teacher/blocks"
-LOCK = ".writer.lock"
 
-
-def open_store(url: str | Path) -> "Store":
+def open_store(url: str | Path, *, cache_dir: str | Path | None = None, cache_bytes: int = 0) -> "Store":
     """Open an existing store.
+
+    Args:
+        url: A path, ``file://``, ``s3://``, ``gs://`` or ``http(s)://``.
+        cache_dir: Local directory that keeps copies of what is read, for anything but local files.
+        cache_bytes: Most bytes the copies take together.
 
     Raises:
         InputError: Not a store, of another format version, or on a file system this build cannot reach.
         CorruptStoreError: The manifest or a commit record is damaged.
     """
-    if "://" in str(url) and not str(url).startswith("file://"):
-        raise InputError(f"cannot open {url}: this build opens local stores only; copy the store or mount it")
-    path = Path(str(url).removeprefix("file://"))
-    metadata = path / "zarr.json"
-    if not metadata.is_file():
-        raise InputError(f"{path} is not a store (no zarr.json); write one with `teacher-service cache --store {path}`")
-    try:
-        attributes = json.loads(metadata.read_bytes())["attributes"]
-        claimed, fingerprint = attributes["manifest"], attributes["manifest_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{metadata} holds no manifest ({error}): not a store of this format") from error
-    manifest = Manifest.from_dict(claimed)
-    if manifest.fingerprint() != fingerprint:
-        raise CorruptStoreError(f"the manifest in {metadata} is damaged: its sha256 does not match; restore the file")
-    return Store(path, manifest, read_commits(path, fingerprint))
+    return _open(open_objects(url, cache_dir=cache_dir, cache_bytes=cache_bytes))
+
+
+def _open(objects: ObjectStore) -> "Store":
+    manifest, committed, problems = load_store(objects)
+    if problems:
+        raise problems[0].error
+    return Store(objects, manifest, committed)
 
 
 class Store:
     """An open store. Make one with open_store or Store.create.
 
     Attributes:
-        path: Its directory.
+        objects: Where it is.
         manifest: What it claims.
         committed: Which rows may be read.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, records: Sequence[CommitRecord]) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, objects: ObjectStore, manifest: Manifest, committed: CommittedRows) -> None:
+        self.objects, self.manifest, self.committed = objects, manifest, committed
         self._specs = array_specs(manifest)
-        self._reader = ObjectReader(path, manifest.capacity)
-        self.committed = CommittedRows(manifest, records)
+        self._reader = ObjectReader(objects, manifest.capacity)
 
     @classmethod
     def create(cls, path: str | Path, manifest: Manifest, blocks: Mapping[str, ArrayLike]) -> "Store":
-        """Make an empty store: metadata, manifest and the later blocks, complete or not at all.
+        """Make an empty store: metadata, the later blocks and, last, the root with the manifest.
+
+        Interrupted before that it is no store yet, and the same call completes it.
 
         Args:
-            path: Directory to make.
-            manifest: What it will claim.
+            path: Directory or URL to make.
+            manifest: What it will claim. A larger capacity or key width than its tars need leaves room to grow.
             blocks: The later blocks' tensors, see ``feature_store.teacher.bundle``.
 
         Raises:
-            InputError: The path exists.
+            InputError: There is something else already, a tar does not fit the capacity, or a codec lacks its
+                statistics.
         """
-        path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        manifest.require_room()
+        require_calibrated(manifest)
+        objects = open_objects(path)
+        parts = skeleton(manifest, blocks)
+        if isinstance(objects, LocalObjects) and objects.root.is_file():
+            raise InputError(f"{path} already exists and is a file; choose another path or remove it")
+        if any(found == ROOT or found not in parts for found in leftovers.whole_objects(objects)):
             raise InputError(f"{path} already exists; open it, choose another path or remove it")
-        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            _write_skeleton(partial, manifest, blocks)
-            partial.rename(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        sync_directories(path.parent, [path.name])
-        return cls(path, manifest, ())
+        for name, payload in parts.items():
+            if name == ROOT:
+                objects.sync([*parts])
+            objects.put(name, payload)
+        objects.sync([ROOT])
+        return cls(objects, manifest, CommittedRows(manifest))
+
+    @property
+    def path(self) -> Path:
+        """Directory of a local store.
+
+        Raises:
+            InputError: It is somewhere else.
+        """
+        if not isinstance(self.objects, LocalObjects):
+            raise InputError(f"{self.objects.url} is not a local directory; copy the store or mount it for this")
+        return self.objects.root
 
     def source(self, taps: Sequence[str] | None = None) -> ZarrSource:
         """Features by row; taps None for all."""
-        return ZarrSource(self.path, self.manifest, self.committed, taps)
+        return ZarrSource(self.objects, self.manifest, self.committed, taps)
 
     def later_blocks(self, device: "str | torch.device" = "cpu") -> "LaterBlocks":
         """The teacher's later blocks, built from the store alone.
@@ -111,42 +123,20 @@ class Store:
         """
         from feature_store.teacher.bundle import build_later_blocks
 
-        return build_later_blocks(self.manifest, self._blocks(), device)
+        return build_later_blocks(self.manifest, read_blocks(self.objects), device)
 
     def rows(self, keys: Sequence[str], view: int) -> list[RowId]:
-        """Addresses of samples by key, in the order given.
+        """Addresses of samples by key, in the order given; fastest for a thousand at once.
 
         Raises:
             InputError: A key no committed unit holds.
         """
-        hashes = self._index[0]
-        wanted = np.array([key_hash(key) for key in keys], np.uint64)
-        where = np.searchsorted(hashes, wanted)
-        return [
-            self._row(key, int(at), int(wanted[i]), view) for i, (key, at) in enumerate(zip(keys, where, strict=True))
-        ]
-
-    def _row(self, key: str, at: int, hashed: int, view: int) -> RowId:
-        hashes, units, positions = self._index
-        while at < len(hashes) and hashes[at] == hashed:  # equal hashes of different keys are possible
-            unit, position = int(units[at]), int(positions[at])
-            if self.keys(unit)[position] == key:
-                return RowId(unit, position, view)
-            at += 1
-        raise InputError(f"no committed unit holds sample key {key!r}; check the key, or finish the store")
+        return self._key_index.rows(keys, view)
 
     @cached_property
-    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Key hashes of all committed samples, ascending, with their units and positions."""
+    def _key_index(self) -> KeyIndex:
         units = self.committed.units
-        hashes = [self._unit_values("key_hash", unit) for unit in units]
-        if not hashes:
-            return (np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
-        joined = np.concatenate(hashes)
-        order = np.argsort(joined, kind="stable")
-        unit_of = np.repeat(units, [len(part) for part in hashes])
-        position_of = np.concatenate([np.arange(len(part)) for part in hashes])
-        return joined[order], unit_of[order], position_of[order]
+        return KeyIndex(((unit, self._unit_values("key", unit)) for unit in units), self.manifest.key_width)
 
     def committed_views(self, unit: int) -> set[int]:
         """Committed views of a unit."""
@@ -202,37 +192,87 @@ class Store:
         return self._view_values("view/pixel_crc", unit, view)
 
     def write_unit(self, unit: int, first_view: int, data: UnitData) -> None:
-        """Write and commit V views of a unit, see ``feature_store.writer``. Needs locked_for_writing."""
-        self.committed.add(write_unit(self.path, self.manifest, unit, first_view, data))
-        self.__dict__.pop("_index", None)
+        """Write and commit V views of a unit, see ``feature_store.writer``.
+
+        Any number of processes may write at once. Of two that write the same, one does so whole.
+
+        Raises:
+            InputError: The data does not have the manifest's shapes, or holds values its codec cannot store.
+            ResourceError: Another process is writing this unit now.
+            CommittedError: Another one has committed such a view since; nothing was overwritten.
+            MismatchError: The unit's keys or labels are not those committed with its other views.
+        """
+        self.manifest.require_unit(unit)
+        views = range(first_view, first_view + len(data.params))
+        name = self.manifest.tars[unit].name
+        refusal = f"another process is writing unit {unit} ({name}) of {self.objects.url}; go on with another unit"
+        with exclusive(self.objects, lock_name(unit), refusal):
+            others = self._records_now(unit)
+            for path in others:
+                _, first, last = record_place(path) or (unit, 0, -1)
+                if first < views.stop and last >= views.start:
+                    raise already_committed(unit, name, path)
+            self._forget_index(unit, views)
+            record = write_unit(self.objects, self.manifest, unit, first_view, data, self._shared_proofs(others))
+        self.committed.replace(record)
+        self.__dict__.pop("_key_index", None)
+
+    def _records_now(self, unit: int) -> list[str]:
+        """Paths of a unit's records, also those committed since the store was opened."""
+        found = self.objects.list(f"{FOLDER}u{unit:05d}-")
+        return [path for path in found if record_place(path) is not None]
+
+    def _shared_proofs(self, records: Sequence[str]) -> dict[str, Any]:
+        """Proofs of the unit's objects that belong to no view, from one of its records if it has any."""
+        if not records:
+            return {}
+        record = decode_record(records[0], self.objects.get(records[0]).tobytes())
+        paths = [spec.object_path(record.unit) for spec in self._specs.values() if not spec.per_view]
+        return {path: record.proof(path) for path in paths}
+
+    def _forget_index(self, unit: int, views: range) -> None:
+        """A record of this name was removed after it was indexed: the index must not pass for the new one."""
+        if self.committed.is_indexed(unit, views):
+            with suppress(FileNotFoundError):  # another writer was first
+                self.objects.delete(commit_index.PATH)
+
+    def compact(self) -> int:
+        """Write the commit index anew, from the records themselves, so that opening stays fast; call it now and then.
+
+        Returns:
+            How many records it covers.
+        """
+        committed, _ = load_commits(self.objects, self.manifest)
+        return commit_index.write_index(self.objects, self.manifest, committed.records)
+
+    def grow(self, manifest: Manifest) -> "Store":
+        """The same store with the views and tars of a manifest that it lacks; see ``Manifest.growth_from``.
+
+        Stores opened before go on as they are, and so do their writers. Safe to interrupt and to repeat.
+
+        Raises:
+            MismatchError: More than views and tars differs, or a new tar does not fit.
+            ResourceError: Another process is growing the store.
+        """
+        grow(self.objects, manifest)
+        return _open(self.objects)
 
     @contextmanager
     def locked_for_writing(self) -> Iterator[None]:
-        """Hold the store as its only writer; released by the kernel if the process dies.
+        """Be the only job on a local store; released by the kernel if the process dies.
+
+        Writers that leave the choice of units to others do not need it: write_unit protects each unit.
 
         Raises:
-            ResourceError: Another process is writing.
+            ResourceError: Another job is.
         """
-        with (self.path / LOCK).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ResourceError(f"another process is writing {self.path}; wait for it or stop it") from error
+        refusal = f"another process is writing {self.objects.url}; wait for it or stop it"
+        with exclusive(self.objects, "store", refusal):
             yield
 
     def remove_leftovers(self) -> list[str]:
-        """Delete every object no commit record vouches for: an interrupted writer's. Needs locked_for_writing."""
-        records = self.committed.records
-        vouched = {record.path for record in records} | {path for record in records for path in record.objects}
-        kept = ("zarr.json", LOCK)
-        leftovers = [
-            path
-            for path in list_objects(self.path)
-            if path not in vouched and path.rpartition("/")[2] not in kept and not path.startswith(f"{BLOCKS}/")
-        ]
-        for path in leftovers:
-            (self.path / path).unlink()
-        return leftovers
+        """Delete what interrupted writers left; units being written now are left alone. See feature_store.leftovers."""
+        return leftovers.remove(self.objects, self.manifest)
 
     def info(self) -> dict[str, Any]:
         """What the store holds, as JSON: see ``feature-store info``."""
@@ -250,54 +290,3 @@ class Store:
     def _view_values(self, name: str, unit: int, view: int) -> np.ndarray:
         record = self.committed.record(unit, view)
         return self._reader.chunk(self._specs[name], record, view)[: record.samples]
-
-    def _blocks(self) -> dict[str, np.ndarray]:
-        group = zarr.open_group(self.path, mode="r")[BLOCKS]
-        if not isinstance(group, zarr.Group):
-            raise CorruptStoreError(f"{BLOCKS} in {self.path} is not a group; write the store again")
-        try:
-            return {name: np.asarray(array[...]) for name, array in group.arrays()}
-        except ValueError as error:  # zarr's crc32c codec
-            raise CorruptStoreError(f"the later blocks in {self.path / BLOCKS} are damaged: {error}") from error
-
-
-def _write_skeleton(path: Path, manifest: Manifest, blocks: Mapping[str, ArrayLike]) -> None:
-    attributes = {"manifest": manifest.to_dict(), "manifest_sha256": manifest.fingerprint()}
-    root = zarr.create_group(path, attributes=attributes)
-    for spec in array_specs(manifest).values():
-        _create_array(root, spec, manifest)
-    for name, tensor in blocks.items():
-        values = np.asarray(tensor)
-        root.create_array(
-            f"{BLOCKS}/{name}",
-            data=values,
-            chunks=tuple(max(1, n) for n in values.shape),
-            compressors=[Crc32cCodec()],
-        )
-    (path / "commits").mkdir()
-    for file in path.rglob("*"):
-        if file.is_file():
-            _sync(file)
-    sync_directories(path, list_objects(path))
-
-
-def _create_array(root: zarr.Group, spec: ArraySpec, manifest: Manifest) -> None:
-    unit_shape = spec.unit_shape(manifest)
-    leading = ("view", "row") if spec.per_view else ("row",)
-    root.create_array(
-        spec.path,
-        shape=spec.shape(manifest),
-        dtype=spec.dtype,
-        chunks=spec.inner_shape() if spec.sharded else unit_shape,
-        shards=unit_shape if spec.sharded else None,
-        serializer=BytesCodec(endian="little") if spec.dtype.itemsize > 1 else BytesCodec(),
-        compressors=[Crc32cCodec()],
-        filters=None,
-        fill_value=spec.fill,
-        dimension_names=(*leading, *spec.dimensions),
-    )
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())

@@ -5,17 +5,22 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from feature_store.commits import CommitRecord
+from feature_store.commits import CommitRecord, ObjectProof
+from feature_store.layout import array_specs
+from feature_store.proofs import total_bytes
 
 if TYPE_CHECKING:
+    from feature_store.repair import Repair
     from feature_store.store import Store
+    from feature_store.verify import Report
 
 
 def summarise(store: "Store") -> dict[str, Any]:
     """JSON summary: the manifest's claims and what commit records prove of them."""
     manifest, records = store.manifest, store.committed.records
+    repeated = _repeated(store, records)
     return {
-        "path": str(store.path),
+        "path": store.objects.url,
         "format_version": manifest.format_version,
         "fingerprint": manifest.fingerprint(),
         "teacher": manifest.to_dict()["teacher"],
@@ -23,7 +28,10 @@ def summarise(store: "Store") -> dict[str, Any]:
         "policy": manifest.to_dict()["policy"],
         "seed": manifest.seed,
         "views": manifest.num_views,
-        "taps": manifest.to_dict()["taps"],
+        "taps": {  # without the codecs' statistics: thousands of numbers
+            name: {"tokens": tap.tokens, "channels": tap.channels, "codec": tap.codec}
+            for name, tap in manifest.taps.items()
+        },
         "logits_codec": manifest.logits_codec,
         "units": len(manifest.tars),
         "capacity": manifest.capacity,
@@ -32,8 +40,8 @@ def summarise(store: "Store") -> dict[str, Any]:
             store.committed_views(unit) == set(range(manifest.num_views)) for unit in range(len(manifest.tars))
         ),
         "committed_rows": sum((record.samples - len(record.quarantined)) * len(record.views) for record in records),
-        "bytes": sum(proof.bytes for record in records for proof in record.objects.values()),
-        "objects": sum(len(record.objects) for record in records),
+        "bytes": sum(total_bytes(record.objects) for record in records) - sum(proof.bytes for proof in repeated),
+        "objects": sum(len(record.objects) for record in records) - len(repeated),
         "quarantined": [entry for record in _first_views(records) for entry in _quarantined(store, record)],
         "software": manifest.software,
         "licence": manifest.licence,
@@ -71,8 +79,56 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         )
 
 
+def print_report(report: "Report", console: Console) -> None:
+    """Human form of a verification."""
+    what = "existence and length" if report.quick else "every byte"
+    console.print(
+        f"{report.store}: {report.units} units, {report.records} records, {report.objects:,} objects, "
+        f"{report.bytes / 1e6:,.1f} MB; compared {what}",
+        markup=False,
+    )
+    for finding in report.findings:
+        console.print(f"{_unit(finding.unit)} {finding.kind}: {finding.path}: {finding.message}", markup=False)
+    if report.foreign:
+        console.print(f"not of this format, no harm: {', '.join(report.foreign)}", markup=False)
+    if report.missing_views:
+        console.print(f"still to be written: {len(report.missing_views)} units", markup=False)
+    console.print("sound" if not report.findings else f"{len(report.findings)} findings")
+
+
+def print_repair(repair: "Repair", console: Console) -> None:
+    """Human form of a repair."""
+    deleted, removed, mended = (
+        ("deleted", "removed", "mended") if repair.done else ("would delete", "would remove", "would mend")
+    )
+    kept = [path for path in repair.damaged if path not in repair.dropped]
+    for what, paths in ((deleted, repair.leftovers), (mended, repair.metadata), (removed, repair.dropped)):
+        for path in paths:
+            console.print(f"{what} {path}", markup=False)
+    for path in kept:
+        console.print(f"damaged, kept: {path}; --drop-damaged removes it so that it is written again", markup=False)
+    for finding in repair.beyond_repair:
+        console.print(f"cannot be mended here: {finding.path}: {finding.message}", markup=False)
+    for unit, views in repair.redo.items():
+        console.print(f"write again: unit {unit}, views {', '.join(map(str, views))}", markup=False)
+    if not repair.done:
+        console.print("nothing was changed; --yes does it", markup=False)
+
+
+def _unit(unit: int | None) -> str:
+    return "store" if unit is None else f"unit {unit}"
+
+
 def _first_views(records: list[CommitRecord]) -> list[CommitRecord]:
     return list({record.unit: record for record in reversed(records)}.values())[::-1]
+
+
+def _repeated(store: "Store", records: list[CommitRecord]) -> list[ObjectProof]:
+    """Proofs of objects without views that an earlier record of the same unit gave already."""
+    first = {record.path for record in _first_views(records)}
+    shared = [spec for spec in array_specs(store.manifest).values() if not spec.per_view]
+    later = [record for record in records if record.path not in first]
+    return [record.proof(spec.object_path(record.unit)) for record in later for spec in shared]
 
 
 def _quarantined(store: "Store", record: CommitRecord) -> list[dict[str, Any]]:

@@ -1,19 +1,39 @@
 """Writes one unit: its objects whole and durable, then the commit record that makes them count."""
 
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 
-from feature_store.codecs import get_codec
+from feature_store.codecs import ValueCodec, value_codecs
 from feature_store.commits import CommitRecord, ObjectProof, write_commit
-from feature_store.errors import InputError
-from feature_store.layout import ArraySpec, crc32c, encode_chunk, encode_shard, value_specs
+from feature_store.errors import InputError, MismatchError, ResourceError
+from feature_store.layout import (
+    ArraySpec,
+    EncodedObject,
+    ShardBuilder,
+    coded_specs,
+    encode_chunk,
+    object_bytes,
+    object_checksum,
+    value_specs,
+)
 from feature_store.manifest import Manifest
-from feature_store.objects import sync_directories, write_object
+from feature_store.objects import LocalObjects, ObjectStore, buffers_of
 from feature_store.sample import encode_keys, key_hash
 from feature_store.versions import software_versions
 from feature_store.views import ViewParams
+
+# Objects encoded and written at once, and the most memory they may take. Many, because syncs that wait together are
+# committed together by the file system.
+THREADS = 8
+WRITE_BYTES = 2 << 30
+ENCODE_BYTES = 2 << 20
+
+Values: TypeAlias = np.ndarray | Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -26,8 +46,9 @@ class UnitData:
         quarantined: Reason per position that could not be used.
         params: Per view, per sample; None where quarantined.
         pixel_crc: uint32 [V, n], CRC-32 of each view's uint8 pixels.
-        taps: [V, n, N, C] per tap.
-        logits: [V, n, classes], or None for a teacher without a classifier.
+        taps: Per tap its values [V, n, N, C], or already encoded: arrays [V, n, ...] by suffix, as
+            ``feature_store.codecs.ValueCodec.encode`` gives them.
+        logits: [V, n, classes], or encoded likewise; None for a teacher without a classifier.
     """
 
     keys: list[str]
@@ -35,55 +56,164 @@ class UnitData:
     quarantined: dict[int, str]
     params: list[list[ViewParams | None]]
     pixel_crc: np.ndarray
-    taps: dict[str, np.ndarray]
-    logits: np.ndarray | None
+    taps: Mapping[str, Values]
+    logits: Values | None
 
 
-def write_unit(root: Path, manifest: Manifest, unit: int, first_view: int, data: UnitData) -> CommitRecord:
+def write_unit(
+    objects: ObjectStore,
+    manifest: Manifest,
+    unit: int,
+    first_view: int,
+    data: UnitData,
+    committed: Mapping[str, ObjectProof] | None = None,
+) -> CommitRecord:
     """Write V views of a unit, first_view onwards, and commit them.
+
+    Args:
+        objects: The store's.
+        manifest: What it claims.
+        unit: The unit.
+        first_view: First view.
+        data: What to write.
+        committed: Proofs of the unit's objects that belong to no view, if another record vouches for them already;
+            they are compared, not written.
 
     Raises:
         InputError: The data does not have the manifest's shapes, or holds values its codec cannot store.
+        MismatchError: Keys or labels are not the committed ones.
+        CommittedError: Another writer committed the same first.
     """
     _require_shapes(manifest, unit, first_view, data)
-    proofs = {}
-    for path, payload in _objects(manifest, unit, first_view, data):
-        write_object(root, path, payload)
-        proofs[path] = ObjectProof(payload.nbytes, crc32c(payload))
-    sync_directories(root, list(proofs))
+    committed = committed or {}
+    target = _Target(objects, manifest.tars[unit].name, unit, committed)
+    proofs = {
+        path: proof
+        for some in _in_flight(manifest, _tasks(manifest, unit, first_view, data), target)
+        for path, proof in some.items()
+    }
+    objects.sync([path for path in proofs if path not in committed])
     record = CommitRecord(
-        store=manifest.fingerprint(),
+        store=manifest.identity(),
         unit=unit,
         first_view=first_view,
         last_view=first_view + len(data.params) - 1,
         tar=manifest.tars[unit].name,
+        tar_sha256=manifest.tars[unit].header_sha256,
         samples=len(data.keys),
         quarantined=dict(sorted(data.quarantined.items())),
         objects=proofs,
         software=software_versions(),
     )
-    write_commit(root, record)
+    write_commit(objects, record)
     return record
 
 
-def _objects(manifest: Manifest, unit: int, first_view: int, data: UnitData):
-    """Path and bytes of every object of the unit, one at a time to bound memory."""
-    capacity = manifest.capacity
-    written = np.array([position not in data.quarantined for position in range(len(data.keys))], dtype=bool)
-    for spec in value_specs(manifest).values():
-        if not spec.per_view:
-            yield spec.object_path(unit), encode_chunk(spec, _sample_values(spec, data), capacity)
-            continue
-        for index in range(len(data.params)):
-            path = spec.object_path(unit, first_view + index)
-            if spec.sharded:
-                values = _encoded_rows(manifest, spec, data, index, written)
-                shard, checksums = encode_shard(spec, values, written, capacity)
-                yield path, shard
-                table = spec.checksums
-                yield table.object_path(unit, first_view + index), encode_chunk(table, checksums, capacity)
-            else:
-                yield path, encode_chunk(spec, _view_values(spec, data, index), capacity)
+@dataclass(frozen=True)
+class _Target:
+    """Where one unit's objects go."""
+
+    objects: ObjectStore
+    tar: str
+    unit: int
+    committed: Mapping[str, ObjectProof]
+
+    def put(self, path: str, encoded: EncodedObject) -> ObjectProof:
+        proof = ObjectProof(encoded.nbytes, encoded.checksum)
+        if path in self.committed:
+            self._require_equal(path, proof)
+        elif isinstance(self.objects, LocalObjects):  # the unit is locked
+            self.objects.put(path, encoded.parts)
+        else:
+            self._put_new(path, encoded)
+        return proof
+
+    def _put_new(self, path: str, encoded: EncodedObject) -> None:
+        """Buckets have no locks: what another writer of the unit has put there stays, if it has the same bytes."""
+        try:
+            self.objects.put(path, encoded.parts, new=True)
+        except FileExistsError as error:
+            if self.objects.get(path).tobytes() != b"".join(buffers_of(encoded.parts)):
+                raise ResourceError(
+                    f"{path} exists with other bytes: another process is writing unit {self.unit} ({self.tar}), or an "
+                    "interrupted one left it; wait for it, or run `feature-store repair` and try again"
+                ) from error
+
+    def _require_equal(self, path: str, proof: ObjectProof) -> None:
+        if self.committed[path] != proof:
+            raise MismatchError(
+                path,
+                expected=self.committed[path],
+                got=proof,
+                where=f"what unit {self.unit} was committed with",
+                remedy=f"{self.tar} changed since; restore it, or write a new store",
+            )
+
+
+_Task: TypeAlias = Callable[[_Target], dict[str, ObjectProof]]
+
+
+def _in_flight(manifest: Manifest, tasks: list[_Task], target: _Target) -> Iterator[dict[str, ObjectProof]]:
+    """Run tasks several at a time, each of which encodes and writes an object or two; their proofs, in order.
+
+    An encoded shard is in memory once, and once more on its way to a bucket.
+    """
+    largest = max(object_bytes(spec, manifest.capacity, manifest.capacity) for spec in value_specs(manifest).values())
+    threads = max(1, min(THREADS, WRITE_BYTES // (2 * largest)))
+    with ThreadPoolExecutor(threads, thread_name_prefix="feature-store-write") as pool:
+        futures = [pool.submit(task, target) for task in tasks]
+        try:
+            yield from (future.result() for future in futures)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _tasks(manifest: Manifest, unit: int, first_view: int, data: UnitData) -> list[_Task]:
+    views = range(len(data.params))
+    small = [
+        partial(_write_chunk, spec, manifest.capacity, spec.object_path(unit, first_view + index), data, index)
+        for spec in value_specs(manifest).values()
+        if not spec.sharded
+        for index in (views if spec.per_view else views[:1])
+    ]
+    large = [
+        partial(_write_shards, value, manifest.capacity, unit, first_view, data, index)
+        for value in value_codecs(manifest).values()
+        for index in views
+    ]
+    return large + small
+
+
+def _write_chunk(
+    spec: ArraySpec, capacity: int, path: str, data: UnitData, index: int, target: _Target
+) -> dict[str, ObjectProof]:
+    values = _view_values(spec, data, index) if spec.per_view else _sample_values(spec, data)
+    return {path: target.put(path, _whole(encode_chunk(spec, values, capacity)))}
+
+
+def _write_shards(
+    value: ValueCodec, capacity: int, unit: int, first_view: int, data: UnitData, index: int, target: _Target
+) -> dict[str, ObjectProof]:
+    """One view of a tap or of the logits: a shard per part of its codec, and the row checksums of each."""
+    positions = np.array([i for i in range(len(data.keys)) if i not in data.quarantined], np.int64)
+    shards = {
+        part.suffix: ShardBuilder(spec, capacity) for spec, part in zip(coded_specs(value), value.parts, strict=True)
+    }
+    for some, encoded in _encoded_blocks(value, data, index, positions):
+        for suffix, shard in shards.items():
+            shard.add(some, encoded[suffix])  # checksums while the rows are still in the processor's cache
+    proofs = {}
+    for spec, shard in zip(coded_specs(value), shards.values(), strict=True):
+        encoded, checksums = shard.finish()
+        path = spec.object_path(unit, first_view + index)
+        proofs[path] = target.put(path, encoded)
+        path = spec.checksums.object_path(unit, first_view + index)
+        proofs[path] = target.put(path, _whole(encode_chunk(spec.checksums, checksums, capacity)))
+    return proofs
+
+
+def _whole(payload: np.ndarray) -> EncodedObject:
+    return EncodedObject([payload], payload.nbytes, object_checksum(payload))
 
 
 def _sample_values(spec: ArraySpec, data: UnitData) -> np.ndarray:
@@ -105,15 +235,18 @@ def _view_values(spec: ArraySpec, data: UnitData, index: int) -> np.ndarray:
     return values
 
 
-def _encoded_rows(manifest: Manifest, spec: ArraySpec, data: UnitData, index: int, written: np.ndarray) -> np.ndarray:
-    if spec.path == "logits":
-        codec, values = get_codec(manifest.logits_codec or ""), np.asarray(data.logits)[index]
-    else:
-        tap = spec.path.removeprefix("taps/")
-        codec, values = get_codec(manifest.taps[tap].codec), data.taps[tap][index]
-    encoded = np.zeros(values.shape, codec.dtype)
-    encoded[written] = codec.encode(values[written])
-    return encoded
+def _encoded_blocks(
+    value: ValueCodec, data: UnitData, index: int, positions: np.ndarray
+) -> Iterator[tuple[np.ndarray, Mapping[str, np.ndarray]]]:
+    """One view's encoded rows by part, a few positions at a time."""
+    values = data.logits if value.path == "logits" else data.taps[value.path.removeprefix("taps/")]
+    arrays = {suffix: part[index] for suffix, part in (values if isinstance(values, dict) else {"": values}).items()}
+    rows = max(1, ENCODE_BYTES // max(1, sum(array[:1].nbytes for array in arrays.values())))
+    for start in range(0, len(positions), rows):
+        some = positions[start : start + rows]
+        adjacent = some[-1] - some[0] == len(some) - 1
+        block = {k: array[some[0] : some[-1] + 1] if adjacent else array[some] for k, array in arrays.items()}
+        yield some, block if isinstance(values, dict) else value.encode(block[""])
 
 
 def _require_shapes(manifest: Manifest, unit: int, first_view: int, data: UnitData) -> None:
@@ -125,12 +258,17 @@ def _require_shapes(manifest: Manifest, unit: int, first_view: int, data: UnitDa
         raise InputError(f"unit {unit} has {samples} samples, the manifest says {manifest.tars[unit].samples}")
     expected: dict[str, tuple[int, ...]] = {"labels": (samples,), "pixel_crc": (views, samples)}
     got: dict[str, tuple[int, ...] | None] = {"labels": data.labels.shape, "pixel_crc": data.pixel_crc.shape}
-    for name, tap in manifest.taps.items():
-        expected[f"taps.{name}"] = (views, samples, tap.tokens, tap.channels)
-        got[f"taps.{name}"] = data.taps[name].shape if name in data.taps else None
-    if manifest.logits_codec is not None:
-        expected["logits"] = (views, samples, manifest.teacher.num_classes)
-        got["logits"] = None if data.logits is None else data.logits.shape
+    for path, codec in value_codecs(manifest).items():
+        values = data.logits if path == "logits" else data.taps.get(path.removeprefix("taps/"))
+        name = path.replace("/", ".")
+        if isinstance(values, Mapping):
+            for part in codec.parts:
+                array = values.get(part.suffix)
+                expected[f"{name}[{part.suffix!r}]"] = (views, samples, *part.row_shape)
+                got[f"{name}[{part.suffix!r}]"] = None if array is None else array.shape
+        else:
+            expected[name] = (views, samples, *codec.shape)
+            got[name] = None if values is None else values.shape
     for name, shape in expected.items():
         if got[name] != shape:
             raise InputError(f"{name} of unit {unit} has shape {got[name]}, expected {shape}")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from torch import Tensor
 
+from feature_store.codecs import calibrated, needs_calibration
 from feature_store.errors import InputError, ResourceError
 from feature_store.manifest import Manifest
 from feature_store.objects import PARTIAL_SUFFIX
@@ -26,11 +27,13 @@ from feature_store.tars import Tar
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
 from teacher_service.config import CacheConfig
-from teacher_service.decoding import Batch, ViewDataset, batch_spans, read_batches, warm_up
-from teacher_service.planning import job_manifest, require_same, survey
+from teacher_service.decoding import Batch, Task, ViewDataset, batch_spans, read_batches, warm_up
+from teacher_service.planning import growth_of, job_manifest, survey
 from teacher_service.progress import Progress
 from teacher_service.rows import UnitRows
 from teacher_service.writing import UnitWriter, disk_error
+
+CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
 
 
 @dataclass(frozen=True)
@@ -84,16 +87,19 @@ def cache(config: CacheConfig, console: Console | None = None) -> CacheSummary:
     teacher = _load_teacher(config)
     blocks = bundle_state(teacher.later_blocks)
     manifest = job_manifest(config, tars, teacher.info, teacher.split, bundle_sha256(blocks))
+    if needs_calibration(manifest) and not (config.store / "zarr.json").exists():
+        manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
     with _writable_store(config.store, manifest, blocks, plan.remaining_bytes) as store:
-        units = _remaining_units(store)
+        tasks = remaining_tasks(store)
         job = _Job(config, store, teacher, tars)
-        job.run(units, Progress(console or Console(quiet=True), manifest, units))
+        job.run(tasks, Progress(console or Console(quiet=True), store.manifest, tasks))
+        store.compact()
     seconds = time.perf_counter() - started
     return CacheSummary(
         store=str(config.store),
         units=len(tars),
-        units_written=len(units),
-        units_skipped=len(tars) - len(units),
+        units_written=len({task.unit for task in tasks}),
+        units_skipped=len(tars) - len({task.unit for task in tasks}),
         images=job.images,
         quarantined=sum(len(record.quarantined) for record in store.committed.records),
         teacher_seconds=job.teacher_seconds,
@@ -135,24 +141,53 @@ def _writable_store(path: Path, manifest: Manifest, blocks: Mapping[str, Tensor]
         except OSError as error:
             raise disk_error(error, path, "the new store", needed) from error
     store = open_store(path)
-    require_same(store, manifest)
+    growth_of(store, manifest)
     with store.locked_for_writing():
         store = open_store(path)  # another writer may have committed before it gave up the lock
+        if growth := growth_of(store, manifest):
+            store = store.grow(growth.manifest)
         store.remove_leftovers()
         for unborn in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL_SUFFIX}"):
             shutil.rmtree(unborn, ignore_errors=True)  # a creation that was killed; the store exists by now
         yield store
 
 
-def _remaining_units(store: Store) -> list[int]:
-    units, views = range(len(store.manifest.tars)), set(range(store.manifest.num_views))
-    partly = [unit for unit in units if store.committed_views(unit) not in (set(), views)]
-    if partly:
-        raise InputError(
-            f"units {partly} of {store.path} hold some of their {len(views)} views, expected all or none; "
-            "delete their records under commits/ and run the same command again"
-        )
-    return [unit for unit in units if not store.committed_views(unit)]
+def remaining_tasks(store: Store) -> list[Task]:
+    """What a store still lacks, unit by unit; a unit's missing views are one task where they follow each other."""
+    return [
+        Task(unit, range(run[0], run[-1] + 1))
+        for unit, views in store.committed.missing_views().items()
+        for run in _runs(views)
+    ]
+
+
+def _runs(views: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers cut where one is left out."""
+    numbered = groupby(enumerate(views), key=lambda pair: pair[1] - pair[0])
+    return [[view for _, view in run] for _, run in numbered]
+
+
+def first_features(
+    config: CacheConfig, manifest: Manifest, teacher: Teacher, tars: Sequence[Tar]
+) -> dict[str, np.ndarray]:
+    """A first sample of every tap for codecs that learn from one: view 0 of the first readable samples.
+
+    Raises:
+        InputError: No sample of any tar can be read.
+    """
+    dataset = ViewDataset(tars, manifest.policy, manifest.seed)
+    readable = (
+        view.views[0]
+        for unit, tar in enumerate(tars)
+        for position in range(len(tar))
+        if not (view := dataset.sample(Task(unit, range(1)), position)).reason
+    )
+    pixels = list(islice(readable, CALIBRATION_SAMPLES))
+    if not pixels:
+        raise InputError("no image of any tar can be read, so there is nothing to store; mend the tars")
+    device = next(teacher.parameters()).device
+    parts = [teacher(part.to(device)).taps for part in torch.from_numpy(np.stack(pixels)).split(config.batch_size)]
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in manifest.taps}
 
 
 class _Job:
@@ -163,29 +198,28 @@ class _Job:
         self.device = next(teacher.parameters()).device
         self.images, self.teacher_seconds = 0, 0.0
 
-    def run(self, units: Sequence[int], progress: Progress) -> None:
-        """Compute and commit the given units, in order."""
+    def run(self, tasks: Sequence[Task], progress: Progress) -> None:
+        """Compute and commit the given tasks, in order."""
         manifest = self.store.manifest
         with (
             progress,
-            closing(self._batches(units)) as batches,
+            closing(self._batches(tasks)) as batches,
             UnitWriter(self.store, progress.committed) as writer,
         ):
-            for unit, parts in groupby(batches, key=lambda batch: batch.unit):
-                rows = UnitRows(manifest, self.tars[unit].keys)
+            for task, parts in groupby(batches, key=lambda batch: batch.task):
+                rows = UnitRows(manifest, self.tars[task.unit].keys, len(task.views))
                 for batch in parts:
                     self._require_readable(batch)
                     taps, logits = self._forward(batch.pixels.flatten(0, 1))
                     rows.add(batch, taps, logits)
                     progress.computed(self.images)
-                writer.submit(unit, rows.data())
+                writer.submit(task, rows.data())
 
-    def _batches(self, units: Sequence[int]) -> Generator[Batch, None, None]:
+    def _batches(self, tasks: Sequence[Task]) -> Generator[Batch, None, None]:
         manifest, config = self.store.manifest, self.config
-        samples_per_batch = max(1, config.batch_size // manifest.num_views)
         return read_batches(
-            ViewDataset(self.tars, manifest.policy, manifest.seed, manifest.num_views),
-            batch_spans(units, [len(tar) for tar in self.tars], samples_per_batch),
+            ViewDataset(self.tars, manifest.policy, manifest.seed),
+            batch_spans(tasks, [len(tar) for tar in self.tars], config.batch_size),
             workers=config.workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -193,7 +227,7 @@ class _Job:
     def _require_readable(self, batch: Batch) -> None:
         if self.config.strict and batch.quarantined:
             position, reason = next(iter(batch.quarantined.items()))
-            tar = self.tars[batch.unit]
+            tar = self.tars[batch.task.unit]
             raise InputError(
                 f"sample {tar.keys[position]!r} of {tar.url} cannot be used: {reason}; "
                 "mend the tar, or run without --strict to quarantine it"

@@ -6,6 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from feature_store.codecs import DEFAULT_LOGITS_CODEC, DEFAULT_TAP_CODEC, get_codec
 from feature_store.options import JsonObject, require
 
 
@@ -24,7 +25,10 @@ class PlanConfig:
         policy_options: Fields of the view policy to set differently, as JSON, e.g. '{"flip": 0}'.
         seed: Seed of the views.
         taps: What to store of the teacher; stage4 is the final feature map, always needed.
-        tap_codec: How features are stored.
+        tap_codec: How features are stored: f32, f16, bf16, int8, int8-channel, int6, int4; add +zstd to compress.
+        logits_codec: How logits are stored: as taps, or top<k> for the k largest with the rest spread evenly.
+        capacity: Rows kept for each tar; default the largest tar's samples. More leaves room for larger tars later.
+        key_width: Bytes kept for each sample key; default the longest key's. More leaves room for longer ones later.
         allow_pipe: Run ``pipe:`` commands given as tars; only for tar lists you wrote yourself.
         scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
         licence_note: Terms of use of the images and the teacher, kept in the store.
@@ -41,7 +45,10 @@ class PlanConfig:
     policy_options: JsonObject = field(default_factory=dict)
     seed: int = 0
     taps: tuple[Literal["stage4", "stage3"], ...] = ("stage4",)
-    tap_codec: Literal["f16", "f32"] = "f16"
+    tap_codec: str = DEFAULT_TAP_CODEC
+    logits_codec: str = DEFAULT_LOGITS_CODEC
+    capacity: int | None = None
+    key_width: int | None = None
     allow_pipe: bool = False
     scratch: Path | None = None
     licence_note: str = ""
@@ -55,6 +62,8 @@ class PlanConfig:
         """
         require(self.views >= 1, "--views", self.views, "at least 1")
         require(0 <= self.seed < 2**64, "--seed", self.seed, "an unsigned 64-bit integer")
+        for codec in (self.tap_codec, self.logits_codec):
+            get_codec(codec)  # refuses an unknown name
         require("stage4" in self.taps, "--taps", " ".join(self.taps), "stage4 among them: every loss needs it")
 
 

@@ -22,10 +22,17 @@ from feature_store.tars import Tar
 from feature_store.views import ViewParams, ViewPolicy, apply_view, decode_image, draw_view, pixel_crc
 
 
-class Span(NamedTuple):
-    """Consecutive positions start .. stop - 1 of a unit: the samples of one batch."""
+class Task(NamedTuple):
+    """Consecutive views of one unit: what is written and committed at once."""
 
     unit: int
+    views: range
+
+
+class Span(NamedTuple):
+    """Consecutive positions start .. stop - 1 of a task: the samples of one batch."""
+
+    task: Task
     start: int
     stop: int
 
@@ -46,7 +53,7 @@ class Batch:
     """Consecutive samples of one unit; what the teacher sees in one go.
 
     Attributes:
-        unit: Unit they are of.
+        task: Unit and views they are of.
         start: Position of the first one.
         labels: int64 [b]; -1 where quarantined.
         quarantined: Reason by position in the unit.
@@ -55,7 +62,7 @@ class Batch:
         pixels: uint8 [b, V, H, W, 3]; black where quarantined, so that a batch's shape never depends on it.
     """
 
-    unit: int
+    task: Task
     start: int
     labels: np.ndarray
     quarantined: dict[int, str]
@@ -74,39 +81,39 @@ class Batch:
 class ViewDataset(Dataset):
     """Batches of views by their span; errors are returned, for a traceback does not cross processes well."""
 
-    def __init__(self, tars: Sequence[Tar], policy: ViewPolicy, seed: int, num_views: int) -> None:
-        self.tars, self.policy, self.seed, self.num_views = tars, policy, seed, num_views
+    def __init__(self, tars: Sequence[Tar], policy: ViewPolicy, seed: int) -> None:
+        self.tars, self.policy, self.seed = tars, policy, seed
 
     def __getitem__(self, span: Span) -> Batch | UserError:
         """One batch, or what kept it from being read."""
         try:
-            samples = [self.sample(span.unit, position) for position in range(span.start, span.stop)]
+            samples = [self.sample(span.task, position) for position in range(span.start, span.stop)]
         except UserError as error:
             return error
         except OSError as error:
-            return ResourceError(f"{self.tars[span.unit].url} cannot be read: {error}; check the disk or network")
+            return ResourceError(f"{self.tars[span.task.unit].url} cannot be read: {error}; check the disk or network")
         return _batch(span, samples)
 
-    def sample(self, unit: int, position: int) -> Sample:
-        """All views of one sample, cut from one decode."""
+    def sample(self, task: Task, position: int) -> Sample:
+        """A task's views of one sample, cut from one decode."""
         label = -1
         try:
-            key, encoded, label = self.tars[unit].read(position)
+            key, encoded, label = self.tars[task.unit].read(position)
             image = decode_image(encoded)
         except ImageError as error:
-            return self._unusable(label, str(error))
-        params = [draw_view(self.policy, self.seed, key, view, image.size) for view in range(self.num_views)]
+            return self._unusable(label, str(error), len(task.views))
+        params = [draw_view(self.policy, self.seed, key, view, image.size) for view in task.views]
         views = [apply_view(image, each, self.policy.size) for each in params]
         return Sample(label, None, list(params), [pixel_crc(view) for view in views], views)
 
-    def _unusable(self, label: int, reason: str) -> Sample:
-        blank, count = np.zeros((*self.policy.size, 3), np.uint8), self.num_views
+    def _unusable(self, label: int, reason: str, count: int) -> Sample:
+        blank = np.zeros((*self.policy.size, 3), np.uint8)
         return Sample(label, reason, [None] * count, [0] * count, [blank] * count)
 
 
 def _batch(span: Span, samples: Sequence[Sample]) -> Batch:
     return Batch(
-        unit=span.unit,
+        task=span.task,
         start=span.start,
         labels=np.array([sample.label for sample in samples], np.int64),
         quarantined={span.start + i: each.reason for i, each in enumerate(samples) if each.reason is not None},
@@ -116,18 +123,19 @@ def _batch(span: Span, samples: Sequence[Sample]) -> Batch:
     )
 
 
-def batch_spans(units: Sequence[int], sizes: Sequence[int], samples_per_batch: int) -> list[Span]:
-    """Every batch of the given units: never across a unit's border, the same whatever other units are done.
+def batch_spans(tasks: Sequence[Task], sizes: Sequence[int], images_per_batch: int) -> list[Span]:
+    """Every batch of the given tasks: never across a task's border, the same whatever other tasks are done.
 
     Args:
-        units: Units to do, in order.
+        tasks: Tasks to do, in order.
         sizes: Samples per unit, of all units.
-        samples_per_batch: Largest batch.
+        images_per_batch: View images of a batch; at least one sample is in it.
     """
     return [
-        Span(unit, start, min(start + samples_per_batch, sizes[unit]))
-        for unit in units
-        for start in range(0, sizes[unit], samples_per_batch)
+        Span(task, start, min(start + step, sizes[task.unit]))
+        for task in tasks
+        for step in [max(1, images_per_batch // len(task.views))]
+        for start in range(0, sizes[task.unit], step)
     ]
 
 

@@ -4,15 +4,15 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from feature_store.commits import CommitRecord, ObjectProof
+from feature_store.commits import CommitRecord, ObjectProof, encode_record
 from feature_store.errors import InputError
 from feature_store.layout import CRC_BYTES, array_specs, object_bytes
-from feature_store.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
+from feature_store.manifest import Growth, Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
 from feature_store.store import Store, open_store
 from feature_store.tars import Tar, expand_tars
 from feature_store.teacher.model import build_model, tap_shapes, teacher_info
@@ -92,8 +92,8 @@ def survey(config: PlanConfig) -> tuple[Plan, tuple[Tar, ...]]:
     outline = outline_teacher(config)
     tars = open_tars(config)
     manifest = job_manifest(config, tars, outline.info, outline.split)
-    done = _committed_units(manifest, config.store)
-    return predict(manifest, outline.block_bytes, config.store, done), tars
+    missing = _missing_views(manifest, config.store)
+    return predict(manifest, outline.block_bytes, config.store, missing), tars
 
 
 def outline_teacher(config: PlanConfig) -> TeacherOutline:
@@ -139,60 +139,73 @@ def job_manifest(
         InputError: Impossible view policy options.
     """
     shapes = tap_shapes(split)
-    prefix = ("stage3_prefix",) if split.prefix == "cached" else ()
-    names: tuple[str, ...] = (*config.taps, *prefix)
+    taps = dict.fromkeys(config.taps, config.tap_codec)
+    if split.prefix == "cached":  # a few tokens a row: nothing is gained by rounding them further
+        taps["stage3_prefix"] = "f32" if config.tap_codec == "f32" else "f16"
     return Manifest(
         teacher=info,
         split=split,
         blocks_sha256=blocks_sha256,
-        taps={name: TapInfo(*shapes[name], config.tap_codec) for name in names},
-        logits_codec=config.tap_codec if info.num_classes else None,
+        taps={name: TapInfo(*shapes[name], codec) for name, codec in taps.items()},
+        logits_codec=config.logits_codec if info.num_classes else None,
         policy=view_policy(config.policy, info.input_size, **config.policy_options),
         seed=config.seed,
         num_views=config.views,
         tars=tuple(TarInfo(tar.name, len(tar), tar.header_sha256) for tar in tars),
-        capacity=max(len(tar) for tar in tars),
-        key_width=max(len(key.encode()) for tar in tars for key in tar.keys),
+        capacity=config.capacity or max(len(tar) for tar in tars),
+        key_width=config.key_width or max(len(key.encode()) for tar in tars for key in tar.keys),
         software=software_versions(),
         licence=config.licence_note,
     )
 
 
-def require_same(store: Store, manifest: Manifest) -> None:
-    """Refuse to go on with a store that was begun with other settings.
+Missing = dict[int, list[int]]
+"""Views that are not committed, by unit."""
+
+
+def growth_of(store: Store, manifest: Manifest) -> Growth:
+    """What a store lacks of a job's views and tars; its codecs' statistics stay its own.
 
     Raises:
-        MismatchError: Names the first field that differs.
+        MismatchError: It was begun with other settings; names the first field that differs.
     """
-    store.manifest.require_equal(manifest, "use the settings it was begun with, or another --store")
+    return manifest.with_statistics_of(store.manifest).growth_from(store.manifest)
 
 
-def _committed_units(manifest: Manifest, path: Path) -> list[int] | None:
-    """Units a store at the path already holds; None if there is no store."""
+def _missing_views(manifest: Manifest, path: Path) -> Missing | None:
+    """Views a store at the path still lacks, those it has to grow by included; None if there is no store."""
     if not (path / "zarr.json").exists():
         return None
     store = open_store(path)
     theirs = store.manifest
     weights = {name: getattr(theirs.teacher, name) for name in ("weights_sha256", "compute_dtype")}
     known = replace(manifest, blocks_sha256=theirs.blocks_sha256, teacher=replace(manifest.teacher, **weights))
-    require_same(store, known)
-    return store.committed.units
+    growth_of(store, known)
+    return missing_views(store, len(manifest.tars), manifest.num_views)
 
 
-def predict(manifest: Manifest, block_bytes: Sequence[int], store: Path, done: Sequence[int] | None) -> Plan:
+def missing_views(store: Store, units: int, views: int) -> Missing:
+    """Views a store lacks of so many units and views, by unit."""
+    lacking = {unit: sorted(set(range(views)) - store.committed_views(unit)) for unit in range(units)}
+    return {unit: missing for unit, missing in lacking.items() if missing}
+
+
+def predict(manifest: Manifest, block_bytes: Sequence[int], store: Path, missing: Missing | None) -> Plan:
     """Sizes of the store a manifest describes, and whether what is still missing fits on its disk.
 
     Args:
         manifest: What will be written.
         block_bytes: Bytes of each later-block tensor.
         store: Destination.
-        done: Units it already holds; None if it does not exist.
+        missing: Views it still lacks, by unit; None if it does not exist.
     """
     kinds = sum((_unit_bytes(manifest, unit) for unit in range(len(manifest.tars))), Counter[str]())
     arrays = [*(spec.sharded for spec in array_specs(manifest).values()), *(False for _ in block_bytes)]
     metadata = _json_bytes(manifest.to_dict()) + sum(SHARDED_BYTES if shard else ARRAY_BYTES for shard in arrays)
     fixed = Counter({"teacher/blocks": sum(block_bytes) + CRC_BYTES * len(block_bytes), "metadata": metadata})
-    remaining = remaining_bytes(manifest, done or ()) + (fixed.total() if done is None else 0)
+    everything = {unit: list(range(manifest.num_views)) for unit in range(len(manifest.tars))}
+    lacking = everything if missing is None else missing
+    remaining = remaining_bytes(manifest, lacking) + (fixed.total() if missing is None else 0)
     samples, free = sum(tar.samples for tar in manifest.tars), free_bytes(store)
     return Plan(
         teacher=manifest.teacher.name,
@@ -206,16 +219,17 @@ def predict(manifest: Manifest, block_bytes: Sequence[int], store: Path, done: S
         bytes=dict(kinds + fixed),
         total_bytes=(kinds + fixed).total(),
         objects=len(manifest.tars) * (len(_unit_objects(manifest, 0)) + 1) + len(arrays) + GROUPS + len(block_bytes),
-        committed_units=len(done or ()),
+        committed_units=len(manifest.tars) - len(lacking),
         remaining_bytes=remaining,
         free_bytes=free,
         fits=remaining <= free,
     )
 
 
-def remaining_bytes(manifest: Manifest, done: Sequence[int]) -> int:
-    """Bytes of all units that are not done."""
-    return sum(_unit_bytes(manifest, unit).total() for unit in set(range(len(manifest.tars))) - set(done))
+def remaining_bytes(manifest: Manifest, missing: Missing) -> int:
+    """Bytes of all views that are missing."""
+    shares = {unit: len(views) / manifest.num_views for unit, views in missing.items()}
+    return round(sum(_unit_bytes(manifest, unit).total() * share for unit, share in shares.items()))
 
 
 def free_bytes(path: Path) -> int:
@@ -248,17 +262,18 @@ def _unit_objects(manifest: Manifest, unit: int) -> list[tuple[str, str, int]]:
 def _commit_bytes(manifest: Manifest, unit: int, sizes: dict[str, int]) -> int:
     tar = manifest.tars[unit]
     record = CommitRecord(
-        store="0" * 64,
+        store=manifest.identity(),
         unit=unit,
         first_view=0,
         last_view=manifest.num_views - 1,
         tar=tar.name,
+        tar_sha256=tar.header_sha256,
         samples=tar.samples,
         quarantined={},
         objects={path: ObjectProof(size, 2**31) for path, size in sizes.items()},
         software=manifest.software,
     )
-    return _json_bytes(asdict(record))
+    return len(encode_record(record))
 
 
 def _json_bytes(value: object) -> int:

@@ -1,6 +1,7 @@
 """Shows how far a job is: a bar on a terminal, one plain line per unit elsewhere."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -11,6 +12,7 @@ from rich.progress import Progress as Bar
 
 from feature_store.manifest import Manifest
 from feature_store.writer import UnitData
+from teacher_service.decoding import Task
 
 
 class Progress:
@@ -19,14 +21,14 @@ class Progress:
     Args:
         console: Where to show it.
         manifest: The store's.
-        units: Units this run is about.
+        tasks: What this run is about.
     """
 
-    def __init__(self, console: Console, manifest: Manifest, units: Sequence[int]) -> None:
+    def __init__(self, console: Console, manifest: Manifest, tasks: Sequence[Task]) -> None:
         self._console, self._manifest = console, manifest
-        self._units_done, self._quarantined = len(manifest.tars) - len(units), 0
-        samples = sum(manifest.tars[unit].samples for unit in units)
-        self._images, self._total = 0, samples * manifest.num_views
+        self._left = Counter(task.unit for task in tasks)
+        self._quarantined = 0
+        self._images, self._total = 0, sum(manifest.tars[task.unit].samples * len(task.views) for task in tasks)
         self._started = time.perf_counter()
         self._bar = Bar(
             TextColumn("{task.fields[units]}"),
@@ -54,23 +56,26 @@ class Progress:
         self._images = images
         self._bar.update(self._task, completed=self._images, rate=f"{self._rate():,.0f} images/s")
 
-    def committed(self, unit: int, data: UnitData) -> None:
-        """Count a unit that is safe on disk; may be called from another thread."""
-        self._units_done += 1
+    def committed(self, task: Task, data: UnitData) -> None:
+        """Count what is safe on disk; may be called from another thread."""
+        self._left -= Counter([task.unit])
         self._quarantined += len(data.quarantined)
         self._bar.update(self._task, units=self._units())
         if not self._console.is_terminal:
-            self._console.print(self._line(unit, data), markup=False, highlight=False, soft_wrap=True)
+            self._console.print(self._line(task.unit, data), markup=False, highlight=False, soft_wrap=True)
+
+    def _units_done(self) -> int:
+        return len(self._manifest.tars) - len(self._left)
 
     def _units(self) -> str:
         suffix = f", {self._quarantined} quarantined" if self._quarantined else ""
-        return f"unit {self._units_done}/{len(self._manifest.tars)}{suffix}"
+        return f"unit {self._units_done()}/{len(self._manifest.tars)}{suffix}"
 
     def _line(self, unit: int, data: UnitData) -> str:
         left = timedelta(seconds=round((self._total - self._images) / self._rate()))
         quarantined = f", {len(data.quarantined)} quarantined" if data.quarantined else ""
         return (
-            f"{self._units_done}/{len(self._manifest.tars)} {self._manifest.tars[unit].name}: "
+            f"{self._units_done()}/{len(self._manifest.tars)} {self._manifest.tars[unit].name}: "
             f"{len(data.keys)} samples{quarantined}, {self._rate():,.1f} images/s, {left} left"
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from feature_store.codecs import get_codec
+from feature_store.codecs import value_codecs
 from feature_store.manifest import Manifest
 from feature_store.views import ViewParams
 from feature_store.writer import UnitData
@@ -15,27 +15,24 @@ from teacher_service.decoding import Batch
 
 
 class UnitRows:
-    """One unit's rows while its batches come in, already in the stored dtypes.
+    """One unit's rows while its batches come in, already encoded, so that they take little memory.
 
     Args:
         manifest: The store's.
         keys: The unit's n sample keys.
+        num_views: Views that are collected, V.
     """
 
-    def __init__(self, manifest: Manifest, keys: Sequence[str]) -> None:
-        rows = (manifest.num_views, len(keys))
-        self._codecs = {name: get_codec(tap.codec) for name, tap in manifest.taps.items()}
-        self._taps = {
-            name: np.zeros((*rows, tap.tokens, tap.channels), self._codecs[name].dtype)
-            for name, tap in manifest.taps.items()
+    def __init__(self, manifest: Manifest, keys: Sequence[str], num_views: int) -> None:
+        rows = (num_views, len(keys))
+        self._codecs = value_codecs(manifest)
+        self._values = {
+            path: {part.suffix: np.full((*rows, *part.row_shape), part.fill, part.dtype) for part in codec.parts}
+            for path, codec in self._codecs.items()
         }
-        self._logits_codec = get_codec(manifest.logits_codec) if manifest.logits_codec else None
-        self._logits = (
-            np.zeros((*rows, manifest.teacher.num_classes), self._logits_codec.dtype) if self._logits_codec else None
-        )
         self._keys, self._labels = list(keys), np.full(len(keys), -1, np.int64)
         self._quarantined: dict[int, str] = {}
-        self._params: list[list[ViewParams | None]] = [[] for _ in range(manifest.num_views)]
+        self._params: list[list[ViewParams | None]] = [[] for _ in range(num_views)]
         self._pixel_crc = np.zeros(rows, np.uint32)
 
     def add(self, batch: Batch, taps: Mapping[str, np.ndarray], logits: np.ndarray | None) -> None:
@@ -45,10 +42,10 @@ class UnitRows:
             InputError: A value is not finite or too large for its codec.
         """
         span = slice(batch.start, batch.start + len(batch))
-        for name, values in taps.items():
-            self._taps[name][:, span] = self._by_view(self._codecs[name].encode(values))
-        if self._logits is not None and self._logits_codec is not None:
-            self._logits[:, span] = self._by_view(self._logits_codec.encode(np.asarray(logits)))
+        outputs = {f"taps/{name}": values for name, values in taps.items()} | {"logits": logits}
+        for path, codec in self._codecs.items():
+            for suffix, encoded in codec.encode(np.asarray(outputs[path])).items():
+                self._values[path][suffix][:, span] = self._by_view(encoded)
         self._labels[span], self._pixel_crc[:, span] = batch.labels, batch.pixel_crc
         self._quarantined |= batch.quarantined
         for params, more in zip(self._params, batch.params, strict=True):
@@ -66,6 +63,6 @@ class UnitRows:
             quarantined=self._quarantined,
             params=self._params,
             pixel_crc=self._pixel_crc,
-            taps=self._taps,
-            logits=self._logits,
+            taps={path.removeprefix("taps/"): parts for path, parts in self._values.items() if path != "logits"},
+            logits=self._values.get("logits"),
         )

@@ -12,6 +12,7 @@ from feature_store.cli import DISK_FULL
 from feature_store.errors import ResourceError
 from feature_store.store import Store
 from feature_store.writer import UnitData
+from teacher_service.decoding import Task
 from teacher_service.planning import free_bytes, remaining_bytes
 
 RESUME = "committed units are safe; mend it and run the same command again to go on"
@@ -44,7 +45,7 @@ class UnitWriter:
     at the next submit or at the end, as the user's error.
     """
 
-    def __init__(self, store: Store, on_commit: Callable[[int, UnitData], None]) -> None:
+    def __init__(self, store: Store, on_commit: Callable[[Task, UnitData], None]) -> None:
         self._store, self._on_commit = store, on_commit
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="unit-writer")
         self._pending: deque[Future[None]] = deque()
@@ -59,7 +60,7 @@ class UnitWriter:
         if kind is None:
             self._settle(0)
 
-    def submit(self, unit: int, data: UnitData) -> None:
+    def submit(self, task: Task, data: UnitData) -> None:
         """Queue a unit; blocks while too many are waiting.
 
         Raises:
@@ -67,17 +68,17 @@ class UnitWriter:
             InputError: The teacher gave values the codec cannot hold.
         """
         self._settle(MAX_WAITING)
-        self._pending.append(self._thread.submit(self._write, unit, data))
+        self._pending.append(self._thread.submit(self._write, task, data))
 
     def _settle(self, allowed: int) -> None:
         while len(self._pending) > allowed:
             self._pending.popleft().result()
 
-    def _write(self, unit: int, data: UnitData) -> None:
+    def _write(self, task: Task, data: UnitData) -> None:
         try:
-            self._store.write_unit(unit, 0, data)
+            self._store.write_unit(task.unit, task.views.start, data)
         except OSError as error:
             store = self._store
-            needed = remaining_bytes(store.manifest, store.committed.units)
-            raise disk_error(error, store.path, f"unit {unit}", needed) from error
-        self._on_commit(unit, data)
+            needed = remaining_bytes(store.manifest, store.committed.missing_views())
+            raise disk_error(error, store.path, f"unit {task.unit}", needed) from error
+        self._on_commit(task, data)

@@ -94,7 +94,7 @@ def cache_config(tars: Iterable[str], teacher: TinyTeacher, store: Path, **optio
         model_kwargs=teacher.model_kwargs,
         checkpoint=teacher.checkpoint,
         store=store,
-        **{"workers": 0, "batch_size": 4, **options},
+        **{"workers": 0, "batch_size": 4, "tap_codec": "f16", **options},
     )
 
 

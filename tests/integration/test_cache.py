@@ -11,6 +11,8 @@ import torch
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, write_tar, write_tars
 
 from feature_store import RowId, open_store
+from feature_store.codecs import value_codecs
+from feature_store.errors import MismatchError
 from feature_store.tars import Tar
 from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc
@@ -127,7 +129,7 @@ def test_cache_does_no_forward_pass_when_every_unit_is_committed(
     cache(config)
 
     code = main(["cache", *config.tars, *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint),
-                 "--store", str(config.store), "--workers", "0", "--json"])  # fmt: skip
+                 "--store", str(config.store), "--workers", "0", "--tap-codec", "f16", "--json"])  # fmt: skip
 
     summary = json.loads(capsys.readouterr().out)
     assert code == 0
@@ -141,7 +143,7 @@ def test_cache_stops_between_units_and_resumes_when_interrupted(
     tars = write_tars(tmp_path, 4, 4, 4, 4, 4)
     cache(cache_config(tars, tiny_swin, tmp_path / "whole"))
     command = ["cache", *tars, *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint),
-               "--store", str(tmp_path / "store"), "--workers", "0", "--batch-size", "4"]  # fmt: skip
+               "--store", str(tmp_path / "store"), "--workers", "0", "--batch-size", "4", "--tap-codec", "f16"]  # fmt: skip
 
     with monkeypatch.context() as patched:
         patched.setattr(caching.Progress, "computed", _interrupt_after(12))
@@ -221,3 +223,51 @@ def test_cache_uses_half_precision_when_told(tmp_path: Path, tiny_swin: TinyTeac
 
     difference = np.abs(taps["float32"] - taps["bfloat16"]).max()
     assert 0 < difference < 0.2
+
+
+def test_cache_grows_a_store_by_views_and_tars_to_what_one_run_writes(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
+    """Two views of one tar, then a third view and a second tar: the same features as all at once."""
+    tars = write_tars(tmp_path, 5, 4)
+    room = {"capacity": 6, "key_width": 20, "tap_codec": "f16"}
+    grown, whole = tmp_path / "grown", tmp_path / "whole"
+    cache(cache_config(tars[:1], tiny_swin, grown, views=2, **room))
+
+    summary = cache(cache_config(tars, tiny_swin, grown, views=3, **room))
+    cache(cache_config(tars, tiny_swin, whole, views=3, **room))
+
+    assert summary.images == 5 * 1 + 4 * 3
+    stores = [open_store(path) for path in (grown, whole)]
+    rows = [row for unit, tar in enumerate(stores[1].manifest.tars) for row in _rows(unit, tar.samples, 3)]
+    one, two = (store.source().read(rows) for store in stores)
+    np.testing.assert_allclose(one.taps["stage4"], two.taps["stage4"], rtol=0, atol=2e-3)
+    for unit in (0, 1):
+        for view in range(3):
+            assert stores[0].view_params(unit, view) == stores[1].view_params(unit, view)
+            np.testing.assert_array_equal(stores[0].pixel_crcs(unit, view), stores[1].pixel_crcs(unit, view))
+
+
+def _rows(unit: int, samples: int, views: int) -> list[RowId]:
+    return [RowId(unit, position, view) for view in range(views) for position in range(samples)]
+
+
+def test_cache_refuses_to_shrink_or_change_a_store(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
+    tars = write_tars(tmp_path, 3, 3)
+    store = tmp_path / "store"
+    cache(cache_config(tars, tiny_swin, store, views=2))
+    with pytest.raises(MismatchError, match="num_views"):
+        cache(cache_config(tars, tiny_swin, store, views=1))
+    with pytest.raises(MismatchError, match="tars"):
+        cache(cache_config(tars[:1], tiny_swin, store, views=2))
+
+
+@pytest.mark.parametrize("codec", ["f32", "f16", "bf16", "int8", "int8-channel", "int6", "int4", "int8+zstd"])
+def test_cache_stores_features_within_the_codecs_stated_error(
+    tmp_path: Path, tiny_swin: TinyTeacher, codec: str
+) -> None:
+    tars = write_tars(tmp_path, 6)
+    exact, coded = tmp_path / "exact", tmp_path / "coded"
+    cache(cache_config(tars, tiny_swin, exact, tap_codec="f32", logits_codec="f32"))
+    cache(cache_config(tars, tiny_swin, coded, tap_codec=codec))
+    values, stored = (open_store(path).source().read(_rows(0, 6, 1)).taps["stage4"] for path in (exact, coded))
+    bound = value_codecs(open_store(coded).manifest)["taps/stage4"].max_error(values)
+    assert (np.abs(stored - values) <= bound + 1e-6).all()

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from feature_store.blocks import blocks_sha256
 from feature_store.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
+from feature_store.sample import RowId
 from feature_store.store import Store
 from feature_store.versions import software_versions
 from feature_store.views import draw_view, view_policy
@@ -12,13 +14,14 @@ from feature_store.writer import UnitData
 
 SAMPLES = (5, 3, 4)
 TOKENS, CHANNELS, CLASSES, VIEWS = 4, 6, 3, 2
+BLOCKS = {"norm.weight": np.arange(6, dtype=np.float32), "norm.bias": np.zeros(6, np.float32)}
 
 
 def tiny_manifest(*, policy: str = "a2", codec: str = "f16", seed: int = 3, views: int = VIEWS) -> Manifest:
     return Manifest(
         teacher=TeacherInfo("test_vit", {}, "0" * 64, (8, 8), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), CLASSES, "float32"),
         split=SplitInfo("vit", 1, CHANNELS, (2, 2), CHANNELS, (2, 2), 0, "none"),
-        blocks_sha256="1" * 64,
+        blocks_sha256=blocks_sha256(BLOCKS),
         taps={"stage4": TapInfo(TOKENS, CHANNELS, codec)},
         logits_codec=codec,
         policy=view_policy(policy, 8),
@@ -56,9 +59,52 @@ def unit_data(
     )
 
 
+def view_data(
+    manifest: Manifest, unit: int, views: range, quarantined: dict[int, str] | None = None, salt: int = 0
+) -> UnitData:
+    """Like unit_data for any range of views; what a view holds depends on nothing but unit, view and salt."""
+    quarantined = quarantined or {}
+    samples = manifest.tars[unit].samples
+    keys = [f"key/{unit}-{position}" for position in range(samples)]
+    rngs = [np.random.default_rng([unit, view, salt]) for view in views]
+    shape = (samples, TOKENS, CHANNELS)
+    return UnitData(
+        keys=keys,
+        labels=(np.arange(samples) + unit) % CLASSES,
+        quarantined=quarantined,
+        params=[
+            [
+                None if i in quarantined else draw_view(manifest.policy, manifest.seed, key, view, (40, 30))
+                for i, key in enumerate(keys)
+            ]
+            for view in views
+        ],
+        pixel_crc=np.stack([rng.integers(0, 2**32, samples, dtype=np.uint32) for rng in rngs]),
+        taps={"stage4": np.stack([rng.standard_normal(shape).astype(np.float32) for rng in rngs])},
+        logits=np.stack([rng.standard_normal((samples, CLASSES)).astype(np.float32) for rng in rngs]),
+    )
+
+
+def everything(store: Store) -> tuple:
+    """All values a trainer can get from a store, comparable."""
+    units = store.committed.units
+    views = [(unit, view) for unit in units for view in sorted(store.committed_views(unit))]
+    rows = [
+        RowId(unit, i, view)
+        for unit, view in views
+        for i in range(store.manifest.tars[unit].samples)
+        if i not in store.quarantined(unit)
+    ]
+    batch = store.source().read(rows)
+    per_unit = [(store.keys(unit), store.labels(unit).tolist(), store.quarantined(unit)) for unit in units]
+    per_view = [(store.view_params(*place), store.pixel_crcs(*place).tolist()) for place in views]
+    logits = None if batch.logits is None else batch.logits.tobytes()
+    return batch.rows, batch.taps["stage4"].tobytes(), logits, per_unit, per_view
+
+
 def tiny_store(path: Path, manifest: Manifest | None = None, units: tuple[int, ...] = (0, 1, 2), **data) -> Store:
     manifest = manifest or tiny_manifest()
-    store = Store.create(path, manifest, {})
+    store = Store.create(path, manifest, BLOCKS)
     with store.locked_for_writing():
         for unit in units:
             store.write_unit(unit, 0, unit_data(manifest, unit, **data))

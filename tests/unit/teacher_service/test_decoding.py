@@ -12,35 +12,36 @@ from feature_store.errors import ResourceError, UserError
 from feature_store.tars import Tar
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc, view_policy
 from teacher_service import decoding
-from teacher_service.decoding import Batch, Span, ViewDataset, batch_spans, read_batches
+from teacher_service.decoding import Batch, Span, Task, ViewDataset, batch_spans, read_batches
 
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., ViewDataset]:
-    def make(*extra: dict, views: int = 3) -> ViewDataset:
+    def make(*extra: dict) -> ViewDataset:
         tar = write_tar(tmp_path / "images.tar", [*noise_samples("s", 4), *extra])
-        return ViewDataset([Tar.open(tar)], view_policy("a2", (24, 32)), seed=9, num_views=views)
+        return ViewDataset([Tar.open(tar)], view_policy("a2", (24, 32)), seed=9)
 
     return make
 
 
-def _batch(dataset: ViewDataset, start: int, stop: int) -> Batch:
-    batch = dataset[Span(0, start, stop)]
+def _batch(dataset: ViewDataset, start: int, stop: int, views: range = range(3)) -> Batch:
+    batch = dataset[Span(Task(0, views), start, stop)]
     assert isinstance(batch, Batch)
     return batch
 
 
-@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), samples=st.integers(1, 10), data=st.data())
-def test_batch_spans_of_a_unit_do_not_depend_on_the_others(sizes: list[int], samples: int, data: st.DataObject) -> None:
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), images=st.integers(1, 30), data=st.data())
+def test_batch_spans_of_a_unit_do_not_depend_on_the_others(sizes: list[int], images: int, data: st.DataObject) -> None:
     units = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1))))
+    tasks = [Task(unit, range(unit % 2, 4)) for unit in units]
 
-    spans = batch_spans(units, sizes, samples)
+    spans = batch_spans(tasks, sizes, images)
 
-    assert [span for unit in units for span in batch_spans([unit], sizes, samples)] == spans
-    assert [(s.unit, i) for s in spans for i in range(s.start, s.stop)] == [
-        (u, i) for u in units for i in range(sizes[u])
+    assert [span for task in tasks for span in batch_spans([task], sizes, images)] == spans
+    assert [(s.task, i) for s in spans for i in range(s.start, s.stop)] == [
+        (task, i) for task in tasks for i in range(sizes[task.unit])
     ]
-    assert all(0 < span.stop - span.start <= samples for span in spans)
+    assert all(0 < span.stop - span.start <= max(1, images // len(span.task.views)) for span in spans)
 
 
 def test_dataset_gives_every_view_of_the_contract(make_dataset: Callable[..., ViewDataset]) -> None:
@@ -62,13 +63,20 @@ def test_dataset_gives_every_view_of_the_contract(make_dataset: Callable[..., Vi
             np.testing.assert_array_equal(batch.pixels[i, view], pixels)
 
 
+def test_dataset_cuts_later_views_as_if_all_were_cut(make_dataset: Callable[..., ViewDataset]) -> None:
+    everything, later = _batch(make_dataset(), 0, 4), _batch(make_dataset(), 0, 4, range(1, 3))
+
+    assert later.params == everything.params[1:]
+    np.testing.assert_array_equal(later.pixel_crc, everything.pixel_crc[1:])
+
+
 def test_dataset_decodes_each_image_once_when_many_views_are_cut(
     make_dataset: Callable[..., ViewDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = []
     monkeypatch.setattr(decoding, "decode_image", lambda data: decoded.append(data) or decode_image(data))
 
-    _batch(make_dataset(views=5), 0, 4)
+    _batch(make_dataset(), 0, 4, range(5))
 
     assert len(decoded) == 4
 
@@ -93,7 +101,7 @@ def test_read_batches_raises_the_users_error_when_a_tar_changes(
     (tmp_path / "images.tar").write_bytes(b"short")
 
     with pytest.raises(UserError, match=r"images\.tar changed while in use"):
-        list(read_batches(dataset, [Span(0, 0, 2)], workers=0, pin_memory=False))
+        list(read_batches(dataset, [Span(Task(0, range(3)), 0, 2)], workers=0, pin_memory=False))
 
 
 def test_read_batches_says_what_to_do_when_a_worker_dies(
@@ -106,7 +114,7 @@ def test_read_batches_says_what_to_do_when_a_worker_dies(
     monkeypatch.setattr(decoding, "DataLoader", lambda *args, **kwargs: Dying())
 
     with pytest.raises(ResourceError, match=r"decode worker died .*Bus error.*--workers"):
-        list(read_batches(make_dataset(), [Span(0, 0, 1)], workers=0, pin_memory=False))
+        list(read_batches(make_dataset(), [Span(Task(0, range(3)), 0, 1)], workers=0, pin_memory=False))
 
 
 @pytest.mark.parametrize(("error", "printed"), [(ConnectionResetError("gone"), False), (ValueError("a bug"), True)])

@@ -10,7 +10,13 @@ from teacher_service.planning import outline_teacher, plan
 
 
 def _config(tars: tuple[str, ...], teacher: TinyTeacher, store: Path, **options) -> PlanConfig:
-    return PlanConfig(tars=tars, teacher=teacher.name, model_kwargs=teacher.model_kwargs, store=store, **options)
+    return PlanConfig(
+        tars=tars,
+        teacher=teacher.name,
+        model_kwargs=teacher.model_kwargs,
+        store=store,
+        **{"tap_codec": "f16", **options},
+    )
 
 
 def test_plan_counts_samples_rows_and_capacity_when_tars_differ_in_size(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
@@ -22,7 +28,9 @@ def test_plan_counts_samples_rows_and_capacity_when_tars_differ_in_size(tmp_path
 
 
 def test_plan_counts_feature_bytes_by_hand_formula(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
-    result = plan(_config(write_tars(tmp_path, 3, 7), tiny_swin, tmp_path / "store", views=2, tap_codec="f32"))
+    result = plan(
+        _config(write_tars(tmp_path, 3, 7), tiny_swin, tmp_path / "store", views=2, tap_codec="f32", logits_codec="f32")
+    )
 
     row, index = 4 * 64 * 4 + 4, 7 * 16 + 4  # values and crc32c; shard index of a unit and view
     assert result.bytes["taps/stage4"] == 2 * (10 * row + 2 * index)

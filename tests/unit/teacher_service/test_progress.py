@@ -9,6 +9,7 @@ from tiny_jobs import TinyTeacher, write_tars
 from feature_store.manifest import Manifest
 from feature_store.tars import Tar
 from teacher_service.config import PlanConfig
+from teacher_service.decoding import Task
 from teacher_service.planning import job_manifest, outline_teacher
 from teacher_service.progress import Progress
 
@@ -28,11 +29,11 @@ class _Unit:
 
 
 def _run(manifest: Manifest, console: Console) -> None:
-    units: dict[int, Any] = {1: _Unit(3), 2: _Unit(4, a="broken")}
+    units: dict[Task, Any] = {Task(1, range(2)): _Unit(3), Task(2, range(2)): _Unit(4, a="broken")}
     with Progress(console, manifest, list(units)) as progress:
-        for images, (unit, data) in zip((6, 14), units.items(), strict=True):
+        for images, (task, data) in zip((6, 14), units.items(), strict=True):
             progress.computed(images)
-            progress.committed(unit, data)
+            progress.committed(task, data)
 
 
 def test_progress_prints_a_line_per_unit_when_not_on_a_terminal(manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ from feature_store.errors import InputError
 from feature_store.manifest import Manifest
 from feature_store.tars import Tar
 from teacher_service.config import PlanConfig
-from teacher_service.decoding import Batch
+from teacher_service.decoding import Batch, Task
 from teacher_service.planning import job_manifest, outline_teacher
 from teacher_service.rows import UnitRows
 
@@ -19,14 +19,16 @@ from teacher_service.rows import UnitRows
 def manifest(tmp_path: Path, tiny_swin: TinyTeacher) -> Manifest:
     """Two views of five samples, taps [4, 64], four classes, f16."""
     tars = write_tars(tmp_path, 5)
-    config = PlanConfig(tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, views=2)
+    config = PlanConfig(
+        tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, views=2, tap_codec="f16"
+    )
     outline = outline_teacher(config)
     return job_manifest(config, [Tar.open(tars[0])], outline.info, outline.split)
 
 
 def _batch(start: int, count: int, quarantined: dict[int, str] | None = None) -> Batch:
     return Batch(
-        unit=0,
+        task=Task(0, range(2)),
         start=start,
         labels=np.arange(start, start + count),
         quarantined=quarantined or {},
@@ -43,18 +45,18 @@ def _outputs(start: int, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]
 
 
 def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(manifest: Manifest) -> None:
-    rows = UnitRows(manifest, list("abcde"))
+    rows = UnitRows(manifest, list("abcde"), 2)
     rows.add(_batch(0, 3), *_outputs(0, 3))
     rows.add(_batch(3, 2, {4: "broken"}), *_outputs(3, 2))
 
     data = rows.data()
 
     expected = [[10 * i + view for i in range(5)] for view in range(2)]
-    assert data.taps["stage4"].shape == (2, 5, 4, 64)
-    assert data.taps["stage4"].dtype == np.float16
-    assert data.taps["stage4"][..., 3, 63].tolist() == expected
-    assert data.logits is not None
-    assert data.logits[..., 2].tolist() == expected
+    (tap,), (logits,) = (list(parts.values()) for parts in (data.taps["stage4"], data.logits))
+    assert tap.shape == (2, 5, 4, 64)
+    assert tap.dtype == np.float16
+    assert tap[..., 3, 63].tolist() == expected
+    assert logits[..., 2].tolist() == expected
     assert data.labels.tolist() == [0, 1, 2, 3, 4]
     assert data.pixel_crc.tolist() == [[0, 1, 2, 3, 4], [100, 101, 102, 103, 104]]
     assert data.quarantined == {4: "broken"}
@@ -62,7 +64,7 @@ def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(manifest:
 
 
 def test_unit_rows_have_no_logits_when_the_teacher_has_no_classifier(manifest: Manifest) -> None:
-    rows = UnitRows(replace(manifest, logits_codec=None), list("abcde"))
+    rows = UnitRows(replace(manifest, logits_codec=None), list("abcde"), 2)
     rows.add(_batch(0, 5), _outputs(0, 5)[0], None)
 
     assert rows.data().logits is None
@@ -75,4 +77,4 @@ def test_unit_rows_refuse_a_value_that_float16_cannot_hold(manifest: Manifest, v
     taps["stage4"][1, 2, 3] = value
 
     with pytest.raises(InputError, match="cannot hold"):
-        UnitRows(manifest, list("abcde")).add(_batch(0, 2), taps, logits)
+        UnitRows(manifest, list("abcde"), 2).add(_batch(0, 2), taps, logits)

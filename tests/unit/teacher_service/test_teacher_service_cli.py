@@ -13,7 +13,19 @@ def test_cli_plan_prints_one_json_object_when_asked(
     tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tars = write_tars(tmp_path, 3, 2)
-    argv = ["plan", *tars, *tiny_swin.arguments, "--views", "2", "--taps", "stage4", "stage3", "--json"]
+    argv = [
+        "plan",
+        *tars,
+        *tiny_swin.arguments,
+        "--views",
+        "2",
+        "--taps",
+        "stage4",
+        "stage3",
+        "--tap-codec",
+        "f16",
+        "--json",
+    ]
 
     assert main([*argv, "--store", str(tmp_path / "store")]) == 0
 
@@ -30,7 +42,7 @@ def test_cli_plan_prints_a_table_for_people(
     assert main(["plan", *tars, *tiny_swin.arguments, "--store", str(tmp_path / "store")]) == 0
 
     table = capsys.readouterr().out
-    for words in ("5 in 2 units", "4 tokens x 64 channels, f16", "taps/stage4", "teacher/blocks", "objects", "fits"):
+    for words in ("5 in 2 units", "4 tokens x 64 channels, int8", "taps/stage4", "teacher/blocks", "objects", "fits"):
         assert words in table
 
 

@@ -12,26 +12,34 @@ from feature_store.errors import ResourceError
 from feature_store.store import Store
 from feature_store.writer import UnitData
 from teacher_service import writing
+from teacher_service.decoding import Task
 from teacher_service.writing import UnitWriter, disk_error
 
 
 def _store(write: Callable[[int, int, UnitData], None]) -> Store:
     """As much of a store as the writer touches."""
     return cast(
-        Store, SimpleNamespace(write_unit=write, path=Path("store"), manifest=None, committed=SimpleNamespace(units=[]))
+        Store,
+        SimpleNamespace(
+            write_unit=write, path=Path("store"), manifest=None, committed=SimpleNamespace(missing_views=dict)
+        ),
     )
 
 
 UNIT: Any = object()
 
 
+def _task(unit: int) -> Task:
+    return Task(unit, range(2))
+
+
 def test_unit_writer_commits_in_order_and_tells_when_done() -> None:
     written, told = [], []
     with UnitWriter(
-        _store(lambda unit, view, data: written.append(unit)), lambda unit, data: told.append(unit)
+        _store(lambda unit, view, data: written.append(unit)), lambda task, data: told.append(task.unit)
     ) as writer:
         for unit in range(6):
-            writer.submit(unit, UNIT)
+            writer.submit(_task(unit), UNIT)
 
     assert written == told == list(range(6))
 
@@ -43,11 +51,11 @@ def test_unit_writer_holds_the_caller_back_when_the_disk_is_slow() -> None:
         begun.release()
         assert release.wait(20)
 
-    with UnitWriter(_store(write), lambda unit, data: None) as writer:
-        writer.submit(0, UNIT)
+    with UnitWriter(_store(write), lambda task, data: None) as writer:
+        writer.submit(_task(0), UNIT)
         assert begun.acquire(timeout=20)
-        writer.submit(1, UNIT)  # waits in the queue
-        third = threading.Thread(target=writer.submit, args=(2, UNIT))
+        writer.submit(_task(1), UNIT)  # waits in the queue
+        third = threading.Thread(target=writer.submit, args=(_task(2), UNIT))
         third.start()
         third.join(0.2)
         held_back = third.is_alive()
@@ -65,9 +73,9 @@ def test_unit_writer_finishes_what_it_began_and_drops_the_rest_when_the_job_fail
         assert release.wait(20)
         written.append(unit)
 
-    with pytest.raises(KeyboardInterrupt), UnitWriter(_store(write), lambda unit, data: None) as writer:  # noqa: PT012
-        writer.submit(0, UNIT)
-        writer.submit(1, UNIT)
+    with pytest.raises(KeyboardInterrupt), UnitWriter(_store(write), lambda task, data: None) as writer:  # noqa: PT012
+        writer.submit(_task(0), UNIT)
+        writer.submit(_task(1), UNIT)
         assert started.wait(20)
         threading.Timer(0.1, release.set).start()
         raise KeyboardInterrupt
@@ -83,9 +91,9 @@ def test_unit_writer_raises_the_users_error_when_the_last_write_fails(monkeypatc
 
     with (
         pytest.raises(ResourceError, match=r"unit 3 does not fit .*are missing"),
-        UnitWriter(_store(full), lambda unit, data: None) as writer,
+        UnitWriter(_store(full), lambda task, data: None) as writer,
     ):
-        writer.submit(3, UNIT)
+        writer.submit(_task(3), UNIT)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

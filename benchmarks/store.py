@@ -1,0 +1,272 @@
+"""How near the store comes to the hardware: reading, writing and growth, as ratios to raw system calls in one run.
+
+    python -m benchmarks.store --folder /tmp/bench --out benchmarks/results/store.json [--peers]
+
+Contenders take turns batch by batch and the order rotates, so that a noisy neighbour hurts all of them alike; what is
+reported is the median. ``--peers`` adds every other store that is installed (tensorstore, zarr, webdataset, litdata,
+mosaicml-streaming), each beside the floor and this store on the same rows.
+"""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks.store_data import CHANNELS, ROW_BYTES, TOKENS, make_data, make_linked_store, make_manifest, make_store
+from benchmarks.store_floor import RawFiles, write_raw
+from feature_store import RowId, Store
+from feature_store.layout import ShardBuilder, value_specs
+from feature_store.reader import ZarrSource
+from feature_store.streaming import ShuffledStream
+from feature_store.versions import software_versions
+
+BATCH = 256
+Contenders = Mapping[str, Callable[[Sequence[RowId]], Any]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure.
+
+    Attributes:
+        folder: Where data goes; removed in the end. About 3 GB.
+        out: JSON file to write; None prints only.
+        units: Units of the store.
+        views: Views.
+        samples: Samples per unit.
+        rounds: Batches per contender and pattern.
+        growth: Rows of the growing stores.
+        peers: Whether other stores are measured too.
+    """
+
+    folder: Path
+    out: Path | None = None
+    units: int = 7
+    views: int = 2
+    samples: int = 1024
+    rounds: int = 48
+    growth: tuple[int, ...] = (1_000, 100_000, 2_000_000)
+    peers: bool = False
+
+
+def main(config: Config) -> None:
+    shutil.rmtree(config.folder, ignore_errors=True)
+    config.folder.mkdir(parents=True)
+    try:
+        store = make_store(config.folder / "store", config.units, config.views, config.samples)
+        result: dict[str, Any] = {"settings": settings(config), "reading": reading(store, config)}
+        result["writing"] = writing(config)
+        if config.peers:
+            from benchmarks.store_peers import measure_peers
+
+            result["peers"] = measure_peers(store, config.folder, config.rounds)
+        shutil.rmtree(config.folder / "store")
+        result["growth"] = growth(config)
+    finally:
+        shutil.rmtree(config.folder)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text(text + "\n")
+
+
+def settings(config: Config) -> dict[str, Any]:
+    rows = config.units * config.views * config.samples
+    return {
+        "rows": rows,
+        "bytes": rows * ROW_BYTES,
+        "batch": BATCH,
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "machine": platform.processor() or platform.machine(),
+        "software": software_versions(),
+    }
+
+
+def reading(store: Store, config: Config) -> dict[str, Any]:
+    places = [(unit, view) for view in range(config.views) for unit in range(config.units)]
+    raw, direct = RawFiles(store.path, places), RawFiles(store.path, places, direct=True)
+    ordered = [row for place in places for row in store.source().unit_rows(*place)]
+    memory = store.source().buffers(BATCH)
+    stream = ShuffledStream(store.source(), places, seed=0)
+    found = {}
+    for name, batches in {
+        "sequential": batches_of(ordered, config.rounds),
+        "shard-shuffled": batches_of(stream.rows(0), config.rounds),
+        "random": random_batches(ordered, config.rounds),
+    }.items():
+        for threads in (1, 2, 8):
+            found[f"{name}, warm, {threads} threads"] = take_turns(
+                {"preadv": floor(raw, memory, threads), "store": ours(store, memory, threads)}, batches, base="preadv"
+            )
+    found["random, cold"] = take_turns(
+        {
+            "O_DIRECT, 8 in flight": floor(direct, memory, 8),
+            "preadv, 8 threads": floor(raw, memory, 8),
+            "store": ours(store, memory, 8),
+        },
+        random_batches(ordered, config.rounds // 2),
+        base="O_DIRECT, 8 in flight",
+        before=raw.drop_cache,
+    )
+    found["whole shuffled epoch"] = whole_epochs(store, raw, stream)
+    return found
+
+
+def ours(store: Store, memory: dict[str, np.ndarray], threads: int) -> Callable[[Sequence[RowId]], Any]:
+    source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
+    return lambda rows: source.read(rows, out=memory)
+
+
+def floor(raw: RawFiles, memory: dict[str, np.ndarray], threads: int) -> Callable[[Sequence[RowId]], Any]:
+    flat = memory["stage4"].view(np.uint8).reshape(-1, ROW_BYTES)
+    return lambda rows: raw.read(rows, flat[: len(rows)], threads)
+
+
+def whole_epochs(store: Store, raw: RawFiles, stream: ShuffledStream, repeats: int = 7) -> dict[str, Any]:
+    """The stream as a trainer uses it, next to the same rows in the same order by preadv."""
+    memory = store.source().buffers(BATCH)
+    read, rows = floor(raw, memory, 8), stream.rows(0)
+
+    def by_preadv(_: Sequence[RowId]) -> None:
+        for start in range(0, len(rows), BATCH):
+            read(rows[start : start + BATCH])
+
+    def by_stream(_: Sequence[RowId]) -> None:
+        for _batch in stream.batches(0):
+            pass
+
+    return take_turns({"preadv, 8 threads": by_preadv, "store": by_stream}, [rows] * repeats, base="preadv, 8 threads")
+
+
+def writing(config: Config, repeats: int = 9) -> dict[str, Any]:
+    """One unit: its objects and its commit record, against its shards alone as raw files."""
+    manifest = make_manifest(1, config.views, config.samples)
+    data, spec = make_data(manifest, 0), value_specs(manifest)["taps/stage4"]
+    payloads = []
+    for values in np.asarray(data.taps["stage4"]):
+        shard = ShardBuilder(spec, config.samples)
+        shard.add(np.arange(config.samples), values)
+        payloads.append(np.concatenate([part.reshape(-1) for part in shard.finish()[0].parts]))
+    target = config.folder / "written"
+
+    def clear() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+
+    def write_store(_: Sequence[RowId]) -> None:
+        stores.pop().write_unit(0, 0, data)
+
+    def prepare() -> None:
+        clear()
+        stores[:] = [Store.create(config.folder / "written/store", manifest, {})]
+
+    stores: list[Store] = []
+    rows = [RowId(0, at, view) for view in range(config.views) for at in range(config.samples)]
+    found = take_turns(
+        {
+            "write + fsync, one after the other": lambda _: write_raw(target / "raw", payloads, 1),
+            "write + fsync, all in flight": lambda _: write_raw(target / "raw", payloads, len(payloads)),
+            "store": write_store,
+        },
+        [rows] * repeats,
+        base="write + fsync, all in flight",
+        before=prepare,
+    )
+    clear()
+    return found
+
+
+def growth(config: Config, samples: int = 1024) -> dict[str, Any]:
+    """Random batches over ever more rows. All units are links to one, so that only the store's own part can grow."""
+    stores = {
+        rows: make_linked_store(config.folder / f"rows-{rows}", -(-rows // samples), samples) for rows in config.growth
+    }
+    sources = {rows: store.source() for rows, store in stores.items()}
+    memory = next(iter(sources.values())).buffers(BATCH)
+    rng = np.random.default_rng(0)
+    touched = {}
+    for rows, source in sources.items():  # every shard once: what a first epoch pays for indexes and checksums
+        first = [RowId(unit, 0, 0) for unit in range(-(-rows // samples))]
+        started = time.perf_counter()
+        for start in range(0, len(first), BATCH):
+            source.read(first[start : start + BATCH], out=memory)
+        touched[f"{rows:,} rows"] = round((time.perf_counter() - started) / len(first) * 1e6, 1)
+    numbers = [rng.random(BATCH) for _ in range(config.rounds)]
+
+    def read(rows: int) -> Callable[[Sequence[RowId]], Any]:
+        def run(batch: Sequence[RowId]) -> None:
+            sources[rows].read(pick(numbers[batch[0].unit], rows), out=memory)
+
+        return run
+
+    def pick(fractions: np.ndarray, rows: int) -> list[RowId]:
+        return [RowId(at // samples, at % samples, 0) for at in (fractions * rows).astype(int).tolist()]
+
+    batches = [[RowId(at, 0, 0)] * BATCH for at in range(config.rounds)]
+    names = {f"{rows:,} rows": read(rows) for rows in config.growth}
+    found = take_turns(names, batches, base=next(iter(names)))
+    return {
+        **found,
+        "first touch of a shard, microseconds": touched,
+        "open files allowed": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    }
+
+
+def batches_of(rows: Sequence[RowId], most: int) -> list[Sequence[RowId]]:
+    return [rows[start : start + BATCH] for start in range(0, len(rows) - BATCH + 1, BATCH)][:most]
+
+
+def random_batches(rows: Sequence[RowId], count: int) -> list[list[RowId]]:
+    rng = np.random.default_rng(1)
+    return [[rows[at] for at in rng.choice(len(rows), BATCH, replace=False)] for _ in range(count)]
+
+
+def take_turns(
+    contenders: Contenders,
+    batches: Sequence[Sequence[RowId]],
+    *,
+    base: str,
+    before: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Median time per batch of each contender, as rates and as ratios to one of them."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        before()
+        run(batches[0])  # files open, tables loaded, pages cached
+    names = list(contenders)
+    for turn, batch in enumerate(batches):
+        for at in range(len(names)):
+            name = names[(turn + at) % len(names)]
+            before()
+            started = time.perf_counter()
+            contenders[name](batch)
+            times[name].append((time.perf_counter() - started) / len(batch))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    pairs = {
+        name: statistics.median(low / own for low, own in zip(times[base], values, strict=True))
+        for name, values in times.items()
+    }
+    return {
+        name: {
+            "GB_per_s": round(ROW_BYTES / medians[name] / 1e9, 3),
+            "ratio": round(medians[base] / medians[name], 3),
+            "median_of_ratios": round(pairs[name], 3),
+        }
+        for name in names
+    }
+
+
+if __name__ == "__main__":
+    assert ROW_BYTES == TOKENS * CHANNELS * 2
+    main(tyro.cli(Config))

@@ -1,0 +1,111 @@
+"""Servers on loopback: S3 by moto, and a plain web server with ranges that can be told to fail."""
+
+import http.server
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+_buckets = itertools.count()
+
+
+@contextmanager
+def s3_server() -> Iterator[Callable[[], str]]:
+    """A running server; what it gives makes a new bucket and returns its URL."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    patch = pytest.MonkeyPatch()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }.items():
+        patch.setenv(name, value)
+    try:
+        yield lambda: _make_bucket(host, port)
+    finally:
+        patch.undo()
+        server.stop()
+
+
+def _make_bucket(host: str, port: int) -> str:
+    import http.client
+
+    name = f"bucket-{next(_buckets)}"
+    connection = http.client.HTTPConnection(host, port)
+    connection.request("PUT", f"/{name}")
+    assert connection.getresponse().status == 200
+    connection.close()
+    return f"s3://{name}"
+
+
+class WebServer:
+    """Serves a folder. ``failures`` answers so many requests with 503 first; ``requests`` counts what came."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.failures, self.requests = folder, 0, []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self):
+                self.do_GET()
+
+            def do_GET(self):
+                outer.requests.append((self.command, self.path, self.headers.get("Range")))
+                file = outer.folder / unquote(self.path).lstrip("/")
+                if outer.failures:
+                    outer.failures -= 1
+                    self.answer(503, b"")
+                elif "forbidden" in self.path:
+                    self.answer(403, b"")
+                elif not file.is_file():
+                    self.answer(404, b"")
+                else:
+                    self.answer_with(file.read_bytes())
+
+            def answer_with(self, content):
+                wanted = self.headers.get("Range")
+                if wanted is None:
+                    return self.answer(200, content)
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                start, stop = int(first), min(int(last) + 1, len(content))
+                if start >= len(content):
+                    return self.answer(416, b"", f"bytes */{len(content)}")
+                return self.answer(206, content[start:stop], f"bytes {start}-{stop - 1}/{len(content)}")
+
+            def answer(self, status, body, content_range=None):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+                if content_range:
+                    self.send_header("Content-Range", content_range)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()

@@ -1,0 +1,244 @@
+"""Buckets, web servers and the cache before them, against servers on loopback."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from object_store_conformance import CONTENT, ObjectStoreConformance
+from servers import WebServer, s3_server
+from tiny_store import BLOCKS, everything, tiny_manifest, tiny_store, unit_data
+
+from feature_store import Store, open_store
+from feature_store.cached_objects import BLOCK_BYTES, CachedObjects
+from feature_store.errors import CorruptStoreError, InputError, ResourceError
+from feature_store.objects import LocalObjects
+from feature_store.remote_objects import RemoteObjects
+
+CACHE_BYTES = 2 * RemoteObjects.in_flight * BLOCK_BYTES
+
+
+@pytest.fixture(scope="module")
+def new_bucket():
+    with s3_server() as new_bucket:
+        yield new_bucket
+
+
+@pytest.fixture
+def bucket(new_bucket):
+    return new_bucket() + "/some/store"
+
+
+@pytest.fixture
+def web(tmp_path):
+    with WebServer(tmp_path / "web") as web:
+        yield web
+
+
+class TestBucket(ObjectStoreConformance):
+    @pytest.fixture
+    def objects(self, bucket):
+        return RemoteObjects(bucket)
+
+
+class TestCachedBucket(ObjectStoreConformance):
+    @pytest.fixture
+    def objects(self, bucket, tmp_path):
+        return CachedObjects(RemoteObjects(bucket), tmp_path / "cache", CACHE_BYTES)
+
+
+def test_a_store_in_a_bucket_is_the_same_store_as_on_disk(bucket, tmp_path):
+    local = tiny_store(tmp_path / "local")
+    remote = Store.create(bucket, tiny_manifest(), BLOCKS)
+    for unit in range(3):
+        remote.write_unit(unit, 0, unit_data(remote.manifest, unit))
+    assert everything(open_store(bucket)) == everything(local)
+    with pytest.raises(InputError, match="not a local directory"):
+        _ = remote.path
+
+
+def test_a_bucket_keeps_the_objects_of_an_uncommitted_writer_when_another_one_has_other_bytes(bucket):
+    store = Store.create(bucket, tiny_manifest(), BLOCKS)
+    late = open_store(bucket)
+    data = unit_data(store.manifest, 0)
+    store.write_unit(0, 0, data)
+    before = everything(store)
+    store.objects.delete("commits/u00000-v0-1.json")  # as if the first writer were not done yet
+    data.taps["stage4"][0, 0, 0, 0] += 1
+    with pytest.raises(
+        ResourceError, match=r"exists with other bytes: another process is writing unit 0 \(tar-0.tar\)"
+    ):
+        late.write_unit(0, 0, data)
+    late.write_unit(0, 0, unit_data(store.manifest, 0))
+    assert everything(open_store(bucket)) == before
+
+
+def copy_to(folder, local):
+    objects = LocalObjects(folder)
+    for path in local.objects.list():
+        objects.put(path, local.objects.get(path))
+
+
+def test_a_store_behind_a_web_server_reads_through_its_commit_index(web, tmp_path):
+    local = tiny_store(tmp_path / "local", quarantined={1: "broken"})
+    copy_to(web.folder, local)
+    with pytest.raises(InputError, match=r"cannot be listed and has no commit index"):
+        open_store(web.url)
+    local.compact()
+    copy_to(web.folder, local)
+    store = open_store(web.url)
+    assert everything(store) == everything(local)
+    assert store.quarantined(0) == {1: "broken"}
+    with pytest.raises(InputError, match="a web server is read only"):
+        store.objects.put("x", b"")
+
+
+def test_rows_side_by_side_come_in_one_request(web, tmp_path):
+    local = tiny_store(tmp_path / "local")
+    local.compact()
+    copy_to(web.folder, local)
+    source = open_store(web.url).source()
+    source.read(source.unit_rows(0, 0))
+    web.requests.clear()
+    source.read(source.unit_rows(0, 0)[::-2])  # with gaps, in any order
+    assert sorted(path.split("/")[1] for _, path, _ in web.requests) == ["logits", "taps"]
+
+
+def test_reads_are_tried_again_when_the_server_fails_for_a_moment(web):
+    LocalObjects(web.folder).put("a", CONTENT)
+    web.failures = 2
+    assert RemoteObjects(web.url).get("a").tobytes() == CONTENT
+    assert len(web.requests) == 3
+
+
+def test_a_refusal_is_a_resource_error_that_names_the_object(web):
+    with pytest.raises(ResourceError, match=r"http://127.0.0.1:\d+/forbidden: .*check network, credentials and URL"):
+        RemoteObjects(web.url).get("forbidden")
+
+
+def test_a_missing_committed_object_is_damage_on_the_web_too(web, tmp_path):
+    local = tiny_store(tmp_path / "local")
+    local.compact()
+    copy_to(web.folder, local)
+    (web.folder / "taps/stage4/c/0/0/0/0").unlink()
+    with pytest.raises(CorruptStoreError, match=r"taps/stage4/c/0/0/0/0 is damaged: it is committed but missing"):
+        everything(open_store(web.url))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_a_process_forked_after_use_is_refused_instead_of_hanging(web):
+    LocalObjects(web.folder).put("a", CONTENT)
+    objects = RemoteObjects(web.url)
+    objects.get("a")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            objects.get("a")
+        except ResourceError as error:
+            os._exit(7 if 'multiprocessing_context="forkserver"' in str(error) else 8)
+        os._exit(9)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert ended != (0, 0), "the child hangs"
+    assert os.waitstatus_to_exitcode(ended[1]) == 7
+
+
+class TestCache:
+    @pytest.fixture
+    def origin(self, web):
+        self.web = web
+        return LocalObjects(web.folder)
+
+    def cached(self, web, tmp_path, limit=CACHE_BYTES):
+        return CachedObjects(RemoteObjects(web.url), tmp_path / "cache", limit)
+
+    def test_a_second_read_asks_the_origin_nothing(self, origin, web, tmp_path):
+        origin.put("a/c/0", CONTENT)
+        target = bytearray(10)
+        for objects in (self.cached(web, tmp_path), self.cached(web, tmp_path)):
+            objects.read_into("a/c/0", 7, [memoryview(target)])
+            assert bytes(target) == CONTENT[7:17]
+            assert objects.get("a/c/0").tobytes() == CONTENT
+        assert len(web.requests) == 2
+
+    def test_metadata_is_always_asked_for(self, origin, web, tmp_path):
+        objects = self.cached(web, tmp_path)
+        origin.put("zarr.json", b"old")
+        assert objects.get("zarr.json").tobytes() == b"old"
+        origin.put("zarr.json", b"new")
+        assert objects.get("zarr.json").tobytes() == b"new"
+
+    def test_reads_across_blocks_are_put_together(self, origin, web, tmp_path, monkeypatch):
+        monkeypatch.setattr("feature_store.cached_objects.BLOCK_BYTES", 100)
+        objects = self.cached(web, tmp_path)
+        origin.put("a/c/0", CONTENT)
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            offset = int(rng.integers(0, 5000))
+            one, gap, two = (int(n) for n in rng.integers(1, 400, 3))
+            first, second = bytearray(one), bytearray(two)
+            objects.read_into("a/c/0", offset, [memoryview(first), gap, memoryview(second)])
+            assert bytes(first) == CONTENT[offset : offset + one]
+            assert bytes(second) == CONTENT[offset + one + gap : offset + one + gap + two]
+
+    def test_the_longest_unused_go_first_and_the_limit_holds(self, origin, web, tmp_path, monkeypatch):
+        monkeypatch.setattr("feature_store.cached_objects.BLOCK_BYTES", 1000)
+        objects = CachedObjects(RemoteObjects(web.url), tmp_path / "cache", 32_000)
+        for at in range(60):
+            origin.put(f"a/c/{at}", bytes([at]) * 1000)
+        for at in range(60):
+            objects.get(f"a/c/{at}")
+            os.utime(tmp_path / "cache" / objects._name / f"a/c/{at}/whole", (at, at))
+            objects.get("a/c/0")  # used all the time
+            kept = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.name != ".bytes"]
+            assert sum(file.stat().st_size for file in kept) <= 32_000
+        names = {file.parent.name for file in kept}
+        assert "0" in names
+        assert "59" in names
+        assert "1" not in names
+        assert len(names) > 25
+
+    def test_a_wrong_ledger_is_mended_by_the_next_eviction(self, origin, web, tmp_path, monkeypatch):
+        monkeypatch.setattr("feature_store.cached_objects.BLOCK_BYTES", 1000)
+        objects = CachedObjects(RemoteObjects(web.url), tmp_path / "cache", 32_000)
+        (tmp_path / "cache/.bytes").write_bytes(b"999999")
+        origin.put("a/c/0", bytes(1000))
+        objects.get("a/c/0")
+        assert (tmp_path / "cache/.bytes").read_bytes() == b"1000"
+        assert len(web.requests) == 1
+        objects.get("a/c/0")
+        assert len(web.requests) == 1
+
+    def test_damaged_copies_are_replaced_from_the_origin(self, origin, web, tmp_path):
+        """As after a power cut: every copy in the cache torn or changed, the store itself whole."""
+        local = tiny_store(tmp_path / "local")
+        local.compact()
+        copy_to(web.folder, local)
+        url, options = web.url, {"cache_dir": tmp_path / "cache", "cache_bytes": CACHE_BYTES}
+        assert everything(open_store(url, **options)) == everything(local)
+        copies = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.name != ".bytes"]
+        assert len(copies) > 10
+        for at, file in enumerate(copies):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content[: len(content) - at % 2])
+        assert everything(open_store(url, **options)) == everything(local)
+        web.requests.clear()
+        assert everything(open_store(url, **options)) == everything(local)
+        assert not [path for _, path, _ in web.requests if "/c/" in path]
+
+    def test_damage_at_the_origin_is_not_hidden(self, origin, web, tmp_path):
+        local = tiny_store(tmp_path / "local")
+        local.compact()
+        copy_to(web.folder, local)
+        file = web.folder / "taps/stage4/c/0/0/0/0"
+        content = bytearray(file.read_bytes())
+        content[3] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(CorruptStoreError, match="crc32c of position 0 does not match"):
+            everything(open_store(web.url, cache_dir=tmp_path / "cache", cache_bytes=CACHE_BYTES))
