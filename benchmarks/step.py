@@ -168,30 +168,34 @@ def step_times(bench: Bench) -> dict[str, Any]:
         "live": lambda i: live.step(live.parts.dataset[live_batches[i % len(batches)]]),
         "reading": lambda i: dataset.source and dataset.source.read(batches[i % len(batches)], trainer.parts.taps),
     }
-    seconds = take_turns(turns, bench.setting)
+    taken = take_turns(turns, bench.setting)
     flops = step_flops(trainer, live, dataset[batches[0]])
     return {
-        "seconds": seconds,
-        "store_over_memory": seconds["store"] / seconds["memory"],
-        "live_over_store": seconds["live"] / seconds["store"],
+        "seconds": medians(taken),
+        "store_over_memory": ratio(taken, "store", "memory"),
+        "live_over_store": ratio(taken, "live", "store"),
         "live_over_store_from_flops": 1 + flops["teacher"] / flops["step"],
         "flops_per_sample": {name: count / bench.setting.batch for name, count in flops.items()},
     }
 
 
-def step_flops(trainer: Trainer, live: Trainer, batch: Batch) -> dict[str, float]:
+def step_flops(trainer: Trainer, live: Trainer, batch: Batch) -> dict[str, int]:
     """Floating-point operations of a store-fed step, forward and backward, and of the teacher's forward pass."""
-    with FlopCounterMode(display=False) as step:
-        trainer.losses(batch)["total"].backward()
+    source = live.parts.live
+    assert source is not None
+    flops = {
+        "step": count_flops(lambda: trainer.losses(batch)["total"].backward()),
+        "teacher": count_flops(lambda: source.teacher(batch.pixels)),
+    }
     trainer.optimizer.zero_grad(set_to_none=True)
-    assert live.parts.live is not None
-    with FlopCounterMode(display=False) as teacher:
-        live.parts.live.teacher(batch.pixels)
-    return {"step": step.get_total_flops(), "teacher": teacher.get_total_flops()}
+    return flops
 
 
 def loss_times(bench: Bench) -> dict[str, Any]:
-    """Forward and backward of the loss alone, ours and official-style, on the same numbers; their difference too."""
+    """Forward and backward of the loss alone, ours and official-style, on the same numbers; their difference too.
+
+    ``official_style_unfrozen`` also computes the frozen blocks' own gradients, which nobody uses.
+    """
     trainer = bench.trainer("store")
     loss = trainer.loss
     assert isinstance(loss, ScaleKDLoss)
@@ -206,21 +210,30 @@ def loss_times(bench: Bench) -> dict[str, Any]:
         with torch.autocast(device, dtype, enabled=dtype is not None):
             total = compute((leaves[0], leaves[1]), leaves[2], *others)["total"]
         total.backward()
+        loss.zero_grad(set_to_none=True)
+        loss.perception.later_blocks.zero_grad(set_to_none=True)
         return total.item(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    plain = lambda *args: official_style_loss(loss, *args)  # noqa: E731 - the counterpart of loss
-    (ours, gradients), (theirs, expected) = run(loss), run(plain)
-    seconds = take_turns({"ours": lambda _: run(loss), "official_style": lambda _: run(plain)}, bench.setting)
-    flops = {}
-    for name, compute in (("ours", loss), ("official_style", plain)):
-        with FlopCounterMode(display=False) as counter:
-            run(compute)
-        flops[name] = counter.get_total_flops()
+    def plain(*inputs: Any) -> dict[str, Tensor]:
+        return official_style_loss(loss, *inputs)
+
+    def plain_unfrozen(*inputs: Any) -> dict[str, Tensor]:
+        loss.perception.later_blocks.requires_grad_(True)
+        terms = plain(*inputs)
+        loss.perception.later_blocks.requires_grad_(False)  # what is recorded by now keeps its gradients
+        return terms
+
+    kinds = {"ours": loss, "official_style": plain, "official_style_unfrozen": plain_unfrozen}
+    (value, gradients), (other_value, expected) = run(loss), run(plain)
+    taken = take_turns(
+        {kind: lambda _, compute=compute: run(compute) for kind, compute in kinds.items()}, bench.setting
+    )
+    flops = {kind: count_flops(lambda compute=compute: run(compute)) for kind, compute in kinds.items()}
     return {
-        "seconds": seconds,
-        "official_style_over_ours": seconds["official_style"] / seconds["ours"],
-        "official_style_over_ours_from_flops": flops["official_style"] / flops["ours"],
-        "value_difference": abs(ours - theirs) / abs(theirs),
+        "seconds": medians(taken),
+        **{f"{kind}_over_ours": ratio(taken, kind, "ours") for kind in kinds if kind != "ours"},
+        **{f"{kind}_over_ours_from_flops": flops[kind] / flops["ours"] for kind in kinds if kind != "ours"},
+        "value_difference": abs(value - other_value) / abs(other_value),
         "gradient_difference": max(
             ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(gradients, expected, strict=True)
         ),
@@ -238,18 +251,36 @@ def loss_arguments(trainer: Trainer, batch: Batch) -> tuple[Any, ...]:
     return maps, logits.detach().float(), teacher, teacher_logits, task.detach(), prefix
 
 
-def take_turns(turns: dict[str, Callable[[int], object]], setting: Setting) -> dict[str, float]:
-    """Median seconds of each, measured in turn after a warm-up."""
+def take_turns(turns: dict[str, Callable[[int], object]], setting: Setting) -> dict[str, list[float]]:
+    """Seconds of each, measured in turn after a warm-up, each round starting with another."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
     for i in range(setting.repeats + 1):
-        for name, run in turns.items():
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             _synchronise(setting.device)
             begun = time.perf_counter()
-            run(i)
+            turns[name](i)
             _synchronise(setting.device)
             if i:
                 seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Median seconds by name."""
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratio(seconds: dict[str, list[float]], name: str, other: str) -> float:
+    """Median over rounds of one's time over the other's in the same round: what slows a round slows both."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of a call; a multiply-add counts as two."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def peak_of_steps(bench: Bench, source: Literal["store", "live"]) -> int:

@@ -18,7 +18,7 @@ from feature_store.errors import CorruptStoreError
 from feature_store.manifest import Manifest
 
 CRC_BYTES = 4
-crc32c = cast(Callable[[np.ndarray | memoryview], int], awscrt_checksums.crc32c)
+crc32c = cast(Callable[[Any], int], awscrt_checksums.crc32c)
 """crc32c of bytes. It takes any buffer, whatever its annotation says."""
 MISSING_CHUNK = 2**64 - 1
 

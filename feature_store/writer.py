@@ -240,7 +240,8 @@ def _encoded_blocks(
 ) -> Iterator[tuple[np.ndarray, Mapping[str, np.ndarray]]]:
     """One view's encoded rows by part, a few positions at a time."""
     values = data.logits if value.path == "logits" else data.taps[value.path.removeprefix("taps/")]
-    arrays = {suffix: part[index] for suffix, part in (values if isinstance(values, dict) else {"": values}).items()}
+    parts = values if isinstance(values, Mapping) else {"": np.asarray(values)}
+    arrays = {suffix: part[index] for suffix, part in parts.items()}
     rows = max(1, ENCODE_BYTES // max(1, sum(array[:1].nbytes for array in arrays.values())))
     for start in range(0, len(positions), rows):
         some = positions[start : start + rows]

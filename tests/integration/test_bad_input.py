@@ -381,7 +381,9 @@ def _largest_file(size: int) -> Iterator[None]:
 def test_cache_keeps_committed_units_and_resumes_when_a_write_fails(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    big = command(*write_tars(tmp_path, 2, 250), options=("--batch-size", "64", "--tap-codec", "f16"))  # 250 rows make a shard of 130 kB
+    big = command(
+        *write_tars(tmp_path, 2, 250), options=("--batch-size", "64", "--tap-codec", "f16")
+    )  # 250 rows make a shard of 130 kB
     with _largest_file(100_000):
         error = _error(capsys, big, 3)
 

@@ -143,7 +143,8 @@ def test_cache_stops_between_units_and_resumes_when_interrupted(
     tars = write_tars(tmp_path, 4, 4, 4, 4, 4)
     cache(cache_config(tars, tiny_swin, tmp_path / "whole"))
     command = ["cache", *tars, *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint),
-               "--store", str(tmp_path / "store"), "--workers", "0", "--batch-size", "4", "--tap-codec", "f16"]  # fmt: skip
+               "--store", str(tmp_path / "store"), "--workers", "0", "--batch-size", "4",
+               "--tap-codec", "f16"]  # fmt: skip
 
     with monkeypatch.context() as patched:
         patched.setattr(caching.Progress, "computed", _interrupt_after(12))

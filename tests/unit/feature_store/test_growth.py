@@ -87,9 +87,7 @@ def test_appended_views_do_not_rewrite_what_other_views_share(tmp_path):
 
 def test_grow_does_nothing_when_nothing_is_new(tmp_path):
     store = filled(tmp_path / "s")
-    smaller_need = dataclasses.replace(
-        store.manifest, capacity=4 + 1, key_width=7, software={"numpy": "9"}
-    )
+    smaller_need = dataclasses.replace(store.manifest, capacity=4 + 1, key_width=7, software={"numpy": "9"})
     files = {f: f.stat().st_mtime_ns for f in store.path.rglob("zarr.json")}
     assert not smaller_need.growth_from(store.manifest)
     assert store.grow(smaller_need).manifest == store.manifest
