@@ -139,7 +139,7 @@ def job_manifest(
         InputError: Impossible view policy options.
     """
     shapes = tap_shapes(split)
-    taps: dict[str, str] = {name: config.tap_codec for name in config.taps}
+    taps: dict[str, str] = dict.fromkeys(config.taps, config.tap_codec)
     if split.prefix == "cached":  # a few tokens a row: nothing is gained by rounding them further
         taps["stage3_prefix"] = "f32" if config.tap_codec == "f32" else "f16"
     return Manifest(
