@@ -13,7 +13,7 @@ from feature_store.codecs import CODECS, ValueCodec, get_codec
 from feature_store.encoding import ZSTD_SUFFIX
 from feature_store.errors import InputError
 from feature_store.layout import coded_specs, decode_row, encode_row
-from feature_store.loss_terms import FEATURE_TERMS, Term, distillation, without_mean
+from feature_store.loss_terms import FEATURE_TERMS, Term, distillation, softmax, without_mean
 from feature_store.row_sample import pick, sampled_shards
 from feature_store.sample import RowId
 
@@ -46,7 +46,7 @@ class CodecReport:
     Attributes:
         codec: Its name.
         bytes_per_view: Mean bytes of an encoded row; index and checksums, 24 bytes per array, come on top.
-        relative_error: L2 norm of the values' error, relative to theirs.
+        relative_error: L2 norm of the values' error, relative to theirs; of the probabilities for logits.
         relative_error_without_mean: The same after each channel's mean over tokens is taken away; taps of more than
             one token only, as is the alternative view path's term.
         of_stated: Largest error of a value as part of what the codec states for it; None for top-k.
@@ -127,7 +127,7 @@ def measure(
     return CodecReport(
         codec=codec.codec.name,
         bytes_per_view=size / len(values),
-        relative_error=_relative(decoded, values),
+        relative_error=_relative(decoded, values) if values.ndim == 3 else _relative(softmax(decoded), softmax(values)),
         relative_error_without_mean=centred,
         of_stated=_part_of_stated(error, stated) if states_all else None,
         encode_mb_per_s=megabytes / encode_seconds,

@@ -28,14 +28,18 @@ def alternative_view(student_BND: np.ndarray, teacher_BND: np.ndarray) -> Term:
 
 def distillation(student_BK: np.ndarray, teacher_BK: np.ndarray) -> Term:
     """L_kd = -sum_k softmax(z)_k log softmax(s)_k / B at temperature 1, and dL_kd / ds."""
-    teacher, student = _log_softmax(teacher_BK), _log_softmax(student_BK)
-    probabilities = np.exp(teacher)
+    probabilities, student = softmax(teacher_BK), _log_softmax(student_BK)
     return float(-(probabilities * student).sum() / len(student)), (np.exp(student) - probabilities) / len(student)
 
 
 def without_mean(x_BND: np.ndarray) -> np.ndarray:
     """Less each sample's mean over tokens, per channel: phi of the paper."""
     return x_BND - x_BND.mean(axis=1, keepdims=True, dtype=np.float64)
+
+
+def softmax(logits_BK: np.ndarray) -> np.ndarray:
+    """Probabilities of logits, in float64."""
+    return np.exp(_log_softmax(logits_BK))
 
 
 FEATURE_TERMS = {"original": original_view, "alternative": alternative_view}

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +20,7 @@ OPEN_FILES = 8192
 # Local reads skip at most this much between two rows; a row's crc32c is 4 bytes.
 _LOCAL_GAP = 4096
 _SYNCS = 16
+_WRITE_BEHIND = 32 << 20
 _skipped = memoryview(bytearray(_LOCAL_GAP))
 
 Buffer: TypeAlias = bytes | memoryview | np.ndarray
@@ -342,11 +343,28 @@ def _write_durably(path: Path, buffers: list[memoryview]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         offset = 0
-        for start in range(0, len(buffers), IOV_MAX):
-            offset += _each_byte(os.pwritev, descriptor, buffers[start : start + IOV_MAX], offset)
+        for some in _pieces(buffers):
+            length = _each_byte(os.pwritev, descriptor, some, offset)
+            if length >= _WRITE_BEHIND and hasattr(os, "posix_fadvise"):
+                # Linux starts to write these pages out, so that the disk does not wait for the sync.
+                os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+            offset += length
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _pieces(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
+    """The buffers in lists of at least _WRITE_BEHIND bytes, where a system call takes so many."""
+    some, length = [], 0
+    for buffer in buffers:
+        some.append(buffer)
+        length += len(buffer)
+        if length >= _WRITE_BEHIND or len(some) == IOV_MAX:
+            yield some
+            some, length = [], 0
+    if some:
+        yield some
 
 
 def _each_byte(
@@ -373,13 +391,3 @@ def _after(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
             rest.append(buffer[done:])
         done = max(0, done - len(buffer))
     return rest
-
-
-def write_object(root: Path, path: str, payload: Buffer) -> None:
-    """LocalObjects(root).put; goes when its last caller has an ObjectStore."""
-    LocalObjects(root).put(path, payload)
-
-
-def list_objects(root: Path) -> list[str]:
-    """LocalObjects(root).list; goes when its last caller has an ObjectStore."""
-    return LocalObjects(root).list()

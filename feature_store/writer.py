@@ -181,7 +181,7 @@ def _tasks(manifest: Manifest, unit: int, first_view: int, data: UnitData) -> li
         for value in value_codecs(manifest).values()
         for index in views
     ]
-    return large + small
+    return small + large  # syncs of small objects make the large ones wait, so they come first
 
 
 def _write_chunk(
