@@ -40,7 +40,7 @@ def signature(callable_: Callable) -> str:
         (official.load_projector, "(projector, official_state, prefix=None)"),
         (official.load_swin, "(timm_model, official_state)"),
         (official.load_vit, "(timm_model, official_state)"),
-        (feature_store.open_store, "(url)"),
+        (feature_store.open_store, "(url, *, cache_dir=None, cache_bytes=0)"),
         (Store.source, "(self, taps=None)"),
         (Store.rows, "(self, keys, view)"),
         (Store.later_blocks, "(self, device='cpu')"),
