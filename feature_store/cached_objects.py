@@ -86,13 +86,13 @@ class CachedObjects:
             offset, length = offset + len(pieces[-1]), length - len(pieces[-1])
         return np.concatenate([np.empty(0, np.uint8), *pieces])
 
-    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int]) -> None:
-        """See ObjectStore.read_into."""
-        if not _is_kept(path):
-            return self.origin.read_into(path, offset, parts)
+    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int], *, wait: bool = True) -> bool:
+        """See ObjectStore.read_into; a copy on disk is waited for."""
+        if not wait or not _is_kept(path):
+            return self.origin.read_into(path, offset, parts, wait=wait)
         for block, start, some in _by_block(offset, parts):
             self._read_block(path, block, start, some)
-        return None
+        return True
 
     def size(self, path: str) -> int:
         """See ObjectStore.size."""

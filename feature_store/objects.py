@@ -1,5 +1,6 @@
 """Where a store's objects live: one protocol, and its implementation for local files."""
 
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -58,8 +59,17 @@ class ObjectStore(Protocol):
         """Bytes of an object from an offset, uint8; fewer than length, or none, where the object ends before."""
         ...
 
-    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int]) -> None:
+    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int], *, wait: bool = True) -> bool:
         """Read consecutive bytes, each part into its own memory; a number is so many bytes to skip.
+
+        Args:
+            path: The object.
+            offset: Where to begin.
+            parts: Memory to fill, in order.
+            wait: False only takes what is in memory already.
+
+        Returns:
+            Whether it was read; always true when it may wait.
 
         Raises:
             EOFError: The object ends before the last part is full.
@@ -144,16 +154,15 @@ class LocalObjects:
             done += got
         return raw[:done]
 
-    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int]) -> None:
-        """See ObjectStore.read_into."""
+    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int], *, wait: bool = True) -> bool:
+        """See ObjectStore.read_into; without waiting, from the page cache."""
         file = self._files.open(path)
-        first = parts[0]
-        if len(parts) == 1 and not isinstance(first, int) and os.preadv(file.descriptor, [first], offset) == len(first):
-            return  # the hot path
-        buffers = [_skipped[:part] if isinstance(part, int) else part for part in parts]
+        if not wait:
+            return _read_cached(file.descriptor, parts, offset)
+        buffers = _buffers(parts)
         for start in range(0, len(buffers), IOV_MAX):
-            some = buffers[start : start + IOV_MAX]
-            offset += _each_byte(os.preadv, file.descriptor, some, offset)
+            offset += _each_byte(os.preadv, file.descriptor, buffers[start : start + IOV_MAX], offset)
+        return True
 
     def size(self, path: str) -> int:
         """See ObjectStore.size."""
@@ -365,6 +374,23 @@ def _pieces(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
             some, length = [], 0
     if some:
         yield some
+
+
+def _buffers(parts: Sequence[memoryview | int]) -> list[memoryview]:
+    return [_skipped[:part] if isinstance(part, int) else part for part in parts]
+
+
+def _read_cached(descriptor: int, parts: Sequence[memoryview | int], offset: int) -> bool:
+    buffers = _buffers(parts)
+    wanted = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+    try:
+        return os.preadv(descriptor, buffers, offset, os.RWF_NOWAIT) == wanted
+    except (BlockingIOError, AttributeError):  # not there; or no Linux
+        return False
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot tell; or too many buffers
+            return False
+        raise
 
 
 def _each_byte(

@@ -66,10 +66,13 @@ class RemoteObjects:
         except _PastEndError:
             return np.empty(0, np.uint8)
 
-    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int]) -> None:
-        """See ObjectStore.read_into."""
+    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int], *, wait: bool = True) -> bool:
+        """See ObjectStore.read_into; nothing is in memory already."""
+        if not wait:
+            return False
         wanted = sum(part if isinstance(part, int) else len(part) for part in parts)
         scatter(self.get_range(path, offset, wanted), offset, parts)
+        return True
 
     def size(self, path: str) -> int:
         """See ObjectStore.size."""

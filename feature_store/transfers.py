@@ -1,13 +1,16 @@
 """Reads many rows at once: neighbours in one request, several requests in flight, every row against its checksum."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 
-from feature_store.chunks import object_error
+from feature_store.chunks import object_error, object_errors
 from feature_store.errors import CorruptStoreError
 from feature_store.layout import ArraySpec, crc32c, damaged, decode_row
 from feature_store.objects import IOV_MAX, ObjectStore
@@ -15,7 +18,10 @@ from feature_store.processes import PerProcess
 from feature_store.row_tables import Located
 
 _ROWS_PER_REQUEST = IOV_MAX // 2  # each with the gap before it
-_pools: PerProcess[dict[int, ThreadPoolExecutor]] = PerProcess(dict)
+_CORES = os.cpu_count() or 2
+_Request: TypeAlias = "tuple[_Job, int, int]"
+# Of all sources in the process; threads start when they are needed.
+_pool = PerProcess(partial(ThreadPoolExecutor, 64, "feature-store-read"))
 
 
 @dataclass(frozen=True)
@@ -46,25 +52,42 @@ def read_all(objects: ObjectStore, transfers: Sequence[Transfer], threads: int) 
     """
     requests = [request for transfer in transfers for request in _Job(objects, transfer).requests()]
     total = sum(int(transfer.located.lengths.sum()) for transfer in transfers)
-    helpers = min(threads, len(requests), 1 + total // objects.bytes_per_thread) - 1
+    most = min(threads, 1 + total // objects.bytes_per_thread)
+    # What is in memory is read by a thread per core, more would only wait for each other; the device gets all of them.
+    waiting: list[_Request] = []
+    _together(min(most, _CORES), _take_cached, requests, waiting)
+    _together(most, _take, waiting)
+
+
+def _take_cached(queue: Iterator[_Request], waiting: list[_Request]) -> None:
+    for request in queue:
+        job, start, stop = request
+        if not job.run(start, stop, wait=False):
+            waiting.append(request)
+
+
+def _take(queue: Iterator[_Request]) -> None:
+    for job, start, stop in queue:
+        job.run(start, stop, wait=True)
+
+
+def _together(threads: int, work: Callable[..., None], requests: list[_Request], *more: list[_Request]) -> None:
+    """Let some threads work off the requests; the calling one is among them."""
     queue = iter(requests)  # shared: next() of a list iterator is atomic
-    if helpers < 1:
-        return _work(queue)
-    futures = [_pool(threads).submit(_work, queue) for _ in range(helpers)]
+    futures = [_pool().submit(work, queue, *more) for _ in range(min(threads, len(requests)) - 1)]
     try:
-        _work(queue)
+        work(queue, *more)
     finally:
         for _ in queue:  # after an error: nobody starts another request
             pass
         _finish(futures)
-    return None
 
 
 def run_all(tasks: Sequence, threads: int) -> list:
     """Results of functions without arguments, several at a time."""
     if len(tasks) < 2 or threads < 2:
         return [task() for task in tasks]
-    return list(_pool(threads).map(lambda task: task(), tasks))
+    return list(_pool().map(lambda task: task(), tasks))
 
 
 class _Job:
@@ -72,7 +95,7 @@ class _Job:
 
     def __init__(self, objects: ObjectStore, transfer: Transfer) -> None:
         paths, *columns = transfer.located
-        self._objects, self._transfer = objects, transfer
+        self._objects, self._transfer, self._read_into = objects, transfer, objects.read_into
         self._order = np.lexsort((transfer.located.offsets, transfer.shards))
         self._indices = self._order.tolist()
         self._paths = [paths[index] for index in self._indices]
@@ -80,7 +103,7 @@ class _Job:
         self._size, self._out = transfer.spec.row_bytes, memoryview(transfer.out).cast("B")
         self._zstd = transfer.spec.zstd
 
-    def requests(self) -> Iterator[tuple["_Job", int, int]]:
+    def requests(self) -> Iterator["_Request"]:
         """Ranges, cut where the next row is another shard's, too far away, or too much for one request."""
         offsets, shard = self._transfer.located.offsets[self._order], self._transfer.shards[self._order]
         end = offsets + self._transfer.located.lengths[self._order]
@@ -96,10 +119,15 @@ class _Job:
         for start, stop in pairwise([0, *cuts.tolist(), len(shard)]):
             yield self, start, stop
 
-    def run(self, start: int, stop: int) -> None:
-        """Carry out one request."""
+    def run(self, start: int, stop: int, *, wait: bool) -> bool:
+        """Carry out one request; whether it is done, which it always is if it may wait."""
         path, rows = self._paths[start], self._memory(start, stop)
-        self._read(path, self._offsets[start], rows if stop - start == 1 else self._with_gaps(rows, start))
+        parts = rows if stop - start == 1 else self._with_gaps(rows, start)
+        try:
+            if not self._read_into(path, self._offsets[start], parts, wait=wait):
+                return False
+        except (OSError, EOFError) as error:
+            raise object_error(path, error) from error
         for at, row in enumerate(rows, start):
             if crc32c(row) != self._checksums[at]:
                 self._read_again(path, at, row)
@@ -107,6 +135,7 @@ class _Job:
             for at, row in enumerate(rows, start):
                 out = self._transfer.out[self._indices[at]]
                 decode_row(self._transfer.spec, np.frombuffer(row, np.uint8), out, path)
+        return True
 
     def _memory(self, start: int, stop: int) -> list[memoryview]:
         """Where rows' stored bytes go: their place in the output, or scratch if they are compressed."""
@@ -125,24 +154,14 @@ class _Job:
             end = self._offsets[at] + self._lengths[at]
         return parts
 
-    def _read(self, path: str, offset: int, parts: Sequence[memoryview | int]) -> None:
-        try:
-            self._objects.read_into(path, offset, parts)
-        except (OSError, EOFError) as error:
-            raise object_error(path, error) from error
-
     def _read_again(self, path: str, at: int, row: memoryview) -> None:
         """A damaged copy in a cache is not a damaged object."""
         if self._objects.forget(path):
-            self._read(path, self._offsets[at], [row])
+            with object_errors(path):
+                self._read_into(path, self._offsets[at], [row])
         if crc32c(row) != self._checksums[at]:
             position = self._transfer.positions[self._indices[at]]
             raise CorruptStoreError(damaged(path, f"the crc32c of position {position} does not match"))
-
-
-def _work(queue: Iterator[tuple[_Job, int, int]]) -> None:
-    for job, start, stop in queue:
-        job.run(start, stop)
 
 
 def _finish(futures: list[Future]) -> None:
@@ -150,10 +169,3 @@ def _finish(futures: list[Future]) -> None:
     for error in errors:
         if error is not None:
             raise error
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    pools = _pools()
-    if threads not in pools:
-        pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="feature-store-read")
-    return pools[threads]

@@ -64,6 +64,13 @@ class ObjectStoreConformance:
         assert bytes(one) == CONTENT[5:305]
         assert bytes(two) == CONTENT[1305:1312]
 
+    def test_read_into_without_waiting_fills_all_or_says_no(self, objects):
+        objects.put("a/c/0", CONTENT)
+        target = bytearray(300)
+        if objects.read_into("a/c/0", 5, [memoryview(target)], wait=False):
+            assert bytes(target) == CONTENT[5:305]
+        assert not objects.read_into("a/c/0", len(CONTENT) - 3, [memoryview(bytearray(4))], wait=False)
+
     def test_read_into_takes_more_parts_than_one_system_call(self, objects):
         objects.put("a/c/0", CONTENT)
         parts = [bytearray(1) for _ in range(3000)]

@@ -10,6 +10,7 @@ from tiny_store import CLASSES, tiny_manifest, tiny_store, unit_data
 from torch.utils.data import DataLoader, Dataset
 
 from feature_store import RowId, open_store
+from feature_store import objects as objects_module
 from feature_store.errors import CorruptStoreError, InputError, QuarantinedError, ResourceError, UncommittedError
 from feature_store.layout import array_specs
 from feature_store.objects import LocalObjects
@@ -104,6 +105,17 @@ def test_read_gives_the_same_rows_with_any_number_of_threads(store, threads, mon
         assert np.array_equal(source.read(rows).taps["stage4"], expected(store, rows))
 
 
+@pytest.mark.parametrize("threads", [1, 8])
+def test_read_gives_the_same_rows_when_some_are_not_in_memory(store, threads, monkeypatch):
+    monkeypatch.setattr(LocalObjects, "bytes_per_thread", 1)
+    rng, cached = np.random.default_rng(threads), objects_module._read_cached
+    monkeypatch.setattr(objects_module, "_read_cached", lambda *read: rng.random() < 0.5 and cached(*read))
+    source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
+    for _ in range(20):
+        rows = [ROWS[at] for at in rng.integers(0, len(ROWS), 40)]
+        assert np.array_equal(source.read(rows).taps["stage4"], expected(store, rows))
+
+
 def test_source_refuses_no_threads(store):
     with pytest.raises(InputError, match="threads must be at least 1, got 0"):
         ZarrSource(store.objects, store.manifest, store.committed, threads=0)
@@ -114,9 +126,9 @@ class CountingObjects(LocalObjects):
         super().__init__(root)
         self.calls = []
 
-    def read_into(self, path, offset, parts):
+    def read_into(self, path, offset, parts, *, wait=True):
         self.calls.append(path)
-        super().read_into(path, offset, parts)
+        return super().read_into(path, offset, parts, wait=wait)
 
     def get_range(self, path, offset, length):
         self.calls.append(path)
@@ -203,7 +215,7 @@ def test_read_reports_a_disk_error_as_one(store, monkeypatch):
     source = store.source()
     source.read(ROWS)
 
-    def fail(*_):
+    def fail(*_, wait):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(source._reader.objects, "read_into", fail)
