@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from benchmarks.trained_teacher import CLASSES, SIDE, TEACHERS, accuracy, train_teacher, write_store
 from feature_store import Store
-from feature_store.bench import bench_codecs
-from feature_store.codecs import CODECS, ValueCodec, get_codec
-from feature_store.tars import Tar, expand_tars
+from feature_store.analysis.bench import bench_codecs
+from feature_store.codecs.registry import CODECS, ValueCodec, get_codec
+from feature_store.tars.tar import Tar, expand_tars
 from feature_store.teacher.dequantise import Dequantiser
 from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, decode_image

@@ -18,10 +18,10 @@ import numpy as np
 import tyro
 
 from feature_store import Store, open_store
-from feature_store.commits import CommitRecord, ObjectProof, encode_record
+from feature_store.commits.proofs import ProofOrder
+from feature_store.commits.record import CommitRecord, ObjectProof, encode_record
 from feature_store.layout import array_specs, encode_chunk, object_checksum
 from feature_store.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
-from feature_store.proofs import ProofOrder
 from feature_store.sample import encode_keys
 from feature_store.versions import software_versions
 from feature_store.views import view_policy

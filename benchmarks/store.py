@@ -26,8 +26,8 @@ from benchmarks.store_data import CHANNELS, ROW_BYTES, TOKENS, make_data, make_l
 from benchmarks.store_floor import RawFiles, write_raw
 from feature_store import RowId, Store
 from feature_store.layout import ShardBuilder, value_specs
-from feature_store.reader import ZarrSource
-from feature_store.streaming import ShuffledStream
+from feature_store.reading.reader import ZarrSource
+from feature_store.reading.streaming import ShuffledStream
 from feature_store.versions import software_versions
 
 BATCH = 256

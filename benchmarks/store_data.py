@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from feature_store import Store, open_store
-from feature_store.commits import CommitRecord, encode_record
+from feature_store.commits.proofs import ProofOrder
+from feature_store.commits.record import CommitRecord, encode_record
 from feature_store.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
-from feature_store.proofs import ProofOrder
 from feature_store.versions import software_versions
 from feature_store.views import draw_view, view_policy
 from feature_store.writer import UnitData

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from feature_store import Store
 from feature_store.manifest import Manifest, TapInfo, TarInfo
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, build_model, load_teacher, normalise
 from feature_store.versions import software_versions

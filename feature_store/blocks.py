@@ -8,7 +8,7 @@ import numpy as np
 
 from feature_store.errors import CorruptStoreError
 from feature_store.layout import CRC_BYTES, ArraySpec, crc32c, decode_chunk, object_checksum
-from feature_store.objects import ObjectStore
+from feature_store.objects.local import ObjectStore
 
 FOLDER = "teacher/blocks/"
 _METADATA = "/zarr.json"

@@ -52,8 +52,8 @@ def verify(
         workers: Processes.
         json: Print the whole report as JSON.
     """
+    from feature_store.checks.verify import verify
     from feature_store.summary import print_report
-    from feature_store.verify import verify
 
     with unit_progress("verifying", quiet=json) as progress:
         report = verify(path, quick=quick, workers=workers, progress=progress)
@@ -88,7 +88,7 @@ def repair(
         workers: Processes.
         json: Print JSON.
     """
-    from feature_store.repair import repair
+    from feature_store.checks.repair import repair
     from feature_store.summary import print_repair
 
     with unit_progress("verifying", quiet=json) as progress:
@@ -116,7 +116,7 @@ def bench(
         seed: Chooses the rows.
         json: Print JSON instead of tables.
     """
-    from feature_store.bench import bench_codecs, print_codecs
+    from feature_store.analysis.bench import bench_codecs, print_codecs
 
     if codecs is None:
         raise InputError("bench measures codecs: add --codecs for all of them, or --codecs int8 int4 for some")
@@ -150,7 +150,7 @@ def plot(
         seed: Chooses rows and views.
         json: Print the files as JSON.
     """
-    from feature_store.plots import plot
+    from feature_store.analysis.plots import plot
 
     files = plot(open_store(path), out, tars, tap=tap, rows=rows, thumbnails=thumbnails, seed=seed)
     if json:

@@ -4,11 +4,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from feature_store.commits.locks import exclusive, lock_name
 from feature_store.errors import CorruptStoreError
 from feature_store.layout import array_specs
-from feature_store.locks import exclusive, lock_name
 from feature_store.manifest import Growth, Manifest
-from feature_store.objects import ObjectStore
+from feature_store.objects.local import ObjectStore
 from feature_store.skeleton import ROOT, manifest_attributes, read_manifest
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from awscrt import checksums as awscrt_checksums
 from numcodecs import zstd  # pyright: ignore[reportAttributeAccessIssue] - a compiled module
 
-from feature_store.codecs import ValueCodec, part_path, value_codecs
-from feature_store.encoding import ZSTD_LEVEL
+from feature_store.codecs.encoding import ZSTD_LEVEL
+from feature_store.codecs.registry import ValueCodec, part_path, value_codecs
 from feature_store.errors import CorruptStoreError
 from feature_store.manifest import Manifest
 

@@ -12,11 +12,11 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from feature_store import blocks
-from feature_store.encoding import ZSTD_LEVEL
+from feature_store.codecs.encoding import ZSTD_LEVEL
 from feature_store.errors import CorruptStoreError, InputError
 from feature_store.layout import ArraySpec, array_specs
 from feature_store.manifest import Manifest
-from feature_store.objects import ObjectStore
+from feature_store.objects.local import ObjectStore
 
 ROOT = "zarr.json"
 

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from feature_store import commit_index, leftovers
 from feature_store.blocks import read_blocks
-from feature_store.codecs import require_calibrated
-from feature_store.commits import FOLDER, CommitRecord, already_committed, decode_record, record_place
-from feature_store.committed import CommittedRows, load_commits, load_store
+from feature_store.codecs.registry import require_calibrated
+from feature_store.commits import index as commit_index
+from feature_store.commits import leftovers
+from feature_store.commits.committed import CommittedRows, load_commits, load_store
+from feature_store.commits.locks import exclusive, lock_name
+from feature_store.commits.record import FOLDER, CommitRecord, already_committed, decode_record, record_place
 from feature_store.errors import InputError
 from feature_store.growth import grow
 from feature_store.keys import KeyIndex
 from feature_store.layout import array_specs
-from feature_store.locks import exclusive, lock_name
 from feature_store.manifest import Manifest
-from feature_store.objects import LocalObjects, ObjectStore, open_objects
-from feature_store.reader import ObjectReader, ZarrSource
+from feature_store.objects.local import LocalObjects, ObjectStore, open_objects
+from feature_store.reading.reader import ObjectReader, ZarrSource
 from feature_store.sample import RowId, decode_keys
 from feature_store.skeleton import ROOT, skeleton
 from feature_store.views import ViewParams
@@ -271,7 +272,7 @@ class Store:
             yield
 
     def remove_leftovers(self) -> list[str]:
-        """Delete what interrupted writers left; units being written now are left alone. See feature_store.leftovers."""
+        """Delete what interrupted writers left; units being written now are left alone. See leftovers."""
         return leftovers.remove(self.objects, self.manifest)
 
     def info(self) -> dict[str, Any]:

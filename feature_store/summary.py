@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from feature_store.commits import CommitRecord, ObjectProof
+from feature_store.commits.proofs import total_bytes
+from feature_store.commits.record import CommitRecord, ObjectProof
 from feature_store.layout import array_specs
-from feature_store.proofs import total_bytes
 
 if TYPE_CHECKING:
-    from feature_store.repair import Repair
+    from feature_store.checks.repair import Repair
+    from feature_store.checks.verify import Report
     from feature_store.store import Store
-    from feature_store.verify import Report
 
 
 def summarise(store: "Store") -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from feature_store.codecs import ValueCodec, value_codecs
-from feature_store.commits import CommitRecord, ObjectProof, write_commit
+from feature_store.codecs.registry import ValueCodec, value_codecs
+from feature_store.commits.record import CommitRecord, ObjectProof, write_commit
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.layout import (
     ArraySpec,
@@ -22,7 +22,7 @@ from feature_store.layout import (
     value_specs,
 )
 from feature_store.manifest import Manifest
-from feature_store.objects import LocalObjects, ObjectStore, buffers_of
+from feature_store.objects.local import LocalObjects, ObjectStore, buffers_of
 from feature_store.sample import encode_keys, key_hash
 from feature_store.versions import software_versions
 from feature_store.views import ViewParams
@@ -47,7 +47,7 @@ class UnitData:
         params: Per view, per sample; None where quarantined.
         pixel_crc: uint32 [V, n], CRC-32 of each view's uint8 pixels.
         taps: Per tap its values [V, n, N, C], or already encoded: arrays [V, n, ...] by suffix, as
-            ``feature_store.codecs.ValueCodec.encode`` gives them.
+            ``feature_store.codecs.registry.ValueCodec.encode`` gives them.
         logits: [V, n, classes], or encoded likewise; None for a teacher without a classifier.
     """
 

@@ -13,7 +13,7 @@ from torch import nn
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.source import FeatureSource
 from feature_store.store import Store, open_store
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from feature_store.teacher import LaterBlocks
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import ViewPolicy, view_policy

@@ -18,7 +18,7 @@ from feature_store.errors import ImageError, InputError, MismatchError, Uncommit
 from feature_store.sample import RowId
 from feature_store.source import FeatureSource
 from feature_store.store import Store
-from feature_store.tars import Tar, expand_tars
+from feature_store.tars.tar import Tar, expand_tars
 from feature_store.views import apply_view, decode_image
 from student_trainer.replay import ViewSupplier
 

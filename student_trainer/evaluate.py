@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from feature_store.errors import InputError
 from feature_store.sample import RowId
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from feature_store.views import view_policy
 from student_trainer.assemble import find_device
 from student_trainer.config import require

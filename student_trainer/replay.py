@@ -8,7 +8,7 @@ import numpy as np
 from feature_store.errors import InputError, MismatchError
 from feature_store.sample import RowId
 from feature_store.store import Store
-from feature_store.tars import TarSample
+from feature_store.tars.tar import TarSample
 from feature_store.views import ViewParams, ViewPolicy, check_pixels, draw_view
 
 CHECKED_ROWS = 8  # rows at the start of every unit and view whose pixels are always checked

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.filesize import decimal
 from torch import Tensor
 
-from feature_store.codecs import calibrated, needs_calibration
+from feature_store.codecs.registry import calibrated, needs_calibration
 from feature_store.errors import InputError, ResourceError
 from feature_store.manifest import Manifest
-from feature_store.objects import PARTIAL_SUFFIX
+from feature_store.objects.local import PARTIAL_SUFFIX
 from feature_store.store import Store, open_store
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
 from teacher_service.config import CacheConfig

@@ -6,7 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from feature_store.codecs import DEFAULT_LOGITS_CODEC, DEFAULT_TAP_CODEC, get_codec
+from feature_store.codecs.registry import DEFAULT_LOGITS_CODEC, DEFAULT_TAP_CODEC, get_codec
 from feature_store.options import JsonObject, require
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from feature_store.errors import ImageError, ResourceError, UserError
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from feature_store.views import ViewParams, ViewPolicy, apply_view, decode_image, draw_view, pixel_crc
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from feature_store.commits import CommitRecord, ObjectProof, encode_record
+from feature_store.commits.record import CommitRecord, ObjectProof, encode_record
 from feature_store.errors import InputError
 from feature_store.layout import CRC_BYTES, array_specs, object_bytes
 from feature_store.manifest import Growth, Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
 from feature_store.store import Store, open_store
-from feature_store.tars import Tar, expand_tars
+from feature_store.tars.tar import Tar, expand_tars
 from feature_store.teacher.model import build_model, tap_shapes, teacher_info
 from feature_store.teacher.split import split_teacher
 from feature_store.versions import software_versions

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from feature_store.codecs import value_codecs
+from feature_store.codecs.registry import value_codecs
 from feature_store.manifest import Manifest
 from feature_store.views import ViewParams
 from feature_store.writer import UnitData

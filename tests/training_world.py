@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from feature_store.errors import ImageError
 from feature_store.manifest import Manifest, TapInfo, TarInfo
 from feature_store.store import Store
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.versions import software_versions

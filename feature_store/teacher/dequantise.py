@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feature_store.codecs import ValueCodec
-from feature_store.floats import Bfloat16Codec, FloatCodec
-from feature_store.group_quantise import GROUP, GroupCodec
-from feature_store.quantise import Int8ChannelCodec, Int8Codec
-from feature_store.top_k import TopKCodec
+from feature_store.codecs.floats import Bfloat16Codec, FloatCodec
+from feature_store.codecs.group_quantise import GROUP, GroupCodec
+from feature_store.codecs.quantise import Int8ChannelCodec, Int8Codec
+from feature_store.codecs.registry import ValueCodec
+from feature_store.codecs.top_k import TopKCodec
 
 Parts = Mapping[str, Tensor]
 Statistics = Mapping[str, Tensor]
@@ -26,7 +26,7 @@ class Dequantiser:
     """Decodes one stored value on whatever device its parts are on; statistics are copied there once.
 
     Args:
-        codec: The value's codec, from ``feature_store.codecs.value_codecs(store.manifest)``.
+        codec: The value's codec, from ``feature_store.codecs.registry.value_codecs(store.manifest)``.
     """
 
     def __init__(self, codec: ValueCodec) -> None:
@@ -101,7 +101,7 @@ def _unpacked(packed: Tensor, bits: int, channels: int) -> Tensor:
 
 
 def _runs(packed: Tensor, width: int, channels: int) -> Tensor:
-    """``feature_store.group_quantise.unpack``."""
+    """``feature_store.codecs.group_quantise.unpack``."""
     shifts = range(0, 8, width)
     return torch.cat([(packed >> shift) & ((1 << width) - 1) for shift in shifts], dim=-1)[..., :channels]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from feature_store import Store, open_store
 from feature_store.blocks import blocks_sha256
-from feature_store.codecs import calibrated
+from feature_store.codecs.registry import calibrated
 from feature_store.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
 from feature_store.views import draw_view, view_policy
 from feature_store.writer import UnitData

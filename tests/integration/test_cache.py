@@ -11,9 +11,9 @@ import torch
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, write_tar, write_tars
 
 from feature_store import RowId, open_store
-from feature_store.codecs import value_codecs
+from feature_store.codecs.registry import value_codecs
 from feature_store.errors import MismatchError
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc
 from teacher_service import caching

@@ -19,7 +19,7 @@ from feature_store.errors import (
     UncommittedError,
     UserError,
 )
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from feature_store.views import decode_image, view_policy
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, ViewsConfig
 from student_trainer.scalekd import ScaleKDConfig

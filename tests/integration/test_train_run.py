@@ -11,7 +11,7 @@ from training_world import SIZE, samples, shared_world, write_tar
 
 from feature_store.errors import InputError, UserError
 from feature_store.store import open_store
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from student_trainer.assemble import assemble
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main

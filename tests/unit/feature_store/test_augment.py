@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from timm.data import auto_augment as timm_ops
 
-from feature_store.augment import CHOICES, FILL, Op, apply_op, magnitude_of
 from feature_store.errors import InputError
+from feature_store.views.augment import CHOICES, FILL, Op, apply_op, magnitude_of
 
 TIMM_NAMES = {
     Op.AUTO_CONTRAST: "AutoContrast",

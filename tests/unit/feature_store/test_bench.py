@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from tiny_store import tiny_manifest, tiny_store
 
-from feature_store.bench import bench_codecs, stand_ins
+from feature_store.analysis.bench import bench_codecs, stand_ins
 from feature_store.cli import main
-from feature_store.codecs import calibrated
+from feature_store.codecs.registry import calibrated
 from feature_store.errors import InputError
 from feature_store.manifest import TapInfo
 

@@ -11,9 +11,9 @@ from hypothesis.extra.numpy import arrays
 from tiny_store import tiny_manifest, tiny_store, unit_data
 
 from feature_store import open_store
-from feature_store.codecs import CODECS, DEFAULT_TAP_CODEC, ValueCodec, calibrated, get_codec, value_codecs
+from feature_store.codecs.group_quantise import pack, unpack
+from feature_store.codecs.registry import CODECS, DEFAULT_TAP_CODEC, ValueCodec, calibrated, get_codec, value_codecs
 from feature_store.errors import InputError
-from feature_store.group_quantise import pack, unpack
 from feature_store.manifest import Manifest, TapInfo
 
 CALIBRATED = ("int8", "int6", "int4")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from feature_store.codecs import CODECS, ValueCodec, get_codec
+from feature_store.codecs.registry import CODECS, ValueCodec, get_codec
 from feature_store.teacher.dequantise import Dequantiser
 
 

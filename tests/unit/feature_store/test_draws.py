@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_store.augment import CHOICES, Op
-from feature_store.draws import NO_BOX
 from feature_store.errors import InputError
 from feature_store.views import POLICIES, ViewParams, draw_view, view_policy
+from feature_store.views.augment import CHOICES, Op
+from feature_store.views.draws import NO_BOX
 
 POLICY = view_policy("a1", 64)
 SIDES = st.integers(1, 64)

@@ -18,10 +18,10 @@ import pytest
 from tiny_store import BLOCKS, everything, tiny_manifest, tiny_store, view_data
 
 from feature_store import RowId, Store, open_store
+from feature_store.checks.verify import verify
 from feature_store.errors import CommittedError, ResourceError, UserError
 from feature_store.manifest import TarInfo
-from feature_store.objects import LocalObjects
-from feature_store.verify import verify
+from feature_store.objects.local import LocalObjects
 
 LONG = os.environ.get("FAULT_CAMPAIGN") == "long"
 FLIPS, OBJECTS, KILLS = (1000, 10**6, 200) if LONG else (150, 30, 10)

@@ -10,7 +10,7 @@ import pytest
 
 from feature_store import RowId, open_store
 from feature_store.blocks import read_blocks
-from feature_store.verify import verify
+from feature_store.checks.verify import verify
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 STORE = GOLDEN / "store_v1"

@@ -10,10 +10,10 @@ import zarr
 from tiny_store import everything, tiny_manifest, tiny_store, view_data
 
 from feature_store import RowId, Store, open_store
+from feature_store.checks.verify import verify
+from feature_store.commits.locks import exclusive, lock_name
 from feature_store.errors import InputError, MismatchError, ResourceError
-from feature_store.locks import exclusive, lock_name
 from feature_store.manifest import TarInfo
-from feature_store.verify import verify
 
 NEW_TARS = (TarInfo("tar-3.tar", 5, "3" * 64), TarInfo("tar-4.tar", 1, "4" * 64))
 

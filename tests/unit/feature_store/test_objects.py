@@ -6,7 +6,7 @@ import pytest
 from object_store_conformance import ObjectStoreConformance
 
 from feature_store.errors import InputError
-from feature_store.objects import LocalObjects, open_objects
+from feature_store.objects.local import LocalObjects, open_objects
 
 
 class TestLocalObjects(ObjectStoreConformance):

@@ -10,13 +10,13 @@ from tiny_store import CLASSES, tiny_manifest, tiny_store, unit_data
 from torch.utils.data import DataLoader, Dataset
 
 from feature_store import RowId, open_store
-from feature_store import objects as objects_module
 from feature_store.errors import CorruptStoreError, InputError, QuarantinedError, ResourceError, UncommittedError
 from feature_store.layout import array_specs
-from feature_store.objects import LocalObjects
-from feature_store.reader import ZarrSource
-from feature_store.row_tables import RowTables, bytes_per_shard
-from feature_store.transfers import _ROWS_PER_REQUEST
+from feature_store.objects import local as objects_module
+from feature_store.objects.local import LocalObjects
+from feature_store.reading.reader import ZarrSource
+from feature_store.reading.row_tables import RowTables, bytes_per_shard
+from feature_store.reading.transfers import _ROWS_PER_REQUEST
 
 ROWS = [RowId(unit, i, view) for unit, n in enumerate((5, 3, 4)) for view in (0, 1) for i in range(n)]
 
@@ -239,7 +239,7 @@ def test_read_after_an_error_in_another_thread_still_works(store, monkeypatch):
 
 @pytest.mark.parametrize("codec", ["int8", "int8-channel+zstd", "f16+zstd", "bf16"])
 def test_encoded_parts_come_without_decoding_when_asked(tmp_path, codec):
-    from feature_store.codecs import calibrated, needs_calibration, value_codecs
+    from feature_store.codecs.registry import calibrated, needs_calibration, value_codecs
 
     manifest = tiny_manifest(codec="f16")
     taps = {name: tap.__class__(tap.tokens, tap.channels, codec) for name, tap in manifest.taps.items()}

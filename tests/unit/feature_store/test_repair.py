@@ -6,10 +6,10 @@ import pytest
 from tiny_store import everything, tiny_store, unit_data
 
 from feature_store import open_store
+from feature_store.checks.repair import repair
+from feature_store.checks.verify import verify
 from feature_store.cli import main
 from feature_store.errors import CorruptStoreError
-from feature_store.repair import repair
-from feature_store.verify import verify
 
 SHARD = "taps/stage4/c/1/0/0/0"
 RECORD = "commits/u00000-v0-1.json"

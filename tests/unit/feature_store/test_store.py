@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_store import SAMPLES, everything, tiny_manifest, tiny_store, unit_data, view_data
 
 from feature_store import FeatureSource, RowId, Store, open_store
-from feature_store.commits import write_commit
+from feature_store.commits.record import write_commit
 from feature_store.errors import (
     CommittedError,
     CorruptStoreError,

@@ -14,10 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tiny_store import BLOCKS, everything, tiny_manifest, view_data
 
 from feature_store import RowId, Store, open_store
+from feature_store.checks.verify import verify
 from feature_store.errors import CommittedError, UncommittedError
 from feature_store.manifest import TarInfo
-from feature_store.objects import PARTIAL_SUFFIX, LocalObjects
-from feature_store.verify import verify
+from feature_store.objects.local import PARTIAL_SUFFIX, LocalObjects
 
 LONG = os.environ.get("FAULT_CAMPAIGN") == "long"
 MOST_UNITS, MOST_VIEWS = 4, 4

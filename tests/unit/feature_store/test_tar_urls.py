@@ -10,7 +10,7 @@ import pytest
 from tar_files import samples, tar_bytes, write
 
 from feature_store.errors import InputError, ResourceError
-from feature_store.tars import Tar, expand_tars
+from feature_store.tars.tar import Tar, expand_tars
 
 DATA = tar_bytes(samples(5))
 

@@ -10,11 +10,11 @@ import pytest
 from tiny_store import tiny_manifest, tiny_store, unit_data
 
 from feature_store import open_store
+from feature_store.checks.verify import verify
 from feature_store.cli import main
-from feature_store.commits import ObjectProof, decode_record, encode_record
+from feature_store.commits.locks import exclusive, lock_name
+from feature_store.commits.record import ObjectProof, decode_record, encode_record
 from feature_store.layout import crc32c, object_checksum
-from feature_store.locks import exclusive, lock_name
-from feature_store.verify import verify
 
 SHARD = "taps/stage4/c/1/0/0/0"
 RECORD = "commits/u00000-v0-1.json"

@@ -15,8 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from feature_store.augment import Op
-from feature_store.draws import NO_BOX
 from feature_store.errors import InputError, MismatchError
 from feature_store.views import (
     POLICIES,
@@ -27,6 +25,8 @@ from feature_store.views import (
     pixel_crc,
     view_policy,
 )
+from feature_store.views.augment import Op
+from feature_store.views.draws import NO_BOX
 
 SIDES = st.integers(1, 64)
 NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (48, 48, 3), dtype=np.uint8))

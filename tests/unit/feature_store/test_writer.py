@@ -8,7 +8,7 @@ import pytest
 from tiny_store import tiny_manifest, tiny_store, unit_data
 
 from feature_store import open_store, writer
-from feature_store.objects import LocalObjects
+from feature_store.objects.local import LocalObjects
 
 
 def contents(store):
@@ -74,7 +74,7 @@ def test_write_commits_nothing_and_can_be_repeated_when_any_object_fails(tmp_pat
 
 
 def test_write_takes_rows_that_are_encoded_already(tmp_path):
-    from feature_store.codecs import calibrated, value_codecs
+    from feature_store.codecs.registry import calibrated, value_codecs
 
     manifest = tiny_manifest()
     manifest = dataclasses.replace(

@@ -8,10 +8,10 @@ import pytest
 from tiny_store import BLOCKS, everything, tiny_manifest, tiny_store, view_data
 
 from feature_store import Store, open_store
+from feature_store.checks.verify import verify
+from feature_store.commits.locks import exclusive, lock_name
 from feature_store.errors import CommittedError, ResourceError
-from feature_store.locks import exclusive, lock_name
 from feature_store.manifest import TarInfo
-from feature_store.verify import verify
 
 FORK = multiprocessing.get_context("fork")
 WRITERS = 3

@@ -8,7 +8,7 @@ from training_world import SIZE, samples, shared_world, write_tar
 from feature_store.errors import InputError, MismatchError, UncommittedError
 from feature_store.sample import RowId
 from feature_store.store import Store, open_store
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from feature_store.views import view_policy
 from student_trainer.data import (
     BatchLoader,

@@ -4,7 +4,7 @@ from torch import nn
 from training_world import samples, write_tar
 
 from feature_store.errors import InputError
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from student_trainer.evaluate import EvaluateConfig, Evaluator, count_flops, forward_speed
 from student_trainer.trained import Normaliser, Preprocessing
 

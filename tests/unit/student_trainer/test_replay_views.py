@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from training_world import SIZE, shared_world
 
-import feature_store.views
+import feature_store.views.draws
 from feature_store.errors import InputError, MismatchError
 from feature_store.sample import RowId
 from feature_store.store import open_store
-from feature_store.tars import Tar, TarSample
+from feature_store.tars.tar import Tar, TarSample
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, view_policy
 from student_trainer.replay import CHECKED_ROWS, DrawnViews, StoredViews
 
@@ -42,7 +42,7 @@ def test_stored_views_are_those_of_the_store_when_replayed(store, tar):
 
 def test_stored_views_never_draw_when_replayed(store, tar, monkeypatch):
     monkeypatch.setattr("student_trainer.replay.draw_view", None)
-    monkeypatch.setattr(feature_store.views, "draw_view", None)
+    monkeypatch.setattr(feature_store.views.draws, "draw_view", None)
     replay(StoredViews(store), tar, RowId(0, 0, 0))
 
 

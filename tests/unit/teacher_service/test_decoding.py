@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_jobs import noise_samples, write_tar
 
 from feature_store.errors import ResourceError, UserError
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc, view_policy
 from teacher_service import decoding
 from teacher_service.decoding import Batch, Span, Task, ViewDataset, batch_spans, read_batches

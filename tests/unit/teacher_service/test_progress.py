@@ -7,7 +7,7 @@ from rich.console import Console
 from tiny_jobs import TinyTeacher, write_tars
 
 from feature_store.manifest import Manifest
-from feature_store.tars import Tar
+from feature_store.tars.tar import Tar
 from teacher_service.config import PlanConfig
 from teacher_service.decoding import Task
 from teacher_service.planning import job_manifest, outline_teacher

@@ -1,0 +1,1 @@
+"""What a store's features look like and what codecs do to them."""

@@ -1,0 +1,131 @@
+"""What a teacher's features look like in numbers: by spatial frequency, by channel, and as colours.
+
+Shape legend: n rows, H W grid, N = H*W tokens, C channels.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from feature_store.errors import InputError, MismatchError
+from feature_store.sample import RowId
+from feature_store.tars.tar import Tar
+from feature_store.views import apply_view, check_pixels, decode_image
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from feature_store.store import Store
+
+INSTALL = "pip install 'scalekd-cache[plot]'"
+
+
+def frequency_energy(features_nNC: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Magnitude of each spatial frequency, averaged over channels and rows: [H, W] (Fig. 2 and 5 of the paper).
+
+    Orthonormal DCT-II of each channel's map; [0, 0] is the direct component, a channel's mean over tokens times
+    sqrt(N).
+
+    Raises:
+        InputError: scipy is missing.
+    """
+    try:
+        from scipy.fft import dctn
+    except ImportError as error:
+        raise InputError(f"the frequency plot needs scipy, which is not installed; {INSTALL}") from error
+    total = np.zeros(grid)
+    for row_NC in features_nNC:
+        spectrum_HWC = np.asarray(dctn(row_NC.astype(np.float64).reshape(*grid, -1), axes=(0, 1), norm="ortho"))
+        total += np.abs(spectrum_HWC).mean(axis=-1)
+    return total / len(features_nNC)
+
+
+@dataclass(frozen=True)
+class ChannelProfile:
+    """Location and spread of every channel over all rows and tokens, each [C].
+
+    Attributes:
+        mean: Mean.
+        std: Standard deviation.
+        largest: Largest magnitude.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    largest: np.ndarray
+
+    @property
+    def rms(self) -> np.ndarray:
+        """Root mean square."""
+        return np.sqrt(self.mean**2 + self.std**2)
+
+    @property
+    def outliers(self) -> np.ndarray:
+        """Channels whose largest magnitude is more than six times the median channel's, the largest first."""
+        heavy = np.flatnonzero(self.largest > 6 * np.median(self.largest))
+        return heavy[np.argsort(-self.largest[heavy], kind="stable")]
+
+
+def channel_profile(features_nNC: np.ndarray) -> ChannelProfile:
+    """Statistics per channel."""
+    tokens = features_nNC.reshape(-1, features_nNC.shape[-1]).astype(np.float64)
+    return ChannelProfile(tokens.mean(axis=0), tokens.std(axis=0), np.abs(tokens).max(axis=0))
+
+
+def principal_colours(features_nNC: np.ndarray, grid: tuple[int, int], fit_nNC: np.ndarray) -> np.ndarray:
+    """The three main directions of the features as red, green and blue: [n, H, W, 3], 0..1.
+
+    Channels are standardised first, so that no heavy one is all there is to see. Directions and ranges are those of
+    fit_nNC (1st to 99th percentile), so that a colour means the same in every map.
+    """
+    profile = channel_profile(fit_nNC)
+    spread = np.where(profile.std > 0, profile.std, 1)
+    fitted = ((fit_nNC - profile.mean) / spread).reshape(-1, fit_nNC.shape[-1])
+    _, vectors = np.linalg.eigh(fitted.T @ fitted)
+    directions = vectors[:, ::-1][:, :3]
+    directions = directions * np.where(directions.sum(axis=0) < 0, -1, 1)  # a direction's sign is arbitrary
+    low, high = np.percentile(fitted @ directions, (1, 99), axis=0)
+    colours = ((features_nNC - profile.mean) / spread @ directions - low) / np.where(high > low, high - low, 1)
+    padded = np.zeros((*colours.shape[:-1], 3))  # fewer than three channels leave colours out
+    padded[..., : colours.shape[-1]] = np.clip(colours, 0, 1)
+    return padded.reshape(len(features_nNC), *grid, 3)
+
+
+def replay_views(store: "Store", tars: "Sequence[Tar]", rows: "Sequence[RowId]") -> np.ndarray:
+    """Pixels of the rows' views, uint8 [n, H, W, 3], each compared with the CRC of what the teacher saw.
+
+    Args:
+        store: The store.
+        tars: Its tars, in any order; those of the rows are enough.
+        rows: Readable rows.
+
+    Raises:
+        InputError: A tar is missing.
+        MismatchError: A tar or a view's pixels are not those of the store.
+    """
+    by_name = {tar.name: tar for tar in tars}
+    return np.stack([_replay(store, by_name, row) for row in rows])
+
+
+def _replay(store: "Store", tars: dict[str, Tar], row: RowId) -> np.ndarray:
+    wanted = store.manifest.tars[row.unit]
+    tar = tars.get(wanted.name)
+    if tar is None:
+        raise InputError(f"tar {wanted.name} is not among those given ({', '.join(tars) or 'none'}); add it to --tars")
+    if tar.header_sha256 != wanted.header_sha256:
+        raise MismatchError(
+            f"header_sha256 of {tar.url}",
+            expected=wanted.header_sha256,
+            got=tar.header_sha256,
+            remedy="give the tars the store was written from",
+        )
+    params = store.view_params(row.unit, row.view)[row.position]
+    if params is None:
+        raise InputError(f"{row} is quarantined: it has no view; choose another row")
+    sample = tar.read(row.position)
+    pixels = apply_view(decode_image(sample.image), params, store.manifest.policy.size)
+    software = store.committed.record(row.unit, row.view).software
+    crc = int(store.pixel_crcs(row.unit, row.view)[row.position])
+    check_pixels(pixels, crc, sample.key, row.view, software.get("pillow", "of unknown version"))
+    return pixels

@@ -1,0 +1,1 @@
+"""Proving a store and mending it."""

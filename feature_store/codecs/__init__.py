@@ -1,0 +1,1 @@
+"""How taps and logits are encoded: one codec per module, and their names."""

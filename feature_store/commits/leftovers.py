@@ -1,0 +1,121 @@
+"""Which objects of a store count, and which an interrupted writer left behind."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from feature_store import blocks
+from feature_store.commits import index as commit_index
+from feature_store.commits import locks
+from feature_store.commits.locks import exclusive, lock_name
+from feature_store.commits.record import FOLDER, CommitRecord, decode_record, record_place
+from feature_store.errors import CorruptStoreError, ResourceError
+from feature_store.layout import array_specs
+from feature_store.manifest import Manifest
+from feature_store.objects.local import PARTIAL_SUFFIX, ObjectStore
+
+_METADATA = "zarr.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an object's path says it is.
+
+    Attributes:
+        kind: ``object`` (a unit's), ``partial`` (begun, never finished), ``record``, ``fixed`` (belongs to every store)
+            or ``foreign`` (not of this format).
+        unit: Its unit, for the first three, if it has one.
+    """
+
+    kind: str
+    unit: int | None = None
+
+
+class Places:
+    """Reads paths of one store."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._specs = array_specs(manifest)
+
+    def of(self, path: str) -> Place:
+        """What a path is."""
+        if path.endswith(PARTIAL_SUFFIX):
+            whole = path.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
+            return Place("partial", self.of(whole).unit)
+        if (place := record_place(path)) is not None:
+            return Place("record", place[0])
+        if path == commit_index.PATH or path.rpartition("/")[2] == _METADATA:
+            return Place("fixed")
+        if path.startswith((blocks.FOLDER, locks.FOLDER)):
+            return Place("fixed")
+        unit = self._unit(path)
+        return Place("foreign") if unit is None else Place("object", unit)
+
+    def _unit(self, path: str) -> int | None:
+        array, _, chunk = path.partition("/c/")
+        spec, numbers = self._specs.get(array), chunk.split("/")
+        if spec is None or not all(number.isdecimal() for number in numbers):
+            return None
+        leading = [int(number) for number in numbers]
+        view, unit = leading[:2] if spec.per_view and len(leading) > 1 else (None, leading[0])
+        return unit if spec.object_path(unit, view) == path else None
+
+
+def whole_objects(objects: ObjectStore) -> list[str]:
+    """Paths of all objects but unfinished ones and locks."""
+    return [path for path in objects.list() if not path.endswith(PARTIAL_SUFFIX) and not path.startswith(locks.FOLDER)]
+
+
+def find_leftovers(
+    manifest: Manifest, paths: Iterable[str], records: Iterable[CommitRecord], doubtful: Iterable[int | None] = ()
+) -> dict[int | None, list[str]]:
+    """Objects no record vouches for, by unit; None for unfinished metadata.
+
+    Args:
+        manifest: The store's.
+        paths: Its objects.
+        records: What counts.
+        doubtful: Units with damaged records: what is theirs may yet count.
+    """
+    places, doubted = Places(manifest), set(doubtful)
+    by_unit: dict[int, list[CommitRecord]] = defaultdict(list)
+    for record in records:
+        by_unit[record.unit].append(record)
+    found: dict[int | None, list[str]] = defaultdict(list)
+    for path in paths:
+        place = places.of(path)
+        if place.kind not in ("object", "partial") or (place.unit in doubted and place.unit is not None):
+            continue
+        vouched = place.unit is not None and any(path in record.objects for record in by_unit.get(place.unit, ()))
+        if not vouched:
+            found[place.unit].append(path)
+    return dict(found)
+
+
+def remove(objects: ObjectStore, manifest: Manifest) -> list[str]:
+    """Delete what interrupted writers left; returns the paths.
+
+    A unit that a local process is writing now, or one with a damaged record, is left alone. In a bucket nothing
+    tells a writer at work from a dead one: call this only while no writer runs.
+    """
+    removed = []
+    for unit, paths in find_leftovers(manifest, objects.list(), ()).items():
+        with suppress(ResourceError, CorruptStoreError), exclusive(objects, lock_name(unit), "busy"):
+            records = [] if unit is None else read_records(objects, unit)
+            for path in paths:
+                if not any(path in record.objects for record in records):
+                    with suppress(FileNotFoundError):
+                        objects.delete(path)
+                        removed.append(path)
+    return sorted(removed)
+
+
+def read_records(objects: ObjectStore, unit: int) -> list[CommitRecord]:
+    """A unit's records as they are now.
+
+    Raises:
+        CorruptStoreError: One is damaged.
+    """
+    paths = [path for path in objects.list(f"{FOLDER}u{unit:05d}-") if record_place(path) is not None]
+    return [decode_record(path, objects.get(path).tobytes()) for path in paths]

@@ -1,0 +1,75 @@
+"""Keeps two local processes off one thing; the kernel gives the lock back when its holder dies."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from feature_store.errors import ResourceError
+from feature_store.objects.local import LocalObjects, ObjectStore
+
+FOLDER = ".locks/"
+
+
+@contextmanager
+def exclusive(objects: ObjectStore, name: str, refusal: str) -> Iterator[None]:
+    """Hold a name; there are no locks in buckets, where commit records alone decide.
+
+    Args:
+        objects: The store's.
+        name: What to hold.
+        refusal: Message if another process holds it.
+
+    Raises:
+        ResourceError: Another process holds it.
+    """
+    if not isinstance(objects, LocalObjects):
+        yield
+        return
+    with _locked(objects.root / FOLDER / name, refusal):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, refusal: str) -> Iterator[None]:
+    path.parent.mkdir(exist_ok=True)
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ResourceError(refusal) from error
+            if not _is_still(file.fileno(), path):
+                continue  # its holder removed the file between our open and our lock
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def is_held(objects: ObjectStore, unit: int | None) -> bool:
+    """Whether a process is writing a unit (None: metadata) of a local store now; writes nothing to find out."""
+    if not isinstance(objects, LocalObjects):
+        return False
+    try:
+        with (objects.root / FOLDER / lock_name(unit)).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def lock_name(unit: int | None) -> str:
+    """What a writer of a unit holds; for None, one that makes the store grow."""
+    return "grow" if unit is None else f"u{unit:05d}"

@@ -1,0 +1,160 @@
+"""Commit records: the proof that a unit is whole, and the only thing that makes its rows readable."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from feature_store.errors import CommittedError, CorruptStoreError, MismatchError
+from feature_store.layout import crc32c
+from feature_store.manifest import Manifest
+from feature_store.objects.local import ObjectStore
+
+FOLDER = "commits/"
+_REMEDY = "`feature-store repair --yes --drop-damaged` removes it, then `teacher-service cache` writes that unit again"
+_NAME = re.compile(r"u(\d{5,})-v(\d+)-(\d+)\.json")
+
+
+@dataclass(frozen=True)
+class ObjectProof:
+    """Length of one written object, and the crc32c it ends with (see ``feature_store.layout.object_checksum``)."""
+
+    bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """What one commit vouches for.
+
+    Attributes:
+        store: Identity of the manifest it was written under.
+        unit: The unit.
+        first_view: First view written.
+        last_view: Last view written, inclusive.
+        tar: Name of the unit's tar.
+        tar_sha256: The tar's ``header_sha256``.
+        samples: Samples in the tar, quarantined ones included.
+        quarantined: Reason per position of a sample that could not be used.
+        objects: Proof per object path.
+        software: Versions of what wrote it.
+    """
+
+    store: str
+    unit: int
+    first_view: int
+    last_view: int
+    tar: str
+    tar_sha256: str
+    samples: int
+    quarantined: dict[int, str]
+    objects: Mapping[str, ObjectProof]
+    software: dict[str, str]
+
+    @property
+    def path(self) -> str:
+        """Where the record lives: ``commits/u<unit>-v<first>-<last>.json``."""
+        return record_path(self.unit, self.first_view, self.last_view)
+
+    @property
+    def views(self) -> range:
+        """Views it vouches for."""
+        return range(self.first_view, self.last_view + 1)
+
+    def proof(self, path: str) -> ObjectProof:
+        """Length and checksum of one of its objects.
+
+        Raises:
+            CorruptStoreError: It does not list the object.
+        """
+        try:
+            return self.objects[path]
+        except KeyError:
+            raise CorruptStoreError(f"commit record {self.path} does not list object {path}; {_REMEDY}") from None
+
+    def require_of(self, manifest: Manifest) -> None:
+        """Refuse a record that is not about this store and its tar.
+
+        Raises:
+            MismatchError: Another store's, or another tar's.
+            CorruptStoreError: It is about a unit or view the store does not have.
+        """
+        if self.store != manifest.identity():
+            raise self._foreign("store", manifest.identity(), self.store, "another store")
+        if self.unit >= len(manifest.tars) or self.last_view >= manifest.num_views:
+            raise CorruptStoreError(
+                f"commit record {self.path} is about units or views that the manifest does not have "
+                f"({len(manifest.tars)} units, {manifest.num_views} views); restore zarr.json, or grow the store again"
+            )
+        tar = manifest.tars[self.unit]
+        if (self.tar_sha256, self.samples) != (tar.header_sha256, tar.samples):
+            raise self._foreign("tar", (tar.header_sha256, tar.samples), (self.tar_sha256, self.samples), "another tar")
+
+    def _foreign(self, field: str, expected: Any, got: Any, origin: str) -> MismatchError:
+        remedy = f"this record comes from {origin}; {_REMEDY}"
+        return MismatchError(f"{field} of {self.path}", expected=expected, got=got, where="the manifest", remedy=remedy)
+
+
+def record_path(unit: int, first_view: int, last_view: int) -> str:
+    """Path of a commit record."""
+    return f"{FOLDER}u{unit:05d}-v{first_view}-{last_view}.json"
+
+
+def record_place(path: str) -> tuple[int, int, int] | None:
+    """Unit, first and last view a record's path names; None if it is no record's path."""
+    match = _NAME.fullmatch(path.removeprefix(FOLDER))
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+def encode_record(record: CommitRecord) -> bytes:
+    """A record's bytes: canonical JSON that carries its own checksum."""
+    body = {field.name: getattr(record, field.name) for field in fields(record)}
+    body["quarantined"] = {str(position): reason for position, reason in record.quarantined.items()}
+    body["objects"] = {path: {"bytes": p.bytes, "crc32c": p.crc32c} for path, p in record.objects.items()}
+    return _canonical({**body, "record_crc32c": crc32c(_canonical(body))})
+
+
+def decode_record(path: str, raw: bytes) -> CommitRecord:
+    """Inverse of encode_record.
+
+    Raises:
+        CorruptStoreError: Damaged, or not the record of its path.
+    """
+    try:
+        body = json.loads(raw)
+        if body.pop("record_crc32c") != crc32c(_canonical(body)):
+            raise CorruptStoreError(f"commit record {path} is damaged: its checksum does not match; {_REMEDY}")
+        body["quarantined"] = {int(position): reason for position, reason in body["quarantined"].items()}
+        body["objects"] = {name: ObjectProof(**proof) for name, proof in body["objects"].items()}
+        record = CommitRecord(**body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptStoreError(f"commit record {path} is damaged: {error}; {_REMEDY}") from error
+    if record.path != path:
+        raise CorruptStoreError(f"commit record {path} is misnamed: it is {record.path}; {_REMEDY}")
+    return record
+
+
+def write_commit(objects: ObjectStore, record: CommitRecord) -> None:
+    """Publish a record, durably; the unit counts from here on.
+
+    Raises:
+        CommittedError: Another writer published one first; it stays.
+    """
+    try:
+        objects.put(record.path, encode_record(record), new=True)
+    except FileExistsError:
+        raise already_committed(record.unit, record.tar, record.path) from None
+    objects.sync([record.path])
+
+
+def already_committed(unit: int, tar: str, path: str) -> CommittedError:
+    """What a writer is told that comes too late."""
+    return CommittedError(
+        f"unit {unit} ({tar}) is committed already by {path}, another writer's; nothing was overwritten; go on with "
+        "the next unit"
+    )
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,419 @@
+"""Where a store's objects live: one protocol, and its implementation for local files."""
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from feature_store.errors import InputError
+
+PARTIAL_SUFFIX = ".partial"
+# Buffers of one preadv or pwritev; Linux takes no more.
+IOV_MAX = os.sysconf("SC_IOV_MAX")
+OPEN_FILES = 8192
+# Local reads skip at most this much between two rows; a row's crc32c is 4 bytes.
+_LOCAL_GAP = 4096
+_SYNCS = 16
+_WRITE_BEHIND = 32 << 20
+_skipped = memoryview(bytearray(_LOCAL_GAP))
+
+Buffer: TypeAlias = bytes | memoryview | np.ndarray
+
+
+class ObjectStore(Protocol):
+    """Objects by path below one root. Paths are relative, with ``/`` between components.
+
+    A missing object is a FileNotFoundError, whatever stands behind; a network or service that gave up is a
+    ResourceError. Instances are used from many threads, survive pickling, and open what they need lazily in the
+    process that uses them.
+
+    Attributes:
+        url: Where the root is.
+        lists: Whether list and sizes work; web servers cannot.
+        in_flight: Reads worth having in flight at once.
+        gap_bytes: Two ranges of an object this far apart are cheaper read in one request than in two.
+        request_bytes: Most bytes worth asking for in one request. A reader's transport holds at most
+            ``in_flight * request_bytes``.
+        bytes_per_thread: Bytes worth another request in flight.
+    """
+
+    url: str
+    lists: bool
+    in_flight: int
+    gap_bytes: int
+    request_bytes: int
+    bytes_per_thread: int
+
+    def get(self, path: str) -> np.ndarray:
+        """A whole object, uint8."""
+        ...
+
+    def get_range(self, path: str, offset: int, length: int) -> np.ndarray:
+        """Bytes of an object from an offset, uint8; fewer than length, or none, where the object ends before."""
+        ...
+
+    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int], *, wait: bool = True) -> bool:
+        """Read consecutive bytes, each part into its own memory; a number is so many bytes to skip.
+
+        Args:
+            path: The object.
+            offset: Where to begin.
+            parts: Memory to fill, in order.
+            wait: False only takes what is in memory already.
+
+        Returns:
+            Whether it was read; always true when it may wait.
+
+        Raises:
+            EOFError: The object ends before the last part is full.
+        """
+        ...
+
+    def size(self, path: str) -> int:
+        """Bytes of an object."""
+        ...
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Paths of all objects that start with a prefix, sorted; a folder prefix ends with ``/``."""
+        ...
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of every object that list gives, by path."""
+        ...
+
+    def put(self, path: str, payload: Buffer | Sequence[Buffer], *, new: bool = False) -> None:
+        """Write an object, whole under its name or not at all; several buffers are written one after the other.
+
+        Args:
+            path: Its path.
+            payload: Its bytes.
+            new: Only if there is none yet, decided atomically.
+
+        Raises:
+            FileExistsError: new, and there is one.
+        """
+        ...
+
+    def sync(self, paths: Sequence[str]) -> None:
+        """Make the names of written objects durable; once for many objects, after their put."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Remove an object."""
+        ...
+
+    def forget(self, path: str) -> bool:
+        """Drop any copy of an object kept nearer than its origin; whether there was one."""
+        ...
+
+
+class LocalObjects:
+    """Objects as files in a directory.
+
+    ``put`` writes a temporary file, syncs it and renames it (or links it, for ``new``, which is atomic too).
+    Files are read with ``preadv``, through descriptors kept open up to half the process's limit, so that an
+    instance survives a fork; a pickled one opens its own.
+
+    Args:
+        root: The directory; need not exist yet.
+        open_files: Most files kept open between reads.
+    """
+
+    lists = True
+    in_flight = 16
+    gap_bytes = _LOCAL_GAP
+    request_bytes = 512 << 10  # the checksum that follows finds the bytes still in the processor's cache
+    bytes_per_thread = 256 << 10
+
+    def __init__(self, root: str | Path, open_files: int = OPEN_FILES) -> None:
+        self.root = Path(root)
+        self.url = str(self.root)
+        self._open_files = open_files
+        self._files = _OpenFiles(self.url, min(open_files, _descriptor_limit()))
+
+    def __reduce__(self):
+        return LocalObjects, (self.root, self._open_files)
+
+    def get(self, path: str) -> np.ndarray:
+        """See ObjectStore.get."""
+        with _MissingFolderIsMissingFile():
+            return np.fromfile(self.root / path, np.uint8)
+
+    def get_range(self, path: str, offset: int, length: int) -> np.ndarray:
+        """See ObjectStore.get_range."""
+        raw, done = np.empty(length, np.uint8), 0
+        file = self._files.open(path)
+        while got := os.preadv(file.descriptor, [memoryview(raw)[done:]], offset + done):
+            done += got
+        return raw[:done]
+
+    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int], *, wait: bool = True) -> bool:
+        """See ObjectStore.read_into; without waiting, from the page cache."""
+        file = self._files.open(path)
+        if not wait:
+            return _read_cached(file.descriptor, parts, offset)
+        buffers = _buffers(parts)
+        for start in range(0, len(buffers), IOV_MAX):
+            offset += _each_byte(os.preadv, file.descriptor, buffers[start : start + IOV_MAX], offset)
+        return True
+
+    def size(self, path: str) -> int:
+        """See ObjectStore.size."""
+        with _MissingFolderIsMissingFile():
+            return (self.root / path).stat().st_size
+
+    def list(self, prefix: str = "") -> list[str]:
+        """See ObjectStore.list."""
+        folder = prefix.rpartition("/")[0]
+        found: list[str] = []
+        for parent, _, names in os.walk(self.root / folder):
+            below = Path(parent).relative_to(self.root).as_posix()
+            start = "" if below == "." else f"{below}/"
+            found += [start + name for name in names]
+        return sorted(path for path in found if path.startswith(prefix))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """See ObjectStore.sizes."""
+        found: dict[str, int] = {}
+        folders = [prefix.rpartition("/")[0]]
+        while folders:
+            folder = folders.pop()
+            with suppress(FileNotFoundError), os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    path = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(path)
+                    elif path.startswith(prefix):
+                        with suppress(FileNotFoundError):  # renamed or removed since
+                            found[path] = entry.stat().st_size
+        return found
+
+    def put(self, path: str, payload: Buffer | Sequence[Buffer], *, new: bool = False) -> None:
+        """See ObjectStore.put."""
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL_SUFFIX}")
+        try:
+            _write_durably(partial, buffers_of(payload))
+            if new:
+                os.link(partial, target)
+                partial.unlink()
+            else:
+                partial.rename(target)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+    def sync(self, paths: Sequence[str]) -> None:
+        """See ObjectStore.sync."""
+        sync_directories(self.root, paths)
+
+    def delete(self, path: str) -> None:
+        """See ObjectStore.delete."""
+        with _MissingFolderIsMissingFile():
+            (self.root / path).unlink()
+        self._files.close(path)
+
+    def forget(self, path: str) -> bool:
+        """See ObjectStore.forget: there is no nearer copy, but a file replaced since is opened anew."""
+        self._files.close(path)
+        return False
+
+
+def open_objects(url: str | Path, *, cache_dir: str | Path | None = None, cache_bytes: int = 0) -> ObjectStore:
+    """Objects below a local path or URL.
+
+    Args:
+        url: A path, ``file://``, ``s3://``, ``gs://`` or ``http(s)://`` (read only).
+        cache_dir: Local directory that keeps copies of what is read, for anything but local files.
+        cache_bytes: Most bytes the copies take together.
+
+    Raises:
+        InputError: Unknown scheme, the library for it is missing, or a cache that makes no sense.
+    """
+    scheme, separator, rest = str(url).partition("://")
+    local = not separator or scheme == "file"
+    if cache_dir is None:
+        if cache_bytes:
+            raise InputError(f"cache_bytes {cache_bytes} without cache_dir: say where the copies go")
+    elif local:
+        raise InputError(f"{url} is local already: leave cache_dir out")
+    if local:
+        return LocalObjects(Path(rest if separator else url))
+    from feature_store.objects.remote import RemoteObjects
+
+    remote = RemoteObjects(str(url))
+    if cache_dir is None:
+        return remote
+    from feature_store.objects.cached import CachedObjects
+
+    return CachedObjects(remote, Path(cache_dir), cache_bytes)
+
+
+def buffers_of(payload: Buffer | Sequence[Buffer]) -> list[memoryview]:
+    """A payload as flat byte views."""
+    parts = [payload] if isinstance(payload, bytes | memoryview | np.ndarray) else payload
+    return [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
+
+
+def scatter(payload: np.ndarray, offset: int, parts: Sequence[memoryview | int]) -> None:
+    """Copy bytes read from an offset into the parts of a read_into.
+
+    Raises:
+        EOFError: There are fewer bytes than the parts take.
+    """
+    raw, done = memoryview(payload), 0
+    for part in parts:
+        end = done + (part if isinstance(part, int) else len(part))
+        if end > len(raw):
+            raise EOFError(f"it ends at byte {offset + len(raw)}")
+        if not isinstance(part, int):
+            part[:] = raw[done:end]
+        done = end
+
+
+def sync_directories(root: Path, paths: Iterable[str]) -> None:
+    """Make the names of written objects durable, up to the store's root."""
+    folders = {parent for path in paths for parent in (root / path).parents if parent.is_relative_to(root)}
+    # At once, because syncs that wait together are committed together by the file system.
+    with ThreadPoolExecutor(max(1, min(_SYNCS, len(folders))), thread_name_prefix="feature-store-sync") as pool:
+        list(pool.map(_sync_directory, folders))
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _File:
+    """An open file; closed when the last reader lets go of it, so that another thread may still be reading."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class _OpenFiles:
+    """The most recently used files of a folder, kept open."""
+
+    def __init__(self, folder: str, limit: int) -> None:
+        self._folder, self._limit = folder, limit
+        self._files: OrderedDict[str, _File] = OrderedDict()
+
+    def open(self, path: str) -> _File:
+        """A file, opened now or before. Safe in threads: each step on the dictionary is atomic."""
+        file = self._files.get(path)
+        if file is None:
+            with _MissingFolderIsMissingFile():
+                file = self._files[path] = _File(f"{self._folder}/{path}")
+            while len(self._files) > self._limit:
+                with suppress(KeyError):  # another thread was faster
+                    self._files.popitem(last=False)
+        return file
+
+    def close(self, path: str) -> None:
+        """Let go of a file."""
+        self._files.pop(path, None)
+
+
+def _descriptor_limit() -> int:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_FILES if soft == resource.RLIM_INFINITY else soft // 2
+
+
+class _MissingFolderIsMissingFile:
+    """A path through something that is not a folder names a missing object too."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, NotADirectoryError):
+            raise FileNotFoundError(*error.args) from error
+
+
+def _write_durably(path: Path, buffers: list[memoryview]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        offset = 0
+        for some in _pieces(buffers):
+            length = _each_byte(os.pwritev, descriptor, some, offset)
+            if length >= _WRITE_BEHIND and hasattr(os, "posix_fadvise"):
+                # Linux starts to write these pages out, so that the disk does not wait for the sync.
+                os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+            offset += length
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _pieces(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
+    """The buffers in lists of at least _WRITE_BEHIND bytes, where a system call takes so many."""
+    some, length = [], 0
+    for buffer in buffers:
+        some.append(buffer)
+        length += len(buffer)
+        if length >= _WRITE_BEHIND or len(some) == IOV_MAX:
+            yield some
+            some, length = [], 0
+    if some:
+        yield some
+
+
+def _buffers(parts: Sequence[memoryview | int]) -> list[memoryview]:
+    return [_skipped[:part] if isinstance(part, int) else part for part in parts]
+
+
+def _read_cached(descriptor: int, parts: Sequence[memoryview | int], offset: int) -> bool:
+    buffers = _buffers(parts)
+    wanted = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+    try:
+        return os.preadv(descriptor, buffers, offset, os.RWF_NOWAIT) == wanted
+    except (BlockingIOError, AttributeError):  # not there; or no Linux
+        return False
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot tell; or too many buffers
+            return False
+        raise
+
+
+def _each_byte(
+    call: Callable[[int, Sequence[memoryview], int], int],
+    descriptor: int,
+    buffers: Sequence[memoryview],
+    offset: int,
+) -> int:
+    """Repeat a preadv or pwritev until every byte is through: the kernel may stop earlier, at 2 GiB always."""
+    wanted = sum(map(len, buffers))
+    done = call(descriptor, buffers, offset)
+    while done < wanted:
+        got = call(descriptor, _after(buffers, done), offset + done)
+        if got == 0:
+            raise EOFError(f"it ends at byte {offset + done}")
+        done += got
+    return wanted
+
+
+def _after(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    rest = []
+    for buffer in buffers:
+        if done < len(buffer):
+            rest.append(buffer[done:])
+        done = max(0, done - len(buffer))
+    return rest

@@ -1,0 +1,1 @@
+"""From row addresses to verified rows in memory."""

@@ -1,0 +1,171 @@
+"""Reads many rows at once: neighbours in one request, several requests in flight, every row against its checksum."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TypeAlias
+
+import numpy as np
+
+from feature_store.errors import CorruptStoreError
+from feature_store.layout import ArraySpec, crc32c, damaged, decode_row
+from feature_store.objects.local import IOV_MAX, ObjectStore
+from feature_store.processes import PerProcess
+from feature_store.reading.chunks import object_error, object_errors
+from feature_store.reading.row_tables import Located
+
+_ROWS_PER_REQUEST = IOV_MAX // 2  # each with the gap before it
+_CORES = os.cpu_count() or 2
+_Request: TypeAlias = "tuple[_Job, int, int]"
+# Of all sources in the process; threads start when they are needed.
+_pool = PerProcess(partial(ThreadPoolExecutor, 64, "feature-store-read"))
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Rows of one array on their way into memory.
+
+    Attributes:
+        spec: The array.
+        shards: Number of the shard each row is in, int64 [n].
+        positions: Position of each row in its unit, int64 [n].
+        located: Where in the shard.
+        out: uint8 [n, row_bytes], C-contiguous.
+    """
+
+    spec: ArraySpec
+    shards: np.ndarray
+    positions: np.ndarray
+    located: Located
+    out: np.ndarray
+
+
+def read_all(objects: ObjectStore, transfers: Sequence[Transfer], threads: int) -> None:
+    """Carry out transfers; the calling thread helps.
+
+    Raises:
+        CorruptStoreError: A shard or row is missing, cut, damaged or another one's.
+        ResourceError: The disk or the network gave up.
+    """
+    requests = [request for transfer in transfers for request in _Job(objects, transfer).requests()]
+    total = sum(int(transfer.located.lengths.sum()) for transfer in transfers)
+    most = min(threads, 1 + total // objects.bytes_per_thread)
+    # What is in memory is read by a thread per core, more would only wait for each other; the device gets all of them.
+    waiting: list[_Request] = []
+    _together(min(most, _CORES), _take_cached, requests, waiting)
+    _together(most, _take, waiting)
+
+
+def _take_cached(queue: Iterator[_Request], waiting: list[_Request]) -> None:
+    for request in queue:
+        job, start, stop = request
+        if not job.run(start, stop, wait=False):
+            waiting.append(request)
+
+
+def _take(queue: Iterator[_Request]) -> None:
+    for job, start, stop in queue:
+        job.run(start, stop, wait=True)
+
+
+def _together(threads: int, work: Callable[..., None], requests: list[_Request], *more: list[_Request]) -> None:
+    """Let some threads work off the requests; the calling one is among them."""
+    queue = iter(requests)  # shared: next() of a list iterator is atomic
+    futures = [_pool().submit(work, queue, *more) for _ in range(min(threads, len(requests)) - 1)]
+    try:
+        work(queue, *more)
+    finally:
+        for _ in queue:  # after an error: nobody starts another request
+            pass
+        _finish(futures)
+
+
+def run_all(tasks: Sequence, threads: int) -> list:
+    """Results of functions without arguments, several at a time."""
+    if len(tasks) < 2 or threads < 2:
+        return [task() for task in tasks]
+    return list(_pool().map(lambda task: task(), tasks))
+
+
+class _Job:
+    """One transfer in file order; a request is a range of its rows. Plain lists: this is the hot path."""
+
+    def __init__(self, objects: ObjectStore, transfer: Transfer) -> None:
+        paths, *columns = transfer.located
+        self._objects, self._transfer, self._read_into = objects, transfer, objects.read_into
+        self._order = np.lexsort((transfer.located.offsets, transfer.shards))
+        self._indices = self._order.tolist()
+        self._paths = [paths[index] for index in self._indices]
+        self._offsets, self._lengths, self._checksums = (column[self._order].tolist() for column in columns)
+        self._size, self._out = transfer.spec.row_bytes, memoryview(transfer.out).cast("B")
+        self._zstd = transfer.spec.zstd
+
+    def requests(self) -> Iterator["_Request"]:
+        """Ranges, cut where the next row is another shard's, too far away, or too much for one request."""
+        offsets, shard = self._transfer.located.offsets[self._order], self._transfer.shards[self._order]
+        end = offsets + self._transfer.located.lengths[self._order]
+        gap = offsets[1:] - end[:-1]  # negative: the same row twice
+        new = np.flatnonzero((shard[1:] != shard[:-1]) | (gap < 0) | (gap > self._objects.gap_bytes)) + 1
+        first = np.zeros(len(shard), np.int64)
+        first[new] = new
+        first = np.maximum.accumulate(first)  # first row of the run each row is in
+        piece = np.maximum(
+            (end - offsets[first]) // self._objects.request_bytes, (np.arange(len(shard)) - first) // _ROWS_PER_REQUEST
+        )
+        cuts = np.flatnonzero((first[1:] != first[:-1]) | (piece[1:] != piece[:-1])) + 1
+        for start, stop in pairwise([0, *cuts.tolist(), len(shard)]):
+            yield self, start, stop
+
+    def run(self, start: int, stop: int, *, wait: bool) -> bool:
+        """Carry out one request; whether it is done, which it always is if it may wait."""
+        path, rows = self._paths[start], self._memory(start, stop)
+        parts = rows if stop - start == 1 else self._with_gaps(rows, start)
+        try:
+            if not self._read_into(path, self._offsets[start], parts, wait=wait):
+                return False
+        except (OSError, EOFError) as error:
+            raise object_error(path, error) from error
+        for at, row in enumerate(rows, start):
+            if crc32c(row) != self._checksums[at]:
+                self._read_again(path, at, row)
+        if self._zstd:
+            for at, row in enumerate(rows, start):
+                out = self._transfer.out[self._indices[at]]
+                decode_row(self._transfer.spec, np.frombuffer(row, np.uint8), out, path)
+        return True
+
+    def _memory(self, start: int, stop: int) -> list[memoryview]:
+        """Where rows' stored bytes go: their place in the output, or scratch if they are compressed."""
+        if self._zstd:
+            return [memoryview(bytearray(length)) for length in self._lengths[start:stop]]
+        size, out = self._size, self._out
+        return [out[index * size : index * size + size] for index in self._indices[start:stop]]
+
+    def _with_gaps(self, rows: list[memoryview], start: int) -> list[memoryview | int]:
+        parts: list[memoryview | int] = []
+        end = self._offsets[start]
+        for at, row in enumerate(rows, start):
+            if self._offsets[at] != end:
+                parts.append(self._offsets[at] - end)
+            parts.append(row)
+            end = self._offsets[at] + self._lengths[at]
+        return parts
+
+    def _read_again(self, path: str, at: int, row: memoryview) -> None:
+        """A damaged copy in a cache is not a damaged object."""
+        if self._objects.forget(path):
+            with object_errors(path):
+                self._read_into(path, self._offsets[at], [row])
+        if crc32c(row) != self._checksums[at]:
+            position = self._transfer.positions[self._indices[at]]
+            raise CorruptStoreError(damaged(path, f"the crc32c of position {position} does not match"))
+
+
+def _finish(futures: list[Future]) -> None:
+    errors = [future.exception() for future in futures if not future.cancel()]
+    for error in errors:
+        if error is not None:
+            raise error

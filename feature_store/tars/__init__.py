@@ -1,0 +1,1 @@
+"""Input tars: patterns to URLs, members to samples, positions to bytes."""

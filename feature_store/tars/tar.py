@@ -1,0 +1,129 @@
+"""One input tar as a sequence: from a position to a sample's key, encoded image and label.
+
+Nothing is ever extracted, so a member's name is a key and never a path.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from feature_store.errors import ImageError, InputError, ResourceError
+from feature_store.tars.index import SampleIndex, index_tar
+from feature_store.tars.urls import expand_tars, local_tar, tar_name
+
+__all__ = ["Tar", "TarSample", "expand_tars"]
+
+_MOST_DIGITS = 18  # of a label: what an int64 holds for certain
+
+
+class TarSample(NamedTuple):
+    """One sample as it lies in the tar: key, encoded image, class index."""
+
+    key: str
+    image: bytes
+    label: int
+
+
+class Tar:
+    """One input tar, indexed once, then read at random positions.
+
+    Its file is opened at the first read. Every read names its own offset (pread), so threads and forked
+    processes may share a Tar; a pickled Tar carries its index and opens the file anew.
+
+    Attributes:
+        url: Where the tar comes from.
+        name: Last component of the URL's path.
+        keys: Sample keys in webdataset's order; a sample's index here is its position.
+        header_sha256: Hash over names and sizes of all regular members, in order.
+    """
+
+    def __init__(self, url: str, path: Path, samples: Sequence[SampleIndex], header_sha256: str) -> None:
+        self.url, self.name, self.header_sha256 = url, tar_name(url), header_sha256
+        self.keys = tuple(sample.key for sample in samples)
+        # arrays, because a data set has millions of samples and every worker process gets them all
+        self._images = np.array([sample.image for sample in samples], np.int64)
+        self._labels = np.array([sample.label for sample in samples], np.int64)
+        self._problems = {i: sample.problem for i, sample in enumerate(samples) if sample.problem}
+        self._path, self._file_size = path, path.stat().st_size
+
+    @classmethod
+    def open(cls, url: str, *, scratch: Path | None = None) -> "Tar":
+        """Index a tar's headers.
+
+        Args:
+            url: A path or URL as expand_tars gives and checks it; here it is opened without asking.
+            scratch: Directory for plain copies of remote and compressed tars, which are kept for later runs
+                (delete one to fetch it again); None for one under the system's temporary directory.
+
+        Raises:
+            InputError: Missing, not a tar, cut short, without samples, or with a key or member twice.
+            ResourceError: The file or URL cannot be read.
+        """
+        path = local_tar(url, scratch)
+        return cls(url, path, *index_tar(url, path))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, position: int) -> TarSample:
+        """Image bytes and label of the sample at a position.
+
+        Raises:
+            ImageError: The sample has no usable image or label; the message is the reason to quarantine it.
+            InputError: No such position, or the file changed since it was indexed.
+            ResourceError: The file cannot be read.
+        """
+        if not 0 <= position < len(self):
+            raise InputError(f"tar {self.url} has no position {position}, expected 0 to {len(self) - 1}")
+        if position in self._problems:
+            raise ImageError(self._problems[position])
+        label = self._read(*self._labels[position].tolist()).strip()
+        if not label.isdigit() or len(label) > _MOST_DIGITS:
+            raise ImageError(f"label is {label!r}, expected a class index in decimal digits")
+        return TarSample(self.keys[position], self._read(*self._images[position].tolist()), int(label))
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        file = self.__dict__.pop("_file", None)
+        if file is not None:
+            os.close(file)
+
+    def __enter__(self) -> "Tar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
+
+    def _read(self, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(self._open_file(), size, offset)
+        except OSError as error:
+            raise ResourceError(f"tar {self.url} cannot be read: {error}; check the disk or mount") from error
+        if len(data) != size:
+            raise InputError(f"tar {self.url} was cut short while in use; restore it and start again")
+        return data
+
+    def _open_file(self) -> int:
+        if (file := self.__dict__.get("_file")) is not None:
+            return file
+        file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        size = os.fstat(file).st_size
+        if size != self._file_size:
+            os.close(file)
+            raise InputError(
+                f"tar {self.url} changed while in use: {self._file_size} bytes when it was indexed, {size} now; "
+                "start again"
+            )
+        kept = self.__dict__.setdefault("_file", file)  # atomic: of two threads opening at once, one wins
+        if kept != file:
+            os.close(file)
+        return kept

@@ -1,0 +1,18 @@
+"""The view contract: which augmented views a sample has, and their exact pixels."""
+
+from feature_store.views.draws import ViewParams, draw_view
+from feature_store.views.images import decode_image
+from feature_store.views.pixels import apply_view, check_pixels, pixel_crc
+from feature_store.views.policies import POLICIES, ViewPolicy, view_policy
+
+__all__ = [
+    "POLICIES",
+    "ViewParams",
+    "ViewPolicy",
+    "apply_view",
+    "check_pixels",
+    "decode_image",
+    "draw_view",
+    "pixel_crc",
+    "view_policy",
+]
