@@ -79,15 +79,15 @@ class MemorySource:
     needs_pixels = False
 
     def __init__(self, store: Store, rows: Sequence[RowId], taps: Sequence[str]) -> None:
-        whole = store.source(taps).read(rows, taps)
+        whole = store.source(taps).read(rows, taps, decode=False)
         self._at = {row: i for i, row in enumerate(rows)}
-        self._taps, self._logits = whole.taps, whole.logits
+        self._encoded, self._logits = whole.encoded, whole.logits
 
-    def read(self, rows: Sequence[RowId], taps: Sequence[str] | None = None) -> FeatureBatch:
-        """See FeatureSource.read."""
+    def read(self, rows: Sequence[RowId], taps: Sequence[str] | None = None, *, decode: bool = False) -> FeatureBatch:
+        """See FeatureSource.read; what a trainer asks for, nothing is decoded."""
         at = [self._at[row] for row in rows]
-        features = {name: self._taps[name][at] for name in taps or self._taps}
-        return FeatureBatch(tuple(rows), features, None if self._logits is None else self._logits[at])
+        encoded = {tap: {name: part[at] for name, part in self._encoded[tap].items()} for tap in taps or self._encoded}
+        return FeatureBatch(tuple(rows), {}, None if self._logits is None else self._logits[at], encoded)
 
 
 class Bench:

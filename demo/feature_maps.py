@@ -48,26 +48,20 @@ def read_feature_maps(store: Store, tars: Sequence[str], checkpoint: Path) -> Fe
     samples = min(_FITTED_SAMPLES, store.manifest.tars[0].samples)
     views = min(_SHOWN_VIEWS, store.manifest.num_views)
     rows = [RowId(0, position, view) for position in range(samples) for view in range(views)]
-    dataset = ViewDataset(
-        match_tars(store, open_tars(tars)),
-        StoredViews(store, check_all=True),
-        source=store.source(),
-        taps=("stage4",),
-    )
-    batch = dataset[rows]
+    batch = ViewDataset(match_tars(store, open_tars(tars)), StoredViews(store, check_all=True))[rows]
     info, split = store.manifest.teacher, store.manifest.split
     teacher = load_teacher(info.name, checkpoint=checkpoint, model_kwargs=info.model_kwargs)
     stage3, _ = _colours(teacher(batch.pixels).taps["stage3"], split.input_grid)
-    stage4, variance = _colours(batch.taps["stage4"], split.output_grid)
+    stage4, variance = _colours(store.source(["stage4"]).read(rows).taps["stage4"], split.output_grid)
     shown = slice(_SHOWN_SAMPLES * views)
     labels = batch.labels[shown].tolist()
     names = [f"a {label}, view {row.view}" for label, row in zip(labels, rows[shown], strict=True)]
     return FeatureMaps(names, batch.pixels[shown].numpy(), stage3[shown], stage4[shown], variance)
 
 
-def _colours(tokens_RNC: torch.Tensor, grid: tuple[int, int]) -> tuple[np.ndarray, float]:
+def _colours(tokens_RNC: torch.Tensor | np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, float]:
     """Tokens' first three principal components as red, green and blue, and the variance these hold."""
-    tokens = tokens_RNC.float().numpy()
+    tokens = np.asarray(tokens_RNC, np.float32)
     pca = PCA(3, random_state=0)
     components = pca.fit_transform(tokens.reshape(-1, tokens.shape[2]))
     low, high = np.percentile(components, [1, 99], axis=0)

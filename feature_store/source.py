@@ -37,7 +37,12 @@ class FeatureSource(Protocol):
     needs_pixels: bool
 
     def read(
-        self, rows: Sequence[RowId], taps: Sequence[str] | None = None, *, pixels: np.ndarray | None = None
+        self,
+        rows: Sequence[RowId],
+        taps: Sequence[str] | None = None,
+        *,
+        pixels: np.ndarray | None = None,
+        decode: bool = True,
     ) -> FeatureBatch:
         """Features of the given rows.
 
@@ -45,6 +50,7 @@ class FeatureSource(Protocol):
             rows: Addresses; any order, repeats allowed.
             taps: Tap names; None for all the source holds.
             pixels: The rows' view pixels, uint8 [B, H, W, 3]. Required when ``needs_pixels``.
+            decode: False leaves taps of a source that holds them encoded as they are, in ``encoded``.
 
         Raises:
             UncommittedError: A row was never committed.

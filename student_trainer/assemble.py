@@ -1,7 +1,7 @@
 """What a run is made of: data, teacher features, student and loss, built from its config and checked together."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
+from feature_store.codecs.registry import value_codecs
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.source import FeatureSource
 from feature_store.store import Store, open_store
 from feature_store.tars.tar import Tar
 from feature_store.teacher import LaterBlocks
+from feature_store.teacher.dequantise import Dequantiser
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import ViewPolicy, view_policy
 from student_trainer.config import TrainConfig
@@ -48,6 +50,7 @@ class Parts:
         dataset: Batches of rows, with cached features in them unless the source is live.
         batches: Which rows, epoch by epoch.
         live: The live source; None if features are cached or not needed.
+        decoders: Makes values of cached taps on the device, by tap name.
         taps: Taps the loss needs.
         preprocessing: How images reach the student: normalised as for the teacher, so that both see the same.
         val_tars: Validation tars.
@@ -61,6 +64,7 @@ class Parts:
     dataset: ViewDataset
     batches: EpochBatches
     live: LiveSource | None
+    decoders: Mapping[str, Dequantiser]
     taps: tuple[str, ...]
     preprocessing: Preprocessing
     val_tars: tuple[Tar, ...]
@@ -142,6 +146,7 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
             processes=group.size,
         ),
         live=None if teacher is None else LiveSource(teacher, dataset, units),
+        decoders=_decoders(store, taps),
         taps=taps,
         preprocessing=_preprocessing(config, store, teacher, trainee.student),
         val_tars=tuple(val_tars),
@@ -231,6 +236,11 @@ def _needed_taps(config: TrainConfig, store: Store | None, teacher: Teacher | No
 def _cached_source(config: TrainConfig, store: Store | None, taps: tuple[str, ...]) -> FeatureSource | None:
     cached = store is not None and config.source == "store" and config.method != "none"
     return store.source(taps) if cached and store is not None else None
+
+
+def _decoders(store: Store | None, taps: Sequence[str]) -> dict[str, Dequantiser]:
+    codecs = {} if store is None else value_codecs(store.manifest)
+    return {tap: Dequantiser(codecs[f"taps/{tap}"]) for tap in taps if codecs}
 
 
 def _num_classes(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> int:

@@ -19,6 +19,7 @@ from feature_store.sample import RowId
 from feature_store.source import FeatureSource
 from feature_store.store import Store
 from feature_store.tars.tar import Tar, expand_tars
+from feature_store.teacher.dequantise import as_tensor
 from feature_store.views import apply_view, decode_image
 from student_trainer.replay import ViewSupplier
 
@@ -32,7 +33,8 @@ class Batch(NamedTuple):
         rows: int64 [B, 3]: unit, position, view.
         pixels: uint8 [B, H, W, 3].
         labels: int64 [B].
-        taps: Cached teacher features, [B, N, C] per tap; empty if they do not come from a store.
+        taps: Cached teacher features as stored, each tap's parts [B, ...] by suffix, to be decoded on the trainer's
+            device; empty if the teacher is live.
         logits: Cached teacher logits [B, K], or None.
         unreadable: ``tar/key: reason`` of samples left out; always empty when a store is replayed.
     """
@@ -40,7 +42,7 @@ class Batch(NamedTuple):
     rows: Tensor
     pixels: Tensor
     labels: Tensor
-    taps: dict[str, Tensor]
+    taps: dict[str, dict[str, Tensor]]
     logits: Tensor | None
     unreadable: list[str]
 
@@ -124,12 +126,13 @@ class ViewDataset(Dataset[Batch]):
             f"{error}; restore the tar the store was written from"
         ) from error
 
-    def _features(self, rows: list[RowId]) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _features(self, rows: list[RowId]) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
         if self.source is None:
             return {}, None
-        features = self.source.read(rows, self.taps)
+        features = self.source.read(rows, self.taps, decode=False)
         logits = None if features.logits is None else torch.from_numpy(features.logits)
-        return {name: torch.from_numpy(tap) for name, tap in features.taps.items()}, logits
+        taps = {tap: {name: as_tensor(part) for name, part in parts.items()} for tap, parts in features.encoded.items()}
+        return taps, logits
 
 
 class BatchLoader:

@@ -37,9 +37,14 @@ class LiveSource:
         self._views, self._units = views, units
 
     def read(
-        self, rows: Sequence[RowId], taps: Sequence[str] | None = None, *, pixels: np.ndarray | None = None
+        self,
+        rows: Sequence[RowId],
+        taps: Sequence[str] | None = None,
+        *,
+        pixels: np.ndarray | None = None,
+        decode: bool = True,
     ) -> FeatureBatch:
-        """See FeatureSource.read; features are float32, whatever the teacher computes in.
+        """See FeatureSource.read; features are float32, whatever the teacher computes in, and never encoded.
 
         Raises:
             InputError: Pixels are missing or not one view per row, or a tap is unknown.

@@ -211,14 +211,14 @@ class Trainer:
 
     def _teacher_features(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         """Taps and logits on the device in float32: from the batch, or from the live teacher."""
-        device, live = self.parts.device, self.parts.live
-        taps, logits = batch.taps, batch.logits
-        if live is not None:
+        device, live, logits = self.parts.device, self.parts.live, batch.logits
+        if live is None:
+            taps = {name: self.parts.decoders[name](parts, device) for name, parts in batch.taps.items()}
+        else:
             features = live.read(batch.row_ids(), self.parts.taps, pixels=batch.pixels.numpy())
-            taps = {name: torch.from_numpy(tap) for name, tap in features.taps.items()}
+            taps = {name: torch.from_numpy(tap).to(device).float() for name, tap in features.taps.items()}
             logits = None if features.logits is None else torch.from_numpy(features.logits)
-        moved = {name: tap.to(device, non_blocking=True).float() for name, tap in taps.items()}
-        return moved, None if logits is None else logits.to(device, non_blocking=True).float()
+        return taps, None if logits is None else logits.to(device, non_blocking=True).float()
 
     def _stop_at(self, values: dict[str, float], batch: Batch) -> NoReturn:
         """End the run, naming the rows of the first process whose loss is not finite."""

@@ -22,8 +22,8 @@ class FeatureSourceConformance:
 
     relative_error = 1e-6  # of the source's codec, against float32 features
 
-    def read(self, source: FeatureSource, views, rows: Sequence[RowId], taps=None) -> FeatureBatch:
-        return source.read(rows, taps, pixels=views(rows) if source.needs_pixels else None)
+    def read(self, source: FeatureSource, views, rows: Sequence[RowId], taps=None, **how) -> FeatureBatch:
+        return source.read(rows, taps, pixels=views(rows) if source.needs_pixels else None, **how)
 
     def test_source_follows_the_protocol_when_made(self, source):
         assert isinstance(source, FeatureSource)
@@ -62,6 +62,12 @@ class FeatureSourceConformance:
     def test_read_is_refused_when_a_tap_is_unknown(self, source, views):
         with pytest.raises(InputError, match=r"has no tap 'stage9'; it has: .*stage4"):
             self.read(source, views, ROWS, ["stage9"])
+
+    def test_read_keeps_what_is_encoded_when_asked_not_to_decode(self, source, views):
+        batch = self.read(source, views, ROWS, ["stage4"], decode=False)
+        assert batch.taps.keys() | batch.encoded.keys() == {"stage4"}
+        assert batch.taps.keys() & batch.encoded.keys() == set()
+        assert all(len(part) == len(ROWS) for parts in batch.encoded.values() for part in parts.values())
 
     @pytest.mark.parametrize("batch_size", [4, 256])
     def test_iter_unit_gives_every_readable_row_when_in_batches(self, source, views, batch_size):

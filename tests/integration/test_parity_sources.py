@@ -136,7 +136,7 @@ def test_parity_check_sees_a_wrong_teacher_when_features_are_anothers(tmp_path):
     cached = trainer(world, tmp_path, "store")
     batch = first_batch(cached)
     right = {name: term.item() for name, term in cached.losses(batch).items()}
-    wrong = batch._replace(taps={name: tap.flip(0) for name, tap in batch.taps.items()})
+    wrong = batch._replace(taps={tap: {"": parts[""].flip(0)} for tap, parts in batch.taps.items()})
     other = {name: term.item() for name, term in cached.losses(wrong).items()}
     assert relative_difference(other, right) > 2e-3
 

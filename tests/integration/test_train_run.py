@@ -226,7 +226,7 @@ def test_gradients_are_clipped_when_asked(config):
 def test_run_stops_before_updating_when_the_loss_is_not_finite(config):
     running = Trainer(config, assemble(config))
     batch = next(iter(BatchLoader(running.parts.dataset, running.parts.batches)))
-    batch.taps["stage4"][2, 0, 0] = float("nan")
+    batch.taps["stage4"][""][2, 0, 0] = float("nan")
     before = {name: value.clone() for name, value in running.student.named_parameters()}
     row = batch.row_ids()[0]
     with pytest.raises(

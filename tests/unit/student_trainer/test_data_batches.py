@@ -5,10 +5,12 @@ import pytest
 import torch
 from training_world import SIZE, samples, shared_world, write_tar
 
+from feature_store.codecs.registry import value_codecs
 from feature_store.errors import InputError, MismatchError, UncommittedError
 from feature_store.sample import RowId
 from feature_store.store import Store, open_store
 from feature_store.tars.tar import Tar
+from feature_store.teacher.dequantise import Dequantiser
 from feature_store.views import view_policy
 from student_trainer.data import (
     BatchLoader,
@@ -53,13 +55,18 @@ def planned(store, tars, **changes) -> EpochBatches:
     return EpochBatches(units, **{"batch_size": 6, "seed": 0, "num_views": 2, **changes})
 
 
+def flat(taps):
+    return {(tap, name): part for tap, parts in taps.items() for name, part in parts.items()}
+
+
 def assert_same(batch, other):
     for name, value in batch._asdict().items():
         mine, theirs = value, getattr(other, name)
         if isinstance(value, torch.Tensor):
             assert torch.equal(mine, theirs), name
         elif isinstance(value, dict):
-            assert all(torch.equal(value[key], theirs[key]) for key in value.keys() | theirs.keys()), name
+            assert flat(value).keys() == flat(theirs).keys(), name
+            assert all(torch.equal(part, flat(theirs)[key]) for key, part in flat(value).items()), name
         else:
             assert mine == theirs, name
 
@@ -72,7 +79,8 @@ def test_batch_joins_pixels_labels_and_features_of_its_rows_when_read(dataset, s
     assert batch.pixels.dtype == torch.uint8
     assert batch.labels.tolist() == [3, 0, 3]
     features = store.source().read(rows)
-    assert np.array_equal(batch.taps["stage4"].numpy(), features.taps["stage4"])
+    decoded = Dequantiser(value_codecs(store.manifest)["taps/stage4"])(batch.taps["stage4"])
+    assert np.array_equal(decoded.numpy(), features.taps["stage4"])
     assert np.array_equal(batch.logits.numpy(), features.logits)
     assert batch.unreadable == []
 

@@ -1,12 +1,14 @@
 import json
 from dataclasses import replace
 
+import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
-from feature_store.errors import InputError
+from feature_store.errors import InputError, MismatchError
 from student_trainer.checkpoint import Checkpoint, Progress, load_checkpoint, rng_state, save_checkpoint
 from student_trainer.export import ExportConfig, export
 from student_trainer.student import Student
@@ -97,6 +99,24 @@ def test_export_is_refused_when_the_folder_is_not_empty(run):
     folder, _ = run
     with pytest.raises(InputError, match=r"--out .*run already exists; choose another folder"):
         export(ExportConfig(run=folder, out=folder))
+
+
+def test_onnx_gives_the_students_logits_when_run_with_another_batch_size(run, tmp_path):
+    folder, student = run
+    export(ExportConfig(run=folder, out=tmp_path / "out", onnx=True))
+    session = onnxruntime.InferenceSession(str(tmp_path / "out/model.onnx"), providers=["CPUExecutionProvider"])
+    images = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = student.model.eval()(images)
+    got = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_onnx_is_removed_when_it_gives_other_logits(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("student_trainer.export._run_onnx", lambda _, images: np.ones((len(images), 7), np.float32))
+    with pytest.raises(MismatchError, match=r"logits of model.onnx.*was removed"):
+        export(ExportConfig(run=run[0], out=tmp_path / "out", onnx=True))
+    assert not (tmp_path / "out/model.onnx").exists()
 
 
 def test_export_says_what_to_install_when_onnx_is_absent(run, tmp_path, monkeypatch):
