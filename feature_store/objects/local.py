@@ -381,8 +381,8 @@ def _buffers(parts: Sequence[memoryview | int]) -> list[memoryview]:
 
 
 def _read_cached(descriptor: int, parts: Sequence[memoryview | int], offset: int) -> bool:
-    buffers = _buffers(parts)
-    wanted = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+    buffers = parts if len(parts) == 1 else _buffers(parts)
+    wanted = sum(map(len, buffers))
     try:
         return os.preadv(descriptor, buffers, offset, os.RWF_NOWAIT) == wanted
     except (BlockingIOError, AttributeError):  # not there; or no Linux

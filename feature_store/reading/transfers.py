@@ -121,30 +121,29 @@ class _Job:
 
     def run(self, start: int, stop: int, *, wait: bool) -> bool:
         """Carry out one request; whether it is done, which it always is if it may wait."""
-        path, rows = self._paths[start], self._memory(start, stop)
+        rows = [self._memory(at) for at in range(start, stop)]
         parts = rows if stop - start == 1 else self._with_gaps(rows, start)
         try:
-            if not self._read_into(path, self._offsets[start], parts, wait=wait):
+            if not self._read_into(self._paths[start], self._offsets[start], parts, wait=wait):
                 return False
         except (OSError, EOFError) as error:
-            raise object_error(path, error) from error
+            raise object_error(self._paths[start], error) from error
         for at, row in enumerate(rows, start):
             if crc32c(row) != self._checksums[at]:
-                self._read_again(path, at, row)
-        if self._zstd:
-            for at, row in enumerate(rows, start):
+                self._read_again(at, row)
+            if self._zstd:
                 out = self._transfer.out[self._indices[at]]
-                decode_row(self._transfer.spec, np.frombuffer(row, np.uint8), out, path)
+                decode_row(self._transfer.spec, np.frombuffer(row, np.uint8), out, self._paths[at])
         return True
 
-    def _memory(self, start: int, stop: int) -> list[memoryview]:
-        """Where rows' stored bytes go: their place in the output, or scratch if they are compressed."""
+    def _memory(self, at: int) -> memoryview:
+        """Where a row's stored bytes go: its place in the output, or scratch if they are compressed."""
         if self._zstd:
-            return [memoryview(bytearray(length)) for length in self._lengths[start:stop]]
-        size, out = self._size, self._out
-        return [out[index * size : index * size + size] for index in self._indices[start:stop]]
+            return memoryview(bytearray(self._lengths[at]))
+        first = self._indices[at] * self._size
+        return self._out[first : first + self._size]
 
-    def _with_gaps(self, rows: list[memoryview], start: int) -> list[memoryview | int]:
+    def _with_gaps(self, rows: Sequence[memoryview], start: int) -> list[memoryview | int]:
         parts: list[memoryview | int] = []
         end = self._offsets[start]
         for at, row in enumerate(rows, start):
@@ -154,8 +153,9 @@ class _Job:
             end = self._offsets[at] + self._lengths[at]
         return parts
 
-    def _read_again(self, path: str, at: int, row: memoryview) -> None:
+    def _read_again(self, at: int, row: memoryview) -> None:
         """A damaged copy in a cache is not a damaged object."""
+        path = self._paths[at]
         if self._objects.forget(path):
             with object_errors(path):
                 self._read_into(path, self._offsets[at], [row])
