@@ -21,6 +21,7 @@ OPEN_FILES = 8192
 # Local reads skip at most this much between two rows; a row's crc32c is 4 bytes.
 _LOCAL_GAP = 4096
 _SYNCS = 16
+_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # 0: not Linux
 _WRITE_BEHIND = 32 << 20
 _skipped = memoryview(bytearray(_LOCAL_GAP))
 
@@ -158,7 +159,7 @@ class LocalObjects:
         """See ObjectStore.read_into; without waiting, from the page cache."""
         file = self._files.open(path)
         if not wait:
-            return _read_cached(file.descriptor, parts, offset)
+            return bool(_NOWAIT) and _read_cached(file.descriptor, parts, offset)
         buffers = _buffers(parts)
         for start in range(0, len(buffers), IOV_MAX):
             offset += _each_byte(os.preadv, file.descriptor, buffers[start : start + IOV_MAX], offset)
@@ -376,16 +377,19 @@ def _pieces(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
         yield some
 
 
-def _buffers(parts: Sequence[memoryview | int]) -> list[memoryview]:
+def _buffers(parts: Sequence[memoryview | int]) -> Sequence[memoryview]:
+    first = parts[0]
+    if len(parts) == 1 and not isinstance(first, int):  # the hot path
+        return (first,)
     return [_skipped[:part] if isinstance(part, int) else part for part in parts]
 
 
 def _read_cached(descriptor: int, parts: Sequence[memoryview | int], offset: int) -> bool:
-    buffers = parts if len(parts) == 1 else _buffers(parts)
-    wanted = sum(map(len, buffers))
+    buffers = _buffers(parts)
+    wanted = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
     try:
-        return os.preadv(descriptor, buffers, offset, os.RWF_NOWAIT) == wanted
-    except (BlockingIOError, AttributeError):  # not there; or no Linux
+        return os.preadv(descriptor, buffers, offset, _NOWAIT) == wanted
+    except BlockingIOError:  # not there
         return False
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot tell; or too many buffers

@@ -121,8 +121,11 @@ class _Job:
 
     def run(self, start: int, stop: int, *, wait: bool) -> bool:
         """Carry out one request; whether it is done, which it always is if it may wait."""
-        rows = [self._memory(at) for at in range(start, stop)]
-        parts = rows if stop - start == 1 else self._with_gaps(rows, start)
+        if stop - start == 1:
+            rows = parts = (self._memory(start),)
+        else:
+            rows = [self._memory(at) for at in range(start, stop)]
+            parts = self._with_gaps(rows, start)
         try:
             if not self._read_into(self._paths[start], self._offsets[start], parts, wait=wait):
                 return False
