@@ -3,6 +3,7 @@
 Shape legend: b samples of a batch, V views, n samples of a unit, N tokens, C channels.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ from teacher_service.decoding import Batch
 
 class UnitRows:
     """One unit's rows while its batches come in, already encoded, so that they take little memory.
+
+    Several threads may add batches, in any order.
 
     Args:
         manifest: The store's.
@@ -32,11 +35,12 @@ class UnitRows:
         }
         self._keys, self._labels = list(keys), np.full(len(keys), -1, np.int64)
         self._quarantined: dict[int, str] = {}
-        self._params: list[list[ViewParams | None]] = [[] for _ in range(num_views)]
+        self._params: list[list[ViewParams | None]] = [[None] * len(keys) for _ in range(num_views)]
         self._pixel_crc = np.zeros(rows, np.uint32)
+        self._missing, self._lock = len(keys), threading.Lock()
 
     def add(self, batch: Batch, taps: Mapping[str, np.ndarray], logits: np.ndarray | None) -> None:
-        """Take one batch, in order, with the teacher's outputs [b * V, ...].
+        """Take one batch with the teacher's outputs [b * V, ...].
 
         Raises:
             InputError: A value is not finite or too large for its codec.
@@ -47,9 +51,16 @@ class UnitRows:
             for suffix, encoded in codec.encode(np.asarray(outputs[path])).items():
                 self._values[path][suffix][:, span] = self._by_view(encoded)
         self._labels[span], self._pixel_crc[:, span] = batch.labels, batch.pixel_crc
-        self._quarantined |= batch.quarantined
         for params, more in zip(self._params, batch.params, strict=True):
-            params.extend(more)
+            params[span] = more
+        with self._lock:
+            self._quarantined |= batch.quarantined
+            self._missing -= len(batch)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no batch is missing."""
+        return not self._missing
 
     def _by_view(self, values: np.ndarray) -> np.ndarray:
         """[b * V, ...] to [V, b, ...]."""
@@ -60,7 +71,7 @@ class UnitRows:
         return UnitData(
             keys=self._keys,
             labels=self._labels,
-            quarantined=self._quarantined,
+            quarantined=dict(sorted(self._quarantined.items())),
             params=self._params,
             pixel_crc=self._pixel_crc,
             taps={path.removeprefix("taps/"): parts for path, parts in self._values.items() if path != "logits"},

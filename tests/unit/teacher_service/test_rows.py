@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tiny_jobs import TinyTeacher, write_tars
 from feature_store.errors import InputError
 from feature_store.manifest import Manifest
 from feature_store.tars.tar import Tar
+from feature_store.writer import Values
 from teacher_service.config import PlanConfig
 from teacher_service.decoding import Batch, Task
 from teacher_service.planning import job_manifest, outline_teacher
@@ -44,15 +46,28 @@ def _outputs(start: int, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]
     return {"stage4": np.broadcast_to(codes[:, None, None], (len(codes), 4, 64))}, np.repeat(codes[:, None], 4, axis=1)
 
 
-def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(manifest: Manifest) -> None:
+def _encoded(values: Values) -> np.ndarray:
+    assert isinstance(values, Mapping)
+    (array,) = values.values()
+    return array
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(
+    manifest: Manifest, order: tuple[int, ...]
+) -> None:
     rows = UnitRows(manifest, list("abcde"), 2)
-    rows.add(_batch(0, 3), *_outputs(0, 3))
-    rows.add(_batch(3, 2, {4: "broken"}), *_outputs(3, 2))
+    batches = [_batch(0, 3), _batch(3, 2, {4: "broken"})]
+    for i in order:
+        assert not rows.whole
+        rows.add(batches[i], *_outputs(batches[i].start, len(batches[i])))
+    assert rows.whole
 
     data = rows.data()
 
     expected = [[10 * i + view for i in range(5)] for view in range(2)]
-    (tap,), (logits,) = (list(parts.values()) for parts in (data.taps["stage4"], data.logits))
+    assert data.logits is not None
+    tap, logits = _encoded(data.taps["stage4"]), _encoded(data.logits)
     assert tap.shape == (2, 5, 4, 64)
     assert tap.dtype == np.float16
     assert tap[..., 3, 63].tolist() == expected
