@@ -1,14 +1,14 @@
 """The pipeline: tasks in, committed units out, with every queue between the stages bounded.
 
-decode workers -> teacher -> encode threads -> writer thread. What may wait, per process: ``decoding.PREFETCH`` batches
-for each decode worker, ``BATCHES_AHEAD`` batches the teacher has computed beside those being encoded, and a finished
-unit in the hands of each encode thread while the writer writes another.
+decode workers -> teacher -> encoder -> writer. What may be in memory, per process: ``decoding.PREFETCH`` batches for
+each decode worker, ``BATCHES_AHEAD`` batches computed and not yet encoded, and three units: one being written, one that
+waits for the writer in the encoder's hands, one being collected (more only where a unit is smaller than a batch).
 """
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +26,8 @@ from teacher_service.stages import Stage
 from teacher_service.waits import StageTimes, Waits
 from teacher_service.writing import write_unit
 
-ENCODERS = 2
-BATCHES_AHEAD = 2
+ENCODERS = 2  # threads that share the encoding of each batch
+BATCHES_AHEAD = 2  # keeps a GPU busy while one is being copied out and one encoded
 FINISH_SECONDS = 5.0  # a stopped pipeline finishes the unit under way if this suffices
 
 
@@ -103,7 +103,7 @@ class Pipeline:
         manifest = store.manifest
         self._config, self._store, self._tars = config, store, tars
         self._dataset = dataset or ViewDataset(tars, manifest.policy, manifest.seed)
-        self._waits = Waits({"decode": max(1, config.workers), "encode": ENCODERS})
+        self._waits = Waits({"decode": max(1, config.workers)})
         self._forward = Forward(teacher, tuple(manifest.taps), config.batch_size, self._waits)
 
     def run(
@@ -137,7 +137,8 @@ class Pipeline:
         with (
             closing(self._batches(run.pulled(tasks, stopping.requested))) as batches,
             Stage("unit-writer", threads=1, waiting=0) as writer,
-            Stage("encoder", threads=ENCODERS, waiting=BATCHES_AHEAD) as encoder,
+            ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder") as pool,
+            Stage("encoder", threads=1, waiting=BATCHES_AHEAD) as encoder,
         ):
             for batch in batches:
                 waits.start()
@@ -146,7 +147,7 @@ class Pipeline:
                 if not stopping.goes_on(batch, run.images_left(batch)):
                     break
                 outputs = self._forward(batch.pixels.flatten(0, 1))
-                encoder.submit(run.encode, batch, outputs, run.rows_of(batch), writer)
+                encoder.submit(run.encode, batch, outputs, run.rows_of(batch), pool, writer)
                 run.images += batch.images
                 if on_batch is not None:
                     on_batch(run.images, waits.times())
@@ -178,8 +179,7 @@ class _Run:
         self._store, self._tars, self._on_commit, self._waits = store, tars, on_commit, waits
         self._pulled: list[Task] = []
         self._committed: list[Task] = []
-        self._open: deque[tuple[Task, UnitRows]] = deque()  # units being collected, in order
-        self._in_order = threading.Lock()
+        self._rows: UnitRows | None = None
         self.images = 0
 
     def pulled(self, tasks: Iterable[Task], stop: threading.Event) -> Iterator[Task]:
@@ -195,26 +195,18 @@ class _Run:
 
     def rows_of(self, batch: Batch) -> UnitRows:
         """Where a batch's rows are collected; batches come task by task."""
-        if batch.start == 0:
-            keys = self._tars[batch.task.unit].keys
-            self._open.append((batch.task, UnitRows(self._store.manifest, keys, len(batch.task.views))))
-        return self._open[-1][1]
+        if self._rows is None or batch.start == 0:
+            self._rows = UnitRows(self._store.manifest, self._tars[batch.task.unit].keys, len(batch.task.views))
+        return self._rows
 
-    def encode(self, batch: Batch, outputs: Outputs, rows: UnitRows, writer: Stage) -> None:
-        """Encode a batch; the unit's last one hands the unit to the writer. In an encode thread."""
+    def encode(self, batch: Batch, outputs: Outputs, rows: UnitRows, pool: Executor, writer: Stage) -> None:
+        """Encode a batch; the unit's last one hands the unit to the writer. In the encode thread."""
         arrays = outputs.arrays()
         logits = arrays.pop("logits", None)
         with self._waits.busy("encode"):
-            rows.add(batch, arrays, logits)
+            rows.add(batch, arrays, logits, pool)
         if rows.whole:
-            self._hand_over(writer)
-
-    def _hand_over(self, writer: Stage) -> None:
-        """Give whole units to the writer in the order they were begun, whichever thread completed them."""
-        with self._in_order:
-            while self._open and self._open[0][1].whole:
-                task, rows = self._open.popleft()
-                writer.submit(self._write, task, rows.data())
+            writer.submit(self._write, batch.task, rows.data())
 
     def _write(self, task: Task, data: UnitData) -> None:
         try:

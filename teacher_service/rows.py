@@ -3,8 +3,9 @@
 Shape legend: b samples of a batch, V views, n samples of a unit, N tokens, C channels.
 """
 
-import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
 
 import numpy as np
 
@@ -14,11 +15,11 @@ from feature_store.views import ViewParams
 from feature_store.writer import UnitData
 from teacher_service.decoding import Batch
 
+PIECE_SAMPLES = 8  # of a batch, encoded by one thread at a time
+
 
 class UnitRows:
     """One unit's rows while its batches come in, already encoded, so that they take little memory.
-
-    Several threads may add batches, in any order.
 
     Args:
         manifest: The store's.
@@ -37,25 +38,34 @@ class UnitRows:
         self._quarantined: dict[int, str] = {}
         self._params: list[list[ViewParams | None]] = [[None] * len(keys) for _ in range(num_views)]
         self._pixel_crc = np.zeros(rows, np.uint32)
-        self._missing, self._lock = len(keys), threading.Lock()
+        self._missing = len(keys)
 
-    def add(self, batch: Batch, taps: Mapping[str, np.ndarray], logits: np.ndarray | None) -> None:
-        """Take one batch with the teacher's outputs [b * V, ...].
+    def add(
+        self, batch: Batch, taps: Mapping[str, np.ndarray], logits: np.ndarray | None, pool: Executor | None = None
+    ) -> None:
+        """Take one batch with the teacher's outputs [b * V, ...]; a pool's threads share the encoding.
 
         Raises:
             InputError: A value is not finite or too large for its codec.
         """
         span = slice(batch.start, batch.start + len(batch))
         outputs = {f"taps/{name}": values for name, values in taps.items()} | {"logits": logits}
-        for path, codec in self._codecs.items():
-            for suffix, encoded in codec.encode(np.asarray(outputs[path])).items():
-                self._values[path][suffix][:, span] = self._by_view(encoded)
+        step = PIECE_SAMPLES if pool else len(batch)
+        pieces = [range(start, min(start + step, len(batch))) for start in range(0, len(batch), step)]
+        list((pool.map if pool else map)(partial(self._encode, batch.start, outputs), pieces))
         self._labels[span], self._pixel_crc[:, span] = batch.labels, batch.pixel_crc
+        self._quarantined |= batch.quarantined
         for params, more in zip(self._params, batch.params, strict=True):
             params[span] = more
-        with self._lock:
-            self._quarantined |= batch.quarantined
-            self._missing -= len(batch)
+        self._missing -= len(batch)
+
+    def _encode(self, first: int, outputs: Mapping[str, np.ndarray | None], piece: range) -> None:
+        """Encode some of a batch's samples; first is the position of the batch's first one."""
+        views, span = len(self._params), slice(first + piece.start, first + piece.stop)
+        for path, codec in self._codecs.items():
+            values = np.asarray(outputs[path])[piece.start * views : piece.stop * views]
+            for suffix, encoded in codec.encode(values).items():
+                self._values[path][suffix][:, span] = self._by_view(encoded)
 
     @property
     def whole(self) -> bool:
@@ -71,7 +81,7 @@ class UnitRows:
         return UnitData(
             keys=self._keys,
             labels=self._labels,
-            quarantined=dict(sorted(self._quarantined.items())),
+            quarantined=self._quarantined,
             params=self._params,
             pixel_crc=self._pixel_crc,
             taps={path.removeprefix("taps/"): parts for path, parts in self._values.items() if path != "logits"},

@@ -1,4 +1,6 @@
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from feature_store.errors import InputError
 from feature_store.manifest import Manifest
 from feature_store.tars.tar import Tar
 from feature_store.writer import Values
+from teacher_service import rows as rows_module
 from teacher_service.config import PlanConfig
 from teacher_service.decoding import Batch, Task
 from teacher_service.planning import job_manifest, outline_teacher
@@ -52,15 +55,16 @@ def _encoded(values: Values) -> np.ndarray:
     return array
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("threads", [0, 2])
 def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(
-    manifest: Manifest, order: tuple[int, ...]
+    manifest: Manifest, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rows_module, "PIECE_SAMPLES", 2)
     rows = UnitRows(manifest, list("abcde"), 2)
-    batches = [_batch(0, 3), _batch(3, 2, {4: "broken"})]
-    for i in order:
-        assert not rows.whole
-        rows.add(batches[i], *_outputs(batches[i].start, len(batches[i])))
+    with ThreadPoolExecutor(threads) if threads else nullcontext() as pool:
+        for batch in (_batch(0, 3), _batch(3, 2, {4: "broken"})):
+            assert not rows.whole
+            rows.add(batch, *_outputs(batch.start, len(batch)), pool)
     assert rows.whole
 
     data = rows.data()
