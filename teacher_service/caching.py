@@ -1,8 +1,6 @@
 """The cache job: tars through the frozen teacher into a store, unit by unit, resumable after any interruption."""
 
-import threading
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -10,10 +8,9 @@ from rich.console import Console
 from feature_store.store import open_store
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, warm_up
-from teacher_service.pipeline import Pipeline, PipelineReport, UnitDone
-from teacher_service.preparation import Job, prepared, remaining_tasks
-from teacher_service.progress import Progress
-from teacher_service.waits import StageTimes
+from teacher_service.engines import local
+from teacher_service.pipeline import PipelineReport
+from teacher_service.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,7 @@ class CacheSummary:
         units: Units of the store.
         units_written: Units this run computed and committed.
         units_skipped: Units an earlier run had committed.
+        units_left: Units that still lack views, because the run was stopped.
         images: View images this run put through the teacher.
         quarantined: Samples in the whole store that could not be used.
         teacher_seconds: Seconds of this run the teacher worked.
@@ -39,6 +37,7 @@ class CacheSummary:
     units: int
     units_written: int
     units_skipped: int
+    units_left: int
     images: int
     quarantined: int
     teacher_seconds: float
@@ -49,13 +48,13 @@ class CacheSummary:
     batch_size: int
 
 
-def cache(config: CacheConfig, console: Console | None = None, *, stop: threading.Event | None = None) -> CacheSummary:
+def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | None = None) -> CacheSummary:
     """Run the teacher over every unit that is not committed yet.
 
     Args:
         config: What to do.
         console: Where to show progress; None for nowhere.
-        stop: Set to stop early, see Pipeline.run.
+        stop: Set to stop early, see Pipeline.run; SIGTERM and Ctrl-C set it too.
 
     Raises:
         InputError: Unknown teacher, unusable tars or checkpoint, or with strict an unreadable sample.
@@ -64,19 +63,17 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: threadin
     """
     started = time.perf_counter()
     warm_up(config.workers)
-    with prepared(config) as job:
-        tasks = remaining_tasks(job.store)
-        with Progress(console or Console(quiet=True), job.store.manifest, tasks) as progress:
-            report = run_in_process(job, tasks, progress.committed, progress.computed, stop)
-        store = open_store(config.store)  # engines commit in other processes
-        store.compact()
+    tasks, report = _run(config, console or Console(quiet=True), stop or Stop())
+    store = open_store(config.store)  # engines commit in other processes
+    store.compact()
     seconds = time.perf_counter() - started
-    written = {task.unit for task in report.committed}
+    units = len(store.manifest.tars)
     return CacheSummary(
         store=str(config.store),
-        units=len(job.tars),
-        units_written=len(written),
-        units_skipped=len(job.tars) - len({task.unit for task in tasks}),
+        units=units,
+        units_written=len({task.unit for task in report.committed}),
+        units_skipped=units - len({task.unit for task in tasks}),
+        units_left=len(store.committed.missing_views()),
         images=report.images,
         quarantined=sum(len(record.quarantined) for record in store.committed.records),
         teacher_seconds=report.times.busy.get("forward", 0.0),
@@ -88,13 +85,10 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: threadin
     )
 
 
-def run_in_process(
-    job: Job,
-    tasks: Sequence[Task],
-    on_commit: Callable[[UnitDone], None],
-    on_batch: Callable[[int, StageTimes], None],
-    stop: threading.Event | None,
-) -> PipelineReport:
-    """The simplest engine: one pipeline in this process."""
-    pipeline = Pipeline(job.config, job.store, job.teacher, job.tars)
-    return pipeline.run(tasks, on_commit=on_commit, on_batch=on_batch, stop=stop)
+def _run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:
+    """What the store lacked, and what the engine did of it."""
+    if config.engine == "ray":
+        from teacher_service.engines import ray  # an optional extra
+
+        return ray.run(config, console, stop)
+    return local.run(config, console, stop)

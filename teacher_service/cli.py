@@ -1,6 +1,7 @@
 """Command line of the teacher's side: say what a cache will cost, write it, prove it."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -39,11 +40,20 @@ def plan(config: tyro.conf.OmitArgPrefixes[PlanConfig]) -> None:
 
 @app.command
 def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig]) -> None:
-    """Run the teacher once over all views of all tars and store what it says; the same command resumes."""
-    from teacher_service.caching import cache as run_cache
+    """Run the teacher once over all views of all tars and store what it says; the same command resumes.
 
-    summary = run_cache(config, Console(stderr=True))
+    SIGTERM and Ctrl-C end it within ten seconds; exit code 143 or 130 if units are left.
+    """
+    from teacher_service.caching import cache as run_cache
+    from teacher_service.stopping import Stop
+
+    stop = Stop()
+    summary = run_cache(config, Console(stderr=True), stop=stop)
     print(json.dumps(asdict(summary)) if config.json else summary_text(summary))
+    if stop.is_set() and summary.units_left:
+        print(f"teacher-service: stopped with {summary.units_left} of {summary.units} units left; the same command "
+              "goes on with them", file=sys.stderr)  # fmt: skip
+        sys.exit(stop.exit_code)
 
 
 @app.command

@@ -1,12 +1,9 @@
 """Gets a cache job ready to run: its tars, its teacher, and the store it writes to."""
 
-import glob
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,11 +13,11 @@ from torch import Tensor
 from feature_store.codecs.registry import calibrated, needs_calibration
 from feature_store.errors import InputError, ResourceError
 from feature_store.manifest import Manifest
-from feature_store.objects.local import PARTIAL_SUFFIX
 from feature_store.store import Store, open_store
 from feature_store.tars.tar import Tar
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
+from teacher_service.claims import preparing
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, ViewDataset
 from teacher_service.planning import Plan, growth_of, job_manifest, survey
@@ -48,12 +45,11 @@ class Job:
     tars: tuple[Tar, ...]
 
 
-@contextmanager
-def prepared(config: CacheConfig) -> Iterator[Job]:
-    """A job, its store made or grown to what it asks for and locked against other jobs until the context is left.
+def prepare(config: CacheConfig) -> Job:
+    """A job whose store is there and has room for what the job asks for.
 
-    The lock keeps other jobs off, not this one's worker processes: they open the store and write units, each of which
-    is locked on its own.
+    One process of a machine at a time: of several that run the same job, the first makes the store and learns its
+    codecs' statistics, the others find it.
 
     Raises:
         UserError: See ``teacher_service.caching.cache``.
@@ -68,10 +64,26 @@ def prepared(config: CacheConfig) -> Iterator[Job]:
     teacher = load_job_teacher(config)
     blocks = bundle_state(teacher.later_blocks)
     manifest = job_manifest(config, tars, teacher.info, teacher.split, bundle_sha256(blocks))
-    if needs_calibration(manifest) and not (config.store / "zarr.json").exists():
-        manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
-    with _writable_store(config.store, manifest, blocks, plan.remaining_bytes) as store:
-        yield Job(config, plan, store, teacher, tars)
+    with preparing(config.store):
+        if not (config.store / "zarr.json").exists():
+            if needs_calibration(manifest):
+                manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
+            _create(config, manifest, blocks, plan.remaining_bytes)
+        store = open_store(config.store)
+        if growth := growth_of(store, manifest):
+            store = store.grow(growth.manifest)
+        store.remove_leftovers()
+    return Job(config, plan, store, teacher, tars)
+
+
+def join(config: CacheConfig) -> Job:
+    """A job that was prepared already, on this machine or another one.
+
+    Raises:
+        UserError: See ``teacher_service.caching.cache``.
+    """
+    plan, tars = survey(config)
+    return Job(config, plan, open_store(config.store), load_job_teacher(config), tars)
 
 
 def load_job_teacher(config: CacheConfig) -> Teacher:
@@ -87,13 +99,19 @@ def load_job_teacher(config: CacheConfig) -> Teacher:
         model_kwargs=config.model_kwargs,
         depth=config.depth,
         compute_dtype=config.compute_dtype,
-        device=_device(config.device),
+        device=usable_device(config.device),
     )
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """A device by name; auto is a GPU if there is one, under torchrun each process's own.
+
+    Raises:
+        ResourceError: It cannot be used.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus) if gpus else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -103,25 +121,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-@contextmanager
-def _writable_store(path: Path, manifest: Manifest, blocks: Mapping[str, Tensor], needed: int) -> Iterator[Store]:
-    """The store, created if need be, with this job as its only one and without leftovers."""
-    if not (path / "zarr.json").exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Store.create(path, manifest, blocks)
-        except OSError as error:
-            raise disk_error(error, path, "the new store", needed) from error
-    store = open_store(path)
-    growth_of(store, manifest)
-    with store.locked_for_writing():
-        store = open_store(path)  # another writer may have committed before it gave up the lock
-        if growth := growth_of(store, manifest):
-            store = store.grow(growth.manifest)
-        store.remove_leftovers()
-        for unborn in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL_SUFFIX}"):
-            shutil.rmtree(unborn, ignore_errors=True)  # a creation that was killed; the store exists by now
-        yield store
+def _create(config: CacheConfig, manifest: Manifest, blocks: Mapping[str, Tensor], needed: int) -> None:
+    try:
+        Store.create(config.store, manifest, blocks)
+    except OSError as error:
+        raise disk_error(error, config.store, "the new store", needed) from error
 
 
 def remaining_tasks(store: Store) -> list[Task]:

@@ -27,7 +27,7 @@ from feature_store.tars.tar import Tar, expand_tars
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import ViewParams, apply_view, check_pixels, decode_image
-from teacher_service.preparation import _device as usable_device
+from teacher_service.preparation import usable_device
 from teacher_service.verify_config import VerifyConfig
 
 COMPUTE_ERROR = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
