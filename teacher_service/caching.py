@@ -1,15 +1,20 @@
 """The cache job: tars through the frozen teacher into a store, unit by unit, resumable after any interruption."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from rich.console import Console
 
-from feature_store.store import open_store
+from feature_store.commits.record import encode_record
+from feature_store.store import Store, open_store
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, warm_up
 from teacher_service.engines import local
+from teacher_service.forecast import forecast
+from teacher_service.observing import append_event
 from teacher_service.pipeline import PipelineReport
+from teacher_service.planning import remaining_bytes
 from teacher_service.stopping import Stop
 
 
@@ -27,7 +32,11 @@ class CacheSummary:
         quarantined: Samples in the whole store that could not be used.
         teacher_seconds: Seconds of this run the teacher worked.
         seconds: Seconds of this run.
+        predicted_seconds: What the timed sample said; None without --time-samples.
         images_per_second: View images per second of this run.
+        gpu_hours: Hours of its devices, from the first batch to the last commit, added up.
+        bytes_written: Bytes of the units this run committed.
+        predicted_bytes: What the plan says of them.
         stages: Share of its time each stage worked, 0..1.
         bottleneck: The stage the others waited for.
         batch_size: Images per forward pass at the end; less than asked for if memory ran out.
@@ -42,7 +51,11 @@ class CacheSummary:
     quarantined: int
     teacher_seconds: float
     seconds: float
+    predicted_seconds: float | None
     images_per_second: float
+    gpu_hours: float
+    bytes_written: int
+    predicted_bytes: int
     stages: dict[str, float]
     bottleneck: str
     batch_size: int
@@ -61,6 +74,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
         MismatchError: The store was begun with other settings; names the field.
         ResourceError: Disk full, weights that cannot be fetched, a device that gave up.
     """
+    predicted = forecast(config).seconds if config.time_samples else None
     started = time.perf_counter()
     warm_up(config.workers)
     tasks, report = _run(config, console or Console(quiet=True), stop or Stop())
@@ -68,7 +82,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
     store.compact()
     seconds = time.perf_counter() - started
     units = len(store.manifest.tars)
-    return CacheSummary(
+    summary = CacheSummary(
         store=str(config.store),
         units=units,
         units_written=len({task.unit for task in report.committed}),
@@ -78,11 +92,31 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
         quarantined=sum(len(record.quarantined) for record in store.committed.records),
         teacher_seconds=report.times.busy.get("forward", 0.0),
         seconds=seconds,
+        predicted_seconds=predicted,
         images_per_second=report.images / seconds,
+        gpu_hours=report.times.available.get("forward", 0.0) / 3600,
+        bytes_written=sum(_bytes(store, task) for task in report.committed),
+        predicted_bytes=remaining_bytes(store.manifest, _views(report.committed)),
         stages={stage: report.times.share(stage) for stage in report.times.available},
         bottleneck=report.times.bottleneck,
         batch_size=report.batch_size,
     )
+    if config.log_jsonl is not None:
+        append_event(config.log_jsonl, "end", **asdict(summary))
+    return summary
+
+
+def _bytes(store: Store, task: Task) -> int:
+    """Bytes of a committed task's objects and of its record."""
+    record = store.committed.record(task.unit, task.views.start)
+    return sum(proof.bytes for proof in record.objects.values()) + len(encode_record(record))
+
+
+def _views(tasks: Sequence[Task]) -> dict[int, list[int]]:
+    views: dict[int, list[int]] = {}
+    for task in tasks:
+        views.setdefault(task.unit, []).extend(task.views)
+    return views
 
 
 def _run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:

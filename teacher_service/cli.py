@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
-from rich.filesize import decimal
-from rich.table import Table
 
 from feature_store.cli import run, unit_progress
 from feature_store.errors import CorruptStoreError
-from teacher_service.config import CacheConfig, PlanConfig
+from teacher_service.config import CacheConfig, TimedPlanConfig
+from teacher_service.tables import print_forecast, summary_text
 from teacher_service.verify_config import VerifyConfig
 
 if TYPE_CHECKING:
-    from teacher_service.caching import CacheSummary
-    from teacher_service.planning import Plan
     from teacher_service.verifying import DeepReport
 
 # The commands import what they run themselves: torch takes seconds, and --help should not.
@@ -27,15 +24,15 @@ app = tyro.extras.SubcommandApp()
 
 
 @app.command
-def plan(config: tyro.conf.OmitArgPrefixes[PlanConfig]) -> None:
-    """Say what a cache would hold and how big it gets, before anything runs."""
-    from teacher_service.planning import plan as make_plan
+def plan(config: tyro.conf.OmitArgPrefixes[TimedPlanConfig]) -> None:
+    """Say what a cache would hold, how big it gets, and with --time-samples how long it takes and when it pays."""
+    from teacher_service.forecast import forecast
 
-    result = make_plan(config)
+    result = forecast(config)
     if config.json:
-        print(json.dumps(asdict(result)))
+        print(json.dumps(result.to_dict()))
     else:
-        Console().print(plan_table(result))
+        print_forecast(result, Console())
 
 
 @app.command
@@ -97,34 +94,6 @@ def verdict(report: "DeepReport") -> str:
     return (
         f"{len(rows)} of {report.rows} rows in {store} are not what the teacher says of the tars' samples (units "
         f"{units}); do not train on it: write those units again, or find out what changed the tars"
-    )
-
-
-def plan_table(plan: "Plan") -> Table:
-    """A plan for people."""
-    table = Table("", "value", title=f"{plan.teacher} -> {plan.store}", title_justify="left", show_header=False)
-    table.add_row("samples", f"{plan.samples:,} in {plan.units:,} units (tars), capacity {plan.capacity:,}")
-    table.add_row("views", f"{plan.views} per sample, {plan.rows:,} images through the teacher")
-    for name, (tokens, channels, codec) in plan.taps.items():
-        table.add_row(f"tap {name}", f"{tokens} tokens x {channels} channels, {codec}")
-    table.add_section()
-    for kind, size in plan.bytes.items():
-        table.add_row(kind, decimal(size))
-    table.add_row("total", f"{decimal(plan.total_bytes)} in {plan.objects:,} objects")
-    table.add_section()
-    table.add_row("already written", f"{plan.committed_units:,} of {plan.units:,} units")
-    table.add_row("to write", decimal(plan.remaining_bytes))
-    verdict = "fits" if plan.fits else f"does NOT fit: {decimal(plan.remaining_bytes - plan.free_bytes)} missing"
-    table.add_row("free disk", f"{decimal(plan.free_bytes)}: {verdict}")
-    return table
-
-
-def summary_text(summary: "CacheSummary") -> str:
-    """A finished job for people."""
-    return (
-        f"{summary.store}: {summary.units_written} units written, {summary.units_skipped} were there, "
-        f"{summary.quarantined} samples quarantined; {summary.images:,} images in {summary.seconds:.1f} s "
-        f"({summary.images_per_second:,.1f} images/s), {summary.teacher_seconds:.1f} s of it in the teacher"
     )
 
 

@@ -88,7 +88,7 @@ class Forward:
         """Begin to run the teacher on uint8 pixels in host memory, pinned if it runs on a GPU.
 
         Raises:
-            ResourceError: The device has too little memory for a single image.
+            ResourceError: The device has too little memory for a single image, or the compiler gave up.
         """
         parts: list[Part] = []
         done = 0
@@ -99,8 +99,16 @@ class Forward:
             except torch.OutOfMemoryError as error:
                 self._halve(error)
                 continue
+            except RuntimeError as error:
+                if not (self._pad and _of_compiler(error)):
+                    raise
+                raise self._compile_error(error) from error
             done += len(piece)
         return Outputs(parts, self._waits)
+
+    def _compile_error(self, error: RuntimeError) -> ResourceError:
+        reason = str(error).strip().splitlines()[0]
+        return ResourceError(f"torch.compile gave up on {self.device}: {reason}; run without --compile")
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
         if self.batch_size == 1:
@@ -172,9 +180,13 @@ def _event() -> Any:
     return event
 
 
+def _of_compiler(error: RuntimeError) -> bool:
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
 def prepare_for_gpu(teacher: Teacher) -> None:
     """Lay its convolutions out channels-last, and use fused attention also where timm leaves it off (Swin)."""
     teacher.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     for module in teacher.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = True
+            module.fused_attn = True  # pyright: ignore[reportArgumentType]

@@ -104,7 +104,7 @@ class Pipeline:
         self._config, self._store, self._tars = config, store, tars
         self._dataset = dataset or ViewDataset(tars, manifest.policy, manifest.seed)
         self._waits = Waits({"decode": max(1, config.workers)})
-        self._forward = Forward(teacher, tuple(manifest.taps), config.batch_size, self._waits)
+        self._forward = Forward(teacher, tuple(manifest.taps), config.batch_size, self._waits, compile=config.compile)
 
     def run(
         self,

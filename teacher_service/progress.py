@@ -28,7 +28,7 @@ class Progress:
     def __init__(self, console: Console, manifest: Manifest, tasks: Sequence[Task]) -> None:
         self._console, self._manifest = console, manifest
         self._left = Counter(task.unit for task in tasks)
-        self._quarantined = 0
+        self._quarantined, self._committed = 0, 0
         self._images, self._total = 0, sum(manifest.tars[task.unit].samples * len(task.views) for task in tasks)
         self._started = time.perf_counter()
         self._bar = Bar(
@@ -54,14 +54,16 @@ class Progress:
 
     def computed(self, images: int, times: StageTimes) -> None:
         """Note how many view images went through the teacher so far, and how the stages worked."""
-        self._images = images
+        self._images = max(self._images, images)
         self._bar.update(self._task, completed=self._images, rate=f"{self._rate():,.0f} images/s, {times}")
 
     def committed(self, done: UnitDone) -> None:
         """Count what is safe on disk; may be called from another thread."""
         self._left -= Counter([done.task.unit])
         self._quarantined += len(done.quarantined)
-        self._bar.update(self._task, units=self._units())
+        self._committed += done.images
+        self._images = max(self._images, self._committed)  # of other processes only commits are heard
+        self._bar.update(self._task, units=self._units(), completed=self._images)
         if not self._console.is_terminal:
             self._console.print(self._line(done), markup=False, highlight=False, soft_wrap=True)
 

@@ -4,7 +4,6 @@ Nothing is divided beforehand. Each process claims a task when its pipeline has 
 one that comes later joins in, and what a dead one had in hand is taken over.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,9 +14,9 @@ from rich.console import Console
 from teacher_service.claims import Claims, lock_folder
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task
+from teacher_service.observing import observed
 from teacher_service.pipeline import Pipeline, PipelineReport, UnitDone
 from teacher_service.preparation import Job, prepare, remaining_tasks
-from teacher_service.progress import Progress
 from teacher_service.stopping import Stop, stop_on_signals
 from teacher_service.waits import StageTimes
 
@@ -37,12 +36,8 @@ def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], 
     """
     job = prepare(config)
     tasks = remaining_tasks(job.store)
-    quiet = os.environ.get("LOCAL_RANK", "0") != "0"
-    with (
-        Progress(Console(quiet=True) if quiet else console, job.store.manifest, tasks) as progress,
-        stop_on_signals(stop),
-    ):
-        return tasks, compute(job, tasks, on_commit=progress.committed, on_batch=progress.computed, stop=stop)
+    with observed(config, console, job.store.manifest, tasks) as observers, stop_on_signals(stop):
+        return tasks, compute(job, tasks, on_commit=observers.committed, on_batch=observers.computed, stop=stop)
 
 
 def compute(

@@ -5,9 +5,10 @@ ones join in. Only the store matters in the end: a driver that dies leaves what 
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +20,9 @@ from teacher_service.claims import is_committed
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task
 from teacher_service.handout import Handout
+from teacher_service.observing import observed
 from teacher_service.pipeline import Pipeline, PipelineReport, UnitDone
 from teacher_service.preparation import join, prepare, remaining_tasks
-from teacher_service.progress import Progress
 from teacher_service.stopping import RESUME, Stop, stop_on_signals
 from teacher_service.waits import StageTimes
 
@@ -49,12 +50,12 @@ def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], 
             tasks = ray.get(prepared)
         manifest = open_store(config.store).manifest
         with (
-            Progress(console, manifest, tasks) as progress,
+            observed(config, console, manifest, tasks) as observers,
             stop_on_signals(stop),
             _user_errors(ray),
             _Crew(ray, config, demand, tasks) as crew,
         ):
-            return tasks, crew.run(progress.committed, stop)
+            return tasks, crew.run(observers.committed, stop)
 
 
 def _import_ray() -> Any:
@@ -77,7 +78,8 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0]
         raise ResourceError(f"Ray cluster {address or 'of this machine'}: {reason}; check --ray-address") from error
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, where --json has one object
+            yield
     finally:
         ray.shutdown()
 

@@ -19,8 +19,8 @@ from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc
 from teacher_service.caching import cache
 from teacher_service.cli import main
-from teacher_service.engines import local
 from teacher_service.planning import plan
+from teacher_service.progress import Progress
 
 
 @pytest.fixture(params=["tiny_swin", "tiny_vit"])
@@ -154,7 +154,7 @@ def test_cache_finishes_the_unit_under_way_and_resumes_when_interrupted(
                "--tap-codec", "f16"]  # fmt: skip
 
     with monkeypatch.context() as patched:
-        patched.setattr(local.Progress, "computed", _signal_at(10, number))
+        patched.setattr(Progress, "computed", _signal_at(10, number))
         assert main(command) == exit_code
     captured = capsys.readouterr()
     assert f"{number.name}: finishing or abandoning the unit under way" in captured.err
@@ -170,7 +170,7 @@ def test_cache_finishes_the_unit_under_way_and_resumes_when_interrupted(
 def _signal_at(images: int, number: signal.Signals):
     """Send a signal half way through a unit, and give the thread that waits for it time to see it."""
 
-    original = local.Progress.computed
+    original = Progress.computed
 
     def computed(self, count, times) -> None:
         original(self, count, times)
