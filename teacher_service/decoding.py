@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.context import ForkServerContext
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -154,7 +154,6 @@ def warm_up(workers: int) -> None:
     """Begin to import what workers need, in the background, while the caller does something else."""
     if workers:
         _context()
-        forkserver.ensure_running()
 
 
 def read_batches(
@@ -193,9 +192,18 @@ def read_batches(
 
 
 def _context() -> ForkServerContext:
-    """Workers are forked from a clean process: not from this one, whose threads, GPU and lock they would inherit."""
+    """Workers are forked from a clean process: not from this one, whose threads, GPU and lock they would inherit.
+
+    They get no SIGTERM, which torchrun and Slurm send to every process: the job's own ends them when it is time.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(["teacher_service.caching"])
+    resource_tracker.ensure_running()  # the fork server starts it otherwise, and it would unblock the signal
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by what starts now
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
 
 

@@ -58,7 +58,12 @@ def _command(config: CacheConfig, *options: str) -> list[str]:
 def _start(*arguments: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -174,10 +179,12 @@ def test_cache_ends_within_ten_seconds_of_sigterm_when_a_unit_takes_longer(
     config = cache_config([tar], tiny_swin, tmp_path / "store", tap_codec="int8")
     command = _command(config)
     command[command.index("--views") + 1] = "64"  # minutes of work
+    command[command.index("--workers") + 1] = "1"
     process = _start(*command)
     _wait_for((config.store / ".locks/claim-u00000").exists, process)
+    time.sleep(2)  # for the decode worker, which gets the signal too
 
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun and Slurm do
     _, errors = process.communicate(timeout=10)
 
     assert process.returncode == 143
