@@ -68,32 +68,75 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(PlanConfig):
-    """What is to be cached, and how it is computed.
+class TimedPlanConfig(PlanConfig):
+    """What is to be cached, and how it is computed: enough to say how long it takes.
 
     Workers and device decide only how fast. A batch size can change the last bits of a feature, so an
     interrupted job resumed with the same one ends with the same bytes.
 
     Attributes:
-        store: The store's folder; created, or continued if it was begun with the same settings.
-        checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
-        batch_size: View images per forward pass.
+        batch_size: View images per forward pass; halved for good when memory runs out.
         workers: Processes that decode and cut views; 0 does it in this process.
         device: Where the teacher runs, e.g. cuda:1; auto takes a GPU if there is one.
         compute_dtype: dtype of the teacher's forward pass (autocast below float32).
-        strict: Stop at the first unreadable sample instead of quarantining it.
+        compile: Run the teacher through torch.compile: minutes at the start, faster on a GPU from then on.
+        time_samples: Samples to put through the whole pipeline first, to predict how long the job takes and when it
+            pays; thousands on a GPU, so that every decode worker gets some batches. 0 measures nothing.
     """
 
-    store: Path = field()  # required here: a run should not choose where to write
-    checkpoint: Path | None = None
     batch_size: int = 256
     workers: int = 4
     device: str = "auto"
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    strict: bool = False
+    compile: bool = False
+    time_samples: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
         super().__post_init__()
         require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
         require(self.workers >= 0, "--workers", self.workers, "0 or more")
+        require(
+            self.time_samples >= 0 and self.time_samples != 1, "--time-samples", self.time_samples, "0, or 2 or more"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(TimedPlanConfig):
+    """What is to be cached, how, and where to.
+
+    Attributes:
+        store: The store's folder; created, or continued if it was begun with the same settings.
+        checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
+        log_jsonl: File to append a JSON line to for the job's start, each committed unit and the end.
+        metrics_port: Port of a Prometheus endpoint, /metrics; default none.
+        metrics_host: Address it listens on; anyone who reaches it can read it.
+        strict: Stop at the first unreadable sample instead of quarantining it.
+        engine: local computes in this process, beside any others of this machine that run the same command (torchrun
+            starts one per GPU); ray computes in actors of a Ray cluster.
+        ray_address: The Ray cluster, e.g. auto or ray://head:10001; default the environment's, or one on this machine.
+        num_actors: Ray actors; default as many as the cluster has room for when the job starts.
+        gpus_per_actor: GPUs of each Ray actor, fractions allowed; default 1 if the cluster has any.
+    """
+
+    store: Path = field()  # required here: a run should not choose where to write
+    checkpoint: Path | None = None
+    log_jsonl: Path | None = None
+    metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
+    strict: bool = False
+    engine: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    num_actors: int | None = None
+    gpus_per_actor: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values no run could use."""
+        super().__post_init__()
+        port = self.metrics_port
+        require(port is None or 0 <= port < 65536, "--metrics-port", port, "0 (any that is free) to 65535")
+        for name, value in {"--ray-address": self.ray_address, "--num-actors": self.num_actors,
+                            "--gpus-per-actor": self.gpus_per_actor}.items():  # fmt: skip
+            require(value is None or self.engine == "ray", name, value, "--engine ray with it")
+        require(self.num_actors is None or self.num_actors >= 1, "--num-actors", self.num_actors, "at least 1")
+        require((self.gpus_per_actor or 0) >= 0, "--gpus-per-actor", self.gpus_per_actor, "0 or more")

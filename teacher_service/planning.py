@@ -43,6 +43,7 @@ class Plan:
         objects: Files in the finished store.
         committed_units: Units the destination already holds.
         remaining_bytes: Bytes still to be written.
+        remaining_images: Images still to go through the teacher.
         free_bytes: Free disk at the destination.
         fits: Whether the remaining bytes fit in the free ones.
     """
@@ -60,6 +61,7 @@ class Plan:
     objects: int
     committed_units: int
     remaining_bytes: int
+    remaining_images: int
     free_bytes: int
     fits: bool
 
@@ -89,11 +91,18 @@ def survey(config: PlanConfig) -> tuple[Plan, tuple[Tar, ...]]:
     Raises:
         UserError: See plan.
     """
-    outline = outline_teacher(config)
-    tars = open_tars(config)
+    outline, tars = outline_teacher(config), open_tars(config)
+    return plan_of(config, outline, tars), tars
+
+
+def plan_of(config: PlanConfig, outline: TeacherOutline, tars: Sequence[Tar]) -> Plan:
+    """The plan of a job whose teacher and tars are known.
+
+    Raises:
+        UserError: See plan.
+    """
     manifest = job_manifest(config, tars, outline.info, outline.split)
-    missing = _missing_views(manifest, config.store)
-    return predict(manifest, outline.block_bytes, config.store, missing), tars
+    return predict(manifest, outline.block_bytes, config.store, _missing_views(manifest, config.store))
 
 
 def outline_teacher(config: PlanConfig) -> TeacherOutline:
@@ -221,6 +230,7 @@ def predict(manifest: Manifest, block_bytes: Sequence[int], store: Path, missing
         objects=len(manifest.tars) * (len(_unit_objects(manifest, 0)) + 1) + len(arrays) + GROUPS + len(block_bytes),
         committed_units=len(manifest.tars) - len(lacking),
         remaining_bytes=remaining,
+        remaining_images=sum(manifest.tars[unit].samples * len(views) for unit, views in lacking.items()),
         free_bytes=free,
         fits=remaining <= free,
     )
@@ -234,8 +244,12 @@ def remaining_bytes(manifest: Manifest, missing: Missing) -> int:
 
 def free_bytes(path: Path) -> int:
     """Free disk where a path is or would be, in bytes."""
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing_folder(path)).free
+
+
+def existing_folder(path: Path) -> Path:
+    """A path or the nearest folder above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def _unit_bytes(manifest: Manifest, unit: int) -> Counter[str]:

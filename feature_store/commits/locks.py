@@ -27,17 +27,26 @@ def exclusive(objects: ObjectStore, name: str, refusal: str) -> Iterator[None]:
     if not isinstance(objects, LocalObjects):
         yield
         return
-    with _locked(objects.root / FOLDER / name, refusal):
+    with locked(objects.root / FOLDER / name, refusal):
         yield
 
 
 @contextmanager
-def _locked(path: Path, refusal: str) -> Iterator[None]:
-    path.parent.mkdir(exist_ok=True)
+def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
+    """Hold a lock file of this machine; it is removed in the end.
+
+    Args:
+        path: The file; its folder is made if need be.
+        refusal: Message if another process holds it; None to wait until it does no more.
+
+    Raises:
+        ResourceError: Another process holds it, and there is a refusal.
+    """
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if refusal is None else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 raise ResourceError(refusal) from error
             if not _is_still(file.fileno(), path):

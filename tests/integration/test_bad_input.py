@@ -398,17 +398,6 @@ def test_cache_keeps_committed_units_and_resumes_when_a_write_fails(
     assert not list((tmp_path / "store").rglob("*.partial"))
 
 
-def test_cache_says_so_when_another_process_writes_the_store(
-    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = command(*write_tars(tmp_path, 2))
-    assert main(argv) == 0
-    capsys.readouterr()
-
-    with open_store(tmp_path / "store").locked_for_writing():
-        assert "another process is writing" in _error(capsys, argv, 3)
-
-
 def test_cache_says_so_when_a_tar_shrinks_under_it(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,10 @@ from feature_store.errors import MismatchError
 from feature_store.tars.tar import Tar
 from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc
-from teacher_service import caching
 from teacher_service.caching import cache
 from teacher_service.cli import main
 from teacher_service.planning import plan
+from teacher_service.progress import Progress
 
 
 @pytest.fixture(params=["tiny_swin", "tiny_vit"])
@@ -137,32 +138,45 @@ def test_cache_does_no_forward_pass_when_every_unit_is_committed(
     assert summary["teacher_seconds"] == 0
 
 
-def test_cache_stops_between_units_and_resumes_when_interrupted(
-    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_cache_finishes_the_unit_under_way_and_resumes_when_interrupted(
+    tmp_path: Path,
+    tiny_swin: TinyTeacher,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    exit_code: int,
 ) -> None:
     tars = write_tars(tmp_path, 4, 4, 4, 4, 4)
-    cache(cache_config(tars, tiny_swin, tmp_path / "whole"))
+    cache(cache_config(tars, tiny_swin, tmp_path / "whole", batch_size=2))
     command = ["cache", *tars, *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint),
-               "--store", str(tmp_path / "store"), "--workers", "0", "--batch-size", "4",
+               "--store", str(tmp_path / "store"), "--workers", "0", "--batch-size", "2",
                "--tap-codec", "f16"]  # fmt: skip
 
     with monkeypatch.context() as patched:
-        patched.setattr(caching.Progress, "computed", _interrupt_after(12))
-        assert main(command) == 130
-    assert "the same command resumes" in capsys.readouterr().err
+        patched.setattr(Progress, "computed", _signal_at(10, number))
+        assert main(command) == exit_code
+    captured = capsys.readouterr()
+    assert f"{number.name}: finishing or abandoning the unit under way" in captured.err
+    assert "stopped with 2 of 5 units left; the same command goes on with them" in captured.err
     store = open_store(tmp_path / "store")
-    done = store.committed.units
-    assert done in ([0], [0, 1])  # the third unit was being computed, the second perhaps still queued
-    assert len(store.source().read([RowId(0, i, 0) for i in range(4)]).rows) == 4
+    assert store.committed.units == [0, 1, 2]
+    assert len(store.source().read([RowId(2, i, 0) for i in range(4)]).rows) == 4
 
     assert main(command) == 0
     assert store_files(tmp_path / "store") == store_files(tmp_path / "whole")
 
 
-def _interrupt_after(images: int):
-    def computed(_: object, count: int) -> None:
-        if count >= images:
-            signal.raise_signal(signal.SIGINT)
+def _signal_at(images: int, number: signal.Signals):
+    """Send a signal half way through a unit, and give the thread that waits for it time to see it."""
+
+    original = Progress.computed
+
+    def computed(self, count, times) -> None:
+        original(self, count, times)
+        if count == images:
+            signal.raise_signal(number)
+            time.sleep(0.3)
 
     return computed
 

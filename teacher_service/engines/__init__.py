@@ -1,0 +1,1 @@
+"""Who computes a job's tasks: processes of this machine, or actors of a Ray cluster."""

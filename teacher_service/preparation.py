@@ -1,0 +1,166 @@
+"""Gets a cache job ready to run: its tars, its teacher, and the store it writes to."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+
+import numpy as np
+import torch
+from rich.filesize import decimal
+from torch import Tensor
+
+from feature_store.codecs.registry import calibrated, needs_calibration
+from feature_store.errors import InputError, ResourceError
+from feature_store.manifest import Manifest
+from feature_store.store import Store, open_store
+from feature_store.tars.tar import Tar
+from feature_store.teacher.bundle import bundle_sha256, bundle_state
+from feature_store.teacher.model import Teacher, load_teacher
+from teacher_service.claims import preparing
+from teacher_service.config import CacheConfig
+from teacher_service.decoding import Task, ViewDataset
+from teacher_service.planning import Plan, growth_of, job_manifest, survey
+from teacher_service.writing import disk_error
+
+CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that computing takes.
+
+    Attributes:
+        config: What to do.
+        plan: What it was predicted to write.
+        store: Where to.
+        teacher: The frozen model, on its device.
+        tars: The store's, in its order.
+    """
+
+    config: CacheConfig
+    plan: Plan
+    store: Store
+    teacher: Teacher
+    tars: tuple[Tar, ...]
+
+
+def prepare(config: CacheConfig) -> Job:
+    """A job whose store is there and has room for what the job asks for.
+
+    One process of a machine at a time: of several that run the same job, the first makes the store and learns its
+    codecs' statistics, the others find it.
+
+    Raises:
+        UserError: See ``teacher_service.caching.cache``.
+    """
+    plan, tars = survey(config)
+    if not plan.fits:
+        raise ResourceError(
+            f"{plan.store} needs {decimal(plan.remaining_bytes)} more, {decimal(plan.free_bytes)} are free, "
+            f"{decimal(plan.remaining_bytes - plan.free_bytes)} are missing; "
+            "make room, or store fewer --views or --taps"
+        )
+    teacher = load_job_teacher(config)
+    blocks = bundle_state(teacher.later_blocks)
+    manifest = job_manifest(config, tars, teacher.info, teacher.split, bundle_sha256(blocks))
+    with preparing(config.store):
+        if not (config.store / "zarr.json").exists():
+            if needs_calibration(manifest):
+                manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
+            _create(config, manifest, blocks, plan.remaining_bytes)
+        store = open_store(config.store)
+        if growth := growth_of(store, manifest):
+            store = store.grow(growth.manifest)
+        store.remove_leftovers()
+    return Job(config, plan, store, teacher, tars)
+
+
+def join(config: CacheConfig) -> Job:
+    """A job that was prepared already, on this machine or another one.
+
+    Raises:
+        UserError: See ``teacher_service.caching.cache``.
+    """
+    plan, tars = survey(config)
+    return Job(config, plan, open_store(config.store), load_job_teacher(config), tars)
+
+
+def load_job_teacher(config: CacheConfig) -> Teacher:
+    """The teacher a job asks for, on its device.
+
+    Raises:
+        InputError: Unknown teacher, or a checkpoint that does not fit it.
+        ResourceError: Its weights cannot be fetched, or the device cannot be used.
+    """
+    return load_teacher(
+        config.teacher,
+        checkpoint=config.checkpoint,
+        model_kwargs=config.model_kwargs,
+        depth=config.depth,
+        compute_dtype=config.compute_dtype,
+        device=usable_device(config.device),
+    )
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by name; auto is a GPU if there is one, under torchrun each process's own.
+
+    Raises:
+        ResourceError: It cannot be used.
+    """
+    if name == "auto":
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus) if gpus else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ResourceError(f"--device {name} cannot be used: {reason}; try cpu, cuda or auto") from error
+    return device
+
+
+def _create(config: CacheConfig, manifest: Manifest, blocks: Mapping[str, Tensor], needed: int) -> None:
+    try:
+        Store.create(config.store, manifest, blocks)
+    except OSError as error:
+        raise disk_error(error, config.store, "the new store", needed) from error
+
+
+def remaining_tasks(store: Store) -> list[Task]:
+    """What a store still lacks, unit by unit; a unit's missing views are one task where they follow each other."""
+    return [
+        Task(unit, range(run[0], run[-1] + 1))
+        for unit, views in store.committed.missing_views().items()
+        for run in _runs(views)
+    ]
+
+
+def _runs(views: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers cut where one is left out."""
+    numbered = groupby(enumerate(views), key=lambda pair: pair[1] - pair[0])
+    return [[view for _, view in run] for _, run in numbered]
+
+
+def first_features(
+    config: CacheConfig, manifest: Manifest, teacher: Teacher, tars: Sequence[Tar]
+) -> dict[str, np.ndarray]:
+    """A first sample of every tap for codecs that learn from one: view 0 of the first readable samples.
+
+    Raises:
+        InputError: No sample of any tar can be read.
+    """
+    dataset = ViewDataset(tars, manifest.policy, manifest.seed)
+    readable = (
+        view.views[0]
+        for unit, tar in enumerate(tars)
+        for position in range(len(tar))
+        if not (view := dataset.sample(Task(unit, range(1)), position)).reason
+    )
+    pixels = list(islice(readable, CALIBRATION_SAMPLES))
+    if not pixels:
+        raise InputError("no image of any tar can be read, so there is nothing to store; mend the tars")
+    device = next(teacher.parameters()).device
+    parts = [teacher(part.to(device)).taps for part in torch.from_numpy(np.stack(pixels)).split(config.batch_size)]
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in manifest.taps}

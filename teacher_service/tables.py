@@ -1,0 +1,97 @@
+"""Shows a forecast and a finished job to people."""
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from teacher_service.caching import CacheSummary
+    from teacher_service.forecast import Forecast
+    from teacher_service.planning import Plan
+
+
+def print_forecast(forecast: "Forecast", console: Console) -> None:
+    """The plan, then what else there is to choose from."""
+    for table in (plan_table(forecast), codec_table(forecast), views_table(forecast)):
+        console.print(table)
+    if forecast.timing is None:
+        console.print("time and break-even: not measured; --time-samples N times N samples on this machine")
+    else:
+        console.print(f"timed with {forecast.timing.samples} samples on {forecast.timing.device}")
+
+
+def plan_table(forecast: "Forecast") -> Table:
+    """What the job writes, whether it fits, how long it takes."""
+    plan = forecast.plan
+    table = Table("", "value", title=f"{plan.teacher} -> {plan.store}", title_justify="left", show_header=False)
+    table.add_row("samples", f"{plan.samples:,} in {plan.units:,} units (tars), capacity {plan.capacity:,}")
+    table.add_row("views", f"{plan.views} per sample, {plan.rows:,} images through the teacher")
+    for name, (tokens, channels, codec) in plan.taps.items():
+        table.add_row(f"tap {name}", f"{tokens} tokens x {channels} channels, {codec}")
+    table.add_section()
+    for kind, size in plan.bytes.items():
+        table.add_row(kind, decimal(size))
+    table.add_row("total", f"{decimal(plan.total_bytes)} in {plan.objects:,} objects")
+    table.add_section()
+    table.add_row("already written", f"{plan.committed_units:,} of {plan.units:,} units")
+    table.add_row("to write", decimal(plan.remaining_bytes))
+    table.add_row("free disk", f"{decimal(plan.free_bytes)}: {_verdict(plan)}")
+    if (timing := forecast.timing) is not None and forecast.seconds is not None:
+        rate = 1 / timing.seconds_per_image(plan.views)
+        table.add_row("time", f"{duration(forecast.seconds)} on one device, {rate:,.1f} images/s from then on")
+    return table
+
+
+def _verdict(plan: "Plan") -> str:
+    return "fits" if plan.fits else f"does NOT fit: {decimal(plan.remaining_bytes - plan.free_bytes)} missing"
+
+
+def codec_table(forecast: "Forecast") -> Table:
+    """Bytes by tap codec."""
+    table = Table("--tap-codec", "whole store", title="codecs", title_justify="left")
+    for codec, size in forecast.codec_bytes.items():
+        table.add_row(codec, decimal(size) + ("" if size <= forecast.plan.free_bytes else ", does not fit"))
+    return table
+
+
+def views_table(forecast: "Forecast") -> Table:
+    """Costs by number of views; the time columns only if it was measured."""
+    table = Table("--views", "whole store", title="views", title_justify="left")
+    timed = forecast.timing is not None
+    for title in ("time", "pays after epochs", "or students of") if timed else ():
+        table.add_column(title)
+    for cost in forecast.view_counts:
+        cells = [f"{cost.views}", decimal(cost.total_bytes) + ("" if cost.fits else ", does not fit")]
+        if cost.gpu_hours is not None and cost.break_even_epochs is not None:
+            students = (cost.break_even_students or {}).items()
+            cells += [
+                duration(3600 * cost.gpu_hours),
+                f"{cost.break_even_epochs:,.1f}",
+                ", ".join(f"{epochs} epochs: {max(1, math.ceil(count))}" for epochs, count in students),
+            ]
+        table.add_row(*cells)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """In the unit people think of it."""
+    if seconds < 120:
+        return f"{seconds:,.1f} s"
+    return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def summary_text(summary: "CacheSummary") -> str:
+    """A finished job, with what was predicted beside what was seen."""
+    shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.stages.items())
+    predicted = "" if summary.predicted_seconds is None else f", predicted {duration(summary.predicted_seconds)}"
+    return (
+        f"{summary.store}: {summary.units_written} units written, {summary.units_skipped} were there, "
+        f"{summary.quarantined} samples quarantined; {summary.images:,} images in {summary.seconds:.1f} s{predicted} "
+        f"({summary.images_per_second:,.1f} images/s, {summary.gpu_hours:.3g} GPU-hours), "
+        f"{summary.teacher_seconds:.1f} s of it in the teacher; {decimal(summary.bytes_written)} written, predicted "
+        f"{decimal(summary.predicted_bytes)}\n"
+        f"stages worked: {shares} of the time; bottleneck: {summary.bottleneck}"
+    )

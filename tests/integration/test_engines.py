@@ -1,0 +1,193 @@
+"""Every engine writes the same bytes, and a worker killed in the middle costs nothing but its unit's time."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
+
+from teacher_service.caching import cache
+from teacher_service.config import CacheConfig
+
+UNITS, VIEWS = 24, 2
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["teacher_service.caching"])
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return write_tars(tmp_path_factory.mktemp("tars"), *[9, 7] * (UNITS // 2))
+
+
+@pytest.fixture(scope="module")
+def job(tars: tuple[str, ...], tiny_swin: TinyTeacher) -> Callable[..., CacheConfig]:
+    """A job with a codec that learns from a first sample: it must be the same sample whatever engine runs it."""
+
+    def make(store: Path, **options) -> CacheConfig:
+        return cache_config(tars, tiny_swin, store, views=VIEWS, policy="a1", tap_codec="int8", **options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, job: Callable[..., CacheConfig]) -> dict[str, bytes]:
+    """The files one process writes."""
+    config = job(tmp_path_factory.mktemp("whole") / "store")
+    process = CONTEXT.Process(target=cache, args=(config,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return store_files(config.store)
+
+
+def _command(config: CacheConfig, *options: str) -> list[str]:
+    """The job as a command line, after ``python -m``."""
+    return ["teacher_service", "cache", *config.tars, "--teacher", config.teacher,
+            "--model-kwargs", json.dumps(config.model_kwargs), "--checkpoint", str(config.checkpoint),
+            "--store", str(config.store), "--views", str(VIEWS), "--policy", "a1", "--workers", "0",
+            "--batch-size", "4", *options]  # fmt: skip
+
+
+def _start(*arguments: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _committed(config: CacheConfig) -> int:
+    return len(list(config.store.glob("commits/*.json")))
+
+
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def _pids(is_meant: Callable[[str, str], bool]) -> list[int]:
+    """Processes of this machine whose command line and environment are those of a worker."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            texts = [(folder / name).read_bytes().replace(b"\0", b" ").decode() for name in ("cmdline", "environ")]
+        except OSError:  # it ended, or is another user's
+            continue
+        if is_meant(*texts):
+            found.append(int(folder.name))
+    return found
+
+
+def test_processes_share_the_units_and_write_the_same_bytes_when_started_by_hand(
+    tmp_path: Path, job: Callable[..., CacheConfig], whole: dict[str, bytes]
+) -> None:
+    config = job(tmp_path / "store")
+    results = CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=_cache_into, args=(config, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    written = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+
+    assert sum(written) == UNITS  # nothing was done twice
+    assert min(written) > 0
+    assert store_files(config.store) == whole
+
+
+def _cache_into(config: CacheConfig, results: multiprocessing.Queue) -> None:
+    results.put(cache(config).units_written)
+
+
+def test_a_process_takes_over_what_a_killed_one_had_in_hand(
+    tmp_path: Path, job: Callable[..., CacheConfig], whole: dict[str, bytes]
+) -> None:
+    config = job(tmp_path / "store")
+    results = CONTEXT.Queue()
+    doomed, other = (CONTEXT.Process(target=_cache_into, args=(config, results)) for _ in range(2))
+    doomed.start()
+    while _committed(config) < 2:
+        time.sleep(0.002)
+    other.start()
+    while _committed(config) < 5:
+        time.sleep(0.002)
+    os.kill(doomed.pid, signal.SIGKILL)
+    doomed.join()
+    done = _committed(config)
+
+    written = results.get(timeout=60)
+    other.join()
+    assert done < UNITS
+    assert written >= UNITS - done
+    assert store_files(config.store) == whole
+
+
+def test_torchrun_finishes_the_job_when_a_rank_is_killed(
+    tmp_path: Path, job: Callable[..., CacheConfig], whole: dict[str, bytes]
+) -> None:
+    config = job(tmp_path / "store")
+    process = _start("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+                     "-m", *_command(config))  # fmt: skip
+
+    def rank_1(command: str, environment: str) -> bool:
+        return str(config.store) in command and "LOCAL_RANK=1 " in environment and "TORCHELASTIC_RESTART" in environment
+
+    _wait_for(lambda: _committed(config) >= 4, process)
+    (pid,) = _pids(rank_1)
+    os.kill(pid, signal.SIGKILL)
+    assert _committed(config) < UNITS
+
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert store_files(config.store) == whole
+
+
+def test_ray_actors_write_the_same_bytes_when_one_is_killed(
+    tmp_path: Path, job: Callable[..., CacheConfig], whole: dict[str, bytes]
+) -> None:
+    config = job(tmp_path / "store")
+    process = _start(*_command(config, "--engine", "ray", "--num-actors", "2", "--json"))
+
+    _wait_for(lambda: _committed(config) >= 4, process)
+    actors = _pids(lambda command, _: command.startswith("ray::_Worker"))
+    os.kill(actors[0], signal.SIGKILL)
+    assert _committed(config) < UNITS
+
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    summary = json.loads(output)
+    assert (summary["units_written"], summary["units_left"]) == (UNITS, 0)
+    assert store_files(config.store) == whole
+
+
+def test_cache_ends_within_ten_seconds_of_sigterm_when_a_unit_takes_longer(
+    tmp_path: Path, tiny_swin: TinyTeacher
+) -> None:
+    (tar,) = write_tars(tmp_path, 600)
+    config = cache_config([tar], tiny_swin, tmp_path / "store", tap_codec="int8")
+    command = _command(config)
+    command[command.index("--views") + 1] = "64"  # minutes of work
+    command[command.index("--workers") + 1] = "1"
+    process = _start(*command)
+    _wait_for((config.store / ".locks/claim-u00000").exists, process)
+    time.sleep(2)  # for the decode worker, which gets the signal too
+
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun and Slurm do
+    _, errors = process.communicate(timeout=10)
+
+    assert process.returncode == 143
+    assert "stopped with 1 of 1 units left; the same command goes on with them" in errors
+    assert "Traceback" not in errors
+    assert _committed(config) == 0
