@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ class Parts:
         quarantined: Samples left out because the teacher's pass could not read them.
         inputs: Names and hashes of everything that is read, for config.json and resuming.
         group: The run's processes.
+        kd_off: KD was asked for, but the teacher has no logits.
     """
 
     device: torch.device
@@ -67,6 +68,7 @@ class Parts:
     quarantined: int
     inputs: dict[str, Any]
     group: Group = ALONE
+    kd_off: bool = False
 
     def summary(self) -> dict[str, Any]:
         """What is trained on, in numbers."""
@@ -82,7 +84,8 @@ class Parts:
         """What is trained on, in words."""
         left_out = f", {self.quarantined} quarantined ones left out" if self.quarantined else ""
         views = f"{self.batches.num_views} views" if self.batches.num_views else "a new view every epoch"
-        return f"{self.batches.rows} samples from {len(self.dataset.tars)} tars{left_out}, {views}, on {self.device}"
+        samples = f"{self.batches.rows} samples from {len(self.dataset.tars)} tars{left_out}, {views}, on {self.device}"
+        return f"{samples}; KD is off: the teacher has no classifier" if self.kd_off else samples
 
     def resolved(self) -> dict[str, Any]:
         """What the config left open."""
@@ -93,6 +96,7 @@ class Parts:
             "student_dims": student.dims,
             "student_grids": student.grids,
             "preprocessing": asdict(self.preprocessing),
+            "kd_off": self.kd_off,
             **self.summary(),
         }
 
@@ -118,6 +122,9 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
     units = training_positions(tars, store=store, keys=keys)
     teacher = _live_teacher(config, store, device) if config.source == "live" else None
     _require_expected(config, store, teacher)
+    kd_off = _lacks_logits(config, store, teacher)
+    if kd_off:
+        config = replace(config, scalekd=replace(config.scalekd, kd_alpha=None))
     taps = _needed_taps(config, store, teacher)
     num_classes = _num_classes(config, store, teacher)
     views = _views(config, store, teacher)
@@ -148,6 +155,7 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
         quarantined=sum(len(store.quarantined(unit)) for unit in range(len(tars))) if store else 0,
         inputs={**_inputs(store, teacher, tars, val_tars, keys), "processes": group.size},
         group=group,
+        kd_off=kd_off,
     )
 
 
@@ -251,6 +259,12 @@ def _num_classes(config: TrainConfig, store: Store | None, teacher: Teacher | No
     return num_classes
 
 
+def _lacks_logits(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> bool:
+    """Whether ScaleKD has to do without its KD term; a method that is nothing but KD is refused later."""
+    info = teacher.info if teacher is not None else store.manifest.teacher if store is not None else None
+    return config.method == "scalekd" and _uses_logits(config) and info is not None and not info.num_classes
+
+
 def _uses_logits(config: TrainConfig) -> bool:
     return config.method == "kd" or (config.method == "scalekd" and config.scalekd.kd_alpha is not None)
 
@@ -258,7 +272,9 @@ def _uses_logits(config: TrainConfig) -> bool:
 def _require_same_classes(student_classes: int, teacher_classes: int) -> None:
     remedy = "set --scalekd.kd-alpha None to train without logit distillation"
     if not teacher_classes:
-        raise InputError(f"logit distillation needs teacher logits, but the teacher has no classifier; {remedy}")
+        raise InputError(
+            "the kd method needs teacher logits, but the teacher has no classifier; choose --method scalekd or fd"
+        )
     if student_classes != teacher_classes:
         raise MismatchError(
             "num_classes",

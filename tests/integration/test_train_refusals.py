@@ -1,6 +1,7 @@
 """Things that would train a wrong student: each is refused before the first step, naming field, values and remedy."""
 
 import io
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -200,12 +201,21 @@ def test_student_is_refused_when_labels_are_beyond_its_classes(config):
     )
 
 
-def test_classes_are_counted_from_the_labels_when_the_teacher_has_no_classifier(config, other_store):
+def test_kd_is_off_and_the_run_says_so_when_the_teacher_has_no_classifier(config, other_store, tmp_path, capfd):
     store = other_store(HEADLESS)
-    refused(replace(config, store=store), InputError, r"logit distillation needs teacher logits, but .* no classifier")
-    run = replace(config, store=store, scalekd=ScaleKDConfig(kd_alpha=None))
-    train(run)
-    assert '"num_classes": 4' in (run.run / "config.json").read_text()
+    refused(replace(config, store=store, method="kd"), InputError, r"kd method needs teacher logits.* no classifier")
+    asked = replace(config, store=store, progress=True)
+    without = replace(config, store=store, run=tmp_path / "without", scalekd=ScaleKDConfig(kd_alpha=None))
+    first, second = (train(run).history[-1] for run in (asked, without))
+    assert "KD is off: the teacher has no classifier" in capfd.readouterr().err
+    assert json.loads((asked.run / "config.json").read_text())["resolved"]["kd_off"] is True
+    assert "kd" not in first
+    assert first["total"] == second["total"]
+
+
+def test_classes_are_counted_from_the_labels_when_the_teacher_has_no_classifier(config, other_store):
+    train(replace(config, store=other_store(HEADLESS)))
+    assert '"num_classes": 4' in (config.run / "config.json").read_text()
 
 
 def test_classes_must_be_given_when_nobody_knows_them(config):
