@@ -42,7 +42,7 @@ class SplitInfo:
     """Where the teacher is cut, and what its later blocks need.
 
     Attributes:
-        family: ``swin`` or ``vit``.
+        family: ``swin``, ``vit``, ``beit`` or ``eva``: timm's class of models.
         depth: Number of blocks in the later part (Swin: those of stage 4).
         input_dim: Channels of the stage-3 output.
         input_grid: (H, W) of the stage-3 output.

@@ -119,8 +119,8 @@ def split_teacher(model: nn.Module, depth: int | None = None) -> tuple[EarlyStag
     """Cut a timm model at its stage-3 output.
 
     Args:
-        model: A timm model of one of ``feature_store.teacher.families.FAMILIES``. Its later part is frozen by the
-            cut.
+        model: A timm model of one of ``feature_store.teacher.families.FAMILIES``, with its weights loaded: tables of
+            positions are made from them. Its later part is frozen by the cut.
         depth: Number of blocks in the later part; default the last quarter. Swin is always cut before the patch
             merging of its last stage: P = ``norm(layers[3](x))``.
 

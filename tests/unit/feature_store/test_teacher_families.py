@@ -12,13 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_store import tiny_manifest
 from tiny_teachers import TEACHERS, randomise, tiny_images, tiny_model
+from training_world import samples, write_store, write_tar
 
 from feature_store import Store, open_store
 from feature_store.errors import InputError
 from feature_store.manifest import TapInfo
+from feature_store.sample import RowId
 from feature_store.teacher import split_teacher
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import build_model, load_teacher, normalise
+from feature_store.views import view_policy
 
 FAMILIES = {"swin": "swin", "beit": "beit", "beitv2": "beit", "eva02": "eva", "dinov3": "eva", "rope": "eva"}
 
@@ -161,6 +164,27 @@ def test_blocks_of_a_store_give_bitwise_the_same_when_a_process_has_no_teacher(t
     subprocess.run([sys.executable, "-c", _STUDENT, folders], check=True, env=threads)
     got = {name: load_file(tmp_path / name / "got.safetensors")["out"] for name in TEACHERS}
     assert [name for name in TEACHERS if not torch.equal(got[name], expected[name])] == []
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory):
+    return write_tar(tmp_path_factory.mktemp("tars") / "train.tar", samples(5, seed=1))
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_rows_of_a_store_are_bitwise_joined_by_its_blocks(name, tmp_path, tar):
+    """Stage-3 and prefix tokens as stored, through the blocks as stored, are the final map as stored."""
+    teacher = make_teacher(name, tmp_path)
+    policy = view_policy("a2", teacher.info.input_size)
+    write_store(
+        tmp_path / "store", [tar], teacher, num_views=1, codec="f32", policy=policy, taps=tuple(teacher.tap_shapes)
+    )
+    store = open_store(tmp_path / "store")
+    batch = store.source().read([RowId(0, position, 0) for position in range(5)])
+    taps = {tap: torch.from_numpy(values) for tap, values in batch.taps.items()}
+    with torch.no_grad():
+        assert torch.equal(store.later_blocks()(taps["stage3"], taps.get("stage3_prefix")), taps["stage4"])
+    assert (batch.logits is None) == (TEACHERS[name].kwargs["num_classes"] == 0)
 
 
 @pytest.mark.parametrize(
