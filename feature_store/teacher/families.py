@@ -20,17 +20,39 @@ from feature_store.manifest import SplitInfo
 
 @dataclass(frozen=True)
 class BesideTokens:
-    """What the blocks of some families take beside their tokens; the same for all images, so it is kept ready-made.
+    """What the blocks of some families take beside their tokens; the same for all images, so it is made once.
 
     Attributes:
+        attribute: What makes it in the model.
         keyword: The blocks' argument, and the tensor's name in a bundle.
-        value: RoPE or relative position bias; with ``per_block`` a first axis for the later blocks.
+        value: RoPE or relative position bias; with ``per_block`` a first axis for all blocks of the model.
         per_block: Each block has its own.
     """
 
+    attribute: str
     keyword: str
     value: Tensor
     per_block: bool = False
+
+    def of_last(self, depth: int) -> Tensor:
+        """What so many last blocks take, in memory of its own."""
+        return (self.value[-depth:] if self.per_block else self.value).clone()
+
+
+class _ReadyMade(nn.Module):
+    """Stands in for the part of a model that would make a table anew for every batch."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+    def forward(self) -> Tensor:
+        """As BEiT asks for its bias."""
+        return self.get_buffer("value")
+
+    def get_embed(self, shape: Any = None) -> Tensor:
+        """As Eva asks for its RoPE."""
+        return self.get_buffer("value")
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,7 @@ def _cut_swin(model: Any, depth: int | None) -> Cut:
     return Cut(info, {"layers": nn.Sequential(*stages[:-1])}, [last], model.norm)
 
 
-def _tokens(name: str, beside: Callable[[Any, int], BesideTokens | None]) -> Callable[[Any, int | None], Cut]:
+def _tokens(name: str, make_beside: Callable[[Any], BesideTokens | None]) -> Callable[[Any, int | None], Cut]:
     """The cut of a family whose blocks all have tokens of one width: its last quarter, or as many blocks as asked."""
 
     def cut(model: Any, depth: int | None) -> Cut:
@@ -123,34 +145,35 @@ def _tokens(name: str, beside: Callable[[Any, int], BesideTokens | None]) -> Cal
             prefix_tokens=model.num_prefix_tokens,
             prefix="cached" if model.num_prefix_tokens else "none",
         )
+        beside = make_beside(model)
         kept: dict[str, nn.Module] = {"blocks": nn.Sequential(*blocks[:-depth])}
-        return Cut(info, kept, blocks[-depth:], model.norm, beside(model, depth))
+        if beside is not None:
+            kept[beside.attribute] = _ReadyMade(beside.value)
+        return Cut(info, kept, blocks[-depth:], model.norm, beside)
 
     return cut
 
 
-def _nothing(model: Any, depth: int) -> None:
+def _nothing(model: Any) -> None:
     return None
 
 
 @torch.no_grad()
-def _shared_position_bias(model: Any, depth: int) -> BesideTokens | None:
+def _shared_position_bias(model: Any) -> BesideTokens | None:
     """BEiT's relative position bias where all blocks share one; a bias per block is in the blocks already."""
     if model.rel_pos_bias is None:
         return None
-    return BesideTokens("shared_rel_pos_bias", model.rel_pos_bias())
+    return BesideTokens("rel_pos_bias", "shared_rel_pos_bias", model.rel_pos_bias())
 
 
 @torch.no_grad()
-def _rotary_embedding(model: Any, depth: int) -> BesideTokens | None:
+def _rotary_embedding(model: Any) -> BesideTokens | None:
     """RoPE on the teacher's grid, as a table: sines and cosines differ in the last bit from machine to machine."""
     if model.rope is None:
         return None
     rope = model.rope.eval()  # in training mode some kinds shift the grid by chance
     embedding = rope.get_embed(shape=list(model.patch_embed.grid_size))
-    if model.rope_mixed:
-        return BesideTokens("rope", embedding[-depth:].clone(), per_block=True)
-    return BesideTokens("rope", embedding.clone())
+    return BesideTokens("rope", "rope", embedding, per_block=model.rope_mixed)
 
 
 def _hw(size: Any) -> tuple[int, int]:

@@ -44,7 +44,7 @@ class LaterBlocks(nn.Module):
         self.info = cut.info
         self._beside = cut.beside and (cut.beside.keyword, cut.beside.per_block)
         if cut.beside is not None:
-            self.register_buffer(cut.beside.keyword, cut.beside.value)
+            self.register_buffer(cut.beside.keyword, cut.beside.of_last(cut.info.depth))
         self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> "LaterBlocks":

@@ -67,9 +67,25 @@ def test_early_stages_and_later_blocks_share_out_the_parameters(name):
     model = tiny_model(name)
     early, later = split_teacher(model)
     ids = [{id(parameter) for parameter in part.parameters()} for part in (early, later)]
-    after = ("head", "fc_norm", "attn_pool")
+    neither = ("head", "fc_norm", "attn_pool", "rope.", "rel_pos_bias.")  # after both, or made into a table for both
     assert ids[0].isdisjoint(ids[1])
-    assert ids[0] | ids[1] == {id(p) for name, p in model.named_parameters() if not name.startswith(after)}
+    assert ids[0] | ids[1] == {id(p) for name, p in model.named_parameters() if not name.startswith(neither)}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("dinov3", "rope"), ("rope_mixed", "rope"), ("eva02", "rope"), ("beit_shared_bias", "rel_pos_bias")],
+)
+def test_position_tables_are_made_once_and_not_for_every_batch(name, part, monkeypatch):
+    model, images = tiny_model(name), tiny_images(name)
+    with torch.no_grad():
+        features = model.forward_features(images)
+        early, later = split_teacher(model)
+        monkeypatch.setattr(getattr(model, part), "forward", None)
+        monkeypatch.setattr(getattr(model, part), "get_embed", None, raising=False)
+        with pytest.raises(TypeError, match="not callable"):
+            model.forward_features(images)
+        assert torch.equal(later(early(images)), features)
 
 
 @pytest.mark.parametrize("name", TEACHERS)
