@@ -5,7 +5,8 @@ Shape legend: b samples of a batch, V views, H W pixels.
 
 import signal
 import sys
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
@@ -20,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from feature_store.errors import ImageError, ResourceError, UserError
 from feature_store.tars.tar import Tar
 from feature_store.views import ViewParams, ViewPolicy, apply_view, decode_image, draw_view, pixel_crc
+
+PREFETCH = 2  # batches decoded ahead by each worker
 
 
 class Task(NamedTuple):
@@ -60,6 +63,7 @@ class Batch:
         params: [V] lists of [b]; None where quarantined.
         pixel_crc: uint32 [V, b]; 0 where quarantined.
         pixels: uint8 [b, V, H, W, 3]; black where quarantined, so that a batch's shape never depends on it.
+        seconds: How long it took to decode.
     """
 
     task: Task
@@ -69,9 +73,15 @@ class Batch:
     params: list[list[ViewParams | None]]
     pixel_crc: np.ndarray
     pixels: Tensor
+    seconds: float = 0.0
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def images(self) -> int:
+        """View images in it."""
+        return len(self) * len(self.task.views)
 
     def pin_memory(self) -> "Batch":
         """The same with page-locked pixels; DataLoader calls this for a GPU."""
@@ -86,13 +96,14 @@ class ViewDataset(Dataset):
 
     def __getitem__(self, span: Span) -> Batch | UserError:
         """One batch, or what kept it from being read."""
+        started = time.perf_counter()
         try:
             samples = [self.sample(span.task, position) for position in range(span.start, span.stop)]
         except UserError as error:
             return error
         except OSError as error:
             return ResourceError(f"{self.tars[span.task.unit].url} cannot be read: {error}; check the disk or network")
-        return _batch(span, samples)
+        return replace(_batch(span, samples), seconds=time.perf_counter() - started)
 
     def sample(self, task: Task, position: int) -> Sample:
         """A task's views of one sample, cut from one decode."""
@@ -123,20 +134,20 @@ def _batch(span: Span, samples: Sequence[Sample]) -> Batch:
     )
 
 
-def batch_spans(tasks: Sequence[Task], sizes: Sequence[int], images_per_batch: int) -> list[Span]:
+def batch_spans(tasks: Iterable[Task], sizes: Sequence[int], images_per_batch: int) -> Iterator[Span]:
     """Every batch of the given tasks: never across a task's border, the same whatever other tasks are done.
 
     Args:
-        tasks: Tasks to do, in order.
+        tasks: Tasks to do, in order; one is pulled when all batches of the one before are given out.
         sizes: Samples per unit, of all units.
         images_per_batch: View images of a batch; at least one sample is in it.
     """
-    return [
+    return (
         Span(task, start, min(start + step, sizes[task.unit]))
         for task in tasks
         for step in [max(1, images_per_batch // len(task.views))]
         for start in range(0, sizes[task.unit], step)
-    ]
+    )
 
 
 def warm_up(workers: int) -> None:
@@ -147,9 +158,11 @@ def warm_up(workers: int) -> None:
 
 
 def read_batches(
-    dataset: ViewDataset, spans: Sequence[Span], *, workers: int, pin_memory: bool
+    dataset: ViewDataset, spans: Iterable[Span], *, workers: int, pin_memory: bool
 ) -> Generator[Batch, None, None]:
     """Batches in order, decoded ahead by worker processes that live as long as the job.
+
+    At most PREFETCH spans per worker are pulled, and as many batches kept, ahead of the one given out.
 
     Raises:
         UserError: A tar cannot be read (any more), or a worker process died.
@@ -159,6 +172,7 @@ def read_batches(
         batch_size=None,
         sampler=spans,
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context=_context() if workers else None,
         collate_fn=_as_is,
         pin_memory=pin_memory,

@@ -11,8 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from feature_store.manifest import Manifest
-from feature_store.writer import UnitData
 from teacher_service.decoding import Task
+from teacher_service.pipeline import UnitDone
+from teacher_service.waits import StageTimes
 
 
 class Progress:
@@ -51,18 +52,18 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def computed(self, images: int) -> None:
-        """Note how many view images went through the teacher so far."""
+    def computed(self, images: int, times: StageTimes) -> None:
+        """Note how many view images went through the teacher so far, and how the stages worked."""
         self._images = images
-        self._bar.update(self._task, completed=self._images, rate=f"{self._rate():,.0f} images/s")
+        self._bar.update(self._task, completed=self._images, rate=f"{self._rate():,.0f} images/s, {times}")
 
-    def committed(self, task: Task, data: UnitData) -> None:
+    def committed(self, done: UnitDone) -> None:
         """Count what is safe on disk; may be called from another thread."""
-        self._left -= Counter([task.unit])
-        self._quarantined += len(data.quarantined)
+        self._left -= Counter([done.task.unit])
+        self._quarantined += len(done.quarantined)
         self._bar.update(self._task, units=self._units())
         if not self._console.is_terminal:
-            self._console.print(self._line(task.unit, data), markup=False, highlight=False, soft_wrap=True)
+            self._console.print(self._line(done), markup=False, highlight=False, soft_wrap=True)
 
     def _units_done(self) -> int:
         return len(self._manifest.tars) - len(self._left)
@@ -71,12 +72,13 @@ class Progress:
         suffix = f", {self._quarantined} quarantined" if self._quarantined else ""
         return f"unit {self._units_done()}/{len(self._manifest.tars)}{suffix}"
 
-    def _line(self, unit: int, data: UnitData) -> str:
+    def _line(self, done: UnitDone) -> str:
         left = timedelta(seconds=round((self._total - self._images) / self._rate()))
-        quarantined = f", {len(data.quarantined)} quarantined" if data.quarantined else ""
+        quarantined = f", {len(done.quarantined)} quarantined" if done.quarantined else ""
+        tar = self._manifest.tars[done.task.unit]
         return (
-            f"{self._units_done()}/{len(self._manifest.tars)} {self._manifest.tars[unit].name}: "
-            f"{len(data.keys)} samples{quarantined}, {self._rate():,.1f} images/s, {left} left"
+            f"{self._units_done()}/{len(self._manifest.tars)} {tar.name}: {tar.samples} samples{quarantined}, "
+            f"{self._rate():,.1f} images/s, {left} left, {done.times}"
         )
 
     def _rate(self) -> float:

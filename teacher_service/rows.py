@@ -4,6 +4,8 @@ Shape legend: b samples of a batch, V views, n samples of a unit, N tokens, C ch
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from feature_store.manifest import Manifest
 from feature_store.views import ViewParams
 from feature_store.writer import UnitData
 from teacher_service.decoding import Batch
+
+PIECE_SAMPLES = 8  # of a batch, encoded by one thread at a time
 
 
 class UnitRows:
@@ -32,24 +36,41 @@ class UnitRows:
         }
         self._keys, self._labels = list(keys), np.full(len(keys), -1, np.int64)
         self._quarantined: dict[int, str] = {}
-        self._params: list[list[ViewParams | None]] = [[] for _ in range(num_views)]
+        self._params: list[list[ViewParams | None]] = [[None] * len(keys) for _ in range(num_views)]
         self._pixel_crc = np.zeros(rows, np.uint32)
+        self._missing = len(keys)
 
-    def add(self, batch: Batch, taps: Mapping[str, np.ndarray], logits: np.ndarray | None) -> None:
-        """Take one batch, in order, with the teacher's outputs [b * V, ...].
+    def add(
+        self, batch: Batch, taps: Mapping[str, np.ndarray], logits: np.ndarray | None, pool: Executor | None = None
+    ) -> None:
+        """Take one batch with the teacher's outputs [b * V, ...]; a pool's threads share the encoding.
 
         Raises:
             InputError: A value is not finite or too large for its codec.
         """
         span = slice(batch.start, batch.start + len(batch))
         outputs = {f"taps/{name}": values for name, values in taps.items()} | {"logits": logits}
-        for path, codec in self._codecs.items():
-            for suffix, encoded in codec.encode(np.asarray(outputs[path])).items():
-                self._values[path][suffix][:, span] = self._by_view(encoded)
+        step = PIECE_SAMPLES if pool else len(batch)
+        pieces = [range(start, min(start + step, len(batch))) for start in range(0, len(batch), step)]
+        list((pool.map if pool else map)(partial(self._encode, batch.start, outputs), pieces))
         self._labels[span], self._pixel_crc[:, span] = batch.labels, batch.pixel_crc
         self._quarantined |= batch.quarantined
         for params, more in zip(self._params, batch.params, strict=True):
-            params.extend(more)
+            params[span] = more
+        self._missing -= len(batch)
+
+    def _encode(self, first: int, outputs: Mapping[str, np.ndarray | None], piece: range) -> None:
+        """Encode some of a batch's samples; first is the position of the batch's first one."""
+        views, span = len(self._params), slice(first + piece.start, first + piece.stop)
+        for path, codec in self._codecs.items():
+            values = np.asarray(outputs[path])[piece.start * views : piece.stop * views]
+            for suffix, encoded in codec.encode(values).items():
+                self._values[path][suffix][:, span] = self._by_view(encoded)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no batch is missing."""
+        return not self._missing
 
     def _by_view(self, values: np.ndarray) -> np.ndarray:
         """[b * V, ...] to [V, b, ...]."""

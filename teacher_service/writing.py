@@ -1,10 +1,6 @@
-"""Writes finished units in the background while the teacher computes the next one."""
+"""Writes one finished unit, with the user's form of what can go wrong on the way to the disk."""
 
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
 from rich.filesize import decimal
 
@@ -16,7 +12,6 @@ from teacher_service.decoding import Task
 from teacher_service.planning import free_bytes, remaining_bytes
 
 RESUME = "committed units are safe; mend it and run the same command again to go on"
-MAX_WAITING = 1  # units held in memory beside the one being computed and the one being written
 
 
 def disk_error(error: OSError, path: Path, what: str, needed: int = 0) -> ResourceError:
@@ -38,47 +33,15 @@ def disk_error(error: OSError, path: Path, what: str, needed: int = 0) -> Resour
     )
 
 
-class UnitWriter:
-    """One thread that writes units in order; use as a context manager.
+def write_unit(store: Store, task: Task, data: UnitData) -> None:
+    """Write and commit a unit's views.
 
-    Leaving the context waits for the unit being written: what was begun is committed. A failed write surfaces
-    at the next submit or at the end, as the user's error.
+    Raises:
+        ResourceError: The disk is full or cannot be written, or another process is writing this unit.
+        CommittedError: Another process committed them first.
     """
-
-    def __init__(self, store: Store, on_commit: Callable[[Task, UnitData], None]) -> None:
-        self._store, self._on_commit = store, on_commit
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="unit-writer")
-        self._pending: deque[Future[None]] = deque()
-
-    def __enter__(self) -> "UnitWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=kind is not None)
-        if kind is None:
-            self._settle(0)
-
-    def submit(self, task: Task, data: UnitData) -> None:
-        """Queue a unit; blocks while too many are waiting.
-
-        Raises:
-            ResourceError: The disk is full or cannot be written.
-            InputError: The teacher gave values the codec cannot hold.
-        """
-        self._settle(MAX_WAITING)
-        self._pending.append(self._thread.submit(self._write, task, data))
-
-    def _settle(self, allowed: int) -> None:
-        while len(self._pending) > allowed:
-            self._pending.popleft().result()
-
-    def _write(self, task: Task, data: UnitData) -> None:
-        try:
-            self._store.write_unit(task.unit, task.views.start, data)
-        except OSError as error:
-            store = self._store
-            needed = remaining_bytes(store.manifest, store.committed.missing_views())
-            raise disk_error(error, store.path, f"unit {task.unit}", needed) from error
-        self._on_commit(task, data)
+    try:
+        store.write_unit(task.unit, task.views.start, data)
+    except OSError as error:
+        needed = remaining_bytes(store.manifest, store.committed.missing_views())
+        raise disk_error(error, store.path, f"unit {task.unit}", needed) from error

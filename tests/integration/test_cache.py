@@ -160,7 +160,7 @@ def test_cache_stops_between_units_and_resumes_when_interrupted(
 
 
 def _interrupt_after(images: int):
-    def computed(_: object, count: int) -> None:
+    def computed(_: object, count: int, times: object) -> None:
         if count >= images:
             signal.raise_signal(signal.SIGINT)
 

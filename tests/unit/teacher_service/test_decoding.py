@@ -35,7 +35,7 @@ def test_batch_spans_of_a_unit_do_not_depend_on_the_others(sizes: list[int], ima
     units = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1))))
     tasks = [Task(unit, range(unit % 2, 4)) for unit in units]
 
-    spans = batch_spans(tasks, sizes, images)
+    spans = list(batch_spans(tasks, sizes, images))
 
     assert [span for task in tasks for span in batch_spans([task], sizes, images)] == spans
     assert [(s.task, i) for s in spans for i in range(s.start, s.stop)] == [
@@ -115,6 +115,26 @@ def test_read_batches_says_what_to_do_when_a_worker_dies(
 
     with pytest.raises(ResourceError, match=r"decode worker died .*Bus error.*--workers"):
         list(read_batches(make_dataset(), [Span(Task(0, range(3)), 0, 1)], workers=0, pin_memory=False))
+
+
+@pytest.mark.parametrize(("workers", "ahead"), [(0, 1), (1, 3), (2, 5)])
+def test_read_batches_pulls_few_tasks_ahead_when_tasks_never_end(
+    make_dataset: Callable[..., ViewDataset], workers: int, ahead: int
+) -> None:
+    pulled: list[Task] = []
+
+    def endless():
+        while True:
+            pulled.append(Task(0, range(1)))
+            yield pulled[-1]
+
+    dataset = make_dataset()
+    batches = read_batches(dataset, batch_spans(endless(), [4], 4), workers=workers, pin_memory=False)
+    for number in range(1, 5):
+        batch = next(batches)
+        assert batch.seconds > 0
+        assert len(pulled) <= number + ahead - 1
+    batches.close()
 
 
 @pytest.mark.parametrize(("error", "printed"), [(ConnectionResetError("gone"), False), (ValueError("a bug"), True)])

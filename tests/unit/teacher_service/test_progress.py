@@ -1,6 +1,5 @@
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -10,8 +9,10 @@ from feature_store.manifest import Manifest
 from feature_store.tars.tar import Tar
 from teacher_service.config import PlanConfig
 from teacher_service.decoding import Task
+from teacher_service.pipeline import UnitDone
 from teacher_service.planning import job_manifest, outline_teacher
 from teacher_service.progress import Progress
+from teacher_service.waits import StageTimes
 
 
 @pytest.fixture
@@ -23,17 +24,19 @@ def manifest(tmp_path: Path, tiny_swin: TinyTeacher) -> Manifest:
     return job_manifest(config, [Tar.open(tar) for tar in tars], outline.info, outline.split)
 
 
-class _Unit:
-    def __init__(self, count: int, **quarantined: str) -> None:
-        self.keys, self.quarantined = [str(i) for i in range(count)], quarantined
+TIMES = StageTimes({"forward": 3.0, "decode": 9.0}, {"forward": 10.0, "decode": 10.0})
+
+
+def _done(unit: int, images: int, **quarantined: str) -> UnitDone:
+    return UnitDone(Task(unit, range(2)), images, {int(key[1:]): why for key, why in quarantined.items()}, 100, TIMES)
 
 
 def _run(manifest: Manifest, console: Console) -> None:
-    units: dict[Task, Any] = {Task(1, range(2)): _Unit(3), Task(2, range(2)): _Unit(4, a="broken")}
-    with Progress(console, manifest, list(units)) as progress:
-        for images, (task, data) in zip((6, 14), units.items(), strict=True):
-            progress.computed(images)
-            progress.committed(task, data)
+    units = [_done(1, 6), _done(2, 8, p0="broken")]
+    with Progress(console, manifest, [done.task for done in units]) as progress:
+        for images, done in zip((6, 14), units, strict=True):
+            progress.computed(images, TIMES)
+            progress.committed(done)
 
 
 def test_progress_prints_a_line_per_unit_when_not_on_a_terminal(manifest: Manifest) -> None:
@@ -44,16 +47,17 @@ def test_progress_prints_a_line_per_unit_when_not_on_a_terminal(manifest: Manife
     first, last = output.getvalue().splitlines()
     assert first.startswith("2/3 images-001.tar: 3 samples, ")
     assert last.startswith("3/3 images-002.tar: 4 samples, 1 quarantined, ")
-    assert last.endswith("0:00:00 left")
+    assert last.endswith("0:00:00 left, teacher waited 70% of the time, bottleneck: decode")
 
 
 def test_progress_draws_a_bar_when_on_a_terminal(manifest: Manifest) -> None:
     output = io.StringIO()
 
-    _run(manifest, Console(file=output, force_terminal=True, width=120))
+    _run(manifest, Console(file=output, force_terminal=True, width=180))
 
     assert "unit 3/3, 1 quarantined" in output.getvalue()
     assert "14/14" in output.getvalue()
+    assert "bottleneck: decode" in output.getvalue()
     assert "images-001.tar" not in output.getvalue()
 
 

@@ -1,3 +1,6 @@
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +12,8 @@ from tiny_jobs import TinyTeacher, write_tars
 from feature_store.errors import InputError
 from feature_store.manifest import Manifest
 from feature_store.tars.tar import Tar
+from feature_store.writer import Values
+from teacher_service import rows as rows_module
 from teacher_service.config import PlanConfig
 from teacher_service.decoding import Batch, Task
 from teacher_service.planning import job_manifest, outline_teacher
@@ -44,15 +49,29 @@ def _outputs(start: int, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]
     return {"stage4": np.broadcast_to(codes[:, None, None], (len(codes), 4, 64))}, np.repeat(codes[:, None], 4, axis=1)
 
 
-def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(manifest: Manifest) -> None:
+def _encoded(values: Values) -> np.ndarray:
+    assert isinstance(values, Mapping)
+    (array,) = values.values()
+    return array
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(
+    manifest: Manifest, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "PIECE_SAMPLES", 2)
     rows = UnitRows(manifest, list("abcde"), 2)
-    rows.add(_batch(0, 3), *_outputs(0, 3))
-    rows.add(_batch(3, 2, {4: "broken"}), *_outputs(3, 2))
+    with ThreadPoolExecutor(threads) if threads else nullcontext() as pool:
+        for batch in (_batch(0, 3), _batch(3, 2, {4: "broken"})):
+            assert not rows.whole
+            rows.add(batch, *_outputs(batch.start, len(batch)), pool)
+    assert rows.whole
 
     data = rows.data()
 
     expected = [[10 * i + view for i in range(5)] for view in range(2)]
-    (tap,), (logits,) = (list(parts.values()) for parts in (data.taps["stage4"], data.logits))
+    assert data.logits is not None
+    tap, logits = _encoded(data.taps["stage4"]), _encoded(data.logits)
     assert tap.shape == (2, 5, 4, 64)
     assert tap.dtype == np.float16
     assert tap[..., 3, 63].tolist() == expected

@@ -1,0 +1,162 @@
+"""Gets a cache job ready to run: its tars, its teacher, and the store it writes to."""
+
+import glob
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.filesize import decimal
+from torch import Tensor
+
+from feature_store.codecs.registry import calibrated, needs_calibration
+from feature_store.errors import InputError, ResourceError
+from feature_store.manifest import Manifest
+from feature_store.objects.local import PARTIAL_SUFFIX
+from feature_store.store import Store, open_store
+from feature_store.tars.tar import Tar
+from feature_store.teacher.bundle import bundle_sha256, bundle_state
+from feature_store.teacher.model import Teacher, load_teacher
+from teacher_service.config import CacheConfig
+from teacher_service.decoding import Task, ViewDataset
+from teacher_service.planning import Plan, growth_of, job_manifest, survey
+from teacher_service.writing import disk_error
+
+CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that computing takes.
+
+    Attributes:
+        config: What to do.
+        plan: What it was predicted to write.
+        store: Where to.
+        teacher: The frozen model, on its device.
+        tars: The store's, in its order.
+    """
+
+    config: CacheConfig
+    plan: Plan
+    store: Store
+    teacher: Teacher
+    tars: tuple[Tar, ...]
+
+
+@contextmanager
+def prepared(config: CacheConfig) -> Iterator[Job]:
+    """A job, its store made or grown to what it asks for and locked against other jobs until the context is left.
+
+    The lock keeps other jobs off, not this one's worker processes: they open the store and write units, each of which
+    is locked on its own.
+
+    Raises:
+        UserError: See ``teacher_service.caching.cache``.
+    """
+    plan, tars = survey(config)
+    if not plan.fits:
+        raise ResourceError(
+            f"{plan.store} needs {decimal(plan.remaining_bytes)} more, {decimal(plan.free_bytes)} are free, "
+            f"{decimal(plan.remaining_bytes - plan.free_bytes)} are missing; "
+            "make room, or store fewer --views or --taps"
+        )
+    teacher = load_job_teacher(config)
+    blocks = bundle_state(teacher.later_blocks)
+    manifest = job_manifest(config, tars, teacher.info, teacher.split, bundle_sha256(blocks))
+    if needs_calibration(manifest) and not (config.store / "zarr.json").exists():
+        manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
+    with _writable_store(config.store, manifest, blocks, plan.remaining_bytes) as store:
+        yield Job(config, plan, store, teacher, tars)
+
+
+def load_job_teacher(config: CacheConfig) -> Teacher:
+    """The teacher a job asks for, on its device.
+
+    Raises:
+        InputError: Unknown teacher, or a checkpoint that does not fit it.
+        ResourceError: Its weights cannot be fetched, or the device cannot be used.
+    """
+    return load_teacher(
+        config.teacher,
+        checkpoint=config.checkpoint,
+        model_kwargs=config.model_kwargs,
+        depth=config.depth,
+        compute_dtype=config.compute_dtype,
+        device=_device(config.device),
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ResourceError(f"--device {name} cannot be used: {reason}; try cpu, cuda or auto") from error
+    return device
+
+
+@contextmanager
+def _writable_store(path: Path, manifest: Manifest, blocks: Mapping[str, Tensor], needed: int) -> Iterator[Store]:
+    """The store, created if need be, with this job as its only one and without leftovers."""
+    if not (path / "zarr.json").exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Store.create(path, manifest, blocks)
+        except OSError as error:
+            raise disk_error(error, path, "the new store", needed) from error
+    store = open_store(path)
+    growth_of(store, manifest)
+    with store.locked_for_writing():
+        store = open_store(path)  # another writer may have committed before it gave up the lock
+        if growth := growth_of(store, manifest):
+            store = store.grow(growth.manifest)
+        store.remove_leftovers()
+        for unborn in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL_SUFFIX}"):
+            shutil.rmtree(unborn, ignore_errors=True)  # a creation that was killed; the store exists by now
+        yield store
+
+
+def remaining_tasks(store: Store) -> list[Task]:
+    """What a store still lacks, unit by unit; a unit's missing views are one task where they follow each other."""
+    return [
+        Task(unit, range(run[0], run[-1] + 1))
+        for unit, views in store.committed.missing_views().items()
+        for run in _runs(views)
+    ]
+
+
+def _runs(views: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers cut where one is left out."""
+    numbered = groupby(enumerate(views), key=lambda pair: pair[1] - pair[0])
+    return [[view for _, view in run] for _, run in numbered]
+
+
+def first_features(
+    config: CacheConfig, manifest: Manifest, teacher: Teacher, tars: Sequence[Tar]
+) -> dict[str, np.ndarray]:
+    """A first sample of every tap for codecs that learn from one: view 0 of the first readable samples.
+
+    Raises:
+        InputError: No sample of any tar can be read.
+    """
+    dataset = ViewDataset(tars, manifest.policy, manifest.seed)
+    readable = (
+        view.views[0]
+        for unit, tar in enumerate(tars)
+        for position in range(len(tar))
+        if not (view := dataset.sample(Task(unit, range(1)), position)).reason
+    )
+    pixels = list(islice(readable, CALIBRATION_SAMPLES))
+    if not pixels:
+        raise InputError("no image of any tar can be read, so there is nothing to store; mend the tars")
+    device = next(teacher.parameters()).device
+    parts = [teacher(part.to(device)).taps for part in torch.from_numpy(np.stack(pixels)).split(config.batch_size)]
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in manifest.taps}
