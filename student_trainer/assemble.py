@@ -28,8 +28,9 @@ from student_trainer.data import (
 )
 from student_trainer.distributed import Group, synchronise_batchnorm
 from student_trainer.live import LiveSource, require_same_teacher
+from student_trainer.materialised import MaterialisedViews, UnitTar, require_view_tars, stored_units
 from student_trainer.order import EpochBatches
-from student_trainer.replay import DrawnViews, StoredViews
+from student_trainer.replay import DrawnViews, StoredViews, ViewSupplier
 from student_trainer.scalekd import TaskLoss, build_loss
 from student_trainer.student import Student
 from student_trainer.trained import Preprocessing
@@ -115,10 +116,9 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
     device = find_device(config.device, group.local_rank)
     store = None if config.store is None else open_store(config.store)
     keys = None if config.keys_file is None else read_keys(config.keys_file)
-    tars = open_tars(config.tars, config.scratch)
     if store is not None:
         require_views(store, config.num_views or store.manifest.num_views)
-        tars = match_tars(store, tars)
+    tars = _tars(config, store)
     units = training_positions(tars, store=store, keys=keys)
     teacher = _live_teacher(config, store, device) if config.source == "live" else None
     _require_expected(config, store, teacher)
@@ -291,10 +291,22 @@ def _largest_label(store: Store | None) -> int | None:
     return max(int(np.max(store.labels(unit), initial=-1)) for unit in range(len(store.manifest.tars)))
 
 
-def _views(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> StoredViews | DrawnViews:
+def _tars(config: TrainConfig, store: Store | None) -> Sequence[UnitTar]:
+    """What views are made of, unit by unit; of a store with materialised views only what it says of its source."""
+    if config.views_from is not None and store is not None:
+        require_view_tars(store, config.views_from, config.num_views or store.manifest.num_views)
+        return stored_units(store, config.views_from)
+    tars = open_tars(config.tars, config.scratch)
+    return tars if store is None else match_tars(store, tars)
+
+
+def _views(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> ViewSupplier:
     if store is not None:
         units_in_memory = 2 * config.shuffle_units  # a batch may reach into the next group
-        return StoredViews(store, check_all=config.check_all_pixels, units_in_memory=units_in_memory)
+        replayed = StoredViews(store, check_all=config.check_all_pixels, units_in_memory=units_in_memory)
+        if config.views_from is None:
+            return replayed
+        return MaterialisedViews(replayed, config.views_from, config.scratch, units_in_memory=units_in_memory)
     policy = _policy(config, None)
     if teacher is not None and policy.size != teacher.info.input_size:
         raise InputError(
@@ -342,7 +354,7 @@ def _preprocessing(
 def _inputs(
     store: Store | None,
     teacher: Teacher | None,
-    tars: Sequence[Tar],
+    tars: Sequence[UnitTar],
     val_tars: Sequence[Tar],
     keys: frozenset[str] | None,
 ) -> dict[str, Any]:

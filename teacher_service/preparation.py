@@ -24,6 +24,7 @@ from feature_store.teacher.model import Teacher, load_teacher
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, ViewDataset
 from teacher_service.planning import Plan, growth_of, job_manifest, survey
+from teacher_service.views_out import ViewsOut
 from teacher_service.writing import disk_error
 
 CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
@@ -71,6 +72,8 @@ def prepared(config: CacheConfig) -> Iterator[Job]:
     if needs_calibration(manifest) and not (config.store / "zarr.json").exists():
         manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
     with _writable_store(config.store, manifest, blocks, plan.remaining_bytes) as store:
+        if config.views_out is not None:
+            ViewsOut(config.views_out).require_views_of(store)
         yield Job(config, plan, store, teacher, tars)
 
 
@@ -147,7 +150,7 @@ def first_features(
     Raises:
         InputError: No sample of any tar can be read.
     """
-    dataset = ViewDataset(tars, manifest.policy, manifest.seed)
+    dataset = ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
     readable = (
         view.views[0]
         for unit, tar in enumerate(tars)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from training_world import SIZE, SWIN, VIT, make_teacher, samples, shared_world, write_store, write_tar
 
-import student_trainer.data
+import student_trainer.replay
 from feature_store.errors import (
     CorruptStoreError,
     InputError,
@@ -106,16 +106,16 @@ def test_training_stops_when_pillow_resizes_differently(config, monkeypatch, wor
 
 
 def test_training_stops_when_pixels_change_beyond_the_first_rows_and_all_are_checked(config, monkeypatch):
-    apply_view = student_trainer.data.apply_view
+    replay_view = student_trainer.replay.replay_view
     odd = decode_image(Tar.open(config.tars[0]).read(12).image).size  # a sample beyond those that are always checked
 
-    def changed(image, params, size):
-        pixels = apply_view(image, params, size)
+    def changed(image, *arguments):
+        pixels = replay_view(image, *arguments)
         if image.size == odd:
             pixels[0, 0, 0] ^= 1
         return pixels
 
-    monkeypatch.setattr(student_trainer.data, "apply_view", changed)
+    monkeypatch.setattr(student_trainer.replay, "replay_view", changed)
     config = replace(config, batch_size=25)
     with pytest.raises(MismatchError, match="pixels of sample 'a012', view 0"):
         train(replace(config, check_all_pixels=True))
