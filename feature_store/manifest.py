@@ -8,6 +8,7 @@ from typing import Any
 
 from feature_store.errors import InputError, MismatchError
 from feature_store.views import ViewPolicy
+from feature_store.views.materialised import ENCODINGS, JPEG
 
 FORMAT_VERSION = 1
 
@@ -42,7 +43,7 @@ class SplitInfo:
     """Where the teacher is cut, and what its later blocks need.
 
     Attributes:
-        family: ``swin`` or ``vit``.
+        family: ``swin``, ``vit``, ``beit`` or ``eva``: timm's class of models.
         depth: Number of blocks in the later part (Swin: those of stage 4).
         input_dim: Channels of the stage-3 output.
         input_grid: (H, W) of the stage-3 output.
@@ -108,6 +109,8 @@ class Manifest:
         key_width: Bytes per stored sample key; more than needed leaves room to grow.
         software: Versions that created the store; informative.
         licence: Note of the data set's licence; informative.
+        view_encoding: How views are materialised: ``jpeg95``, and then the teacher saw them decoded; None if they are
+            not. Not in the JSON form when None, so that stores from before there was a choice keep their identity.
         format_version: Of FORMAT.md.
     """
 
@@ -124,24 +127,33 @@ class Manifest:
     key_width: int
     software: dict[str, str]
     licence: str = ""
+    view_encoding: str | None = None
     format_version: int = field(default=FORMAT_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, inverse of from_dict."""
-        return json.loads(json.dumps(asdict(self)))
+        data = json.loads(json.dumps(asdict(self)))
+        if self.view_encoding is None:
+            del data["view_encoding"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Manifest":
         """Read the JSON form.
 
         Raises:
-            InputError: Written by an unknown format version, or a field is missing.
+            InputError: Written by an unknown format version, or a field is missing or unknown to this build.
         """
         version = data.get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(
                 f"store has format_version {version!r}, this build reads {FORMAT_VERSION}; "
                 "use the release that wrote it or write the store again"
+            )
+        encoding = data.get("view_encoding")
+        if encoding not in ENCODINGS:
+            raise InputError(
+                f"store has view_encoding {encoding!r}, this build knows {JPEG}; use the release that wrote it"
             )
         try:
             return cls(
@@ -150,6 +162,7 @@ class Manifest:
                 taps={name: TapInfo(**tap) for name, tap in data["taps"].items()},
                 policy=ViewPolicy.from_dict(data["policy"]),
                 tars=tuple(TarInfo(**tar) for tar in data["tars"]),
+                view_encoding=encoding,
                 **{name: data[name] for name in _PLAIN},
             )
         except (KeyError, TypeError) as error:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,9 @@ from student_trainer.data import (
 )
 from student_trainer.distributed import Group, synchronise_batchnorm
 from student_trainer.live import LiveSource, require_same_teacher
+from student_trainer.materialised import MaterialisedViews, UnitTar, require_view_tars, stored_units
 from student_trainer.order import EpochBatches
-from student_trainer.replay import DrawnViews, StoredViews
+from student_trainer.replay import DrawnViews, StoredViews, ViewSupplier
 from student_trainer.scalekd import TaskLoss, build_loss
 from student_trainer.student import Student
 from student_trainer.trained import Preprocessing
@@ -57,6 +58,7 @@ class Parts:
         quarantined: Samples left out because the teacher's pass could not read them.
         inputs: Names and hashes of everything that is read, for config.json and resuming.
         group: The run's processes.
+        kd_off: KD was asked for, but the teacher has no logits.
     """
 
     device: torch.device
@@ -71,6 +73,7 @@ class Parts:
     quarantined: int
     inputs: dict[str, Any]
     group: Group = ALONE
+    kd_off: bool = False
 
     def summary(self) -> dict[str, Any]:
         """What is trained on, in numbers."""
@@ -86,7 +89,8 @@ class Parts:
         """What is trained on, in words."""
         left_out = f", {self.quarantined} quarantined ones left out" if self.quarantined else ""
         views = f"{self.batches.num_views} views" if self.batches.num_views else "a new view every epoch"
-        return f"{self.batches.rows} samples from {len(self.dataset.tars)} tars{left_out}, {views}, on {self.device}"
+        samples = f"{self.batches.rows} samples from {len(self.dataset.tars)} tars{left_out}, {views}, on {self.device}"
+        return f"{samples}; KD is off: the teacher has no classifier" if self.kd_off else samples
 
     def resolved(self) -> dict[str, Any]:
         """What the config left open."""
@@ -97,6 +101,7 @@ class Parts:
             "student_dims": student.dims,
             "student_grids": student.grids,
             "preprocessing": asdict(self.preprocessing),
+            "kd_off": self.kd_off,
             **self.summary(),
         }
 
@@ -115,13 +120,15 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
     device = find_device(config.device, group.local_rank)
     store = None if config.store is None else open_store(config.store)
     keys = None if config.keys_file is None else read_keys(config.keys_file)
-    tars = open_tars(config.tars, config.scratch)
     if store is not None:
         require_views(store, config.num_views or store.manifest.num_views)
-        tars = match_tars(store, tars)
+    tars = _tars(config, store)
     units = training_positions(tars, store=store, keys=keys)
     teacher = _live_teacher(config, store, device) if config.source == "live" else None
     _require_expected(config, store, teacher)
+    kd_off = _lacks_logits(config, store, teacher)
+    if kd_off:
+        config = replace(config, scalekd=replace(config.scalekd, kd_alpha=None))
     taps = _needed_taps(config, store, teacher)
     num_classes = _num_classes(config, store, teacher)
     views = _views(config, store, teacher)
@@ -153,6 +160,7 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
         quarantined=sum(len(store.quarantined(unit)) for unit in range(len(tars))) if store else 0,
         inputs={**_inputs(store, teacher, tars, val_tars, keys), "processes": group.size},
         group=group,
+        kd_off=kd_off,
     )
 
 
@@ -261,6 +269,12 @@ def _num_classes(config: TrainConfig, store: Store | None, teacher: Teacher | No
     return num_classes
 
 
+def _lacks_logits(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> bool:
+    """Whether ScaleKD has to do without its KD term; a method that is nothing but KD is refused later."""
+    info = teacher.info if teacher is not None else store.manifest.teacher if store is not None else None
+    return config.method == "scalekd" and _uses_logits(config) and info is not None and not info.num_classes
+
+
 def _uses_logits(config: TrainConfig) -> bool:
     return config.method == "kd" or (config.method == "scalekd" and config.scalekd.kd_alpha is not None)
 
@@ -268,7 +282,9 @@ def _uses_logits(config: TrainConfig) -> bool:
 def _require_same_classes(student_classes: int, teacher_classes: int) -> None:
     remedy = "set --scalekd.kd-alpha None to train without logit distillation"
     if not teacher_classes:
-        raise InputError(f"logit distillation needs teacher logits, but the teacher has no classifier; {remedy}")
+        raise InputError(
+            "the kd method needs teacher logits, but the teacher has no classifier; choose --method scalekd or fd"
+        )
     if student_classes != teacher_classes:
         raise MismatchError(
             "num_classes",
@@ -285,10 +301,22 @@ def _largest_label(store: Store | None) -> int | None:
     return max(int(np.max(store.labels(unit), initial=-1)) for unit in range(len(store.manifest.tars)))
 
 
-def _views(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> StoredViews | DrawnViews:
+def _tars(config: TrainConfig, store: Store | None) -> Sequence[UnitTar]:
+    """What views are made of, unit by unit; of a store with materialised views only what it says of its source."""
+    if config.views_from is not None and store is not None:
+        require_view_tars(store, config.views_from, config.num_views or store.manifest.num_views)
+        return stored_units(store, config.views_from)
+    tars = open_tars(config.tars, config.scratch)
+    return tars if store is None else match_tars(store, tars)
+
+
+def _views(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> ViewSupplier:
     if store is not None:
         units_in_memory = 2 * config.shuffle_units  # a batch may reach into the next group
-        return StoredViews(store, check_all=config.check_all_pixels, units_in_memory=units_in_memory)
+        replayed = StoredViews(store, check_all=config.check_all_pixels, units_in_memory=units_in_memory)
+        if config.views_from is None:
+            return replayed
+        return MaterialisedViews(replayed, config.views_from, config.scratch, units_in_memory=units_in_memory)
     policy = _policy(config, None)
     if teacher is not None and policy.size != teacher.info.input_size:
         raise InputError(
@@ -336,7 +364,7 @@ def _preprocessing(
 def _inputs(
     store: Store | None,
     teacher: Teacher | None,
-    tars: Sequence[Tar],
+    tars: Sequence[UnitTar],
     val_tars: Sequence[Tar],
     keys: frozenset[str] | None,
 ) -> dict[str, Any]:

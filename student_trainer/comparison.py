@@ -169,7 +169,7 @@ def _row(name: str, runs: Sequence[RunResult], difference: Difference | None) ->
 
 def _task_loss(config: TrainConfig, epochs: Sequence[dict[str, Any]]) -> tuple[float, ...] | None:
     """The task loss as if its weight were 1, so that methods can be compared."""
-    takes_share = config.method in ("kd", "scalekd") and config.scalekd.kd_alpha is not None
+    takes_share = all("kd" in line for line in epochs)  # a run may be without KD for want of teacher logits
     weight = 1 - (config.scalekd.kd_alpha or 0.0) if takes_share else 1.0
     return tuple(line["task"] / weight for line in epochs) if weight else None
 

@@ -136,6 +136,7 @@ class TrainConfig:
         run: Folder of the run: config.json, metrics.jsonl, last.pt, best.pt.
         student: timm model name.
         tars: Training tars: paths, brace patterns, URLs; with a store, those it was written from.
+        views_from: In place of tars: folder or URL of the store's materialised views (what --views-out was).
         store: Store of the teacher's features.
         val_tars: Validation tars; without them nothing is validated and there is no best.pt.
         method: scalekd, or a baseline: fd (features), kd (logits), none (no distillation).
@@ -173,7 +174,7 @@ class TrainConfig:
         wandb: Also log to this project of Weights & Biases.
         report: Write report.html when the run ends.
         checkpoint_every: Also write last.pt every this many steps; 0: after each epoch only.
-        check_all_pixels: Check the CRC of every replayed view, not only of each unit's first rows.
+        check_all_pixels: Check the CRC of every view of a store, not only of each unit's first rows.
         scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
         resume: Continue the run in its folder.
         progress: Show progress on stderr.
@@ -181,7 +182,8 @@ class TrainConfig:
 
     run: Path
     student: str
-    tars: tuple[str, ...]
+    tars: tuple[str, ...] = ()
+    views_from: str | None = None
     store: Path | None = None
     val_tars: tuple[str, ...] = ()
     method: Literal["scalekd", "fd", "kd", "none"] = "scalekd"
@@ -244,6 +246,12 @@ class TrainConfig:
         self._require_source()
 
     def _require_source(self) -> None:
+        if bool(self.tars) == (self.views_from is not None):
+            raise InputError(
+                "give either --tars or --views-from: source tars whose views are made anew, or materialised views"
+            )
+        if self.views_from is not None and self.store is None:
+            raise InputError("--views-from reads views that belong to a store; give that --store")
         if self.store is None and self.source == "store" and self.method != "none":
             raise InputError(
                 f"--method {self.method} needs teacher features; give --store, or --source live with --teacher.name"

@@ -20,7 +20,7 @@ from feature_store.source import FeatureSource
 from feature_store.store import Store
 from feature_store.tars.tar import Tar, expand_tars
 from feature_store.teacher.dequantise import as_tensor
-from feature_store.views import apply_view, decode_image
+from student_trainer.materialised import UnitTar
 from student_trainer.replay import ViewSupplier
 
 _SHOWN = 5  # names listed in an error message
@@ -59,7 +59,7 @@ class ViewDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        tars: Sequence[Tar],
+        tars: Sequence[UnitTar],
         views: ViewSupplier,
         *,
         num_classes: int | None = None,
@@ -69,8 +69,8 @@ class ViewDataset(Dataset[Batch]):
         """Join tars, views and features.
 
         Args:
-            tars: One per unit, in unit order.
-            views: Which view each row is.
+            tars: One per unit, in unit order, of the kind the views are read from.
+            views: Which view each row is, and its pixels.
             num_classes: Refuse labels that reach this; None to accept any.
             source: Cached features to put into the batches, or None.
             taps: Taps to read from the source.
@@ -106,14 +106,13 @@ class ViewDataset(Dataset[Batch]):
         )  # fmt: skip
 
     def _view(self, row: RowId) -> tuple[np.ndarray, int]:
-        sample = self.tars[row.unit].read(row.position)
+        sample = self.views.read(self.tars[row.unit], row)
         if self.num_classes is not None and not 0 <= sample.label < self.num_classes:
             raise InputError(
                 f"label of sample {sample.key!r} in {self.tars[row.unit].name} is {sample.label}, expected "
                 f"0..{self.num_classes - 1}; raise --num-classes or mend the tar"
             )
-        image = decode_image(sample.image)
-        pixels = apply_view(image, self.views.params(row, sample.key, image.size), self.views.size)
+        pixels = self.views.pixels(row, sample)
         self.views.check(row, sample, pixels)
         return pixels, sample.label
 
@@ -123,7 +122,7 @@ class ViewDataset(Dataset[Batch]):
             return f"{tar.name}/{tar.keys[row.position]}: {error}"
         raise InputError(
             f"sample {tar.keys[row.position]!r} of {tar.url} was readable when the store was written but is not now: "
-            f"{error}; restore the tar the store was written from"
+            f"{error}; restore the tar as it was then"
         ) from error
 
     def _features(self, rows: list[RowId]) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
@@ -266,7 +265,7 @@ def require_views(store: Store, num_views: int) -> None:
 
 
 def training_positions(
-    tars: Sequence[Tar], *, store: Store | None = None, keys: frozenset[str] | None = None
+    tars: Sequence[UnitTar], *, store: Store | None = None, keys: frozenset[str] | None = None
 ) -> list[np.ndarray]:
     """Positions to train on per unit: all that are not quarantined, or those of the chosen keys.
 

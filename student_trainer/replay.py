@@ -1,15 +1,15 @@
 """Which view each row is: replayed from a store, or drawn when there is none."""
 
 from collections import OrderedDict
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from feature_store.errors import InputError, MismatchError
 from feature_store.sample import RowId
 from feature_store.store import Store
-from feature_store.tars.tar import TarSample
-from feature_store.views import ViewParams, ViewPolicy, check_pixels, draw_view
+from feature_store.tars.tar import Tar, TarSample
+from feature_store.views import ViewParams, ViewPolicy, apply_view, check_pixels, decode_image, draw_view, replay_view
 
 CHECKED_ROWS = 8  # rows at the start of every unit and view whose pixels are always checked
 
@@ -25,8 +25,20 @@ class ViewSupplier(Protocol):
     size: tuple[int, int]
     skips_unreadable: bool
 
-    def params(self, row: RowId, key: str, source_size: tuple[int, int]) -> ViewParams:
-        """Parameters of the row's view, for a source image of (width, height) pixels."""
+    def read(self, tar: Any, row: RowId) -> TarSample:
+        """The sample whose image the row's view is made of; the tar is the row's unit.
+
+        Raises:
+            ImageError: It has no usable image or label.
+        """
+        ...
+
+    def pixels(self, row: RowId, sample: TarSample) -> np.ndarray:
+        """The row's view, uint8 [H, W, 3].
+
+        Raises:
+            ImageError: The image cannot be decoded.
+        """
         ...
 
     def check(self, row: RowId, sample: TarSample, pixels: np.ndarray) -> None:
@@ -58,12 +70,21 @@ class StoredViews:
             check_all: Check the pixels of every row, not only of the first CHECKED_ROWS of each unit and view.
             units_in_memory: Units whose parameters are kept; should cover the units that are shuffled together.
         """
-        self.size = store.manifest.policy.size
+        self.size, self._encoding = store.manifest.policy.size, store.manifest.view_encoding
         self._store, self._check_all, self._limit = store, check_all, units_in_memory
         self._units: OrderedDict[tuple[int, int], _StoredUnit] = OrderedDict()
 
+    def read(self, tar: Tar, row: RowId) -> TarSample:
+        """The source sample."""
+        return tar.read(row.position)
+
+    def pixels(self, row: RowId, sample: TarSample) -> np.ndarray:
+        """The view the teacher saw, made anew by the stored parameters."""
+        image = decode_image(sample.image)
+        return replay_view(image, self.params(row, sample.key, image.size), self.size, self._encoding)
+
     def params(self, row: RowId, key: str, source_size: tuple[int, int]) -> ViewParams:
-        """Stored parameters of the row's view.
+        """Stored parameters of the row's view, for a source image of (width, height) pixels.
 
         Raises:
             InputError: The sample is quarantined.
@@ -109,6 +130,15 @@ class DrawnViews:
     def __init__(self, policy: ViewPolicy, seed: int = 0) -> None:
         self.size = policy.size
         self._policy, self._seed = policy, seed
+
+    def read(self, tar: Tar, row: RowId) -> TarSample:
+        """The source sample."""
+        return tar.read(row.position)
+
+    def pixels(self, row: RowId, sample: TarSample) -> np.ndarray:
+        """The view drawn for this key and view index."""
+        image = decode_image(sample.image)
+        return apply_view(image, self.params(row, sample.key, image.size), self.size)
 
     def params(self, row: RowId, key: str, source_size: tuple[int, int]) -> ViewParams:
         """Parameters drawn for this key and view: what a store with this policy and seed would hold."""

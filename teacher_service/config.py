@@ -24,6 +24,8 @@ class PlanConfig:
         policy: What views are drawn from (rrc_flip: schedules T1 and T2).
         policy_options: Fields of the view policy to set differently, as JSON, e.g. '{"flip": 0}'.
         seed: Seed of the views.
+        views_out: Folder or URL (s3://, gs://) to write each view to as a JPEG in webdataset tars, v<view>/u<unit>.tar;
+            the teacher then sees those JPEGs, and students can train from them without the source tars.
         taps: What to store of the teacher; stage4 is the final feature map, always needed.
         tap_codec: How features are stored: f32, f16, bf16, int8, int8-channel, int6, int4; add +zstd to compress.
         logits_codec: How logits are stored: as taps, or top<k> for the k largest with the rest spread evenly.
@@ -44,6 +46,7 @@ class PlanConfig:
     policy: Literal["rrc_flip", "a1", "a2", "center"] = "rrc_flip"
     policy_options: JsonObject = field(default_factory=dict)
     seed: int = 0
+    views_out: str | None = None
     taps: tuple[Literal["stage4", "stage3"], ...] = ("stage4",)
     tap_codec: str = DEFAULT_TAP_CODEC
     logits_codec: str = DEFAULT_LOGITS_CODEC

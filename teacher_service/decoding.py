@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.context import ForkServerContext
 from types import TracebackType
@@ -20,7 +20,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from feature_store.errors import ImageError, ResourceError, UserError
 from feature_store.tars.tar import Tar
-from feature_store.views import ViewParams, ViewPolicy, apply_view, decode_image, draw_view, pixel_crc
+from feature_store.views import (
+    ViewParams,
+    ViewPolicy,
+    apply_view,
+    decode_image,
+    decode_view,
+    draw_view,
+    encode_view,
+    pixel_crc,
+)
 
 PREFETCH = 2  # batches decoded ahead by each worker
 
@@ -42,13 +51,14 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One source image's views, or the reason why it has none."""
+    """One source image's views, or the reason why it has none; encoded as in Batch."""
 
     label: int
     reason: str | None
     params: list[ViewParams | None]
     crcs: list[int]
     views: list[np.ndarray]
+    encoded: list[bytes]
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Batch:
         params: [V] lists of [b]; None where quarantined.
         pixel_crc: uint32 [V, b]; 0 where quarantined.
         pixels: uint8 [b, V, H, W, 3]; black where quarantined, so that a batch's shape never depends on it.
+        encoded: [V] lists of [b] JPEGs; no bytes where quarantined, or where views are not materialised.
         seconds: How long it took to decode.
     """
 
@@ -73,6 +84,7 @@ class Batch:
     params: list[list[ViewParams | None]]
     pixel_crc: np.ndarray
     pixels: Tensor
+    encoded: list[list[bytes]] = field(default_factory=list)
     seconds: float = 0.0
 
     def __len__(self) -> int:
@@ -89,10 +101,17 @@ class Batch:
 
 
 class ViewDataset(Dataset):
-    """Batches of views by their span; errors are returned, for a traceback does not cross processes well."""
+    """Batches of views by their span; errors are returned, for a traceback does not cross processes well.
 
-    def __init__(self, tars: Sequence[Tar], policy: ViewPolicy, seed: int) -> None:
-        self.tars, self.policy, self.seed = tars, policy, seed
+    Args:
+        tars: One per unit.
+        policy: What views are drawn from.
+        seed: With which seed.
+        encoding: How they are materialised, see ``Manifest.view_encoding``; their pixels are then the JPEGs', decoded.
+    """
+
+    def __init__(self, tars: Sequence[Tar], policy: ViewPolicy, seed: int, encoding: str | None = None) -> None:
+        self.tars, self.policy, self.seed, self.encoding = tars, policy, seed, encoding
 
     def __getitem__(self, span: Span) -> Batch | UserError:
         """One batch, or what kept it from being read."""
@@ -115,11 +134,15 @@ class ViewDataset(Dataset):
             return self._unusable(label, str(error), len(task.views))
         params = [draw_view(self.policy, self.seed, key, view, image.size) for view in task.views]
         views = [apply_view(image, each, self.policy.size) for each in params]
-        return Sample(label, None, list(params), [pixel_crc(view) for view in views], views)
+        encoded = [b""] * len(views)
+        if self.encoding is not None:
+            encoded = [encode_view(view) for view in views]
+            views = [decode_view(each) for each in encoded]
+        return Sample(label, None, list(params), [pixel_crc(view) for view in views], views, encoded)
 
     def _unusable(self, label: int, reason: str, count: int) -> Sample:
         blank = np.zeros((*self.policy.size, 3), np.uint8)
-        return Sample(label, reason, [None] * count, [0] * count, [blank] * count)
+        return Sample(label, reason, [None] * count, [0] * count, [blank] * count, [b""] * count)
 
 
 def _batch(span: Span, samples: Sequence[Sample]) -> Batch:
@@ -131,6 +154,7 @@ def _batch(span: Span, samples: Sequence[Sample]) -> Batch:
         params=[list(view) for view in zip(*(sample.params for sample in samples), strict=True)],
         pixel_crc=np.array([sample.crcs for sample in samples], np.uint32).T,
         pixels=torch.from_numpy(np.stack([np.stack(sample.views) for sample in samples])),
+        encoded=[list(view) for view in zip(*(sample.encoded for sample in samples), strict=True)],
     )
 
 

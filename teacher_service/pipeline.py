@@ -17,12 +17,12 @@ from feature_store.errors import CommittedError, InputError
 from feature_store.store import Store
 from feature_store.tars.tar import Tar
 from feature_store.teacher.model import Teacher
-from feature_store.writer import UnitData
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Batch, Task, ViewDataset, batch_spans, read_batches
 from teacher_service.forward import Forward, Outputs
 from teacher_service.rows import UnitRows
 from teacher_service.stages import Stage
+from teacher_service.views_out import ViewsOut
 from teacher_service.waits import StageTimes, Waits
 from teacher_service.writing import write_unit
 
@@ -102,7 +102,8 @@ class Pipeline:
     ) -> None:
         manifest = store.manifest
         self._config, self._store, self._tars = config, store, tars
-        self._dataset = dataset or ViewDataset(tars, manifest.policy, manifest.seed)
+        self._dataset = dataset or ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
+        self._views_out = None if config.views_out is None else ViewsOut(config.views_out)
         self._waits = Waits({"decode": max(1, config.workers)})
         self._forward = Forward(teacher, tuple(manifest.taps), config.batch_size, self._waits, compile=config.compile)
 
@@ -133,7 +134,8 @@ class Pipeline:
             UserError: See ``teacher_service.caching.cache``; committed units stay.
         """
         waits, started = self._waits, time.perf_counter()
-        run, stopping = _Run(self._store, self._tars, on_commit, waits), _Stopping(stop or threading.Event())
+        run = _Run(self._store, self._views_out, self._tars, on_commit, waits)
+        stopping = _Stopping(stop or threading.Event())
         with (
             closing(self._batches(run.pulled(tasks, stopping.requested))) as batches,
             Stage("unit-writer", threads=1, waiting=0) as writer,
@@ -175,8 +177,16 @@ class Pipeline:
 class _Run:
     """What one run has in hand: tasks it pulled, and units from their first batch to their commit."""
 
-    def __init__(self, store: Store, tars: Sequence[Tar], on_commit: Callable[[UnitDone], None], waits: Waits) -> None:
-        self._store, self._tars, self._on_commit, self._waits = store, tars, on_commit, waits
+    def __init__(
+        self,
+        store: Store,
+        views_out: ViewsOut | None,
+        tars: Sequence[Tar],
+        on_commit: Callable[[UnitDone], None],
+        waits: Waits,
+    ) -> None:
+        self._store, self._views_out, self._tars = store, views_out, tars
+        self._on_commit, self._waits = on_commit, waits
         self._pulled: list[Task] = []
         self._committed: list[Task] = []
         self._rows: UnitRows | None = None
@@ -206,11 +216,14 @@ class _Run:
         with self._waits.busy("encode"):
             rows.add(batch, arrays, logits, pool)
         if rows.whole:
-            writer.submit(self._write, batch.task, rows.data())
+            writer.submit(self._write, batch.task, rows)
 
-    def _write(self, task: Task, data: UnitData) -> None:
+    def _write(self, task: Task, rows: UnitRows) -> None:
+        data = rows.data()
         try:
             with self._waits.busy("write"):
+                if self._views_out is not None:  # before the commit, which says that they are there
+                    self._views_out.write(task, rows.views())
                 write_unit(self._store, task, data)
         except CommittedError:  # another worker was given it too, and was first
             return

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from feature_store.commits.record import CommitRecord, ObjectProof, encode_record
-from feature_store.errors import InputError
+from feature_store.errors import InputError, MismatchError
 from feature_store.layout import CRC_BYTES, array_specs, object_bytes
 from feature_store.manifest import Growth, Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
 from feature_store.store import Store, open_store
@@ -19,6 +19,7 @@ from feature_store.teacher.model import build_model, tap_shapes, teacher_info
 from feature_store.teacher.split import split_teacher
 from feature_store.versions import software_versions
 from feature_store.views import view_policy
+from feature_store.views.materialised import JPEG
 from teacher_service.config import PlanConfig
 
 ARRAY_BYTES, SHARDED_BYTES = 600, 1150  # zarr.json of an array, about
@@ -165,6 +166,7 @@ def job_manifest(
         key_width=config.key_width or max(len(key.encode()) for tar in tars for key in tar.keys),
         software=software_versions(),
         licence=config.licence_note,
+        view_encoding=None if config.views_out is None else JPEG,
     )
 
 
@@ -178,6 +180,10 @@ def growth_of(store: Store, manifest: Manifest) -> Growth:
     Raises:
         MismatchError: It was begun with other settings; names the first field that differs.
     """
+    expected, got = store.manifest.view_encoding, manifest.view_encoding
+    if expected != got:
+        remedy = "give the --views-out it was begun with" if expected else "leave out --views-out"
+        raise MismatchError("view_encoding", expected=expected, got=got, remedy=f"{remedy}, or use another store")
     return manifest.with_statistics_of(store.manifest).growth_from(store.manifest)
 
 

@@ -21,6 +21,7 @@ from teacher_service.claims import preparing
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, ViewDataset
 from teacher_service.planning import Plan, growth_of, job_manifest, survey
+from teacher_service.views_out import ViewsOut
 from teacher_service.writing import disk_error
 
 CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
@@ -73,6 +74,8 @@ def prepare(config: CacheConfig) -> Job:
         if growth := growth_of(store, manifest):
             store = store.grow(growth.manifest)
         store.remove_leftovers()
+        if config.views_out is not None:
+            ViewsOut(config.views_out).require_views_of(store)
     return Job(config, plan, store, teacher, tars)
 
 
@@ -151,7 +154,7 @@ def first_features(
     Raises:
         InputError: No sample of any tar can be read.
     """
-    dataset = ViewDataset(tars, manifest.policy, manifest.seed)
+    dataset = ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
     readable = (
         view.views[0]
         for unit, tar in enumerate(tars)

@@ -37,6 +37,7 @@ class UnitRows:
         self._keys, self._labels = list(keys), np.full(len(keys), -1, np.int64)
         self._quarantined: dict[int, str] = {}
         self._params: list[list[ViewParams | None]] = [[None] * len(keys) for _ in range(num_views)]
+        self._encoded = [[b""] * len(keys) for _ in range(num_views)]
         self._pixel_crc = np.zeros(rows, np.uint32)
         self._missing = len(keys)
 
@@ -57,6 +58,8 @@ class UnitRows:
         self._quarantined |= batch.quarantined
         for params, more in zip(self._params, batch.params, strict=True):
             params[span] = more
+        for encoded, jpegs in zip(self._encoded, batch.encoded, strict=False):  # a batch may come without
+            encoded[span] = jpegs
         self._missing -= len(batch)
 
     def _encode(self, first: int, outputs: Mapping[str, np.ndarray | None], piece: range) -> None:
@@ -75,6 +78,14 @@ class UnitRows:
     def _by_view(self, values: np.ndarray) -> np.ndarray:
         """[b * V, ...] to [V, b, ...]."""
         return values.reshape(-1, len(self._params), *values.shape[1:]).swapaxes(0, 1)
+
+    def views(self) -> list[dict[str, tuple[bytes, int]]]:
+        """JPEG and label by sample key, of each materialised view; quarantined samples have none."""
+        labels = self._labels.tolist()
+        return [
+            {key: (jpeg, label) for key, jpeg, label in zip(self._keys, view, labels, strict=True) if jpeg}
+            for view in self._encoded
+        ]
 
     def data(self) -> UnitData:
         """The finished unit."""

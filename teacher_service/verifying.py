@@ -26,7 +26,7 @@ from feature_store.store import Store, open_store
 from feature_store.tars.tar import Tar, expand_tars
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
-from feature_store.views import ViewParams, apply_view, check_pixels, decode_image
+from feature_store.views import ViewParams, check_pixels, decode_image, replay_view
 from teacher_service.preparation import usable_device
 from teacher_service.verify_config import VerifyConfig
 
@@ -137,7 +137,7 @@ def _same_teacher(config: VerifyConfig, manifest: Manifest) -> Teacher:
         theirs.name,
         checkpoint=config.checkpoint,
         model_kwargs=theirs.model_kwargs,
-        depth=manifest.split.depth if manifest.split.family == "vit" else None,
+        depth=manifest.split.depth,
         compute_dtype=theirs.compute_dtype,
         device=usable_device(config.device),
     )
@@ -204,8 +204,9 @@ class _DeepCheck:
             return self._differs(row, "label", f"the store has {stored.labels[row.position]}, the tar {label}")
         params = stored.params[row.position]
         assert params is not None  # only quarantined rows have none
+        manifest = self.store.manifest
         try:
-            pixels = apply_view(image, params, self.store.manifest.policy.size)
+            pixels = replay_view(image, params, manifest.policy.size, manifest.view_encoding)
             check_pixels(pixels, int(stored.pixel_crcs[row.position]), key, row.view, stored.pillow)
         except UserError as error:
             return self._differs(row, "pixels", str(error))

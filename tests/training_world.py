@@ -37,6 +37,11 @@ SWIN: tuple[str, dict[str, Any]] = (
     },
 )  # fmt: skip
 
+_SMALL = {"img_size": SIZE, "num_classes": CLASSES, "embed_dim": 64, "depth": 4, "num_heads": 2}
+BEIT: tuple[str, dict[str, Any]] = ("beitv2_large_patch16_224", _SMALL)
+DINOV3: tuple[str, dict[str, Any]] = ("vit_large_patch16_dinov3", _SMALL)
+FAMILIES = {"vit": VIT, "swin": SWIN, "beit": BEIT, "dinov3": DINOV3}
+
 
 @dataclass(frozen=True)
 class World:
@@ -163,7 +168,7 @@ def shared_world(family: str = "vit", codec: str = "f16") -> World:
     """The world of this test process, made once; to be read only."""
     root = Path(tempfile.mkdtemp(prefix="world-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return make_world(root, {"vit": VIT, "swin": SWIN}[family], codec=codec)
+    return make_world(root, FAMILIES[family], codec=codec)
 
 
 def make_world(root: Path, spec: tuple[str, dict[str, Any]] = VIT, *, codec: str = "f16", **store: Any) -> World:

@@ -11,7 +11,7 @@ import numpy as np
 from feature_store.errors import InputError, MismatchError
 from feature_store.sample import RowId
 from feature_store.tars.tar import Tar
-from feature_store.views import apply_view, check_pixels, decode_image
+from feature_store.views import check_pixels, decode_image, replay_view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,7 +124,8 @@ def _replay(store: "Store", tars: dict[str, Tar], row: RowId) -> np.ndarray:
     if params is None:
         raise InputError(f"{row} is quarantined: it has no view; choose another row")
     sample = tar.read(row.position)
-    pixels = apply_view(decode_image(sample.image), params, store.manifest.policy.size)
+    manifest = store.manifest
+    pixels = replay_view(decode_image(sample.image), params, manifest.policy.size, manifest.view_encoding)
     software = store.committed.record(row.unit, row.view).software
     crc = int(store.pixel_crcs(row.unit, row.view)[row.position])
     check_pixels(pixels, crc, sample.key, row.view, software.get("pillow", "of unknown version"))

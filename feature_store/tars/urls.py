@@ -102,13 +102,13 @@ def local_tar(url: str, scratch: Path | None) -> Path:
     path = _local_path(url)
     if path is None:
         _require_allowed(url, allow_pipe=True)
-        path = _copy_once(url, url, scratch, lambda: gopen(url))
+        path = copy_once(url, url, scratch, lambda: gopen(url))
     decompress = _decompressor(url, path)
     if decompress is None:
         return path
     stat = path.stat()
     version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} decompressed"
-    return _copy_once(url, version, scratch, lambda: _decompressing(url, path, decompress))
+    return copy_once(url, version, scratch, lambda: _decompressing(url, path, decompress))
 
 
 def _local_path(url: str) -> Path | None:
@@ -141,8 +141,18 @@ def _decompressing(url: str, path: Path, decompress: Callable[..., Any]) -> Iter
         raise InputError(f"tar {url} is cut short or damaged: {error}; fetch or make it again") from error
 
 
-def _copy_once(url: str, version: str, scratch: Path | None, source: Callable[[], Any]) -> Path:
-    """The scratch file of this version of the tar; made unless an earlier run left it."""
+def copy_once(url: str, version: str, scratch: Path | None, source: Callable[[], Any]) -> Path:
+    """The scratch file of this version of the tar; made unless an earlier run left it.
+
+    Args:
+        url: The tar, for messages.
+        version: Names the copy: the same one is made only once.
+        scratch: As for local_tar.
+        source: Opens what is copied, as a context of a readable stream.
+
+    Raises:
+        ResourceError: It cannot be copied.
+    """
     try:
         directory = _default_scratch() if scratch is None else scratch
         directory.mkdir(parents=True, exist_ok=True)

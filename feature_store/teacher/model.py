@@ -86,7 +86,7 @@ class Teacher(nn.Module):
 
     def _taps(self, stage3: Tensor, features: Tensor) -> dict[str, Tensor]:
         prefix = self.split.prefix_tokens
-        if self.split.family == "swin":
+        if stage3.ndim == 4:  # Swin's grids
             stage3, features = stage3.flatten(1, 2), features.flatten(1, 2)
         taps = {"stage4": features[:, prefix:], "stage3": stage3[:, prefix:]}
         if prefix:
@@ -173,7 +173,13 @@ def _load_checkpoint(model: nn.Module, name: str, checkpoint: Path) -> None:
 def teacher_info(
     model: nn.Module, name: str, model_kwargs: Mapping[str, Any] | None, compute_dtype: str, sha256: str
 ) -> TeacherInfo:
-    """What the manifest says of a model; its weights may be on the meta device if sha256 is given."""
+    """What the manifest says of a model; its weights may be on the meta device if sha256 is given.
+
+    Raises:
+        InputError: It does not see RGB images.
+    """
+    if getattr(model, "in_chans", 3) != 3:
+        raise InputError(f"{name} takes images of {model.in_chans} channels, but views are RGB; leave out in_chans")
     data = resolve_model_data_config(model)
     size = getattr(model.patch_embed, "img_size", None) if hasattr(model, "patch_embed") else None
     height, width = size or data["input_size"][1:]

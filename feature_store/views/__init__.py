@@ -2,6 +2,7 @@
 
 from feature_store.views.draws import ViewParams, draw_view
 from feature_store.views.images import decode_image
+from feature_store.views.materialised import decode_view, encode_view, replay_view, view_tar
 from feature_store.views.pixels import apply_view, check_pixels, pixel_crc
 from feature_store.views.policies import POLICIES, ViewPolicy, view_policy
 
@@ -12,7 +13,11 @@ __all__ = [
     "apply_view",
     "check_pixels",
     "decode_image",
+    "decode_view",
     "draw_view",
+    "encode_view",
     "pixel_crc",
+    "replay_view",
     "view_policy",
+    "view_tar",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conformance import ROWS, FeatureSourceConformance
-from training_world import World, shared_world
+from training_world import FAMILIES, World, shared_world
 
 from feature_store.errors import InputError, QuarantinedError, UncommittedError
 from feature_store.sample import RowId
@@ -112,7 +112,7 @@ def relative_difference(a: dict[str, float], b: dict[str, float]) -> float:
     return max(abs(a[name] - b[name]) / abs(b[name]) for name in a)
 
 
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("codec", "limit"), [("f16", 2e-3), ("f32", 1e-6)])
 @pytest.mark.parametrize("method", ["scalekd", "fd", "kd"])
 def test_loss_terms_agree_when_rows_are_store_fed_and_live_fed(tmp_path, family, codec, limit, method):

@@ -1,6 +1,7 @@
 """Things that would train a wrong student: each is refused before the first step, naming field, values and remedy."""
 
 import io
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from training_world import SIZE, SWIN, VIT, make_teacher, samples, shared_world, write_store, write_tar
 
-import student_trainer.data
+import student_trainer.replay
 from feature_store.errors import (
     CorruptStoreError,
     InputError,
@@ -105,16 +106,16 @@ def test_training_stops_when_pillow_resizes_differently(config, monkeypatch, wor
 
 
 def test_training_stops_when_pixels_change_beyond_the_first_rows_and_all_are_checked(config, monkeypatch):
-    apply_view = student_trainer.data.apply_view
+    replay_view = student_trainer.replay.replay_view
     odd = decode_image(Tar.open(config.tars[0]).read(12).image).size  # a sample beyond those that are always checked
 
-    def changed(image, params, size):
-        pixels = apply_view(image, params, size)
+    def changed(image, *arguments):
+        pixels = replay_view(image, *arguments)
         if image.size == odd:
             pixels[0, 0, 0] ^= 1
         return pixels
 
-    monkeypatch.setattr(student_trainer.data, "apply_view", changed)
+    monkeypatch.setattr(student_trainer.replay, "replay_view", changed)
     config = replace(config, batch_size=25)
     with pytest.raises(MismatchError, match="pixels of sample 'a012', view 0"):
         train(replace(config, check_all_pixels=True))
@@ -200,12 +201,21 @@ def test_student_is_refused_when_labels_are_beyond_its_classes(config):
     )
 
 
-def test_classes_are_counted_from_the_labels_when_the_teacher_has_no_classifier(config, other_store):
+def test_kd_is_off_and_the_run_says_so_when_the_teacher_has_no_classifier(config, other_store, tmp_path, capfd):
     store = other_store(HEADLESS)
-    refused(replace(config, store=store), InputError, r"logit distillation needs teacher logits, but .* no classifier")
-    run = replace(config, store=store, scalekd=ScaleKDConfig(kd_alpha=None))
-    train(run)
-    assert '"num_classes": 4' in (run.run / "config.json").read_text()
+    refused(replace(config, store=store, method="kd"), InputError, r"kd method needs teacher logits.* no classifier")
+    asked = replace(config, store=store, progress=True)
+    without = replace(config, store=store, run=tmp_path / "without", scalekd=ScaleKDConfig(kd_alpha=None))
+    first, second = (train(run).history[-1] for run in (asked, without))
+    assert "KD is off: the teacher has no classifier" in capfd.readouterr().err
+    assert json.loads((asked.run / "config.json").read_text())["resolved"]["kd_off"] is True
+    assert "kd" not in first
+    assert first["total"] == second["total"]
+
+
+def test_classes_are_counted_from_the_labels_when_the_teacher_has_no_classifier(config, other_store):
+    train(replace(config, store=other_store(HEADLESS)))
+    assert '"num_classes": 4' in (config.run / "config.json").read_text()
 
 
 def test_classes_must_be_given_when_nobody_knows_them(config):

@@ -118,7 +118,7 @@ def test_replay_refuses_when_the_tar_is_missing_or_another(store, tmp_path):
 
 
 def test_replay_refuses_when_pixels_are_not_those_of_the_store(store, tar, monkeypatch):
-    monkeypatch.setattr("feature_store.analysis.features.apply_view", lambda *_: np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr("feature_store.analysis.features.replay_view", lambda *_: np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(MismatchError, match="pixels of sample 'key/0-0', view 0"):
         replay_views(store, [tar], [RowId(0, 0, 0)])
 

@@ -1,0 +1,189 @@
+"""The timm families a teacher may be of: what of a model is its later part, and what those blocks take beside tokens.
+
+A new family is one more entry of ``FAMILIES``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from feature_store.errors import InputError
+from feature_store.manifest import SplitInfo
+
+
+@dataclass(frozen=True)
+class BesideTokens:
+    """What the blocks of some families take beside their tokens; the same for all images, so it is made once.
+
+    Attributes:
+        attribute: What makes it in the model.
+        keyword: The blocks' argument, and the tensor's name in a bundle.
+        value: RoPE or relative position bias; with ``per_block`` a first axis for all blocks of the model.
+        per_block: Each block has its own.
+    """
+
+    attribute: str
+    keyword: str
+    value: Tensor
+    per_block: bool = False
+
+    def of_last(self, depth: int) -> Tensor:
+        """What so many last blocks take, in memory of its own."""
+        return (self.value[-depth:] if self.per_block else self.value).clone()
+
+
+class _ReadyMade(nn.Module):
+    """Stands in for the part of a model that would make a table anew for every batch."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+    def forward(self) -> Tensor:
+        """As BEiT asks for its bias."""
+        return self.get_buffer("value")
+
+    def get_embed(self, shape: Any = None) -> Tensor:
+        """As Eva asks for its RoPE."""
+        return self.get_buffer("value")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model's later part.
+
+    Attributes:
+        info: Where it begins and what it needs.
+        kept: What the model's attribute of that name keeps in the early part.
+        blocks: The later blocks, from the first on.
+        norm: The model's own last step of ``forward_features``; does nothing in models that pool before their norm.
+        beside: What the blocks take beside tokens.
+    """
+
+    info: SplitInfo
+    kept: dict[str, nn.Module]
+    blocks: Sequence[nn.Module]
+    norm: nn.Module
+    beside: BesideTokens | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one timm class are cut.
+
+    Attributes:
+        model: The class, subclasses included.
+        cut: From a model and a depth (None: the default) to its later part.
+    """
+
+    model: type[nn.Module]
+    cut: Callable[[Any, int | None], Cut]
+
+
+def cut_model(model: nn.Module, depth: int | None) -> Cut:
+    """The later part of a model of any known family.
+
+    Raises:
+        InputError: An unknown family, or a depth it cannot have.
+    """
+    for family in FAMILIES:
+        if isinstance(model, family.model):
+            return family.cut(model, depth)
+    known = ", ".join(family.model.__name__ for family in FAMILIES)
+    raise InputError(
+        f"cannot split a {type(model).__name__}: expected one of timm's {known}; "
+        "choose a teacher such as swin_*, vit_*, deit_*, beit_*, beitv2_*, eva_*, eva02_*, vit_*_dinov2 or vit_*_dinov3"
+    )
+
+
+def _cut_swin(model: Any, depth: int | None) -> Cut:
+    """P = ``norm(layers[3](x))``: timm keeps patch merging at the start of a stage."""
+    stages: list[Any] = [*model.layers.children()]
+    last = stages[-1]
+    if depth is not None and depth != len(last.blocks):
+        raise InputError(
+            f"depth {depth} is not possible for Swin: its later blocks are stage 4 ({len(last.blocks)} blocks)"
+        )
+    info = SplitInfo(
+        family="swin",
+        depth=len(last.blocks),
+        input_dim=last.dim,
+        input_grid=_hw(stages[-2].output_resolution),
+        output_dim=model.num_features,
+        output_grid=_hw(last.output_resolution),
+        prefix_tokens=0,
+        prefix="none",
+    )
+    return Cut(info, {"layers": nn.Sequential(*stages[:-1])}, [last], model.norm)
+
+
+def _tokens(name: str, make_beside: Callable[[Any], BesideTokens | None]) -> Callable[[Any, int | None], Cut]:
+    """The cut of a family whose blocks all have tokens of one width: its last quarter, or as many blocks as asked."""
+
+    def cut(model: Any, depth: int | None) -> Cut:
+        blocks: list[Any] = [*model.blocks.children()]
+        depth = max(1, len(blocks) // 4) if depth is None else depth
+        if not 1 <= depth < len(blocks):
+            raise InputError(
+                f"depth {depth} is not possible: the teacher has {len(blocks)} blocks, expected 1..{len(blocks) - 1}"
+            )
+        grid = _hw(model.patch_embed.grid_size)
+        info = SplitInfo(
+            family=name,
+            depth=depth,
+            input_dim=model.embed_dim,
+            input_grid=grid,
+            output_dim=model.embed_dim,
+            output_grid=grid,
+            prefix_tokens=model.num_prefix_tokens,
+            prefix="cached" if model.num_prefix_tokens else "none",
+        )
+        beside = make_beside(model)
+        kept: dict[str, nn.Module] = {"blocks": nn.Sequential(*blocks[:-depth])}
+        if beside is not None:
+            kept[beside.attribute] = _ReadyMade(beside.value)
+        return Cut(info, kept, blocks[-depth:], model.norm, beside)
+
+    return cut
+
+
+def _nothing(model: Any) -> None:
+    return None
+
+
+@torch.no_grad()
+def _shared_position_bias(model: Any) -> BesideTokens | None:
+    """BEiT's relative position bias where all blocks share one; a bias per block is in the blocks already."""
+    if model.rel_pos_bias is None:
+        return None
+    return BesideTokens("rel_pos_bias", "shared_rel_pos_bias", model.rel_pos_bias())
+
+
+@torch.no_grad()
+def _rotary_embedding(model: Any) -> BesideTokens | None:
+    """RoPE on the teacher's grid, as a table: sines and cosines differ in the last bit from machine to machine."""
+    if model.rope is None:
+        return None
+    rope = model.rope.eval()  # in training mode some kinds shift the grid by chance
+    embedding = rope.get_embed(shape=list(model.patch_embed.grid_size))
+    return BesideTokens("rope", "rope", embedding, per_block=model.rope_mixed)
+
+
+def _hw(size: Any) -> tuple[int, int]:
+    height, width = size
+    return int(height), int(width)
+
+
+FAMILIES = (
+    Family(SwinTransformer, _cut_swin),
+    Family(VisionTransformer, _tokens("vit", _nothing)),
+    Family(Beit, _tokens("beit", _shared_position_bias)),
+    Family(Eva, _tokens("eva", _rotary_embedding)),
+)

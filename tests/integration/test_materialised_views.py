@@ -1,0 +1,265 @@
+"""Materialised views: written beside the store, they train exactly as the source tars replayed do."""
+
+import io
+import json
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from servers import WebServer, s3_server
+from tiny_jobs import cache_config, make_teacher, store_files
+from training_world import CLASSES, samples, write_tar
+
+from feature_store import open_store
+from feature_store.errors import InputError, MismatchError, ResourceError, UserError
+from feature_store.tars.tar import Tar
+from feature_store.views import decode_view, encode_view, pixel_crc, view_tar
+from student_trainer.checkpoint import load_checkpoint
+from student_trainer.config import TrainConfig
+from student_trainer.train import train
+from teacher_service import pipeline
+from teacher_service.caching import cache
+from teacher_service.verify_config import VerifyConfig
+from teacher_service.verifying import verify
+from teacher_service.views_out import ViewsOut, tar_of
+
+SIZE = 32
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two source tars (one sample unreadable), and a job that materialises two views of each."""
+    root = tmp_path_factory.mktemp("materialised")
+    first = samples(10, seed=1, prefix="a")
+    first[4]["png"] = b"not an image"
+    tars = (write_tar(root / "train-0.tar", first), write_tar(root / "train-1.tar", samples(8, seed=2, prefix="b")))
+    teacher = make_teacher(root, "test_vit", {"img_size": SIZE, "num_classes": CLASSES})
+    config = cache_config(tars, teacher, root / "store", views=2, policy="a2", seed=3, views_out=str(root / "views"))
+    cache(config)
+    return config
+
+
+@pytest.fixture
+def run(world, tmp_path) -> TrainConfig:
+    return TrainConfig(
+        run=tmp_path / "run",
+        student="test_resnet",
+        tars=world.tars,
+        store=world.store,
+        epochs=2,
+        batch_size=8,
+        shuffle_units=2,
+        workers=0,
+        log_every=1,
+        check_all_pixels=True,
+        report=False,
+        progress=False,
+    )
+
+
+def steps(config: TrainConfig) -> list[dict]:
+    lines = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines if line["kind"] == "step"]
+
+
+def losses(config: TrainConfig) -> list[tuple]:
+    train(config)
+    return [tuple(line[name] for name in ("total", "task", "kd", "stage4_original")) for line in steps(config)]
+
+
+def test_training_is_bit_for_bit_the_same_when_views_are_read_or_made_anew(world, run, tmp_path):
+    read = replace(run, tars=(), views_from=world.views_out, run=tmp_path / "read")
+    replayed = losses(run)
+    assert len(replayed) == 4
+    assert losses(read) == replayed
+    weights = [load_checkpoint(each.run / "last.pt").weights for each in (run, read)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_training_needs_no_source_tars_and_no_worker_either(world, run, tmp_path):
+    """Source tars gone, the place moved, batches made by worker processes."""
+    moved = shutil.copytree(world.views_out, tmp_path / "moved")
+    read = replace(run, tars=(), views_from=str(moved), workers=1, start_method="fork")
+    assert len(losses(read)) == 4
+    assert losses(replace(read, run=tmp_path / "again", workers=0)) == [
+        tuple(line[name] for name in ("total", "task", "kd", "stage4_original")) for line in steps(read)
+    ]
+
+
+def test_teacher_sees_what_the_tars_hold(world):
+    store = open_store(world.store)
+    assert store.manifest.view_encoding == "jpeg95"
+    for unit in range(2):
+        for view in range(2):
+            tar = Tar.open(str(Path(world.views_out) / view_tar(unit, view)))
+            readable = [i for i in range(len(store.keys(unit))) if i not in store.quarantined(unit)]
+            assert list(tar.keys) == [store.keys(unit)[i] for i in readable]
+            stored = [int(store.pixel_crcs(unit, view)[i]) for i in readable]
+            read = [tar.read(i) for i in range(len(tar))]
+            assert [pixel_crc(decode_view(sample.image)) for sample in read] == stored
+            assert [sample.label for sample in read] == [int(store.labels(unit)[i]) for i in readable]
+
+
+def test_tars_are_ordinary_webdatasets(world):
+    with (Path(world.views_out) / view_tar(0, 0)).open("rb") as file:
+        files = webdataset.tariterators.tar_file_expander([{"stream": file, "url": "u00000.tar"}])
+        decode = webdataset.autodecode.Decoder([webdataset.imagehandler("pil")])
+        seen = list(map(decode, webdataset.tariterators.group_by_keys(files)))
+    assert [sample["__key__"] for sample in seen] == [f"a{i:03}" for i in range(10) if i != 4]
+    assert {sample["jpg"].size for sample in seen} == {(SIZE, SIZE)}
+    assert [sample["cls"] for sample in seen[:4]] == [0, 1, 2, 3]
+
+
+def test_verify_computes_rows_anew_through_the_jpegs(world):
+    report = verify(VerifyConfig(tars=world.tars, store=str(world.store), checkpoint=world.checkpoint, sample=100))
+    assert (report.rows, report.mismatches) == (34, [])
+
+
+def test_same_bytes_when_a_job_is_stopped_in_between(world, tmp_path, monkeypatch):
+    """A unit's tars are there before its commit record; a job killed between the two writes them again."""
+    config = replace(world, store=tmp_path / "store", views_out=str(tmp_path / "views"))
+    write_unit = pipeline.write_unit
+
+    def killed(store, task, data):
+        assert {view_tar(task.unit, view) for view in task.views} <= store_files(tmp_path / "views").keys()
+        if task.unit == 1:
+            raise ResourceError("killed")
+        write_unit(store, task, data)
+
+    monkeypatch.setattr(pipeline, "write_unit", killed)
+    with pytest.raises(ResourceError, match="killed"):
+        cache(config)
+    monkeypatch.setattr(pipeline, "write_unit", write_unit)
+    (tmp_path / "views" / view_tar(1, 0)).write_bytes(b"half a tar")
+    assert cache(config).units_written == 1
+    assert store_files(tmp_path / "views") == store_files(Path(world.views_out))
+    assert store_files(config.store) == store_files(world.store)
+
+
+def test_views_are_added_when_a_store_grows(world, tmp_path):
+    config = replace(world, store=tmp_path / "store", views_out=str(tmp_path / "views"), views=1)
+    cache(config)
+    cache(replace(config, views=2))
+    assert store_files(tmp_path / "views") == store_files(Path(world.views_out))
+
+
+def test_job_is_refused_when_its_store_was_begun_the_other_way(world, tmp_path):
+    with pytest.raises(MismatchError, match=r"view_encoding differs: store has 'jpeg95', got None; give the --v"):
+        cache(replace(world, views_out=None))
+    without = replace(world, store=tmp_path / "store", views_out=None)
+    cache(without)
+    with pytest.raises(MismatchError, match=r"view_encoding differs: store has None, got 'jpeg95'; leave out --"):
+        cache(replace(without, views_out=str(tmp_path / "views")))
+    assert not (tmp_path / "views").exists()
+
+
+def test_job_is_refused_when_it_goes_on_elsewhere_or_cannot_write(world, tmp_path):
+    with pytest.raises(InputError, match=r"lacks 4 of the 4 view tars .*v0/u00000.tar.*the job was begun with"):
+        cache(replace(world, views_out=str(tmp_path / "elsewhere")))
+    with pytest.raises(InputError, match=r"--views-out https://x/y is read only; give a folder, s3:// or gs://"):
+        cache(replace(world, store=tmp_path / "store", views_out="https://x/y"))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ResourceError, match=r"the views of unit 0 cannot be written to .*; committed units are safe"):
+        cache(replace(world, store=tmp_path / "store", views_out=str(tmp_path / "file")))
+
+
+@pytest.fixture
+def views(world, tmp_path) -> Path:
+    return Path(shutil.copytree(world.views_out, tmp_path / "views"))
+
+
+def refused(config: TrainConfig, kind: type[UserError], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        train(config)
+
+
+def rewritten(tar: Path, **changes) -> None:
+    """The tar with each sample's (key, jpeg, label) changed by a function."""
+    opened = Tar.open(str(tar))
+    read = [opened.read(i) for i in range(len(opened))]
+    kept = [changes["change"](sample) for sample in read]
+    tar.write_bytes(tar_of({key: (image, label) for key, image, label in kept if key}))
+
+
+def brighter(sample):
+    pixels = decode_view(sample.image)
+    return sample._replace(image=encode_view((pixels // 2 + 100).astype("uint8")))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (brighter, MismatchError, r"pixels of sample '.*', view \d differs"),
+        (lambda sample: sample._replace(label=(sample.label + 1) % 4), MismatchError, r"label of sample '.*' differs"),
+        (lambda sample: sample._replace(key=sample.key.replace("b000", "")), MismatchError, r"'b000'\", got 'none of"),
+        (lambda sample: sample._replace(key=sample.key.replace("b", "c")), MismatchError, r"sample 'b000'"),
+        (lambda sample: sample._replace(image=sample.image[:100]), InputError, r"readable when the store was written"),
+    ],
+)
+def test_run_is_refused_when_a_view_tar_is_not_the_stores(run, views, change, kind, message):
+    rewritten(views / view_tar(1, 0), change=change)
+    refused(replace(run, tars=(), views_from=str(views)), kind, message)
+
+
+def test_run_is_refused_when_views_are_missing_or_not_of_this_store(run, views, world, tmp_path):
+    read = replace(run, tars=(), views_from=str(views))
+    (views / view_tar(1, 1)).unlink()
+    refused(read, InputError, r"lacks 1 of the store's 4 view tars: v1/u00001.tar.*place --views-out wrote to")
+    assert len(losses(replace(read, num_views=1))) == 4
+    plain = cache(replace(world, store=tmp_path / "plain", views_out=None))
+    refused(replace(read, store=Path(plain.store)), InputError, r"views are not materialised .* --views-out")
+    shutil.copy(views / view_tar(0, 0), views / view_tar(1, 0))
+    refused(replace(read, run=tmp_path / "other", num_views=1), MismatchError, r"samples of .*v0/u00001.tar differs")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tars": ()}, "give either --tars or --views-from"),
+        ({"views_from": "views"}, "give either --tars or --views-from"),
+        ({"tars": (), "views_from": "views", "store": None, "method": "none"}, "give that --store"),
+    ],
+)
+def test_config_is_refused_when_the_source_of_views_is_not_clear(run, changes, message):
+    with pytest.raises(InputError, match=message):
+        replace(run, **changes)
+
+
+def test_jpegs_are_of_quality_95_with_full_chroma(world):
+    with tarfile.open(Path(world.views_out) / view_tar(0, 0)) as tar:
+        image = Image.open(io.BytesIO(tar.extractfile("a000.jpg").read()))
+    assert [component[1:3] for component in image.layer] == [(1, 1)] * 3
+    reference = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=95)
+    assert image.quantization == Image.open(io.BytesIO(reference.getvalue())).quantization
+
+
+def test_tar_holds_keys_that_are_long_or_not_ascii(tmp_path):
+    keys = ["ü" * 60, "folder/" + "x" * 150]
+    (tmp_path / "long.tar").write_bytes(tar_of(dict.fromkeys(keys, (b"jpeg", 7))))
+    tar = Tar.open(str(tmp_path / "long.tar"))
+    assert list(tar.keys) == keys
+    assert tar.read(1) == (keys[1], b"jpeg", 7)
+
+
+def test_views_go_to_a_bucket_and_come_back(world, run, tmp_path):
+    with s3_server() as new_bucket:
+        config = replace(world, store=tmp_path / "store", views_out=f"{new_bucket()}/views")
+        cache(config)
+        ViewsOut(config.views_out).require_views_of(open_store(config.store))
+        read = replace(run, tars=(), store=config.store, views_from=config.views_out, scratch=tmp_path / "scratch")
+        assert losses(read) == losses(replace(run, run=tmp_path / "replayed"))
+
+
+def test_views_come_from_a_web_server(world, run, tmp_path):
+    with WebServer(Path(world.views_out)) as server:
+        read = replace(run, tars=(), views_from=server.url, scratch=tmp_path / "scratch")
+        assert losses(read) == losses(replace(run, run=tmp_path / "replayed"))
+        gone = replace(read, views_from=f"{server.url}/nowhere", run=tmp_path / "gone")
+        refused(gone, InputError, r"view tar http://.*/nowhere/v\d/u0000\d.tar is not there; give the place")
