@@ -28,6 +28,7 @@ from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Batch, Task, ViewDataset, batch_spans, read_batches, warm_up
+from teacher_service.devices import find_device
 from teacher_service.planning import growth_of, job_manifest, survey
 from teacher_service.progress import Progress
 from teacher_service.rows import UnitRows
@@ -115,20 +116,8 @@ def _load_teacher(config: CacheConfig) -> Teacher:
         model_kwargs=config.model_kwargs,
         depth=config.depth,
         compute_dtype=config.compute_dtype,
-        device=_device(config.device),
+        device=find_device(config.device),
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ResourceError(f"--device {name} cannot be used: {reason}; try cpu, cuda or auto") from error
-    return device
 
 
 @contextmanager
