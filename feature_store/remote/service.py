@@ -4,7 +4,8 @@ import email.utils
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -133,8 +134,9 @@ class Service:
         *,
         headers: Mapping[str, str] | None = None,
         body: Body = b"",
+        good: Collection[int] = (200, 206),
     ) -> T:
-        """What read makes of a good answer. Every call of this service may be repeated: none changes anything.
+        """What read makes of an answer with a good status. Every call may be repeated: none changes anything.
 
         Raises:
             InputError: The service refuses the request, or the token.
@@ -147,7 +149,7 @@ class Service:
             try:
                 timeout = max(0.001, min(self.patience.timeout, end - self.clock()))
                 with self._answer(method, target, headers or {}, body, timeout) as answer:
-                    if answer.status < 300:
+                    if answer.status in good:
                         return read(answer)
                     error, asked = self._refusal(method, target, answer)
                     if answer.status not in _RETRIED:
@@ -183,6 +185,14 @@ class Service:
             return cause
         reason = str(cause) or type(cause).__name__
         return ResourceError(f"{method} {self.url}{target}: the connection failed ({reason}); is the service running?")
+
+
+def at_once(requests: Sequence[Callable[[], T]], most: int) -> list[T]:
+    """Results of functions without arguments, so many at a time."""
+    if len(requests) < 2:
+        return [request() for request in requests]
+    with ThreadPoolExecutor(min(most, len(requests)), thread_name_prefix="feature-store-http") as pool:
+        return list(pool.map(lambda request: request(), requests))
 
 
 def _given_up(error: UserError, tries: int, deadline: float) -> UserError:

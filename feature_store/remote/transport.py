@@ -136,6 +136,6 @@ class HttpTransport:
         self, connection: http.client.HTTPConnection, method: str, target: str, headers: Mapping[str, str], body: Body
     ) -> http.client.HTTPResponse:
         parts = [body] if isinstance(body, bytes) else body
-        length = {"Content-Length": str(sum(map(len, parts)))} if method != "GET" else {}
+        length = {"Content-Length": str(sum(map(len, parts)))} if method == "POST" else {}
         connection.request(method, self._prefix + target, body=parts if length else None, headers={**headers, **length})
         return connection.getresponse()
