@@ -1,8 +1,9 @@
-"""Command line of the teacher's side: say what a cache will cost, then write it."""
+"""Command line of the teacher's side: say what a cache will cost, write it, serve it."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
@@ -12,6 +13,8 @@ from rich.table import Table
 
 from feature_store.cli import run
 from teacher_service.config import CacheConfig, PlanConfig
+from teacher_service.serving.config import ServeConfig
+from teacher_service.serving.tokens import Scope, create_token
 
 if TYPE_CHECKING:
     from teacher_service.caching import CacheSummary
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 # The commands import what they run themselves: torch takes seconds, and --help should not.
 
 app = tyro.extras.SubcommandApp()
+token = tyro.extras.SubcommandApp()
 
 
 @app.command
@@ -41,6 +45,29 @@ def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig]) -> None:
 
     summary = run_cache(config, Console(stderr=True))
     print(json.dumps(asdict(summary)) if config.json else summary_text(summary))
+
+
+@app.command
+def serve(config: tyro.conf.OmitArgPrefixes[ServeConfig]) -> None:
+    """Serve a store over HTTP, and its teacher if asked to; prints its URL as JSON, then one JSON line per request."""
+    from teacher_service.serving.server import serve as run_service
+
+    run_service(config)
+
+
+@token.command
+def create(name: str, scope: tuple[Scope, ...] = ("read",), file: Path = Path("tokens.jsonl")) -> None:
+    """Make a bearer token: its hash is appended to the file, the token itself is printed this once.
+
+    Args:
+        name: Whose it is; appears in logs.
+        scope: What it is good for: read (cached rows and the store), compute (the live teacher), admin (everything).
+        file: File of hashes, for ``serve --tokens``. Remove a line to revoke a token.
+    """
+    print(create_token(file, name, scope))
+
+
+app.command(token, name="token")
 
 
 def plan_table(plan: "Plan") -> Table:

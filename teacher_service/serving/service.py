@@ -124,12 +124,10 @@ class Service:
         """Load, then look for changes until cancelled.
 
         Args:
-            on_failure: Called when the first load failed; failure says why.
+            on_failure: Called when store or teacher could not be loaded; failure says why.
         """
-        if self.live is not None:
-            self.live.start()
         try:
-            await asyncio.to_thread(self.load)
+            await asyncio.gather(asyncio.to_thread(self.load), asyncio.to_thread(self._load_teacher))
         except UserError as error:
             self.failure = error
             return on_failure()
@@ -137,6 +135,10 @@ class Service:
             await asyncio.sleep(self.config.refresh_seconds)
             await asyncio.to_thread(self._refresh)
         return None
+
+    def _load_teacher(self) -> None:
+        if self.live is not None and self.live.start(wait=True).not_ready:
+            raise ResourceError(self.live.not_ready)
 
     def _refresh(self) -> None:
         try:
