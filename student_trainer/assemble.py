@@ -10,6 +10,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
+from feature_store.client import Client, connect, read_token
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.source import FeatureSource
 from feature_store.store import Store, open_store
@@ -45,7 +46,7 @@ class Parts:
     Attributes:
         device: Where student, loss and a live teacher live.
         trainee: Student and loss.
-        dataset: Batches of rows, with cached features in them unless the source is live.
+        dataset: Batches of rows, with features in them unless a live teacher in this process gives them.
         batches: Which rows, epoch by epoch.
         live: The live source; None if features are cached or not needed.
         taps: Taps the loss needs.
@@ -109,7 +110,8 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
         UserError: Whatever does not fit together, see the functions below.
     """
     device = find_device(config.device, group.local_rank)
-    store = None if config.store is None else open_store(config.store)
+    service = None if config.service_url is None else connect(config.service_url, _token(config))
+    store = service.store if service is not None else None if config.store is None else open_store(config.store)
     keys = None if config.keys_file is None else read_keys(config.keys_file)
     tars = open_tars(config.tars, config.scratch)
     if store is not None:
@@ -121,7 +123,8 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
     taps = _needed_taps(config, store, teacher)
     num_classes = _num_classes(config, store, teacher)
     views = _views(config, store, teacher)
-    dataset = ViewDataset(tars, views, num_classes=num_classes, source=_cached_source(config, store, taps), taps=taps)
+    source = _source(config, store, service, taps)
+    dataset = ViewDataset(tars, views, num_classes=num_classes, source=source, taps=taps)
     later_blocks = _later_blocks(config, store, teacher, device)
     torch.manual_seed(config.seed)  # from here on, so that building a live teacher does not shift the weights
     trainee = build_trainee(config, num_classes, views.size, later_blocks)
@@ -199,7 +202,7 @@ def _live_teacher(config: TrainConfig, store: Store | None, device: torch.device
         device=device,
     )
     if manifest is not None:
-        require_same_teacher(manifest, teacher)
+        require_same_teacher(manifest, teacher.info, teacher.split)
     return teacher
 
 
@@ -228,9 +231,23 @@ def _needed_taps(config: TrainConfig, store: Store | None, teacher: Teacher | No
     return ("stage4", "stage3_prefix") if needs_prefix else ("stage4",)
 
 
-def _cached_source(config: TrainConfig, store: Store | None, taps: tuple[str, ...]) -> FeatureSource | None:
-    cached = store is not None and config.source == "store" and config.method != "none"
-    return store.source(taps) if cached and store is not None else None
+def _source(
+    config: TrainConfig, store: Store | None, service: Client | None, taps: tuple[str, ...]
+) -> FeatureSource | None:
+    """What batches get their features from; None if they need none, or a live teacher in this process gives them."""
+    if config.method == "none" or config.source == "live" or store is None:
+        return None
+    if service is None:
+        return store.source(taps)
+    if not config.is_live:
+        return service.source(taps)
+    source = service.live(taps)
+    require_same_teacher(store.manifest, source.info, source.split)
+    return source
+
+
+def _token(config: TrainConfig) -> str | None:
+    return None if config.token_file is None else read_token(config.token_file)
 
 
 def _num_classes(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> int:

@@ -32,8 +32,8 @@ class Batch(NamedTuple):
         rows: int64 [B, 3]: unit, position, view.
         pixels: uint8 [B, H, W, 3].
         labels: int64 [B].
-        taps: Cached teacher features, [B, N, C] per tap; empty if they do not come from a store.
-        logits: Cached teacher logits [B, K], or None.
+        taps: Teacher features, [B, N, C] per tap; empty if a live teacher in the training process gives them.
+        logits: Teacher logits [B, K], or None.
         unreadable: ``tar/key: reason`` of samples left out; always empty when a store is replayed.
     """
 
@@ -70,7 +70,7 @@ class ViewDataset(Dataset[Batch]):
             tars: One per unit, in unit order.
             views: Which view each row is.
             num_classes: Refuse labels that reach this; None to accept any.
-            source: Cached features to put into the batches, or None.
+            source: Features to put into the batches, or None.
             taps: Taps to read from the source.
         """
         self.tars, self.views, self.num_classes = tuple(tars), views, num_classes
@@ -97,7 +97,7 @@ class ViewDataset(Dataset[Batch]):
                 pixels.append(view)
                 labels.append(label)
         stacked = np.stack(pixels) if pixels else np.zeros((0, *self.views.size, 3), np.uint8)
-        taps, logits = self._features(kept)
+        taps, logits = self._features(kept, stacked)
         return Batch(
             torch.tensor(kept, dtype=torch.int64).reshape(-1, 3),
             torch.from_numpy(stacked), torch.tensor(labels, dtype=torch.int64), taps, logits, unreadable,
@@ -124,10 +124,10 @@ class ViewDataset(Dataset[Batch]):
             f"{error}; restore the tar the store was written from"
         ) from error
 
-    def _features(self, rows: list[RowId]) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _features(self, rows: list[RowId], pixels: np.ndarray) -> tuple[dict[str, Tensor], Tensor | None]:
         if self.source is None:
             return {}, None
-        features = self.source.read(rows, self.taps)
+        features = self.source.read(rows, self.taps, pixels=pixels)
         logits = None if features.logits is None else torch.from_numpy(features.logits)
         return {name: torch.from_numpy(tap) for name, tap in features.taps.items()}, logits
 

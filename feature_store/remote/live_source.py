@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from feature_store import wire
 from feature_store.errors import InputError, MismatchError, WireError
+from feature_store.manifest import SplitInfo, TeacherInfo
 from feature_store.remote.service import Service, at_once
 from feature_store.sample import RowId
 from feature_store.source import FeatureBatch
@@ -31,7 +32,8 @@ class RemoteLiveSource:
         views: Makes the pixels of whole units, for iter_unit.
 
     Attributes:
-        teacher: What the service says of its teacher, as in a manifest.
+        info: What the service says of its teacher.
+        split: Where it is cut.
         seconds: Time spent waiting for it so far, in this process.
 
     Raises:
@@ -51,8 +53,7 @@ class RemoteLiveSource:
     ) -> None:
         described = service.json("/v1/teacher")
         self.service, self.seconds = service, 0.0
-        self.teacher: dict[str, Any] = described["teacher"]
-        self.split: dict[str, Any] = described["split"]
+        self.info, self.split = TeacherInfo.from_dict(described["teacher"]), SplitInfo.from_dict(described["split"])
         self._shapes: dict[str, list[int]] = described["taps"]
         self._max_rows: int = described["max_batch"]
         self._precision, self._views = precision, views
@@ -110,11 +111,11 @@ class RemoteLiveSource:
         frame = wire.encode({"pixels": np.ascontiguousarray(pixels)})
         target = f"/v1/features:compute?taps={','.join(taps)}&dtype={self._precision}"
         arrays, strings = self.service.frame("POST", target, [frame.header, *frame.buffers], media_type=wire.MEDIA_TYPE)
-        if strings.get("teacher") != self.teacher["weights_sha256"]:
+        if strings.get("teacher") != self.info.weights_sha256:
             raise MismatchError(
                 "teacher.weights_sha256",
                 where=f"what was opened at {self.service.url}",
-                expected=self.teacher["weights_sha256"],
+                expected=self.info.weights_sha256,
                 got=strings.get("teacher"),
                 remedy="the service has another teacher by now: start what trains on it anew",
             )
