@@ -1,6 +1,7 @@
 """Answers that are frames: rows read into bounded memory, and sent from there without a copy."""
 
 from collections.abc import Mapping, Sequence
+from traceback import clear_frames
 
 import numpy as np
 from starlette.responses import Response
@@ -52,9 +53,16 @@ def rows_frame(
     _require_allowed(service, len(rows), stored + made)
     reservation = service.memory.reserve(stored + made)
     arrays = _arrays(service.memory.array(stored, reservation), source.buffers(0, taps), len(rows))
-    source.fill(rows, arrays)
-    if decode:
-        arrays = _decoded(source, rows, arrays, taps, reservation)
+    try:
+        source.fill(rows, arrays)
+        if decode:
+            arrays = _decoded(source, rows, arrays, taps, reservation)
+    except BaseException as error:
+        # The traceback refers to the arrays, in a circle that only the next garbage collection breaks.
+        clear_frames(error.__traceback__)
+        del arrays
+        reservation.release()
+        raise
     addresses = np.array(rows, np.int64).reshape(-1, 3)
     service.metrics.rows.inc(len(rows))
     return wire.encode({**arrays, ROWS: addresses}, {"store": source.manifest.identity()})

@@ -4,7 +4,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -19,8 +18,13 @@ _PAGE = 1 << 20
 class Reservation:
     """Bytes of the limit, taken until this object and every array bound to it are gone."""
 
-    def __init__(self, release: Callable[[], None]) -> None:
-        self._release = release
+    def __init__(self, nbytes: int, released: Callable[[int], None]) -> None:
+        self._nbytes, self._released = nbytes, released
+
+    def release(self) -> None:
+        """Give the bytes back now."""
+        nbytes, self._nbytes = self._nbytes, 0
+        self._released(nbytes)
 
     def bind(self, array: Array) -> Array:
         """Hold the bytes as long as the array or a view of it lives."""
@@ -28,7 +32,7 @@ class Reservation:
         return array
 
     def __del__(self) -> None:
-        self._release()
+        self.release()
 
 
 class ResponseMemory:
@@ -73,7 +77,7 @@ class ResponseMemory:
                     retry_after=1,
                 )
             self._used += nbytes
-        return Reservation(partial(self._released.append, nbytes))
+        return Reservation(nbytes, self._released.append)
 
     def array(self, nbytes: int, reservation: Reservation) -> np.ndarray:
         """uint8 [nbytes] of unknown content that holds the reservation."""

@@ -26,7 +26,6 @@ from feature_store.skeleton import read_manifest
 from teacher_service.serving.access_log import LOGGER
 from teacher_service.serving.app import create_app
 from teacher_service.serving.config import ServeConfig
-from teacher_service.serving.live import Batching, LiveTeacher
 from teacher_service.serving.metrics import MULTIPROCESS_DIR
 from teacher_service.serving.protocol import serving_options
 from teacher_service.serving.service import Service
@@ -34,6 +33,7 @@ from teacher_service.serving.tokens import TokenFile
 
 if TYPE_CHECKING:
     from feature_store.teacher.model import Teacher
+    from teacher_service.serving.live import LiveTeacher
 
 _BACKLOG = 2048
 
@@ -141,7 +141,9 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _live_teacher(config: ServeConfig, service: Service) -> LiveTeacher:
+def _live_teacher(config: ServeConfig, service: Service) -> "LiveTeacher":
+    from teacher_service.serving.live import Batching, LiveTeacher
+
     batching = Batching(config.max_batch, config.max_wait, config.queue_rows)
     return LiveTeacher(partial(_load_teacher, config), batching, observe=service.metrics.observe_batch)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
@@ -19,10 +20,12 @@ from feature_store.reading.reader import ZarrSource
 from feature_store.skeleton import ROOT
 from feature_store.store import Store, open_store
 from teacher_service.serving.config import ServeConfig
-from teacher_service.serving.live import LiveTeacher
 from teacher_service.serving.memory import ResponseMemory
 from teacher_service.serving.metrics import Metrics
 from teacher_service.serving.problems import Problem
+
+if TYPE_CHECKING:
+    from teacher_service.serving.live import LiveTeacher  # imports torch
 
 _logger = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ class Service:
         failure: Why it will never be ready.
     """
 
-    def __init__(self, config: ServeConfig, live: LiveTeacher | None = None) -> None:
+    def __init__(self, config: ServeConfig, live: "LiveTeacher | None" = None) -> None:
         self.config, self.live = config, live
         limits = config.limits
         self.memory = ResponseMemory(limits.max_bytes_in_flight, keep=limits.max_bytes_in_flight // 4)
