@@ -274,7 +274,8 @@ class TrainConfig:
             raise InputError("--token-file is for --source http://...; leave it out")
         if not self.has_store and self.source == "store" and self.method != "none":
             raise InputError(
-                f"--method {self.method} needs teacher features; give --store, or --source live with --teacher.name"
+                f"--method {self.method} needs teacher features; give --store, --source http://host:port, or --source "
+                "live with --teacher.name"
             )
         if not self.has_store and self.is_live and self.teacher.name is None:
             raise InputError("--source live without --store needs --teacher.name")
