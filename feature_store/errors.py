@@ -9,6 +9,7 @@ UserError                       exit 2 unless a subclass says otherwise
 ├── QuarantinedError            a row whose sample was quarantined when the store was written
 ├── CorruptStoreError           committed bytes are missing or damaged                          exit 1
 └── ResourceError               disk, network or device gave up                                 exit 3
+    └── WireError               a body from another machine is cut, damaged or no frame
 """
 
 from functools import partial
@@ -71,3 +72,7 @@ class ResourceError(UserError):
     """The machine gave up: disk full, network gone, device lost."""
 
     exit_code = 3
+
+
+class WireError(ResourceError):
+    """A body from another machine that is cut short, damaged, or not a frame at all (``feature_store.wire``)."""

@@ -37,6 +37,11 @@ class TeacherInfo:
     num_classes: int
     compute_dtype: str
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "TeacherInfo":
+        """Read the JSON form."""
+        return cls(**_tuples(data))
+
 
 @dataclass(frozen=True)
 class SplitInfo:
@@ -61,6 +66,11 @@ class SplitInfo:
     output_grid: tuple[int, int]
     prefix_tokens: int
     prefix: str
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "SplitInfo":
+        """Read the JSON form."""
+        return cls(**_tuples(data))
 
 
 @dataclass(frozen=True)
@@ -157,8 +167,8 @@ class Manifest:
             )
         try:
             return cls(
-                teacher=TeacherInfo(**_tuples(data["teacher"])),
-                split=SplitInfo(**_tuples(data["split"])),
+                teacher=TeacherInfo.from_dict(data["teacher"]),
+                split=SplitInfo.from_dict(data["split"]),
                 taps={name: TapInfo(**tap) for name, tap in data["taps"].items()},
                 policy=ViewPolicy.from_dict(data["policy"]),
                 tars=tuple(TarInfo(**tar) for tar in data["tars"]),

@@ -46,10 +46,11 @@ def open_store(url: str | Path, *, cache_dir: str | Path | None = None, cache_by
         InputError: Not a store, of another format version, or on a file system this build cannot reach.
         CorruptStoreError: The manifest or a commit record is damaged.
     """
-    return _open(open_objects(url, cache_dir=cache_dir, cache_bytes=cache_bytes))
+    return open_store_in(open_objects(url, cache_dir=cache_dir, cache_bytes=cache_bytes))
 
 
-def _open(objects: ObjectStore) -> "Store":
+def open_store_in(objects: ObjectStore) -> "Store":
+    """Open the store whose objects these are; see open_store."""
     manifest, committed, problems = load_store(objects)
     if problems:
         raise problems[0].error
@@ -256,7 +257,7 @@ class Store:
             ResourceError: Another process is growing the store.
         """
         grow(self.objects, manifest)
-        return _open(self.objects)
+        return open_store_in(self.objects)
 
     @contextmanager
     def locked_for_writing(self) -> Iterator[None]:

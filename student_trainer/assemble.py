@@ -10,6 +10,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
+from feature_store.client import Client, connect, read_token
 from feature_store.codecs.registry import value_codecs
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.source import FeatureSource
@@ -48,10 +49,10 @@ class Parts:
     Attributes:
         device: Where student, loss and a live teacher live.
         trainee: Student and loss.
-        dataset: Batches of rows, with cached features in them unless the source is live.
+        dataset: Batches of rows, with features in them unless a live teacher in this process gives them.
         batches: Which rows, epoch by epoch.
         live: The live source; None if features are cached or not needed.
-        decoders: Makes values of cached taps on the device, by tap name.
+        decoders: Makes values of cached taps on the device, by tap name; none for a service's live teacher.
         taps: Taps the loss needs.
         preprocessing: How images reach the student: normalised as for the teacher, so that both see the same.
         val_tars: Validation tars.
@@ -118,7 +119,8 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
         UserError: Whatever does not fit together, see the functions below.
     """
     device = find_device(config.device, group.local_rank)
-    store = None if config.store is None else open_store(config.store)
+    service = None if config.service_url is None else connect(config.service_url, _token(config))
+    store = service.store if service is not None else None if config.store is None else open_store(config.store)
     keys = None if config.keys_file is None else read_keys(config.keys_file)
     if store is not None:
         require_views(store, config.num_views or store.manifest.num_views)
@@ -132,7 +134,8 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
     taps = _needed_taps(config, store, teacher)
     num_classes = _num_classes(config, store, teacher)
     views = _views(config, store, teacher)
-    dataset = ViewDataset(tars, views, num_classes=num_classes, source=_cached_source(config, store, taps), taps=taps)
+    source = _source(config, store, service, taps)
+    dataset = ViewDataset(tars, views, num_classes=num_classes, source=source, taps=taps)
     later_blocks = _later_blocks(config, store, teacher, device)
     torch.manual_seed(config.seed)  # from here on, so that building a live teacher does not shift the weights
     trainee = build_trainee(config, num_classes, views.size, later_blocks)
@@ -153,7 +156,7 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
             processes=group.size,
         ),
         live=None if teacher is None else LiveSource(teacher, dataset, units),
-        decoders=_decoders(store, taps),
+        decoders=_decoders(config, store, taps),
         taps=taps,
         preprocessing=_preprocessing(config, store, teacher, trainee.student),
         val_tars=tuple(val_tars),
@@ -212,7 +215,7 @@ def _live_teacher(config: TrainConfig, store: Store | None, device: torch.device
         device=device,
     )
     if manifest is not None:
-        require_same_teacher(manifest, teacher)
+        require_same_teacher(manifest, teacher.info, teacher.split)
     return teacher
 
 
@@ -241,14 +244,30 @@ def _needed_taps(config: TrainConfig, store: Store | None, teacher: Teacher | No
     return ("stage4", "stage3_prefix") if needs_prefix else ("stage4",)
 
 
-def _cached_source(config: TrainConfig, store: Store | None, taps: tuple[str, ...]) -> FeatureSource | None:
-    cached = store is not None and config.source == "store" and config.method != "none"
-    return store.source(taps) if cached and store is not None else None
+def _source(
+    config: TrainConfig, store: Store | None, service: Client | None, taps: tuple[str, ...]
+) -> FeatureSource | None:
+    """What batches get their features from; None if they need none, or a live teacher in this process gives them."""
+    if config.method == "none" or config.source == "live" or store is None:
+        return None
+    if service is None:
+        return store.source(taps)
+    if not config.is_live:
+        return service.source(taps)
+    source = service.live(taps)
+    require_same_teacher(store.manifest, source.info, source.split)
+    return source
 
 
-def _decoders(store: Store | None, taps: Sequence[str]) -> dict[str, Dequantiser]:
-    codecs = {} if store is None else value_codecs(store.manifest)
-    return {tap: Dequantiser(codecs[f"taps/{tap}"]) for tap in taps if codecs}
+def _token(config: TrainConfig) -> str | None:
+    return None if config.token_file is None else read_token(config.token_file)
+
+
+def _decoders(config: TrainConfig, store: Store | None, taps: Sequence[str]) -> dict[str, Dequantiser]:
+    if store is None or config.is_live:
+        return {}
+    codecs = value_codecs(store.manifest)
+    return {tap: Dequantiser(codecs[f"taps/{tap}"]) for tap in taps}
 
 
 def _num_classes(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> int:

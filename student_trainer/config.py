@@ -140,7 +140,9 @@ class TrainConfig:
         store: Store of the teacher's features.
         val_tars: Validation tars; without them nothing is validated and there is no best.pt.
         method: scalekd, or a baseline: fd (features), kd (logits), none (no distillation).
-        source: Where teacher features come from: the store, or a live teacher in this process.
+        source: Where teacher features come from: store; live, a teacher in this process; http://host:port, a service's
+            cached rows; or live+http://host:port, its live teacher. A service brings its own store.
+        token_file: File with the service's bearer token; default the environment variable FEATURE_STORE_TOKEN.
         student_kwargs: Extra arguments of timm.create_model for the student, as JSON.
         num_classes: Classes of the student; default the teacher's, or the largest label in the store + 1.
         keys_file: Train on the samples listed here only, one key per line.
@@ -187,7 +189,8 @@ class TrainConfig:
     store: Path | None = None
     val_tars: tuple[str, ...] = ()
     method: Literal["scalekd", "fd", "kd", "none"] = "scalekd"
-    source: Literal["store", "live"] = "store"
+    source: str = "store"
+    token_file: Path | None = None
     student_kwargs: JsonObject = field(default_factory=dict)
     num_classes: int | None = None
     keys_file: Path | None = None
@@ -245,31 +248,61 @@ class TrainConfig:
         )  # fmt: skip
         self._require_source()
 
+    @property
+    def service_url(self) -> str | None:
+        """URL of the service that features come from; None if they come from elsewhere."""
+        url = self.source.removeprefix(_LIVE)
+        return url if url.startswith(_SCHEMES) else None
+
+    @property
+    def has_store(self) -> bool:
+        """Whether there is a store whose views are replayed: one's own, or a service's."""
+        return self.store is not None or self.service_url is not None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether features are computed while training, here or by a service."""
+        return self.source == "live" or self.source.startswith(_LIVE)
+
     def _require_source(self) -> None:
+        url = self.service_url
+        if self.source not in ("store", "live") and url is None:
+            raise InputError(
+                f"--source is {self.source!r}, expected store, live, http(s)://host:port or live+http(s)://host:port"
+            )
         if bool(self.tars) == (self.views_from is not None):
             raise InputError(
                 "give either --tars or --views-from: source tars whose views are made anew, or materialised views"
             )
-        if self.views_from is not None and self.store is None:
-            raise InputError("--views-from reads views that belong to a store; give that --store")
-        if self.store is None and self.source == "store" and self.method != "none":
+        if self.views_from is not None and not self.has_store:
             raise InputError(
-                f"--method {self.method} needs teacher features; give --store, or --source live with --teacher.name"
+                "--views-from reads views that belong to a store; give that --store or --source http://..."
             )
-        if self.store is None and self.source == "live" and self.teacher.name is None:
+        if url is not None and self.store is not None:
+            raise InputError(f"--source {self.source} brings its own store; leave out --store")
+        if url is None and self.token_file is not None:
+            raise InputError("--token-file is for --source http://...; leave it out")
+        if not self.has_store and self.source == "store" and self.method != "none":
+            raise InputError(
+                f"--method {self.method} needs teacher features; give --store, --source http://host:port, or --source "
+                "live with --teacher.name"
+            )
+        if not self.has_store and self.is_live and self.teacher.name is None:
             raise InputError("--source live without --store needs --teacher.name")
-        if self.source == "live" and self.method == "none":
-            raise InputError("--method none uses no teacher; leave out --source live")
-        if self.source == "store" and self.teacher != TeacherConfig():
+        if self.is_live and self.method == "none":
+            raise InputError(f"--method none uses no teacher; leave out --source {self.source}")
+        if self.source != "live" and self.teacher != TeacherConfig():
             raise InputError("--teacher options are for --source live; leave them out or add --source live")
-        if self.store is not None and self.views != ViewsConfig():
+        if self.has_store and self.views != ViewsConfig():
             raise InputError("--views options are for runs without --store, whose own views are replayed")
-        if self.store is None and self.num_views is not None:
+        if not self.has_store and self.num_views is not None:
             raise InputError("--num-views limits a store's views; without --store use --views.count")
-        if self.store is None and self.check_all_pixels:
+        if not self.has_store and self.check_all_pixels:
             raise InputError("--check-all-pixels checks replayed views; without --store there is nothing to check")
 
 
+_SCHEMES = ("http://", "https://")
+_LIVE = "live+"
 _AT_LEAST = {
     "num_classes": 1, "num_views": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "shuffle_units": 1,
     "workers": 0, "seed": 0, "val_every": 1, "log_every": 1, "checkpoint_every": 0,

@@ -33,9 +33,9 @@ class Batch(NamedTuple):
         rows: int64 [B, 3]: unit, position, view.
         pixels: uint8 [B, H, W, 3].
         labels: int64 [B].
-        taps: Cached teacher features as stored, each tap's parts [B, ...] by suffix, to be decoded on the trainer's
-            device; empty if the teacher is live.
-        logits: Cached teacher logits [B, K], or None.
+        taps: Teacher features, each tap's parts [B, ...] by suffix: as stored, to be decoded on the trainer's
+            device, or values as a service computed them; empty if a live teacher in the training process gives them.
+        logits: Teacher logits [B, K], or None.
         unreadable: ``tar/key: reason`` of samples left out; always empty when a store is replayed.
     """
 
@@ -72,7 +72,7 @@ class ViewDataset(Dataset[Batch]):
             tars: One per unit, in unit order, of the kind the views are read from.
             views: Which view each row is, and its pixels.
             num_classes: Refuse labels that reach this; None to accept any.
-            source: Cached features to put into the batches, or None.
+            source: Features to put into the batches, or None.
             taps: Taps to read from the source.
         """
         self.tars, self.views, self.num_classes = tuple(tars), views, num_classes
@@ -99,7 +99,7 @@ class ViewDataset(Dataset[Batch]):
                 pixels.append(view)
                 labels.append(label)
         stacked = np.stack(pixels) if pixels else np.zeros((0, *self.views.size, 3), np.uint8)
-        taps, logits = self._features(kept)
+        taps, logits = self._features(kept, stacked)
         return Batch(
             torch.tensor(kept, dtype=torch.int64).reshape(-1, 3),
             torch.from_numpy(stacked), torch.tensor(labels, dtype=torch.int64), taps, logits, unreadable,
@@ -125,13 +125,13 @@ class ViewDataset(Dataset[Batch]):
             f"{error}; restore the tar as it was then"
         ) from error
 
-    def _features(self, rows: list[RowId]) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
+    def _features(self, rows: list[RowId], pixels: np.ndarray) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
         if self.source is None:
             return {}, None
-        features = self.source.read(rows, self.taps, decode=False)
+        features = self.source.read(rows, self.taps, pixels=pixels, decode=False)
         logits = None if features.logits is None else torch.from_numpy(features.logits)
-        taps = {tap: {name: as_tensor(part) for name, part in parts.items()} for tap, parts in features.encoded.items()}
-        return taps, logits
+        parts = {tap: {"": values} for tap, values in features.taps.items()} | features.encoded
+        return {tap: {name: as_tensor(part) for name, part in some.items()} for tap, some in parts.items()}, logits
 
 
 class BatchLoader:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from feature_store.errors import InputError, MismatchError
-from feature_store.manifest import Manifest
+from feature_store.manifest import Manifest, SplitInfo, TeacherInfo
 from feature_store.sample import RowId
 from feature_store.source import FeatureBatch
 from feature_store.teacher.model import Teacher
@@ -81,14 +81,14 @@ class LiveSource:
         return taps
 
 
-def require_same_teacher(manifest: Manifest, teacher: Teacher) -> None:
+def require_same_teacher(manifest: Manifest, info: TeacherInfo, split: SplitInfo) -> None:
     """Refuse a live teacher that is not the one a store was written with, cut at the same place.
 
     Raises:
         MismatchError: Names the first field that differs, both values and the remedy.
     """
     expected = asdict(manifest.teacher) | {"split": manifest.split}
-    got = asdict(teacher.info) | {"split": teacher.split}
+    got = asdict(info) | {"split": split}
     for field in ("name", "weights_sha256", "input_size", "mean", "std", "num_classes", "split"):
         if expected[field] != got[field]:
             raise MismatchError(

@@ -213,12 +213,18 @@ class Trainer:
         """Taps and logits on the device in float32: from the batch, or from the live teacher."""
         device, live, logits = self.parts.device, self.parts.live, batch.logits
         if live is None:
-            taps = {name: self.parts.decoders[name](parts, device) for name, parts in batch.taps.items()}
+            taps = {name: self._decoded(name, parts) for name, parts in batch.taps.items()}
         else:
             features = live.read(batch.row_ids(), self.parts.taps, pixels=batch.pixels.numpy())
             taps = {name: torch.from_numpy(tap).to(device).float() for name, tap in features.taps.items()}
             logits = None if features.logits is None else torch.from_numpy(features.logits)
         return taps, None if logits is None else logits.to(device, non_blocking=True).float()
+
+    def _decoded(self, tap: str, parts: dict[str, Tensor]) -> Tensor:
+        decoder = self.parts.decoders.get(tap)
+        if decoder is None:
+            return parts[""].to(self.parts.device, non_blocking=True).float()
+        return decoder(parts, self.parts.device)
 
     def _stop_at(self, values: dict[str, float], batch: Batch) -> NoReturn:
         """End the run, naming the rows of the first process whose loss is not finite."""

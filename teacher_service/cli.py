@@ -1,9 +1,10 @@
-"""Command line of the teacher's side: say what a cache will cost, write it, prove it."""
+"""Command line of the teacher's side: say what a cache will cost, write it, prove it, serve it."""
 
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
@@ -12,6 +13,8 @@ from rich.console import Console
 from feature_store.cli import run, unit_progress
 from feature_store.errors import CorruptStoreError
 from teacher_service.config import CacheConfig, TimedPlanConfig
+from teacher_service.serving.config import ServeConfig
+from teacher_service.serving.tokens import Scope, create_token
 from teacher_service.tables import print_forecast, summary_text
 from teacher_service.verify_config import VerifyConfig
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 # The commands import what they run themselves: torch takes seconds, and --help should not.
 
 app = tyro.extras.SubcommandApp()
+token = tyro.extras.SubcommandApp()
 
 
 @app.command
@@ -66,6 +70,29 @@ def verify(config: tyro.conf.OmitArgPrefixes[VerifyConfig]) -> None:
         print_deep_report(report, Console())
     if not report.sound:
         raise CorruptStoreError(verdict(report))
+
+
+@app.command
+def serve(config: tyro.conf.OmitArgPrefixes[ServeConfig]) -> None:
+    """Serve a store over HTTP, and its teacher if asked to; prints its URL as JSON, then one JSON line per request."""
+    from teacher_service.serving.server import serve as run_service
+
+    run_service(config)
+
+
+@token.command
+def create(name: str, scope: tuple[Scope, ...] = ("read",), file: Path = Path("tokens.jsonl")) -> None:
+    """Make a bearer token: its hash is appended to the file, the token itself is printed this once.
+
+    Args:
+        name: Whose it is; appears in logs.
+        scope: What it is good for: read (cached rows and the store), compute (the live teacher), admin (everything).
+        file: File of hashes, for ``serve --tokens``. Remove a line to revoke a token.
+    """
+    print(create_token(file, name, scope))
+
+
+app.command(token, name="token")
 
 
 def print_deep_report(report: "DeepReport", console: Console) -> None:

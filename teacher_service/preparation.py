@@ -1,6 +1,5 @@
 """Gets a cache job ready to run: its tars, its teacher, and the store it writes to."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -20,6 +19,7 @@ from feature_store.teacher.model import Teacher, load_teacher
 from teacher_service.claims import preparing
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, ViewDataset
+from teacher_service.devices import find_device
 from teacher_service.planning import Plan, growth_of, job_manifest, survey
 from teacher_service.views_out import ViewsOut
 from teacher_service.writing import disk_error
@@ -102,26 +102,8 @@ def load_job_teacher(config: CacheConfig) -> Teacher:
         model_kwargs=config.model_kwargs,
         depth=config.depth,
         compute_dtype=config.compute_dtype,
-        device=usable_device(config.device),
+        device=find_device(config.device),
     )
-
-
-def usable_device(name: str) -> torch.device:
-    """A device by name; auto is a GPU if there is one, under torchrun each process's own.
-
-    Raises:
-        ResourceError: It cannot be used.
-    """
-    if name == "auto":
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus) if gpus else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ResourceError(f"--device {name} cannot be used: {reason}; try cpu, cuda or auto") from error
-    return device
 
 
 def _create(config: CacheConfig, manifest: Manifest, blocks: Mapping[str, Tensor], needed: int) -> None:

@@ -18,9 +18,10 @@ from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
 from teacher_service.config import CacheConfig, TimedPlanConfig
 from teacher_service.decoding import Task, ViewDataset
+from teacher_service.devices import find_device
 from teacher_service.pipeline import Pipeline
 from teacher_service.planning import existing_folder, job_manifest
-from teacher_service.preparation import CALIBRATION_SAMPLES, first_features, usable_device
+from teacher_service.preparation import CALIBRATION_SAMPLES, first_features
 from teacher_service.waits import StageTimes
 
 SPLIT_SAMPLES = 16  # images that tell decoding from cutting views
@@ -117,7 +118,7 @@ def measure(config: TimedPlanConfig, tars: Sequence[Tar]) -> Timing:
         model_kwargs=config.model_kwargs,
         depth=config.depth,
         compute_dtype=config.compute_dtype,
-        device=usable_device(config.device),
+        device=find_device(config.device),
     )
     parts = cast(list[Tar], _parts(tars, config))  # as much of one as the pipeline needs
     with _scratch_job(config, teacher, parts) as (job, store, calibration):

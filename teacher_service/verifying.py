@@ -27,7 +27,7 @@ from feature_store.tars.tar import Tar, expand_tars
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import ViewParams, check_pixels, decode_image, replay_view
-from teacher_service.preparation import usable_device
+from teacher_service.devices import find_device
 from teacher_service.verify_config import VerifyConfig
 
 COMPUTE_ERROR = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -139,7 +139,7 @@ def _same_teacher(config: VerifyConfig, manifest: Manifest) -> Teacher:
         model_kwargs=theirs.model_kwargs,
         depth=manifest.split.depth,
         compute_dtype=theirs.compute_dtype,
-        device=usable_device(config.device),
+        device=find_device(config.device),
     )
     blocks = bundle_sha256(bundle_state(teacher.later_blocks))
     manifest.require_equal(replace(manifest, teacher=teacher.info, split=teacher.split, blocks_sha256=blocks), _SAME)

@@ -1,5 +1,7 @@
 """Fixtures shared by tests that go from image tars through a teacher."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,12 @@ def other_swin(teacher_folder: Path) -> TinyTeacher:
 def tiny_vit(teacher_folder: Path) -> TinyTeacher:
     """A plain ViT with 32-pixel input, a class token, four classes."""
     return make_teacher(teacher_folder, "test_vit", TINY_VIT)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable]:
+    """``served_store.in_process`` that is closed when the test ends."""
+    from served_store import in_process
+
+    with ExitStack() as stack:
+        yield lambda *args, **kwargs: stack.enter_context(closing(in_process(*args, **kwargs)))

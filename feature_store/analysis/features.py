@@ -73,23 +73,50 @@ def channel_profile(features_nNC: np.ndarray) -> ChannelProfile:
     return ChannelProfile(tokens.mean(axis=0), tokens.std(axis=0), np.abs(tokens).max(axis=0))
 
 
-def principal_colours(features_nNC: np.ndarray, grid: tuple[int, int], fit_nNC: np.ndarray) -> np.ndarray:
-    """The three main directions of the features as red, green and blue: [n, H, W, 3], 0..1.
+@dataclass(frozen=True)
+class ColourMap:
+    """The three main directions of features as red, green and blue; a colour means the same in every map.
 
-    Channels are standardised first, so that no heavy one is all there is to see. Directions and ranges are those of
-    fit_nNC (1st to 99th percentile), so that a colour means the same in every map.
+    Channels are standardised first, so that no heavy one is all there is to see.
+
+    Attributes:
+        mean: Of each channel [C].
+        spread: Standard deviation of each channel [C].
+        directions: [C, 3], or fewer where there are fewer channels.
+        low: What is black, per direction: the 1st percentile.
+        high: What is full, per direction: the 99th percentile.
     """
-    profile = channel_profile(fit_nNC)
-    spread = np.where(profile.std > 0, profile.std, 1)
-    fitted = ((fit_nNC - profile.mean) / spread).reshape(-1, fit_nNC.shape[-1])
-    _, vectors = np.linalg.eigh(fitted.T @ fitted)
-    directions = vectors[:, ::-1][:, :3]
-    directions = directions * np.where(directions.sum(axis=0) < 0, -1, 1)  # a direction's sign is arbitrary
-    low, high = np.percentile(fitted @ directions, (1, 99), axis=0)
-    colours = ((features_nNC - profile.mean) / spread @ directions - low) / np.where(high > low, high - low, 1)
-    padded = np.zeros((*colours.shape[:-1], 3))  # fewer than three channels leave colours out
-    padded[..., : colours.shape[-1]] = np.clip(colours, 0, 1)
-    return padded.reshape(len(features_nNC), *grid, 3)
+
+    mean: np.ndarray
+    spread: np.ndarray
+    directions: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def fit(cls, features_nNC: np.ndarray) -> "ColourMap":
+        """Directions and ranges of some features."""
+        profile = channel_profile(features_nNC)
+        spread = np.where(profile.std > 0, profile.std, 1)
+        fitted = ((features_nNC - profile.mean) / spread).reshape(-1, features_nNC.shape[-1])
+        _, vectors = np.linalg.eigh(fitted.T @ fitted)
+        directions = vectors[:, ::-1][:, :3]
+        directions = directions * np.where(directions.sum(axis=0) < 0, -1, 1)  # a direction's sign is arbitrary
+        low, high = np.percentile(fitted @ directions, (1, 99), axis=0)
+        return cls(profile.mean, spread, directions, low, high)
+
+    def paint(self, features_nNC: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """Colours of feature maps: [n, H, W, 3], 0..1."""
+        placed = (features_nNC - self.mean) / self.spread @ self.directions - self.low
+        colours = placed / np.where(self.high > self.low, self.high - self.low, 1)
+        padded = np.zeros((*colours.shape[:-1], 3))  # fewer than three channels leave colours out
+        padded[..., : colours.shape[-1]] = np.clip(colours, 0, 1)
+        return padded.reshape(len(features_nNC), *grid, 3)
+
+
+def principal_colours(features_nNC: np.ndarray, grid: tuple[int, int], fit_nNC: np.ndarray) -> np.ndarray:
+    """Feature maps in the colours of fit_nNC's main directions: [n, H, W, 3], 0..1; see ColourMap."""
+    return ColourMap.fit(fit_nNC).paint(features_nNC, grid)
 
 
 def replay_views(store: "Store", tars: "Sequence[Tar]", rows: "Sequence[RowId]") -> np.ndarray:

@@ -90,7 +90,7 @@ class ZarrSource:
             ResourceError: The disk or the network gave up.
             InputError: Unknown tap, or memory in out that does not fit.
         """
-        memory = self._memory(len(rows), taps, out or {})
+        memory = self.memory(len(rows), taps, out or {})
         self.fill(rows, memory)
         return self.batch(rows, memory, taps, decode=decode)
 
@@ -122,6 +122,22 @@ class ZarrSource:
         """Memory that fits ``out`` of read: arrays [rows, ...] by name, their pages touched."""
         specs = self._specs_of(taps).items()
         return {name: np.zeros((rows, *spec.row_shape), spec.dtype) for name, spec in specs}
+
+    def memory(self, rows: int, taps: Sequence[str] | None, out: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays to fill for some rows: those of out where it has them, else new ones.
+
+        Raises:
+            InputError: out has an array that is not read, or that does not fit.
+        """
+        specs = self._specs_of(taps)
+        if unknown := [name for name in out if name not in specs]:
+            raise InputError(f"out has {unknown[0]!r}, which is not read; expected some of {', '.join(specs)}")
+        return {
+            name: _fitting(name, spec, rows, out[name])
+            if name in out
+            else np.empty((rows, *spec.row_shape), spec.dtype)
+            for name, spec in specs.items()
+        }
 
     def row_bytes(self, taps: Sequence[str] | None = None) -> int:
         """Bytes of one row in the buffers."""
@@ -181,17 +197,6 @@ class ZarrSource:
     def _specs_of(self, taps: Sequence[str] | None) -> dict[str, ArraySpec]:
         paths = [path for name in self._wanted(taps) for path in self._values[name].paths.values()]
         return {_name(path): self._specs[_name(path)] for path in paths}
-
-    def _memory(self, rows: int, taps: Sequence[str] | None, out: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        specs = self._specs_of(taps)
-        if unknown := [name for name in out if name not in specs]:
-            raise InputError(f"out has {unknown[0]!r}, which is not read; expected some of {', '.join(specs)}")
-        return {
-            name: _fitting(name, spec, rows, out[name])
-            if name in out
-            else np.empty((rows, *spec.row_shape), spec.dtype)
-            for name, spec in specs.items()
-        }
 
     def _locate(self, spec: ArraySpec, shards: np.ndarray, positions: np.ndarray, rows: Sequence[RowId]) -> Located:
         tables = self._tables()

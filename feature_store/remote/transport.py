@@ -1,0 +1,141 @@
+"""Requests over HTTP/1.1 connections that are kept open, bodies read straight into the caller's memory.
+
+``http.client`` because its ``readinto`` fills memory that is given: urllib3, httpx and requests read a body into memory
+of their own first, which costs as much CPU as receiving it.
+"""
+
+import http.client
+import ssl
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Protocol, TypeAlias
+from urllib.parse import urlsplit
+
+from feature_store.errors import InputError
+from feature_store.processes import PerProcess
+
+Body: TypeAlias = "bytes | Sequence[bytes | memoryview]"
+
+LOST = (OSError, http.client.HTTPException)
+"""What a transport raises when a connection cannot be made or breaks."""
+
+
+class Answer(Protocol):
+    """What came back; its body is there to be read once.
+
+    Attributes:
+        status: HTTP status.
+    """
+
+    status: int
+
+    def getheader(self, name: str, default: str, /) -> str:
+        """A header by name, whatever its case."""
+        ...
+
+    def readinto(self, memory: memoryview, /) -> int:
+        """Fill some of the memory; how many bytes, 0 at the body's end."""
+        ...
+
+    def read(self, amount: int, /) -> bytes:
+        """Up to so many bytes of the body."""
+        ...
+
+
+class Transport(Protocol):
+    """Sends requests to one server. Used from many threads, pickled, and used again in forked processes."""
+
+    url: str
+
+    def send(
+        self, method: str, target: str, headers: Mapping[str, str], body: Body, timeout: float
+    ) -> AbstractContextManager[Answer]:
+        """One request; the answer is good until the context ends.
+
+        Args:
+            method: HTTP method.
+            target: Path and query.
+            headers: Beside Host and Content-Length.
+            body: Bytes, or buffers sent one after the other.
+            timeout: Seconds without a byte after which the connection counts as lost.
+
+        Raises:
+            OSError, http.client.HTTPException: The connection could not be made, or broke.
+        """
+        ...
+
+
+class _Idle(deque[http.client.HTTPConnection]):
+    """Open connections that nobody uses; closed with it, in a forked process without a word to the server."""
+
+    def __del__(self) -> None:
+        for connection in self:
+            connection.close()
+
+
+class HttpTransport:
+    """Connections to one server, used again; each process has its own.
+
+    Args:
+        url: ``http://host:port`` or ``https://...``, with a path if the service is below one.
+        cafile: Certificates to trust, in a PEM file; None for the system's.
+
+    Raises:
+        InputError: The URL names no web server, or holds a user name.
+    """
+
+    def __init__(self, url: str, *, cafile: str | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise InputError(f"cannot reach {url!r}: expected http://host:port or https://host:port; see docs/http.md")
+        self.url, self._cafile = url.rstrip("/"), cafile
+        self._prefix = parts.path.rstrip("/")
+        self._idle: PerProcess[_Idle] = PerProcess(_Idle)
+
+    def __reduce__(self):
+        return partial(HttpTransport, cafile=self._cafile), (self.url,)
+
+    @contextmanager
+    def send(
+        self, method: str, target: str, headers: Mapping[str, str], body: Body, timeout: float
+    ) -> Iterator[http.client.HTTPResponse]:
+        """See Transport.send."""
+        idle = self._idle()
+        connection = self._connection(idle, timeout)
+        done = False
+        try:
+            answer = self._ask(connection, method, target, headers, body)
+            yield answer
+            done = answer.isclosed() and not answer.will_close  # read to the end, and the server keeps it open
+        finally:
+            if done:
+                idle.append(connection)
+            else:
+                connection.close()
+
+    def _connection(self, idle: _Idle, timeout: float) -> http.client.HTTPConnection:
+        try:
+            connection = idle.pop()
+        except IndexError:
+            return self._new_connection(timeout)
+        if connection.sock is not None:
+            connection.sock.settimeout(timeout)
+        return connection
+
+    def _new_connection(self, timeout: float) -> http.client.HTTPConnection:
+        parts = urlsplit(self.url)
+        assert parts.hostname is not None  # __init__ saw to it
+        if parts.scheme == "http":
+            return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
+        context = ssl.create_default_context(cafile=self._cafile)
+        return http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout, context=context)
+
+    def _ask(
+        self, connection: http.client.HTTPConnection, method: str, target: str, headers: Mapping[str, str], body: Body
+    ) -> http.client.HTTPResponse:
+        parts = [body] if isinstance(body, bytes) else body
+        length = {"Content-Length": str(sum(map(len, parts)))} if method == "POST" else {}
+        connection.request(method, self._prefix + target, body=parts if length else None, headers={**headers, **length})
+        return connection.getresponse()

@@ -1,0 +1,1 @@
+"""The HTTP service: cached rows, the store itself and live features."""

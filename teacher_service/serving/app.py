@@ -1,0 +1,106 @@
+"""The application: routes, the layers around them, and an OpenAPI that tells all they answer."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from teacher_service.serving import problems
+from teacher_service.serving.access_log import AccessLogMiddleware
+from teacher_service.serving.auth import AuthMiddleware, scope_of
+from teacher_service.serving.limits import LimitsMiddleware
+from teacher_service.serving.routes_operations import operations_router
+from teacher_service.serving.routes_rows import rows_router
+from teacher_service.serving.routes_zarr import zarr_router
+from teacher_service.serving.service import Service
+from teacher_service.serving.tokens import TokenFile
+
+COMPUTE = "/v1/features:compute"
+_ABOUT = (
+    "Teacher features over HTTP: cached rows, the later blocks, the zarr store itself, and the live teacher. Errors "
+    "are RFC 9457 problems whose `type` is stable."
+)
+
+
+def create_app(
+    service: Service, tokens: TokenFile | None = None, on_failure: Callable[[], None] = lambda: None
+) -> FastAPI:
+    """The service as an ASGI application.
+
+    Args:
+        service: What it serves; loaded by the application's lifespan, or before.
+        tokens: Who may ask; None for everybody.
+        on_failure: Called when the service could not be loaded.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(service.run(on_failure))
+        yield
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        if service.live is not None:
+            await asyncio.to_thread(service.live.close, service.config.drain_seconds)
+
+    app = FastAPI(
+        title="scalekd-cache", version=_version(), description=_ABOUT, lifespan=lifespan, redirect_slashes=False,
+        redoc_url=None, docs_url=None,
+    )  # fmt: skip
+    app.state.service = service
+    problems.install(app)
+    for router in (operations_router(), rows_router(), zarr_router()):
+        app.include_router(router)
+    if service.live is not None:
+        from teacher_service.serving.compute import compute_router
+
+        app.include_router(compute_router(service.live), responses=_COMPUTE_PROBLEMS)
+    # The last one added is the outermost.
+    app.add_middleware(LimitsMiddleware, limits=service.config.limits, large_bodies=frozenset({COMPUTE}))
+    app.add_middleware(AuthMiddleware, tokens=tokens, loopback=service.config.loopback)
+    app.add_middleware(AccessLogMiddleware, metrics=service.metrics)
+    app.openapi = lambda: _openapi(app)
+    return app
+
+
+_COMPUTE_PROBLEMS = problems.documented(
+    "request-timeout", "too-large", "invalid-request", "overloaded", "not-ready", "resource", "deadline"
+)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's, with the problems' schema and what every path needs and may answer whatever its route says."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        components = schema.setdefault("components", {})
+        components.setdefault("schemas", {})["ProblemDocument"] = problems.ProblemDocument.model_json_schema()
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
+                _complete(path, operation)
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _complete(path: str, operation: dict[str, Any]) -> None:
+    answers = operation["responses"]
+    if "422" in answers and problems.MEDIA_TYPE not in answers["422"].get("content", {}):
+        answers["422"] = problems.documented("invalid-request")[422]
+    more = ["headers-too-large", "internal"]
+    scope = scope_of(path)
+    if scope is not None:
+        operation["security"] = [{"token": [scope]}]
+        more += ["unauthorized", "forbidden", "misdirected", "overloaded"]
+    for status, answer in problems.documented(*more).items():
+        answers.setdefault(str(status), answer)
+
+
+def _version() -> str:
+    try:
+        return version("scalekd-cache")
+    except PackageNotFoundError:  # run from a checkout
+        return "0"

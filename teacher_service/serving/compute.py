@@ -1,0 +1,183 @@
+"""Routes of the live teacher: images or views in, taps and logits out.
+
+Shape legend: n views, H W pixels, N tokens, C channels, K classes.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from feature_store import wire
+from feature_store.errors import InputError
+from feature_store.views import ViewParams, apply_view, decode_image, draw_view, view_policy
+from teacher_service.serving.live import LOGITS, LiveTeacher, Outputs
+
+MAX_IMAGE_PIXELS = 64_000_000  # 0.2 GB as RGB; a larger image is far from anything a teacher sees
+_DTYPES = {"f16": np.float16, "f32": np.float32}
+_CROP = r"^\d{1,9},\d{1,9},\d{1,9},\d{1,9}$"
+
+Taps = Annotated[
+    str | None, Query(description="Taps to answer, comma separated; default all it gives.", max_length=256)
+]
+Precision = Annotated[Literal["f16", "f32"], Query(description="What taps and logits are sent as.")]
+Crop = Annotated[
+    str | None,
+    Query(description="Of an image: left,top,width,height in its pixels; default the middle.", pattern=_CROP),
+]
+Flip = Annotated[bool, Query(description="Of an image: mirror it left to right.")]
+
+
+class TeacherDescription(BaseModel):
+    """The live teacher, as a client must know it."""
+
+    teacher: dict[str, Any]
+    split: dict[str, Any]
+    taps: dict[str, tuple[int, int]]
+    max_batch: int
+    max_rows: int
+
+    model_config = {
+        "json_schema_extra": {
+            "examples": [
+                {
+                    "teacher": {"name": "swin_large_patch4_window7_224", "input_size": [224, 224]},
+                    "split": {"family": "swin", "depth": 2},
+                    "taps": {"stage4": [49, 1536]},
+                    "max_batch": 64,
+                    "max_rows": 1024,
+                }
+            ]
+        }
+    }
+
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "One encoded image; or a frame with `pixels`, uint8 [n, H, W, 3], views of the teacher's size.",
+        "content": {
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+            wire.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+_FRAME: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A frame: an array [n, N, C] per tap, `logits` [n, K]; metadata `teacher`: its weights' sha256.",
+        "content": {wire.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+def compute_router(live: LiveTeacher, *, timeout: float = 60.0, max_pixels: int = MAX_IMAGE_PIXELS) -> APIRouter:
+    """Routes over a live teacher.
+
+    Args:
+        live: The teacher.
+        timeout: Seconds after which a request is given up.
+        max_pixels: Images with more are refused before they are decoded.
+    """
+    router = APIRouter(tags=["live teacher"])
+
+    @router.get("/v1/teacher")
+    async def teacher() -> TeacherDescription:
+        """Which teacher computes, what it gives, and how many views may come at once."""
+        return TeacherDescription(**describe(live))
+
+    @router.post("/v1/features:compute", response_class=StreamingResponse, responses=_FRAME, openapi_extra=_BODY)
+    async def compute(
+        request: Request, taps: Taps = None, dtype: Precision = "f16", crop: Crop = None, flip: Flip = False
+    ) -> StreamingResponse:
+        """The teacher's taps and logits of an image or of views; requests of all callers are batched together."""
+        names = _known(live.taps, taps)
+        body, size = await request.body(), live.teacher.info.input_size
+        if _media_type(request) == wire.MEDIA_TYPE:
+            pixels = await run_in_threadpool(_views_of_frame, body)
+        else:
+            pixels = await run_in_threadpool(_view_of_image, body, size, max_pixels, crop, flip)
+        outputs = await live.batcher.compute(pixels, timeout=timeout)
+        frame = await run_in_threadpool(_frame, outputs, names, dtype, live.teacher.info.weights_sha256)
+        return StreamingResponse(
+            _chunks(frame), media_type=wire.MEDIA_TYPE, headers={"content-length": str(frame.nbytes)}
+        )
+
+    return router
+
+
+def describe(live: LiveTeacher) -> dict[str, Any]:
+    """The live teacher in JSON's types; see TeacherDescription.
+
+    Raises:
+        ResourceError: It is not there (yet).
+    """
+    teacher = live.teacher
+    return {
+        "teacher": teacher.info.__dict__,
+        "split": teacher.split.__dict__,
+        "taps": {name: teacher.tap_shapes[name] for name in live.taps},
+        "max_batch": live.batcher.max_rows,
+        "max_rows": live.batcher.queue_rows,
+    }
+
+
+def _media_type(request: Request) -> str:
+    """Raises InputError for a body that is neither an image nor a frame."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given == wire.MEDIA_TYPE or given.startswith("image/"):
+        return given
+    raise InputError(
+        f"the body is {given or 'of no declared type'!r}; send an encoded image as image/jpeg, or views as "
+        f"{wire.MEDIA_TYPE}"
+    )
+
+
+def _known(taps: Sequence[str], asked: str | None) -> Sequence[str]:
+    if asked is None:
+        return taps
+    names = [name for name in asked.split(",") if name]
+    for name in names:
+        if name not in taps:
+            raise InputError(f"the teacher has no tap {name!r}; it has: {', '.join(taps)}")
+    return names
+
+
+def _views_of_frame(body: bytes) -> np.ndarray:
+    arrays, _ = wire.decode(body)
+    if arrays.keys() != {"pixels"}:
+        raise InputError(f"the frame holds {', '.join(arrays) or 'nothing'}; expected one array, pixels [n, H, W, 3]")
+    return arrays["pixels"]
+
+
+def _view_of_image(body: bytes, size: tuple[int, int], max_pixels: int, crop: str | None, flip: bool) -> np.ndarray:
+    """One view [1, H, W, 3]: the middle of the image as in evaluation, or the crop asked for."""
+    image = decode_image(body, max_pixels=max_pixels)
+    policy = view_policy("center", size)
+    params = draw_view(policy, 0, "", 0, image.size)
+    if crop is not None:
+        params = ViewParams(_box(crop), False, (), (), params.erase, 0, policy.interpolation)
+    if flip:
+        params = ViewParams(params.crop, True, (), (), params.erase, 0, policy.interpolation)
+    return apply_view(image, params, size)[None]
+
+
+def _box(crop: str) -> tuple[int, int, int, int]:
+    left, top, width, height = map(int, crop.split(","))
+    return left, top, width, height
+
+
+def _frame(outputs: Outputs, taps: Sequence[str], dtype: str, teacher: str) -> wire.Frame:
+    """Copies, so that a slow reader holds its own rows only and not those of the whole batch."""
+    names = [*taps, *([LOGITS] if LOGITS in outputs else [])]
+    with np.errstate(over="ignore"):  # beyond float16 is inf, as a store of f16 says by refusing it
+        arrays = {name: np.array(outputs[name], _DTYPES[dtype]) for name in names}
+    return wire.encode(arrays, {"teacher": teacher})
+
+
+async def _chunks(frame: wire.Frame):
+    for chunk in frame.chunks():
+        yield chunk

@@ -1,0 +1,122 @@
+"""Answers that are frames: rows read into bounded memory, and sent from there without a copy."""
+
+from collections.abc import Mapping, Sequence
+from traceback import clear_frames
+
+import numpy as np
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from feature_store import wire
+from feature_store.codecs.registry import value_codecs
+from feature_store.reading.reader import ZarrSource
+from feature_store.sample import RowId
+from teacher_service.serving.memory import Reservation
+from teacher_service.serving.problems import Problem
+from teacher_service.serving.service import Opened, Service
+
+ROWS = "rows"
+"""Array of every answer with rows: unit, position and view of each, int64 [B, 3]."""
+_LOGITS = "logits"
+
+
+class FrameResponse(Response):
+    """A frame with its Content-Length, handed to the socket a piece at a time."""
+
+    media_type = wire.MEDIA_TYPE
+
+    def __init__(self, frame: wire.Frame, headers: Mapping[str, str] | None = None) -> None:
+        self._frame = frame
+        super().__init__(None, 200, {"content-length": str(frame.nbytes), **(headers or {})})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; the socket's pace is ours."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for chunk in self._frame.chunks():
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def rows_frame(
+    service: Service, opened: Opened, rows: Sequence[RowId], taps: Sequence[str], decode: bool
+) -> wire.Frame:
+    """Rows as a frame: arrays by tap, ``logits``, and ``rows``; undecoded, the codec's arrays as stored.
+
+    Raises:
+        Problem: More than one answer may hold.
+        BusyError: More than all answers together may hold.
+        UncommittedError, QuarantinedError, CorruptStoreError, ResourceError: See ZarrSource.read.
+    """
+    source = opened.source
+    stored = len(rows) * source.row_bytes(taps)
+    made = len(rows) * _decoded_row_bytes(source, taps) if decode else 0
+    _require_allowed(service, len(rows), stored + made)
+    reservation = service.memory.reserve(stored + made)
+    arrays = _arrays(service.memory.array(stored, reservation), source.buffers(0, taps), len(rows))
+    try:
+        source.fill(rows, arrays)
+        if decode:
+            arrays = _decoded(source, rows, arrays, taps, reservation)
+    except BaseException as error:
+        # The traceback refers to the arrays, in a circle that only the next garbage collection breaks.
+        clear_frames(error.__traceback__)
+        del arrays
+        reservation.release()
+        raise
+    addresses = np.array(rows, np.int64).reshape(-1, 3)
+    service.metrics.rows.inc(len(rows))
+    return wire.encode({**arrays, ROWS: addresses}, {"store": source.manifest.identity()})
+
+
+def _require_allowed(service: Service, rows: int, nbytes: int) -> None:
+    limits = service.config.limits
+    if rows > limits.max_rows:
+        raise Problem("too-large", f"{rows:,} rows were asked for, at most {limits.max_rows:,} at once; ask for fewer")
+    if nbytes > limits.max_response_bytes:
+        most = rows * limits.max_response_bytes // nbytes
+        raise Problem(
+            "too-large",
+            f"{rows:,} rows have {nbytes:,} bytes, at most {limits.max_response_bytes:,} at once; ask for {most:,}",
+        )
+
+
+def _arrays(memory: np.ndarray, empty: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """The memory cut into arrays [rows, ...], wide items first so that each is aligned."""
+    found, start = {}, 0
+    for name in sorted(empty, key=lambda name: -empty[name].itemsize):
+        shape, dtype = (rows, *empty[name].shape[1:]), empty[name].dtype
+        end = start + int(np.prod(shape)) * dtype.itemsize
+        found[name] = memory[start:end].view(dtype).reshape(shape)
+        start = end
+    return found
+
+
+def _decoded(
+    source: ZarrSource,
+    rows: Sequence[RowId],
+    arrays: Mapping[str, np.ndarray],
+    taps: Sequence[str],
+    reservation: Reservation,
+) -> dict[str, np.ndarray]:
+    batch = source.batch(rows, arrays, taps)
+    values = dict(batch.taps) if batch.logits is None else {**batch.taps, _LOGITS: batch.logits}
+    for value in values.values():
+        reservation.bind(_owner(value))
+    return {name: np.ascontiguousarray(value) for name, value in values.items()}
+
+
+def _owner(array: np.ndarray) -> np.ndarray:
+    """What lives as long as any view of an array."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def _decoded_row_bytes(source: ZarrSource, taps: Sequence[str]) -> int:
+    """Bytes of what decoding a row makes anew: float32 of all that is not stored as plain values."""
+    wanted = {*(f"taps/{name}" for name in taps), _LOGITS}
+    return sum(
+        4 * int(np.prod(value.shape))
+        for path, value in value_codecs(source.manifest).items()
+        if path in wanted and not value.codec.plain
+    )

@@ -1,0 +1,244 @@
+"""Routes of cached rows: one by key, a batch, a range of a unit; and what a client must know beforehand."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Header, Path, Query
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from starlette.concurrency import run_in_threadpool
+
+from feature_store import wire
+from feature_store.commits.record import CommitRecord
+from feature_store.errors import InputError
+from feature_store.sample import RowId
+from teacher_service.serving.conditions import not_modified
+from teacher_service.serving.frames import FrameResponse, rows_frame
+from teacher_service.serving.problems import Problem, documented
+from teacher_service.serving.service import Opened, Service, service_of
+
+_MAX_INT = 2**31 - 1
+_MAX_ITEMS = 1 << 16
+_ANSWER_VERSION = 1  # part of every ETag: another one whenever the same rows are sent as other bytes
+
+Unit = Annotated[int, Path(ge=0, le=_MAX_INT, description="Unit: index of its tar.", examples=[0])]
+View = Annotated[int, Path(ge=0, le=_MAX_INT, description="View: index of the augmented crop.", examples=[0])]
+Index = Annotated[int, Field(ge=0, le=_MAX_INT)]
+Taps = Annotated[
+    str | None,
+    Query(description="Taps to answer, comma separated; default all.", max_length=256, examples=["stage4"]),
+]
+Decode = Annotated[bool, Query(description="Values; false for the codec's arrays as stored, which are smaller.")]
+Served = Annotated[Service, Depends(service_of)]
+_ARRAY = Field(strict=False)  # JSON has no tuples
+_BINARY = {"type": "string", "format": "binary"}
+
+
+def frame_answer(description: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's entry of an answer that is a frame."""
+    return {200: {"description": description, "content": {wire.MEDIA_TYPE: {"schema": _BINARY}}}}
+
+
+_ROWS = frame_answer(
+    "A frame (safetensors): an array [B, N, C] per tap, `logits` [B, K], `rows` int64 [B, 3] with unit, position and "
+    "view of each; metadata `store` (its identity) and `crc32c.<array>`."
+)
+_ETAG = {"ETag": {"description": "Of these bytes; send it as If-None-Match", "schema": {"type": "string"}}}
+_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The client has these bytes", "headers": _ETAG}}
+
+_READ = (
+    "unknown-tap",
+    "uncommitted",
+    "too-large",
+    "invalid-request",
+    "overloaded",
+    "corrupt-store",
+    "not-ready",
+    "resource",
+)
+_ONE_PROBLEMS = documented("unknown-key", "quarantined", *_READ)
+_BATCH_PROBLEMS = documented("unknown-key", "quarantined", "malformed", "request-timeout", *_READ)
+_RANGE_PROBLEMS = documented(*_READ)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    taps: list[Annotated[str, Field(max_length=64)]] | None = Field(None, max_length=64, examples=[["stage4"]])
+    decode: bool = Field(True, description="Values; false for the codec's arrays as stored, which are smaller.")
+
+
+class BatchByRow(_Strict):
+    """Rows by address, in any order."""
+
+    rows: list[Annotated[tuple[Index, Index, Index], _ARRAY]] = Field(
+        min_length=1, max_length=_MAX_ITEMS, description="Unit, position and view.", examples=[[[0, 0, 0], [0, 1, 0]]]
+    )
+
+
+class BatchByKey(_Strict):
+    """Rows by sample key and view, in any order."""
+
+    keys: list[Annotated[tuple[Annotated[str, Field(max_length=4096)], Index], _ARRAY]] = Field(
+        min_length=1, max_length=_MAX_ITEMS, description="Sample key and view.", examples=[[["n01440764_10026", 0]]]
+    )
+
+
+def _batch_kind(asked: Any) -> str:
+    return "keys" if isinstance(asked, dict) and "keys" in asked else "rows"
+
+
+Batch = Annotated[
+    Annotated[BatchByRow, Tag("rows")] | Annotated[BatchByKey, Tag("keys")], Discriminator(_batch_kind), Body()
+]
+
+
+class Committed(BaseModel):
+    """How much of the store may be read."""
+
+    units: int = Field(description="Units with at least one committed view")
+    views: int = Field(description="Units times views that are committed")
+    of_units: int
+    of_views: int
+
+
+class Described(BaseModel):
+    """What a client must know of the store and of this service."""
+
+    identity: str = Field(description="Names the store; the same for as long as it only grows")
+    fingerprint: str = Field(description="sha256 of the manifest; another one once the store has grown")
+    manifest: dict[str, Any] = Field(description="See feature_store/FORMAT.md")
+    committed: Committed
+    row_bytes: int = Field(description="Bytes of one undecoded row with all taps")
+    max_rows: int = Field(description="Most rows of one answer")
+    max_response_bytes: int = Field(description="Most bytes of one answer")
+    live: bool = Field(description="Whether POST /v1/features:compute is there")
+
+
+def rows_router() -> APIRouter:
+    """The routes."""
+    router = APIRouter(tags=["cached rows"])
+
+    @router.get("/v1/manifest", responses=documented("not-ready"))
+    async def manifest(service: Served) -> Described:
+        """What the store claims, how much of it is there, and what may be asked for at once."""
+        return _described(service, service.opened)
+
+    @router.get(
+        "/v1/rows/{key:path}",
+        response_class=Response,
+        responses=_ROWS | _ONE_PROBLEMS,
+    )
+    async def row(
+        service: Served,
+        key: Annotated[
+            str, Path(min_length=1, max_length=4096, description="Sample key.", examples=["n01440764_10026"])
+        ],
+        view: Annotated[int, Query(ge=0, le=_MAX_INT, description="View.")] = 0,
+        taps: Taps = None,
+        decode: Decode = True,
+    ) -> Response:
+        """One row by sample key."""
+        opened = service.opened
+        names = _known(opened, None if taps is None else taps.split(","))
+        return await run_in_threadpool(lambda: _by_key(service, opened, [(key, view)], names, decode))
+
+    @router.post(
+        "/v1/rows:batch",
+        response_class=Response,
+        responses=_ROWS | _BATCH_PROBLEMS,
+    )
+    async def batch(service: Served, asked: Batch) -> Response:
+        """Many rows, in the order asked for; repeats are allowed."""
+        opened = service.opened
+        names = _known(opened, asked.taps)
+        if isinstance(asked, BatchByKey):
+            return await run_in_threadpool(lambda: _by_key(service, opened, asked.keys, names, asked.decode))
+        rows = [RowId(*row) for row in asked.rows]
+        return await run_in_threadpool(lambda: FrameResponse(rows_frame(service, opened, rows, names, asked.decode)))
+
+    @router.get(
+        "/v1/units/{unit}/views/{view}",
+        response_class=Response,
+        responses=_ROWS | _NOT_MODIFIED | _RANGE_PROBLEMS,
+    )
+    async def unit_range(
+        service: Served,
+        unit: Unit,
+        view: View,
+        start: Annotated[int, Query(ge=0, le=_MAX_INT, description="First position.")] = 0,
+        count: Annotated[int, Query(ge=1, le=_MAX_INT, description="Positions; quarantined ones are left out.")] = 256,
+        taps: Taps = None,
+        decode: Decode = True,
+        if_none_match: Annotated[str | None, Header()] = None,
+    ) -> Response:
+        """A unit's readable rows in position order. The bytes never change: keep them by their ETag."""
+        opened = service.opened
+        names = _known(opened, None if taps is None else taps.split(","))
+        record = _record(opened, unit, view)
+        positions = range(start, min(start + count, record.samples))
+        tag = _etag(opened, record, view, [unit, view, start, count, names, decode])
+        if (same := not_modified(tag, if_none_match)) is not None:
+            return same
+        rows = [RowId(unit, position, view) for position in positions if position not in record.quarantined]
+        frame = await run_in_threadpool(lambda: rows_frame(service, opened, rows, names, decode))
+        return FrameResponse(frame, {"ETag": tag, "Cache-Control": "private, no-cache"})
+
+    return router
+
+
+def _described(service: Service, opened: Opened) -> Described:
+    manifest, committed, limits = opened.store.manifest, opened.store.committed, service.config.limits
+    of_views = len(manifest.tars) * manifest.num_views
+    missing = sum(map(len, committed.missing_views().values()))
+    return Described(
+        identity=manifest.identity(),
+        fingerprint=manifest.fingerprint(),
+        manifest=manifest.to_dict(),
+        committed=Committed(
+            units=len(committed.units), views=of_views - missing, of_units=len(manifest.tars), of_views=of_views
+        ),
+        row_bytes=opened.source.row_bytes(),
+        max_rows=limits.max_rows,
+        max_response_bytes=limits.max_response_bytes,
+        live=service.live is not None,
+    )
+
+
+def _by_key(
+    service: Service, opened: Opened, keys: Sequence[tuple[str, int]], taps: Sequence[str], decode: bool
+) -> Response:
+    found: dict[int, RowId] = {}
+    for view in {view for _, view in keys}:
+        at = [index for index, (_, wanted) in enumerate(keys) if wanted == view]
+        try:
+            found.update(zip(at, opened.store.rows([keys[index][0] for index in at], view), strict=True))
+        except InputError as error:
+            raise Problem("unknown-key", str(error)) from error
+    rows = [found[index] for index in range(len(keys))]
+    return FrameResponse(rows_frame(service, opened, rows, taps, decode))
+
+
+def _known(opened: Opened, taps: Sequence[str] | None) -> tuple[str, ...]:
+    stored = opened.source.tap_names
+    for name in taps or ():
+        if name not in stored:
+            raise Problem("unknown-tap", f"the store has no tap {name!r}; it has: {', '.join(stored)}")
+    return stored if taps is None else tuple(dict.fromkeys(taps))
+
+
+def _record(opened: Opened, unit: int, view: int) -> CommitRecord:
+    try:
+        return opened.store.committed.record(unit, view)
+    except InputError as error:
+        raise Problem("uncommitted", str(error)) from error
+
+
+def _etag(opened: Opened, record: CommitRecord, view: int, asked: list[Any]) -> str:
+    """A strong tag: the store, the checksums of everything that decides the bytes, and what was asked for."""
+    manifest = opened.store.manifest
+    tables = [spec.checksums.object_path(record.unit, view) for spec in opened.specs.values() if spec.sharded]
+    proofs = [(path, record.proof(path).crc32c) for path in tables]
+    text = json.dumps([_ANSWER_VERSION, manifest.identity(), sorted(record.quarantined), proofs, asked])
+    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'

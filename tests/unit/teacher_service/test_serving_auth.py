@@ -1,0 +1,219 @@
+import hmac
+import json
+import stat
+from contextlib import closing
+
+import pytest
+from served_store import in_process, make_store, make_tokens
+
+from feature_store.errors import InputError, MismatchError
+from teacher_service.cli import main
+from teacher_service.serving.app import create_app
+from teacher_service.serving.config import ServeConfig
+from teacher_service.serving.live import LiveTeacher
+from teacher_service.serving.server import _load_teacher
+from teacher_service.serving.service import Service
+from teacher_service.serving.tokens import TokenFile, create_token, read_tokens
+
+SCOPES = ("read", "compute", "admin")
+PUBLIC = {"/livez", "/readyz"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tiny_swin):
+    return make_store(tmp_path_factory.mktemp("auth"), tiny_swin)
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokens") / "tokens.jsonl"
+
+
+@pytest.fixture(scope="module")
+def secrets(token_file):
+    return make_tokens(token_file)
+
+
+@pytest.fixture(scope="module")
+def guarded(store, token_file, secrets):
+    """With every route there is, the live teacher's included."""
+    with closing(in_process(store, tokens=token_file)) as client:
+        service = Service(client.service.config, LiveTeacher(lambda: None))
+        service._opened = client.service.opened
+        client.service, client.app = service, create_app(service, TokenFile(token_file))
+        yield client
+
+
+def operations(client):
+    """Method, path with examples filled in, and scope of everything the OpenAPI knows."""
+    for path, found in client.app.openapi()["paths"].items():
+        for method, operation in found.items():
+            target = path.replace("{key}", "u0-000").replace("{path}", "zarr.json").replace("{unit}", "0")
+            scopes = [scope for each in operation.get("security", []) for scope in each["token"]]
+            yield method.upper(), target.replace("{view}", "0"), scopes[0] if scopes else None
+
+
+def bearer(secret):
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def test_every_route_but_the_probes_needs_a_token_with_its_scope(guarded, secrets):
+    seen = set()
+    for method, target, scope in operations(guarded):
+        if scope is None:
+            assert target in PUBLIC
+            continue
+        seen.add(scope)
+        nobody = guarded(target, method)
+        assert (nobody.status, nobody.problem) == (401, "unauthorized"), target
+        assert nobody.headers["www-authenticate"].startswith("Bearer")
+        for wrong in ("skc_wrong", secrets["read"][:-1], secrets["read"] + "a", "", "é"):
+            assert guarded(target, method, bearer(wrong)).status == 401, target
+        assert guarded(target, method, {"Authorization": f"Basic {secrets['admin']}"}).status == 401, target
+        assert guarded(f"{target}?token={secrets['admin']}", method).status == 401, target
+        for other in set(SCOPES) - {scope, "admin"}:
+            refused = guarded(target, method, bearer(secrets[other]))
+            assert (refused.status, refused.problem) == (403, "forbidden"), target
+            assert f'scope="{scope}"' in refused.headers["www-authenticate"]
+        for good in (scope, "admin"):
+            assert guarded(target, method, bearer(secrets[good])).status not in (401, 403), target
+    assert seen == {"read", "compute", "admin"}
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["/", "/v1", "/v2/manifest", "/v1/manifest/", "//v1/manifest", "/V1/manifest", "/livez/", "/livez/x", "/readyz;x",
+     "/livez%2f..%2fv1%2fmanifest", "/%2e%2e/livez", "/.well-known/x"],
+)  # fmt: skip
+def test_paths_nobody_thought_of_need_an_admin(guarded, secrets, target):
+    assert guarded(target).status == 401
+    assert guarded(target, headers=bearer(secrets["read"])).status == 403
+    assert guarded(target, headers=bearer(secrets["admin"])).status == 404
+
+
+def test_probes_answer_everybody_and_say_nothing_about_the_store(guarded, store):
+    for path in PUBLIC:
+        answer = guarded(path)
+        assert answer.status in (200, 503)
+        assert str(store) not in answer.body.decode()
+
+
+def test_tokens_are_compared_by_hash_in_constant_time_and_all_of_them(token_file, secrets, monkeypatch):
+    compared = []
+    compare = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or compare(a, b))
+    found = TokenFile(token_file).find(secrets["read"])
+    assert found is not None
+    assert found.name == "read"
+    assert len(compared) == 3  # no early end at the first
+    assert secrets["read"] not in repr(compared)
+
+
+def test_a_token_is_revoked_by_removing_its_line(store, tmp_path, serve):
+    file = tmp_path / "tokens.jsonl"
+    first, second = create_token(file, "first", ("read",)), create_token(file, "second", ("read",))
+    ask = serve(store, tokens=file)
+    assert ask("/v1/manifest", headers=bearer(first)).status == 200
+    lines = file.read_text().splitlines()
+    file.write_text(lines[1] + "\n")
+    assert ask("/v1/manifest", headers=bearer(first)).status == 401
+    assert ask("/v1/manifest", headers=bearer(second)).status == 200
+    file.write_text(lines[1] + "\nbroken\n")
+    assert ask("/v1/manifest", headers=bearer(second)).status == 401
+    file.unlink()
+    assert ask("/v1/manifest", headers=bearer(second)).status == 401
+
+
+def test_token_file_keeps_hashes_only_and_is_its_owners(tmp_path, capsys):
+    file = tmp_path / "tokens.jsonl"
+    assert main(["token", "create", "--name", "ada", "--scope", "read", "compute", "--file", str(file)]) == 0
+    secret = capsys.readouterr().out.strip()
+    assert len(secret) > 40
+    assert secret not in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    (token,) = read_tokens(file)
+    assert (token.name, token.scopes) == ("ada", ("read", "compute"))
+    assert TokenFile(file).find(secret) == token
+    assert main(["token", "create", "--name", "ada", "--file", str(file)]) == 2
+    assert "has a token named 'ada'" in capsys.readouterr().err
+    assert main(["token", "create", "--name", "a b", "--file", str(file)]) == 2
+    assert len(read_tokens(file)) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["x", "[]", "{}", json.dumps({"name": "a", "sha256": "0" * 63, "scopes": ["read"], "created": ""}),
+     json.dumps({"name": "a", "sha256": "0" * 64, "scopes": ["root"], "created": ""})],
+)  # fmt: skip
+def test_token_file_with_a_bad_line_is_refused(tmp_path, line):
+    file = tmp_path / "tokens.jsonl"
+    create_token(file, "good", ("read",))
+    with file.open("a") as out:
+        out.write(line + "\n")
+    with pytest.raises(InputError, match="line 2 of .* is no token"):
+        TokenFile(file)
+
+
+def test_token_file_without_tokens_is_refused(tmp_path):
+    file = tmp_path / "tokens.jsonl"
+    with pytest.raises(InputError, match="cannot read the token file"):
+        TokenFile(file)
+    file.write_text("\n")
+    with pytest.raises(InputError, match="holds no token"):
+        TokenFile(file)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org", ""])
+def test_listening_beyond_loopback_needs_tokens_or_a_flag(tmp_path, host):
+    with pytest.raises(InputError, match="open to other machines and there are no tokens"):
+        ServeConfig(store="s", host=host)
+    assert not ServeConfig(store="s", host=host, allow_anonymous=True).loopback
+    assert not ServeConfig(store="s", host=host, tokens=tmp_path).loopback
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_listening_on_loopback_needs_no_tokens(host):
+    assert ServeConfig(store="s", host=host).loopback
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 2, "teacher": "t"}, "one service per GPU with --device cuda:N"),
+        ({"checkpoint": "c"}, "--checkpoint without --teacher"),
+        ({"tls_cert": "c"}, "belong together"),
+        ({"port": 70000}, "--port is 70000"),
+        ({"allow_anonymous": True, "tokens": "t"}, "contradict each other"),
+    ],
+)
+def test_services_nobody_should_run_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        ServeConfig(store="s", **options)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1:8000", 200), ("localhost", 200), ("[::1]:80", 200), ("evil.example", 421), ("evil.example:8000", 421),
+     ("127.0.0.1.evil.example", 421), ("localhost.evil.example", 421), ("", 421), ("[::1", 421), ("10.0.0.1", 421)],
+)  # fmt: skip
+def test_without_tokens_only_local_names_are_answered(serve, store, host, status):
+    """A page in a local browser may reach loopback under its own name (DNS rebinding)."""
+    assert serve(store)("/v1/manifest", headers={"Host": host}).status == status
+
+
+def test_browsers_of_other_origins_are_allowed_nothing(serve, store):
+    ask = serve(store)
+    answer = ask("/v1/manifest", headers={"Origin": "https://evil.example"})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    preflight = ask(
+        "/v1/rows:batch", "OPTIONS", {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    )
+    assert preflight.status == 405
+
+
+def test_live_teacher_that_is_not_the_stores_is_refused(tmp_path, store, tiny_swin, other_swin):
+    good = ServeConfig(store=str(store), teacher=tiny_swin.name, checkpoint=tiny_swin.checkpoint, device="cpu")
+    assert _load_teacher(good).info.name == tiny_swin.name
+    other = ServeConfig(store=str(store), teacher=other_swin.name, checkpoint=other_swin.checkpoint, device="cpu")
+    with pytest.raises(MismatchError, match=r"teacher\.weights_sha256 differs"):
+        _load_teacher(other)
