@@ -28,6 +28,7 @@ def summarise(store: "Store") -> dict[str, Any]:
         "policy": manifest.to_dict()["policy"],
         "seed": manifest.seed,
         "views": manifest.num_views,
+        "view_encoding": manifest.view_encoding,
         "taps": {  # without the codecs' statistics: thousands of numbers
             name: {"tokens": tap.tokens, "channels": tap.channels, "codec": tap.codec}
             for name, tap in manifest.taps.items()
@@ -62,7 +63,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         "taps": ", ".join(f"{n} [{t['tokens']}, {t['channels']}] {t['codec']}" for n, t in summary["taps"].items()),
         "logits": f"{teacher['num_classes']} classes {summary['logits_codec']}" if summary["logits_codec"] else "none",
         "views": f"{summary['views']} by policy {summary['policy']['name']}, {_hw(summary['policy']['size'])} px, "
-        f"seed {summary['seed']}",
+        f"seed {summary['seed']}" + (f", materialised as {encoding}" if (encoding := summary["view_encoding"]) else ""),
         "units": f"{summary['committed_units']} of {summary['units']} complete",
         "rows": f"{summary['committed_rows']:,} committed of {summary['samples'] * summary['views']:,}",
         "size": f"{summary['bytes'] / 1e6:,.1f} MB in {summary['objects']:,} objects",

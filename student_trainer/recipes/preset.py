@@ -65,10 +65,9 @@ class Preset:
     published: Published | None = None
 
     def config(self) -> TrainConfig:
-        """Defaults for the command line: everything but ``run`` and ``tars``."""
+        """Defaults for the command line: everything but ``run`` and where views come from."""
         return TrainConfig(
             run=tyro.MISSING,
-            tars=tyro.MISSING,
             student=self.student,
             scalekd=self.scalekd,
             expect=ExpectConfig(teacher=self.teacher.architecture, policy=self.schedule.policy),

@@ -94,7 +94,7 @@ def test_training_needs_no_source_tars_and_no_worker_either(world, run, tmp_path
 
 def test_teacher_sees_what_the_tars_hold(world):
     store = open_store(world.store)
-    assert store.manifest.view_encoding == "jpeg95"
+    assert store.info()["view_encoding"] == store.manifest.view_encoding == "jpeg95"
     for unit in range(2):
         for view in range(2):
             tar = Tar.open(str(Path(world.views_out) / view_tar(unit, view)))

@@ -254,7 +254,6 @@ def test_store_with_other_view_size_sets_the_students_input_when_read(config, tm
         ({"device": "tpu9"}, InputError, r"--device is 'tpu9', expected auto, cpu, cuda"),
         ({"device": "cuda:99"}, ResourceError, r"--device is cuda:99, but torch sees \d+ GPUs here"),
         ({"store": Path("nowhere")}, InputError, r"nowhere is not a store"),
-        ({"tars": ()}, InputError, r"no tars are listed"),
         ({"batch_size": 26}, InputError, r"25 samples do not fill one batch of 26"),
         ({"scalekd": ScaleKDConfig(heads_stage4=5)}, InputError, r"5"),
     ],

@@ -47,3 +47,21 @@ def test_from_dict_refuses_when_a_field_is_missing():
     del data["seed"]
     with pytest.raises(InputError, match="incomplete: 'seed'"):
         Manifest.from_dict(data)
+
+
+def test_view_encoding_is_part_of_the_json_only_when_views_are_materialised():
+    """Stores from before views could be materialised keep their hashes."""
+    plain = tiny_manifest()
+    jpeg = dataclasses.replace(plain, view_encoding="jpeg95")
+    assert "view_encoding" not in plain.to_dict()
+    assert Manifest.from_dict(plain.to_dict()) == plain
+    assert jpeg.to_dict() == {**plain.to_dict(), "view_encoding": "jpeg95"}
+    assert Manifest.from_dict(jpeg.to_dict()) == jpeg
+    assert jpeg.identity() != plain.identity()
+    with pytest.raises(MismatchError, match="view_encoding differs: store has None, got 'jpeg95'"):
+        jpeg.growth_from(plain)
+
+
+def test_from_dict_refuses_when_the_view_encoding_is_unknown():
+    with pytest.raises(InputError, match="store has view_encoding 'webp', this build knows jpeg95"):
+        Manifest.from_dict({**tiny_manifest().to_dict(), "view_encoding": "webp"})
