@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,12 @@ def readme_world(tmp_path, monkeypatch, tiny_swin):
     return tiny_swin
 
 
+def partition(words: list[str], at: str) -> tuple[list[str], list[str], list[str]]:
+    """``str.partition`` for words."""
+    index = words.index(at) if at in words else len(words)
+    return words[:index], words[index : index + 1], words[index + 1 :]
+
+
 def shrunk(words: list[str], teacher) -> list[str]:
     """The same command on the stand-ins: other names and sizes, the same options."""
     swaps = {
@@ -65,12 +73,44 @@ def shrunk(words: list[str], teacher) -> list[str]:
         words += ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
     if words[0] == "evaluate":
         words += ["--workers", "0", "--device", "cpu"]
+    if words[0] == "verify" and "--sample" in words:
+        words += ["--checkpoint", str(teacher.checkpoint), "--device", "cpu"]
     return words
 
 
-def test_readme_commands_and_snippets_run_in_order(readme_world):
+@pytest.fixture
+def served():
+    """Services that commands started; told to stop in the end."""
+    running: list[subprocess.Popen] = []
+    yield running
+    for service in running:
+        with service:
+            service.terminate()
+            assert service.wait(30) == 0
+
+
+def serve(words: list[str]) -> tuple[subprocess.Popen, str]:
+    """A service in a process of its own, and where it listens."""
+    command = [sys.executable, "-m", "teacher_service", *words[1:], "--port", "0"]
+    service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert service.stdout is not None
+    url = json.loads(service.stdout.readline())["url"]
+    return service, f"http://127.0.0.1:{url.rpartition(':')[2]}"
+
+
+def test_readme_commands_and_snippets_run_in_order(readme_world, served, capsys):
+    url = ""
     for words in commands():
+        if words[1] == "serve":
+            service, url = serve(words)
+            served.append(service)
+            continue
+        words, _, redirected = partition(words, ">")
+        words = [word.replace("http://teacher-host:8000", url) for word in words]
+        capsys.readouterr()
         assert PROGRAMS[words[0]](shrunk(words, readme_world)) == 0, words
+        if redirected:
+            Path(redirected[0]).write_text(capsys.readouterr().out)
     (snippet,) = blocks("python")
     scope: dict = {}
     exec(snippet.replace('"cuda"', '"cpu"'), scope)
