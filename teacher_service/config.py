@@ -17,7 +17,7 @@ class PlanConfig:
     Attributes:
         tars: Image tars: paths, brace patterns, URLs; one unit each, in this order.
         teacher: timm model name.
-        store: Where the store is or would be written.
+        store: Where the store is or would be written: a directory or a bucket's URL (s3://, gs://).
         model_kwargs: Extra arguments of timm.create_model, as JSON.
         depth: Number of later blocks of a plain ViT; default its last quarter.
         views: Augmented views per sample.
@@ -37,7 +37,7 @@ class PlanConfig:
 
     tars: Positional[tuple[str, ...]]
     teacher: str
-    store: Path = Path("store")
+    store: str | Path = Path("store")
     model_kwargs: JsonObject = field(default_factory=dict)
     depth: int | None = None
     views: int = 1
@@ -106,7 +106,8 @@ class CacheConfig(TimedPlanConfig):
     """What is to be cached, how, and where to.
 
     Attributes:
-        store: The store's folder; created, or continued if it was begun with the same settings.
+        store: The store: a directory or a bucket's URL (s3://, gs://); created, or continued if it was begun with
+            the same settings.
         checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
         log_jsonl: File to append a JSON line to for the job's start, each committed unit and the end.
         metrics_port: Port of a Prometheus endpoint, /metrics; default none.
@@ -119,7 +120,7 @@ class CacheConfig(TimedPlanConfig):
         gpus_per_actor: GPUs of each Ray actor, fractions allowed; default 1 if the cluster has any.
     """
 
-    store: Path = field()  # required here: a run should not choose where to write
+    store: str | Path = field()  # required here: a run should not choose where to write
     checkpoint: Path | None = None
     log_jsonl: Path | None = None
     metrics_port: int | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from feature_store.codecs.registry import calibrated, needs_calibration
 from feature_store.errors import InputError, ResourceError
 from feature_store.manifest import Manifest
+from feature_store.objects.local import LocalObjects
 from feature_store.store import Store, open_store
 from feature_store.tars.tar import Tar
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
@@ -20,7 +21,7 @@ from feature_store.teacher.model import Teacher, load_teacher
 from teacher_service.claims import preparing
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, ViewDataset
-from teacher_service.planning import Plan, growth_of, job_manifest, survey
+from teacher_service.planning import Plan, growth_of, job_manifest, store_exists, survey
 from teacher_service.writing import disk_error
 
 CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
@@ -56,23 +57,24 @@ def prepare(config: CacheConfig) -> Job:
     """
     plan, tars = survey(config)
     if not plan.fits:
+        free = plan.free_bytes or 0
         raise ResourceError(
-            f"{plan.store} needs {decimal(plan.remaining_bytes)} more, {decimal(plan.free_bytes)} are free, "
-            f"{decimal(plan.remaining_bytes - plan.free_bytes)} are missing; "
-            "make room, or store fewer --views or --taps"
+            f"{plan.store} needs {decimal(plan.remaining_bytes)} more, {decimal(free)} are free, "
+            f"{decimal(plan.remaining_bytes - free)} are missing; make room, or store fewer --views or --taps"
         )
     teacher = load_job_teacher(config)
     blocks = bundle_state(teacher.later_blocks)
     manifest = job_manifest(config, tars, teacher.info, teacher.split, bundle_sha256(blocks))
     with preparing(config.store):
-        if not (config.store / "zarr.json").exists():
+        if not store_exists(config.store):
             if needs_calibration(manifest):
                 manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
             _create(config, manifest, blocks, plan.remaining_bytes)
         store = open_store(config.store)
         if growth := growth_of(store, manifest):
             store = store.grow(growth.manifest)
-        store.remove_leftovers()
+        if isinstance(store.objects, LocalObjects):  # in a bucket nothing tells another writer's from a dead one's
+            store.remove_leftovers()
     return Job(config, plan, store, teacher, tars)
 
 
