@@ -113,6 +113,8 @@ class CacheConfig(TimedPlanConfig):
         metrics_port: Port of a Prometheus endpoint, /metrics; default none.
         metrics_host: Address it listens on; anyone who reaches it can read it.
         strict: Stop at the first unreadable sample instead of quarantining it.
+        retry_quarantined: First try quarantined samples again; units with one that can be used now are written anew,
+            whole. Not while students train from the store.
         engine: local computes in this process, beside any others of this machine that run the same command (torchrun
             starts one per GPU); ray computes in actors of a Ray cluster.
         ray_address: The Ray cluster, e.g. auto or ray://head:10001; default the environment's, or one on this machine.
@@ -126,6 +128,7 @@ class CacheConfig(TimedPlanConfig):
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
     strict: bool = False
+    retry_quarantined: bool = False
     engine: Literal["local", "ray"] = "local"
     ray_address: str | None = None
     num_actors: int | None = None

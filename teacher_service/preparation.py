@@ -73,6 +73,8 @@ def prepare(config: CacheConfig) -> Job:
         store = open_store(config.store)
         if growth := growth_of(store, manifest):
             store = store.grow(growth.manifest)
+        if config.retry_quarantined:
+            store = _without_usable_quarantine(store, tars)
         if isinstance(store.objects, LocalObjects):  # in a bucket nothing tells another writer's from a dead one's
             store.remove_leftovers()
     return Job(config, plan, store, teacher, tars)
@@ -128,6 +130,21 @@ def _create(config: CacheConfig, manifest: Manifest, blocks: Mapping[str, Tensor
         Store.create(config.store, manifest, blocks)
     except OSError as error:
         raise disk_error(error, config.store, "the new store", needed) from error
+
+
+def _without_usable_quarantine(store: Store, tars: Sequence[Tar]) -> Store:
+    """The store without the units that quarantine a sample which can be used by now: they are to be written again.
+
+    Mended tars with other member names or sizes never get here: the store is of the ones it was begun with.
+    """
+    dataset = ViewDataset(tars, store.manifest.policy, store.manifest.seed)
+    quarantined = {(record.unit, position) for record in store.committed.records for position in record.quarantined}
+    usable = {
+        unit for unit, position in sorted(quarantined) if not dataset.sample(Task(unit, range(1)), position).reason
+    }
+    for unit in sorted(usable):
+        store.withdraw_unit(unit)
+    return open_store(store.objects.url) if usable else store
 
 
 def remaining_tasks(store: Store) -> list[Task]:
