@@ -99,7 +99,7 @@ class Bench:
         self._stores += 1
         setting = self.setting
         small = teacher == setting.small_teacher
-        kwargs = {"img_size": 224} if small else setting.teacher_kwargs
+        kwargs = {"img_size": 224, "patch_size": 32} if small else setting.teacher_kwargs
         values: dict[str, Any] = {
             "tars": setting.tars,
             "teacher": teacher,
@@ -279,7 +279,7 @@ def plan(bench: Bench) -> dict[str, Any]:
         values["time_samples"] = setting.samples
         said = forecast(TimedPlanConfig(**values))
         summary = cache(config)
-        written = sum(path.stat().st_size for path in config.store.rglob("*") if path.is_file())
+        written = sum(path.stat().st_size for path in Path(config.store).rglob("*") if path.is_file())
         assert said.seconds is not None
         found.append(
             {

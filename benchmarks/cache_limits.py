@@ -80,7 +80,7 @@ def _units_in_memory(job: Job) -> int:
         alive.add(self)
         most[0] = max(most[0], len(alive))
 
-    UnitRows.__init__ = counted
+    UnitRows.__init__ = counted  # pyright: ignore[reportAttributeAccessIssue]
     try:
         tasks = [Task(i % len(job.tars), range(1)) for i in range(2 * len(job.tars))]
         Pipeline(job.config, job.store, job.teacher, job.tars).run(tasks, on_commit=lambda unit: None)
