@@ -276,6 +276,16 @@ class Store:
         """Delete what interrupted writers left; units being written now are left alone. See leftovers."""
         return leftovers.remove(self.objects, self.manifest)
 
+    def withdraw_unit(self, unit: int) -> None:
+        """Make a committed unit one that was never written; see leftovers.withdraw. Open the store again after it.
+
+        Whoever has the store open still believes in the unit and finds its objects missing: not while it is read.
+
+        Raises:
+            ResourceError: A process is writing the unit.
+        """
+        leftovers.withdraw(self.objects, unit)
+
     def info(self) -> dict[str, Any]:
         """What the store holds, as JSON: see ``feature-store info``."""
         from feature_store.summary import summarise

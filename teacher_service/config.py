@@ -17,7 +17,7 @@ class PlanConfig:
     Attributes:
         tars: Image tars: paths, brace patterns, URLs; one unit each, in this order.
         teacher: timm model name.
-        store: Where the store is or would be written.
+        store: Where the store is or would be written: a directory or a bucket's URL (s3://, gs://).
         model_kwargs: Extra arguments of timm.create_model, as JSON.
         depth: Number of later blocks of a plain ViT; default its last quarter.
         views: Augmented views per sample.
@@ -39,7 +39,7 @@ class PlanConfig:
 
     tars: Positional[tuple[str, ...]]
     teacher: str
-    store: Path = Path("store")
+    store: str | Path = Path("store")
     model_kwargs: JsonObject = field(default_factory=dict)
     depth: int | None = None
     views: int = 1
@@ -109,12 +109,15 @@ class CacheConfig(TimedPlanConfig):
     """What is to be cached, how, and where to.
 
     Attributes:
-        store: The store's folder; created, or continued if it was begun with the same settings.
+        store: The store: a directory or a bucket's URL (s3://, gs://); created, or continued if it was begun with
+            the same settings.
         checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
         log_jsonl: File to append a JSON line to for the job's start, each committed unit and the end.
         metrics_port: Port of a Prometheus endpoint, /metrics; default none.
         metrics_host: Address it listens on; anyone who reaches it can read it.
         strict: Stop at the first unreadable sample instead of quarantining it.
+        retry_quarantined: First try quarantined samples again; units with one that can be used now are written anew,
+            whole. Not while students train from the store.
         engine: local computes in this process, beside any others of this machine that run the same command (torchrun
             starts one per GPU); ray computes in actors of a Ray cluster.
         ray_address: The Ray cluster, e.g. auto or ray://head:10001; default the environment's, or one on this machine.
@@ -122,12 +125,13 @@ class CacheConfig(TimedPlanConfig):
         gpus_per_actor: GPUs of each Ray actor, fractions allowed; default 1 if the cluster has any.
     """
 
-    store: Path = field()  # required here: a run should not choose where to write
+    store: str | Path = field()  # required here: a run should not choose where to write
     checkpoint: Path | None = None
     log_jsonl: Path | None = None
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
     strict: bool = False
+    retry_quarantined: bool = False
     engine: Literal["local", "ray"] = "local"
     ray_address: str | None = None
     num_actors: int | None = None

@@ -3,12 +3,14 @@
 Shape legend: b samples of a batch, V views, H W pixels.
 """
 
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing import forkserver, get_context, resource_tracker
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.context import ForkServerContext
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -239,6 +241,14 @@ def _become_worker(worker: int) -> None:
     """Leave interrupts to the main process, and end without a word when it goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of the terminal
     sys.excepthook = _report_unless_abandoned
+    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+
+
+def _end_with_the_main_process() -> None:
+    """DataLoader's own watch is for the process that forked the worker, and the fork server outlives a killed job."""
+    if (main := parent_process()) is not None:
+        main.join()
+        os._exit(1)
 
 
 def _report_unless_abandoned(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

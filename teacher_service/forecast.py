@@ -73,7 +73,8 @@ def forecast(config: TimedPlanConfig) -> Forecast:
     plan = plan_of(config, outline, tars)
     timing = measure(config, tars) if config.time_samples else None
     manifest = job_manifest(config, tars, outline.info, outline.split)
-    seconds = None if timing is None else timing.seconds(plan.remaining_images, plan.views)
+    new = plan.remaining_bytes == plan.total_bytes
+    seconds = None if timing is None else timing.seconds(plan.remaining_images, plan.views, new=new)
     return Forecast(
         plan=plan,
         codec_bytes={codec: _total(_with_codec(manifest, codec), outline, config) for codec in CODECS},
@@ -112,5 +113,5 @@ def _view_costs(
                 "break_even_epochs": timing.break_even_epochs(views),
                 "break_even_students": {epochs: timing.break_even_students(views, epochs) for epochs in EPOCHS},
             }
-        costs.append(ViewCost(views, total, total <= plan.free_bytes, **measured))  # pyright: ignore[reportArgumentType]
+        costs.append(ViewCost(views, total, plan.has_room(total), **measured))  # pyright: ignore[reportArgumentType]
     return costs

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from feature_store.commits.record import CommitRecord, ObjectProof, encode_recor
 from feature_store.errors import InputError, MismatchError
 from feature_store.layout import CRC_BYTES, array_specs, object_bytes
 from feature_store.manifest import Growth, Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
+from feature_store.objects.local import LocalObjects, open_objects
+from feature_store.skeleton import ROOT
 from feature_store.store import Store, open_store
 from feature_store.tars.tar import Tar, expand_tars
 from feature_store.teacher.model import build_model, tap_shapes, teacher_info
@@ -45,7 +48,7 @@ class Plan:
         committed_units: Units the destination already holds.
         remaining_bytes: Bytes still to be written.
         remaining_images: Images still to go through the teacher.
-        free_bytes: Free disk at the destination.
+        free_bytes: Free disk at the destination; None for a bucket.
         fits: Whether the remaining bytes fit in the free ones.
     """
 
@@ -63,8 +66,12 @@ class Plan:
     committed_units: int
     remaining_bytes: int
     remaining_images: int
-    free_bytes: int
+    free_bytes: int | None
     fits: bool
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes fit at the destination."""
+        return self.free_bytes is None or size <= self.free_bytes
 
 
 @dataclass(frozen=True)
@@ -187,11 +194,24 @@ def growth_of(store: Store, manifest: Manifest) -> Growth:
     return manifest.with_statistics_of(store.manifest).growth_from(store.manifest)
 
 
-def _missing_views(manifest: Manifest, path: Path) -> Missing | None:
-    """Views a store at the path still lacks, those it has to grow by included; None if there is no store."""
-    if not (path / "zarr.json").exists():
+def store_exists(url: str | Path) -> bool:
+    """Whether there is a store: its root is written last.
+
+    Raises:
+        ResourceError: The network or service gave up.
+    """
+    try:
+        open_objects(url).size(ROOT)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _missing_views(manifest: Manifest, url: str | Path) -> Missing | None:
+    """Views a store still lacks, those it has to grow by included; None if there is no store."""
+    if not store_exists(url):
         return None
-    store = open_store(path)
+    store = open_store(url)
     theirs = store.manifest
     weights = {name: getattr(theirs.teacher, name) for name in ("weights_sha256", "compute_dtype")}
     known = replace(manifest, blocks_sha256=theirs.blocks_sha256, teacher=replace(manifest.teacher, **weights))
@@ -205,7 +225,7 @@ def missing_views(store: Store, units: int, views: int) -> Missing:
     return {unit: missing for unit, missing in lacking.items() if missing}
 
 
-def predict(manifest: Manifest, block_bytes: Sequence[int], store: Path, missing: Missing | None) -> Plan:
+def predict(manifest: Manifest, block_bytes: Sequence[int], store: str | Path, missing: Missing | None) -> Plan:
     """Sizes of the store a manifest describes, and whether what is still missing fits on its disk.
 
     Args:
@@ -238,7 +258,7 @@ def predict(manifest: Manifest, block_bytes: Sequence[int], store: Path, missing
         remaining_bytes=remaining,
         remaining_images=sum(manifest.tars[unit].samples * len(views) for unit, views in lacking.items()),
         free_bytes=free,
-        fits=remaining <= free,
+        fits=free is None or remaining <= free,
     )
 
 
@@ -248,14 +268,17 @@ def remaining_bytes(manifest: Manifest, missing: Missing) -> int:
     return round(sum(_unit_bytes(manifest, unit).total() * share for unit, share in shares.items()))
 
 
-def free_bytes(path: Path) -> int:
-    """Free disk where a path is or would be, in bytes."""
-    return shutil.disk_usage(existing_folder(path)).free
+def free_bytes(store: str | Path) -> int | None:
+    """Free disk where a store is or would be, in bytes; None for a bucket."""
+    objects = open_objects(store)
+    return shutil.disk_usage(existing_folder(store)).free if isinstance(objects, LocalObjects) else None
 
 
-def existing_folder(path: Path) -> Path:
-    """A path or the nearest folder above it that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+def existing_folder(store: str | Path) -> Path:
+    """A store's folder or the nearest one above it that exists; the temporary one for a bucket."""
+    objects = open_objects(store)
+    path = objects.root.absolute() if isinstance(objects, LocalObjects) else Path(tempfile.gettempdir())
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _unit_bytes(manifest: Manifest, unit: int) -> Counter[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from feature_store.codecs.registry import calibrated, needs_calibration
 from feature_store.errors import InputError, ResourceError
 from feature_store.manifest import Manifest
+from feature_store.objects.local import LocalObjects
 from feature_store.store import Store, open_store
 from feature_store.tars.tar import Tar
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
@@ -20,7 +21,7 @@ from teacher_service.claims import preparing
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, ViewDataset
 from teacher_service.devices import find_device
-from teacher_service.planning import Plan, growth_of, job_manifest, survey
+from teacher_service.planning import Plan, growth_of, job_manifest, store_exists, survey
 from teacher_service.views_out import ViewsOut
 from teacher_service.writing import disk_error
 
@@ -57,23 +58,26 @@ def prepare(config: CacheConfig) -> Job:
     """
     plan, tars = survey(config)
     if not plan.fits:
+        free = plan.free_bytes or 0
         raise ResourceError(
-            f"{plan.store} needs {decimal(plan.remaining_bytes)} more, {decimal(plan.free_bytes)} are free, "
-            f"{decimal(plan.remaining_bytes - plan.free_bytes)} are missing; "
-            "make room, or store fewer --views or --taps"
+            f"{plan.store} needs {decimal(plan.remaining_bytes)} more, {decimal(free)} are free, "
+            f"{decimal(plan.remaining_bytes - free)} are missing; make room, or store fewer --views or --taps"
         )
     teacher = load_job_teacher(config)
     blocks = bundle_state(teacher.later_blocks)
     manifest = job_manifest(config, tars, teacher.info, teacher.split, bundle_sha256(blocks))
     with preparing(config.store):
-        if not (config.store / "zarr.json").exists():
+        if not store_exists(config.store):
             if needs_calibration(manifest):
                 manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
             _create(config, manifest, blocks, plan.remaining_bytes)
         store = open_store(config.store)
         if growth := growth_of(store, manifest):
             store = store.grow(growth.manifest)
-        store.remove_leftovers()
+        if config.retry_quarantined:
+            store = _without_usable_quarantine(store, tars)
+        if isinstance(store.objects, LocalObjects):  # in a bucket nothing tells another writer's from a dead one's
+            store.remove_leftovers()
         if config.views_out is not None:
             ViewsOut(config.views_out).require_views_of(store)
     return Job(config, plan, store, teacher, tars)
@@ -111,6 +115,21 @@ def _create(config: CacheConfig, manifest: Manifest, blocks: Mapping[str, Tensor
         Store.create(config.store, manifest, blocks)
     except OSError as error:
         raise disk_error(error, config.store, "the new store", needed) from error
+
+
+def _without_usable_quarantine(store: Store, tars: Sequence[Tar]) -> Store:
+    """The store without the units that quarantine a sample which can be used by now: they are to be written again.
+
+    Mended tars with other member names or sizes never get here: the store is of the ones it was begun with.
+    """
+    dataset = ViewDataset(tars, store.manifest.policy, store.manifest.seed)
+    quarantined = {(record.unit, position) for record in store.committed.records for position in record.quarantined}
+    usable = {
+        unit for unit, position in sorted(quarantined) if not dataset.sample(Task(unit, range(1)), position).reason
+    }
+    for unit in sorted(usable):
+        store.withdraw_unit(unit)
+    return open_store(store.objects.url) if usable else store
 
 
 def remaining_tasks(store: Store) -> list[Task]:

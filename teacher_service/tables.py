@@ -38,7 +38,7 @@ def plan_table(forecast: "Forecast") -> Table:
     table.add_section()
     table.add_row("already written", f"{plan.committed_units:,} of {plan.units:,} units")
     table.add_row("to write", decimal(plan.remaining_bytes))
-    table.add_row("free disk", f"{decimal(plan.free_bytes)}: {_verdict(plan)}")
+    table.add_row("free disk", _verdict(plan))
     if (timing := forecast.timing) is not None and forecast.seconds is not None:
         rate = 1 / timing.seconds_per_image(plan.views)
         table.add_row("time", f"{duration(forecast.seconds)} on one device, {rate:,.1f} images/s from then on")
@@ -46,14 +46,17 @@ def plan_table(forecast: "Forecast") -> Table:
 
 
 def _verdict(plan: "Plan") -> str:
-    return "fits" if plan.fits else f"does NOT fit: {decimal(plan.remaining_bytes - plan.free_bytes)} missing"
+    if plan.free_bytes is None:
+        return "a bucket has no limit known here"
+    verdict = "fits" if plan.fits else f"does NOT fit: {decimal(plan.remaining_bytes - plan.free_bytes)} missing"
+    return f"{decimal(plan.free_bytes)}: {verdict}"
 
 
 def codec_table(forecast: "Forecast") -> Table:
     """Bytes by tap codec."""
     table = Table("--tap-codec", "whole store", title="codecs", title_justify="left")
     for codec, size in forecast.codec_bytes.items():
-        table.add_row(codec, decimal(size) + ("" if size <= forecast.plan.free_bytes else ", does not fit"))
+        table.add_row(codec, decimal(size) + ("" if forecast.plan.has_room(size) else ", does not fit"))
     return table
 
 

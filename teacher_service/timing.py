@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from feature_store.codecs.registry import calibrated, needs_calibration
+from feature_store.errors import InputError
+from feature_store.skeleton import ROOT
 from feature_store.store import Store
 from feature_store.tars.tar import Tar, TarSample
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
@@ -80,9 +82,9 @@ class Timing:
         first = [decode + self.busy["forward"]] if not self.workers else [decode, self.busy["forward"]]
         return max(*first, *self.busy.values())
 
-    def seconds(self, images: int, views: int) -> float:
-        """A job's of so many images, V of each sample."""
-        return self.startup + self.calibration + images * self.seconds_per_image(views)
+    def seconds(self, images: int, views: int, *, new: bool = True) -> float:
+        """A job's of so many images, V of each sample; a store that is there already has its statistics."""
+        return self.startup + self.calibration * new + images * self.seconds_per_image(views)
 
     def break_even_epochs(self, views: int) -> float:
         """Epochs of one student after which the cache has cost less than the teacher in the training loop.
@@ -111,6 +113,8 @@ def measure(config: TimedPlanConfig, tars: Sequence[Tar]) -> Timing:
     Raises:
         UserError: As the job would.
     """
+    if sum(map(len, tars)) < 2:
+        raise InputError("--time-samples needs two samples to time, the tars hold one; leave it out")
     started = time.perf_counter()
     teacher = load_teacher(
         config.teacher,
@@ -146,7 +150,8 @@ def measure(config: TimedPlanConfig, tars: Sequence[Tar]) -> Timing:
 
 def _parts(tars: Sequence[Tar], config: TimedPlanConfig) -> list[TarPart]:
     """Units of the first samples: one of a batch to warm up with, then the rest."""
-    left, first = config.time_samples, max(1, min(config.batch_size // config.views, config.time_samples // 2))
+    left = min(config.time_samples, sum(map(len, tars)))
+    first = max(1, min(config.batch_size // config.views, left // 2))
     parts = []
     for tar in tars:
         start = 0
@@ -166,7 +171,9 @@ def _scratch_job(
     own = replace(config, capacity=None, key_width=None)
     manifest = job_manifest(own, parts, teacher.info, teacher.split, bundle_sha256(blocks))
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=existing_folder(config.store), prefix=".teacher-service-timing-") as folder:
+    near = existing_folder(config.store)
+    near = near.parent if (near / ROOT).exists() else near  # beside a store, never in it
+    with tempfile.TemporaryDirectory(dir=near, prefix=".teacher-service-timing-") as folder:
         values: dict[str, Any] = {each.name: getattr(own, each.name) for each in fields(TimedPlanConfig)}
         values["store"] = Path(folder) / "store"
         job = CacheConfig(**values)

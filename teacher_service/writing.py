@@ -14,21 +14,21 @@ from teacher_service.planning import free_bytes, remaining_bytes
 RESUME = "committed units are safe; mend it and run the same command again to go on"
 
 
-def disk_error(error: OSError, path: Path, what: str, needed: int = 0) -> ResourceError:
+def disk_error(error: OSError, store: str | Path, what: str, needed: int = 0) -> ResourceError:
     """The user's form of a failed write: what is missing, and how to go on.
 
     Args:
         error: What the system said.
-        path: The store.
+        store: The store.
         what: What could not be written.
         needed: Bytes that are still to be written, if known.
     """
     if error.errno not in DISK_FULL:
-        return ResourceError(f"{what} cannot be written to {path}: {error}; {RESUME}")
-    free = free_bytes(path)
+        return ResourceError(f"{what} cannot be written to {store}: {error}; {RESUME}")
+    free = free_bytes(store) or 0
     missing = f"{decimal(needed - free)} are missing" if needed > free else "a quota or file size limit is in the way"
     return ResourceError(
-        f"{what} does not fit on the disk ({error.strerror}): {path} needs {decimal(needed)} more, "
+        f"{what} does not fit on the disk ({error.strerror}): {store} needs {decimal(needed)} more, "
         f"{decimal(free)} are free, {missing}; {RESUME}"
     )
 
@@ -44,4 +44,4 @@ def write_unit(store: Store, task: Task, data: UnitData) -> None:
         store.write_unit(task.unit, task.views.start, data)
     except OSError as error:
         needed = remaining_bytes(store.manifest, store.committed.missing_views())
-        raise disk_error(error, store.path, f"unit {task.unit}", needed) from error
+        raise disk_error(error, store.objects.url, f"unit {task.unit}", needed) from error

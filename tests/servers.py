@@ -1,5 +1,6 @@
 """Servers on loopback: S3 by moto, and a plain web server with ranges that can be told to fail."""
 
+import http.client
 import http.server
 import itertools
 import threading
@@ -92,6 +93,66 @@ class WebServer:
                 self.end_headers()
                 if self.command == "GET":
                     self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+class FlakyProxy:
+    """Passes requests on to a server, but fails every so-manyth; ``failed`` counts those.
+
+    It answers 503, hangs up before passing the request on, and hangs up after that, in turn.
+    """
+
+    def __init__(self, target: str, every: int) -> None:
+        self.failed, self._count = 0, itertools.count(1)
+        host = target.removeprefix("http://")
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                fails = next(outer._count) % every == 0
+                outer.failed += fails
+                self.close_connection = fails
+                if fails and outer.failed % 3 == 0:
+                    return self.send_error(503)
+                if fails and outer.failed % 3 == 1:
+                    return None
+                connection = http.client.HTTPConnection(host)
+                connection.request(self.command, self.path, body, dict(self.headers))
+                answer = connection.getresponse()
+                content = answer.read()
+                connection.close()
+                if fails:
+                    return None
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                        self.send_header(name, value)
+                length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
+                self.send_header("Content-Length", length or "0")
+                self.end_headers()
+                self.wfile.write(content)
+                return None
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any  # noqa: N815
 
             def log_message(self, *_):
                 pass

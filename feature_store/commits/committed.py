@@ -138,7 +138,7 @@ class CommittedRows:
         if row.position in record.quarantined:
             raise QuarantinedError(
                 f"{row} has no features: its sample was quarantined ({record.quarantined[row.position]}); "
-                "leave it out, or mend the tar and write a new store"
+                "leave it out, or mend the tar and run `teacher-service cache --retry-quarantined`"
             )
 
     def is_indexed(self, unit: int, views: range) -> bool:

@@ -111,6 +111,25 @@ def remove(objects: ObjectStore, manifest: Manifest) -> list[str]:
     return sorted(removed)
 
 
+def withdraw(objects: ObjectStore, unit: int) -> None:
+    """Take a unit's records back and delete what they vouched for, so that it can be written anew, with other bytes.
+
+    Safe to interrupt: without records the unit was never written, and what is left of it are leftovers.
+
+    Raises:
+        ResourceError: A process is writing the unit.
+        CorruptStoreError: A record is damaged.
+    """
+    with exclusive(objects, lock_name(unit), f"another process is writing unit {unit} of {objects.url}; wait for it"):
+        records = read_records(objects, unit)
+        first = [commit_index.PATH, *(record.path for record in records)]  # so that none speaks for what is gone
+        for paths in (first, sorted({path for record in records for path in record.objects})):
+            for path in paths:
+                with suppress(FileNotFoundError):
+                    objects.delete(path)
+            objects.sync(paths)
+
+
 def read_records(objects: ObjectStore, unit: int) -> list[CommitRecord]:
     """A unit's records as they are now.
 

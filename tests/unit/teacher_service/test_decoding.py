@@ -1,3 +1,6 @@
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,3 +147,43 @@ def test_worker_ends_without_a_word_when_the_main_process_is_gone(
     decoding._report_unless_abandoned(type(error), error, None)
 
     assert (str(error) in capsys.readouterr().err) is printed
+
+
+_READ_FOR_EVER = """
+import sys, time
+from multiprocessing import active_children
+from itertools import repeat
+from feature_store.tars.tar import Tar
+from feature_store.views import view_policy
+from teacher_service.decoding import Task, ViewDataset, batch_spans, read_batches
+
+if __name__ == "__main__":
+    dataset = ViewDataset([Tar.open(sys.argv[1])], view_policy("rrc_flip", (8, 8)), 0)
+    batches = read_batches(dataset, batch_spans(repeat(Task(0, range(1))), [1], 1), workers=1, pin_memory=False)
+    next(batches)
+    print(*[child.pid for child in active_children()], flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "one.tar", noise_samples("s", 1))
+    script = tmp_path / "read.py"
+    script.write_text(_READ_FOR_EVER)
+    with subprocess.Popen([sys.executable, script, tar], stdout=subprocess.PIPE, text=True) as main:
+        assert main.stdout is not None
+        (worker,) = map(int, main.stdout.readline().split())
+        assert _is_running(worker)
+        main.kill()
+
+    deadline = time.monotonic() + 30
+    while _is_running(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False

@@ -46,6 +46,51 @@ def test_cli_plan_prints_a_table_for_people(
         assert words in table
 
 
+def test_cli_plan_says_when_it_pays_only_if_something_was_timed(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", *write_tars(tmp_path, 6), *tiny_swin.arguments, "--store", str(tmp_path / "store")]
+
+    assert main(command) == 0
+    untimed = capsys.readouterr().out
+    assert main([*command, "--time-samples", "4", "--workers", "0", "--batch-size", "2"]) == 0
+    timed = capsys.readouterr().out
+
+    for words in ("--tap-codec", "int8-channel", "--views"):
+        assert words in untimed
+        assert words in timed
+    assert "--time-samples N times N samples" in untimed
+    for words in ("pays after epochs", "100 epochs: 1", "images/s from then on", "timed with 2 samples on cpu"):
+        assert words in timed
+        assert words not in untimed
+
+
+def test_cli_cache_logs_and_shows_what_was_predicted_beside_what_was_seen(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log.jsonl"
+    command = ["cache", *write_tars(tmp_path, 6, 2), *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint),
+               "--store", str(tmp_path / "store"), "--workers", "0", "--batch-size", "2", "--time-samples", "4",
+               "--log-jsonl", str(log), "--metrics-port", "0"]  # fmt: skip
+
+    assert main(command) == 0
+
+    out, err = capsys.readouterr()
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "unit", "unit", "end"]
+    end = events[-1]
+    assert end["predicted_seconds"] > 0
+    assert end["bytes_written"] == sum(event["bytes"] for event in events[1:3]) + _record_bytes(tmp_path / "store")
+    assert end["bytes_written"] == pytest.approx(end["predicted_bytes"], rel=0.03)
+    assert "metrics: http://127.0.0.1:" in err
+    for words in ("predicted", "GPU-hours", "stages worked: ", "bottleneck: "):
+        assert words in out
+
+
+def _record_bytes(store: Path) -> int:
+    return sum(path.stat().st_size for path in store.glob("commits/u*.json"))
+
+
 def test_cli_plan_expands_braces(tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]) -> None:
     write_tars(tmp_path, 3, 2, 4)
 

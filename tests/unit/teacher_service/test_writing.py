@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from feature_store.errors import ResourceError
+from feature_store.objects.local import LocalObjects
 from feature_store.store import Store
 from teacher_service import writing
 from teacher_service.decoding import Task
@@ -19,7 +20,9 @@ def test_write_unit_raises_the_users_error_when_the_disk_is_full(monkeypatch: py
 
     monkeypatch.setattr(writing, "remaining_bytes", lambda manifest, missing: 10**18)
     committed = SimpleNamespace(missing_views=dict)
-    store = cast(Store, SimpleNamespace(write_unit=full, path=Path("store"), manifest=None, committed=committed))
+    store = cast(
+        Store, SimpleNamespace(write_unit=full, objects=LocalObjects("store"), manifest=None, committed=committed)
+    )
 
     with pytest.raises(ResourceError, match=r"unit 3 does not fit .*are missing"):
         write_unit(store, Task(3, range(2)), cast(Any, None))

@@ -1,0 +1,69 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_jobs import TinyTeacher, write_tars
+
+from teacher_service import forecast as forecast_module
+from teacher_service.config import TimedPlanConfig
+from teacher_service.forecast import forecast
+from teacher_service.planning import plan
+from teacher_service.timing import Timing
+
+TIMING = Timing(
+    samples=6, views=2, device="cpu", startup=2.0, calibration=1.0, workers=1, read=0.0, cut=0.0,
+    busy={"forward": 0.5, "write": 1.0},
+)  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_swin: TinyTeacher) -> TimedPlanConfig:
+    return TimedPlanConfig(
+        tars=write_tars(tmp_path, 30, 21), teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs,
+        store=tmp_path / "store", views=3, tap_codec="f16",
+    )  # fmt: skip
+
+
+def test_forecast_says_for_each_codec_and_number_of_views_what_a_plan_of_it_says(config: TimedPlanConfig) -> None:
+    found = forecast(config)
+
+    assert replace(found.plan, free_bytes=0) == replace(plan(config), free_bytes=0)  # others write to this disk, too
+    for codec in ("f32", "int8", "int4"):
+        assert found.codec_bytes[codec] == pytest.approx(plan(replace(config, tap_codec=codec)).total_bytes, rel=0.005)
+    by_views = {cost.views: cost for cost in found.view_counts}
+    assert 3 in by_views
+    for views in (1, 3, 16):
+        exact = plan(replace(config, views=views))
+        assert by_views[views].total_bytes == pytest.approx(exact.total_bytes, rel=0.005)
+        assert by_views[views].fits == exact.fits
+
+
+def test_forecast_has_no_times_when_nothing_is_measured(config: TimedPlanConfig) -> None:
+    found = forecast(config)
+
+    assert (found.seconds, found.gpu_hours, found.online_gpu_hours_per_epoch, found.timing) == (None,) * 4
+    assert all(cost.gpu_hours is None and cost.break_even_epochs is None for cost in found.view_counts)
+
+
+def test_forecast_counts_time_and_break_even_from_what_was_measured(
+    config: TimedPlanConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast_module, "measure", lambda config, tars: TIMING)
+
+    found = forecast(replace(config, time_samples=6))
+
+    assert found.seconds == pytest.approx(2 + 1 + 51 * 3 * 1.0)
+    assert found.gpu_hours == pytest.approx((2 + 1 + 51 * 3) / 3600)
+    assert found.online_gpu_hours_per_epoch == pytest.approx(51 * 0.5 / 3600)
+    (eight,) = [cost for cost in found.view_counts if cost.views == 8]
+    assert eight.gpu_hours == pytest.approx((2 + 1 + 51 * 8) / 3600)
+    assert eight.break_even_epochs == pytest.approx(16)  # the writer takes twice as long as the teacher
+    assert eight.break_even_students == {100: pytest.approx(0.16), 300: pytest.approx(16 / 300)}
+
+
+def test_forecast_is_a_flat_object_with_the_plans_own_numbers(config: TimedPlanConfig) -> None:
+    found = forecast(config).to_dict()
+
+    assert (found["views"], found["samples"], found["timing"]) == (3, 51, None)
+    assert found["view_counts"][0]["views"] == 1
+    assert "plan" not in found
