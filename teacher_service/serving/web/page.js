@@ -28,7 +28,7 @@ function element(name, attributes = {}, ...children) {
 
 const whole = new Intl.NumberFormat("en");
 const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
-const tail = (key) => (key.length > 13 ? `…${key.slice(-12)}` : key); // keys differ at their end
+const tail = (key) => (key.length > 9 ? `…${key.slice(-8)}` : key); // keys differ at their end
 const percent = (part, of) => `${of ? Math.floor((1000 * part) / of) / 10 : 0} %`;
 function size(bytes) {
   const units = ["B", "kB", "MB", "GB", "TB", "PB"];
@@ -199,7 +199,7 @@ async function choose(row) {
   figures.push(figure(`${rowPath(row)}/map.png`, "features", `Feature colours of ${found.key}`, "map"));
   const classes = found.classes.map((each) => element("li", {},
     element("span", {}, `class ${each.label}${each.label === found.label ? " ✓" : ""}`),
-    element("meter", { value: each.probability, max: 1, "aria-label": `probability of class ${each.label}` }),
+    element("progress", { value: each.probability, max: 1, "aria-label": `probability of class ${each.label}` }),
     element("span", {}, `${(100 * each.probability).toFixed(1)} %`)));
   const near = element("ul", { className: "grid near", "aria-label": "Nearest neighbours" }, ...found.neighbours.map((each) =>
     tile(each, each.key, each.similarity.toFixed(3), () => choose({ unit: each.unit, view: each.view, position: each.position }))));
