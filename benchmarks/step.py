@@ -83,7 +83,9 @@ class MemorySource:
         self._at = {row: i for i, row in enumerate(rows)}
         self._taps, self._logits = whole.taps, whole.logits
 
-    def read(self, rows: Sequence[RowId], taps: Sequence[str] | None = None) -> FeatureBatch:
+    def read(
+        self, rows: Sequence[RowId], taps: Sequence[str] | None = None, *, pixels: np.ndarray | None = None
+    ) -> FeatureBatch:
         """See FeatureSource.read."""
         at = [self._at[row] for row in rows]
         features = {name: self._taps[name][at] for name in taps or self._taps}
