@@ -83,7 +83,14 @@ class MemorySource:
         self._at = {row: i for i, row in enumerate(rows)}
         self._encoded, self._logits = whole.encoded, whole.logits
 
-    def read(self, rows: Sequence[RowId], taps: Sequence[str] | None = None, *, decode: bool = False) -> FeatureBatch:
+    def read(
+        self,
+        rows: Sequence[RowId],
+        taps: Sequence[str] | None = None,
+        *,
+        pixels: np.ndarray | None = None,
+        decode: bool = False,
+    ) -> FeatureBatch:
         """See FeatureSource.read; what a trainer asks for, nothing is decoded."""
         at = [self._at[row] for row in rows]
         encoded = {tap: {name: part[at] for name, part in self._encoded[tap].items()} for tap in taps or self._encoded}

@@ -18,8 +18,9 @@ from feature_store.errors import CorruptStoreError
 from feature_store.manifest import Manifest
 
 CRC_BYTES = 4
-crc32c = cast(Callable[[Any], int], awscrt_checksums.crc32c)
-"""crc32c of bytes. It takes any buffer, whatever its annotation says."""
+crc32c = cast(Callable[..., int], awscrt_checksums.crc32c)
+"""crc32c of bytes; of more bytes if the crc32c of those before is the second argument. It takes any buffer, whatever
+its annotation says."""
 MISSING_CHUNK = 2**64 - 1
 
 

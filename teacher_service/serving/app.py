@@ -12,10 +12,13 @@ from fastapi.openapi.utils import get_openapi
 from teacher_service.serving import problems
 from teacher_service.serving.access_log import AccessLogMiddleware
 from teacher_service.serving.auth import AuthMiddleware, scope_of
+from teacher_service.serving.browse import browse_router
 from teacher_service.serving.limits import LimitsMiddleware
+from teacher_service.serving.page import page_router
 from teacher_service.serving.routes_operations import operations_router
 from teacher_service.serving.routes_rows import rows_router
 from teacher_service.serving.routes_zarr import zarr_router
+from teacher_service.serving.samples import Gallery
 from teacher_service.serving.service import Service
 from teacher_service.serving.tokens import TokenFile
 
@@ -53,7 +56,8 @@ def create_app(
     )  # fmt: skip
     app.state.service = service
     problems.install(app)
-    for router in (operations_router(), rows_router(), zarr_router()):
+    browse = browse_router(Gallery(lambda: service.store, service.config.tars))
+    for router in (operations_router(), rows_router(), zarr_router(), browse, page_router()):
         app.include_router(router)
     if service.live is not None:
         from teacher_service.serving.compute import compute_router

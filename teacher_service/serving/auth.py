@@ -5,11 +5,11 @@ import ipaddress
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from teacher_service.serving import tokens
+from teacher_service.serving import page, tokens
 from teacher_service.serving.problems import Problem
 from teacher_service.serving.tokens import TokenFile
 
-PUBLIC = frozenset({"/livez", "/readyz"})
+PUBLIC = frozenset({"/livez", "/readyz", *page.FILES})
 """Answered without a token: they say nothing about the store."""
 
 _SCOPES: tuple[tuple[str, tokens.Scope], ...] = (
@@ -21,6 +21,7 @@ _SCOPES: tuple[tuple[str, tokens.Scope], ...] = (
     ("/v1/units/", "read"),
     ("/v1/blocks", "read"),
     ("/v1/zarr/", "read"),
+    ("/v1/browse/", "read"),
     ("/openapi.json", "read"),
     ("/docs", "read"),
 )

@@ -150,6 +150,21 @@ class Batcher:
         """Rows that wait."""
         return self._waiting
 
+    def require_room(self, rows: int = 1) -> None:
+        """Refuse what submit would refuse now, before the rows are made.
+
+        Raises:
+            BusyError: Too many rows wait.
+            DeviceFaultError: The device is lost.
+            ResourceError: The batcher is closed.
+        """
+        with self._changed:
+            self._require_running()
+            if self._waiting + rows > self.queue_rows:
+                self._drop_dead()  # those that gave up take no room
+            if self._waiting + rows > self.queue_rows:
+                raise self._busy(rows)
+
     def submit(self, rows: np.ndarray, *, timeout: float | None = None) -> "Future[Outputs]":
         """Queue rows [n, *row_shape]; the future gives their outputs [n, ...], maybe views of a whole batch's.
 
@@ -202,11 +217,7 @@ class Batcher:
         now = self._clock()
         request = _Request(rows, float("inf") if timeout is None else now + timeout, now)
         with self._changed:
-            self._require_running()
-            if self._waiting + len(rows) > self.queue_rows:
-                self._drop_dead()  # those that gave up take no room
-            if self._waiting + len(rows) > self.queue_rows:
-                raise self._busy(len(rows))
+            self.require_room(len(rows))
             self._queue.append(request)
             self._waiting += len(rows)
             self._changed.notify_all()

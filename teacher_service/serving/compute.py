@@ -37,7 +37,7 @@ class TeacherDescription(BaseModel):
 
     teacher: dict[str, Any]
     split: dict[str, Any]
-    taps: dict[str, tuple[int, int]]
+    taps: dict[str, list[int]]
     max_batch: int
     max_rows: int
 
@@ -95,6 +95,7 @@ def compute_router(live: LiveTeacher, *, timeout: float = 60.0, max_pixels: int 
     ) -> StreamingResponse:
         """The teacher's taps and logits of an image or of views; requests of all callers are batched together."""
         names = _known(live.taps, taps)
+        live.batcher.require_room()  # before the body is read: a refusal should cost little
         body, size = await request.body(), live.teacher.info.input_size
         if _media_type(request) == wire.MEDIA_TYPE:
             pixels = await run_in_threadpool(_views_of_frame, body)

@@ -9,12 +9,12 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -177,18 +177,29 @@ def _serve_with_workers(config: ServeConfig, listener: socket.socket) -> None:
     os.environ[MULTIPROCESS_DIR] = folder
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_work, args=(config, listener)) for _ in range(config.workers)]
+    told = threading.Event()
+
+    def end(*_: object) -> None:
+        told.set()
+        for worker in workers:
+            with suppress(ProcessLookupError, AttributeError):  # gone, or not yet there
+                worker.terminate()
+
     try:
         for worker in workers:
             worker.start()
         for sig in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(sig, partial(_forward, workers))
+            signal.signal(sig, end)
         connection.wait([worker.sentinel for worker in workers])
-        _forward(workers, signal.SIGTERM, None)
+        died = not told.is_set()
+        if died:
+            end()
         for worker in workers:
             worker.join()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if bad := [worker.exitcode for worker in workers if worker.exitcode]:
+    fine = (0,) if died else (0, -signal.SIGTERM)  # told before it listened, a worker just ends
+    if bad := [worker.exitcode for worker in workers if worker.exitcode not in fine]:
         raise ResourceError(f"a worker ended with code {bad[0]}; its last words are above")
 
 
@@ -199,13 +210,6 @@ def _work(config: ServeConfig, listener: socket.socket) -> None:
     except UserError as error:
         print(f"teacher-service: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-
-
-def _forward(workers: Sequence[BaseProcess], sig: int, frame: FrameType | None) -> None:
-    for worker in workers:
-        with suppress(ProcessLookupError):
-            if worker.pid is not None and worker.is_alive():
-                os.kill(worker.pid, signal.SIGTERM)
 
 
 def _configure_logs() -> None:

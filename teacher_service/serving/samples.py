@@ -1,0 +1,193 @@
+"""What a person looks at: a row's colours, its likeliest classes, and the rows most like it.
+
+Shape legend: n rows, N tokens, C channels, K classes.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from feature_store.analysis.features import ColourMap, replay_views
+from feature_store.analysis.row_sample import pick, sampled_shards
+from feature_store.errors import InputError
+from feature_store.sample import RowId
+from feature_store.source import FeatureBatch
+from feature_store.store import Store
+from feature_store.tars.tar import Tar, expand_tars, tar_name
+
+TAP = "stage4"
+_ROWS = 512  # that any row is compared with
+_PAINTED = 64  # of them that decide what the colours mean
+_OPEN_TARS = 8
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A class and its probability."""
+
+    label: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A row and its cosine similarity, 1 for the same features."""
+
+    row: RowId
+    key: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of a store.
+
+    Attributes:
+        rows: Where they are.
+        keys: Their sample keys.
+        mean: Of each channel of the pooled features [C].
+        spread: Standard deviation of each [C].
+        directions: The rows' pooled features, standardised per channel and of length 1: [n, C]. A few channels of a
+            transformer are so heavy that without it every row is like every other.
+        colours: What colours mean.
+        committed: Units times views that were committed then.
+    """
+
+    rows: list[RowId]
+    keys: list[str]
+    mean: np.ndarray
+    spread: np.ndarray
+    directions: np.ndarray
+    colours: ColourMap
+    committed: int
+
+    @classmethod
+    def of(cls, store: Store) -> "Sample":
+        """A sample of a store, the same for the same store.
+
+        Raises:
+            InputError: No unit is committed.
+        """
+        rng = np.random.default_rng(0)
+        shards = sampled_shards(store, rng)
+        rows = [row for shard in shards for row in pick(shard, -(-_ROWS // len(shards)), rng)]
+        features = _features(store, rows)
+        pooled = features.mean(axis=1)
+        mean, spread = pooled.mean(axis=0), pooled.std(axis=0)
+        spread = np.where(spread > 0, spread, 1)
+        painted = features[:: -(-len(rows) // _PAINTED)]
+        keys = [store.keys(row.unit)[row.position] for row in rows]
+        return cls(
+            rows, keys, mean, spread, _unit_length((pooled - mean) / spread), ColourMap.fit(painted), _committed(store)
+        )
+
+    def neighbours(self, row: RowId, features_NC: np.ndarray, count: int) -> list[Neighbour]:
+        """Rows of other samples most like this one, the likest first."""
+        direction = _unit_length((features_NC.mean(axis=0) - self.mean)[None] / self.spread)[0]
+        similarities = self.directions @ direction
+        order = np.argsort(-similarities, kind="stable").tolist()
+        others = (at for at in order if self.rows[at][:2] != row[:2])
+        seen: set[str] = set()
+        found = []
+        for at in others:
+            if self.keys[at] not in seen and len(found) < count:
+                seen.add(self.keys[at])
+                found.append(Neighbour(self.rows[at], self.keys[at], float(similarities[at])))
+        return found
+
+
+class Gallery:
+    """Looks at rows of a store that may change.
+
+    Args:
+        store: The store as it is now.
+        tars: Its tars, for the views' pixels: paths, brace patterns, URLs; none for no pixels.
+    """
+
+    def __init__(self, store: Callable[[], Store], tars: Sequence[str] = ()) -> None:
+        self._store = store
+        self._urls = {tar_name(url): url for url in expand_tars(tars)} if tars else {}
+        self._tars: dict[str, Tar] = {}
+        self._sample: tuple[str, Sample] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether it can show views."""
+        return bool(self._urls)
+
+    def sample(self) -> Sample:
+        """What rows are compared with; taken anew when the store has grown to twice its size.
+
+        Raises:
+            InputError: No unit is committed.
+        """
+        store = self._store()
+        identity = store.manifest.identity()
+        with self._lock:
+            if (
+                self._sample is None
+                or self._sample[0] != identity
+                or _committed(store) >= 2 * self._sample[1].committed
+            ):
+                self._sample = identity, Sample.of(store)
+            return self._sample[1]
+
+    def read(self, row: RowId) -> FeatureBatch:
+        """The row's features and logits.
+
+        Raises:
+            UncommittedError, QuarantinedError, CorruptStoreError: See ZarrSource.read.
+        """
+        return self._store().source([TAP]).read([row])
+
+    def colours(self, row: RowId) -> np.ndarray:
+        """The row's features as colours, uint8 [H, W, 3] of the teacher's grid."""
+        features = self.read(row).taps[TAP].astype(np.float32)
+        grid = self._store().manifest.split.output_grid
+        return np.round(self.sample().colours.paint(features, grid)[0] * 255).astype(np.uint8)
+
+    def pixels(self, row: RowId) -> np.ndarray:
+        """The row's view, uint8 [H, W, 3], compared with what the teacher saw.
+
+        Raises:
+            InputError: The tar is not at hand.
+            MismatchError: It is another one, or its pixels come out differently.
+        """
+        store = self._store()
+        store.committed.require(row)
+        return replay_views(store, [self._tar(store.manifest.tars[row.unit].name)], [row])[0]
+
+    def _tar(self, name: str) -> Tar:
+        if name not in self._urls:
+            raise InputError(f"tar {name} is not among those the service was given; start it with --tars")
+        with self._lock:
+            if name not in self._tars:
+                self._tars[name] = Tar.open(self._urls[name])
+            while len(self._tars) > _OPEN_TARS:
+                self._tars.pop(next(iter(self._tars)))
+            return self._tars[name]
+
+
+def predictions(logits_K: np.ndarray, count: int) -> list[Prediction]:
+    """The likeliest classes."""
+    exponents = np.exp(logits_K.astype(np.float64) - float(logits_K.max()))
+    probabilities = exponents / exponents.sum()
+    order = np.argsort(-probabilities, kind="stable")[:count].tolist()
+    return [Prediction(label, float(probabilities[label])) for label in order]
+
+
+def _features(store: Store, rows: Sequence[RowId]) -> np.ndarray:
+    return store.source([TAP]).read(rows).taps[TAP].astype(np.float32)
+
+
+def _unit_length(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(lengths > 0, lengths, 1)
+
+
+def _committed(store: Store) -> int:
+    missing = sum(map(len, store.committed.missing_views().values()))
+    return len(store.manifest.tars) * store.manifest.num_views - missing

@@ -1,0 +1,215 @@
+"""The page in a real browser: what it shows, by keyboard, on a phone, with a token, and nothing but its own files.
+
+The browser is a Chromium of the system, or Playwright's own (``python -m playwright install chromium``).
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from service_process import running_service
+from training_world import World, make_world
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Without one these tests fail, with Playwright's own word on how to install it."""
+    executable = next(filter(None, map(shutil.which, NAMES)), None)
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return make_world(tmp_path_factory.mktemp("page"), skip=[(1, 1)])
+
+
+@pytest.fixture(scope="module")
+def url(world):
+    with running_service(world.store, "--tars", *world.tars) as running:
+        yield running.url
+
+
+@pytest.fixture
+def page(browser: Browser):
+    """A page that must stay without an error and without a request to anywhere else."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(15_000)
+    page.problems, page.addresses = [], []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("console", lambda line: page.problems.append(line.text) if line.type == "error" else None)
+    page.on("request", lambda request: page.addresses.append(request.url))
+    yield page
+    context.close()
+
+
+def is_painted(page: Page, selector: str) -> bool:
+    """Whether a picture arrived and is not of one colour."""
+    page.wait_for_function("s => document.querySelector(s)?.naturalWidth > 0", arg=selector)
+    return page.evaluate(
+        """selector => {
+            const image = document.querySelector(selector), canvas = document.createElement("canvas");
+            canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
+            const context = canvas.getContext("2d");
+            context.drawImage(image, 0, 0);
+            const pixels = new Uint32Array(context.getImageData(0, 0, canvas.width, canvas.height).data.buffer);
+            return new Set(pixels).size > 1;
+        }""",
+        selector,
+    )
+
+
+def test_page_shows_the_store_when_opened(page, url):
+    page.goto(url)
+    expect(page.locator("#grid button")).to_have_count(14)
+    expect(page.locator("#teacher")).to_have_text("test_vit")
+    expect(page.locator("#progress-number")).to_have_text("75 %")
+    expect(page.locator("#progress-text")).to_contain_text("3 of 4 tar views committed")
+    expect(page.locator("#store")).to_contain_text("38 of 52")  # rows: two views of 13, one of 12
+    expect(page.locator("#quarantine")).to_contain_text("a009")
+    expect(page.locator("#quarantine")).to_contain_text("not an image")
+    expect(page.locator("#grid button").nth(9)).to_be_disabled()
+    assert page.problems == []
+    assert {address.split("/")[2] for address in page.addresses if not address.startswith("blob:")} == {
+        url.removeprefix("http://")
+    }
+
+
+def test_sample_is_shown_with_view_colours_classes_and_neighbours_when_chosen(page, url):
+    page.goto(url)
+    page.locator("#grid button").nth(2).click()
+    expect(page.locator("#detail strong")).to_have_text("a002")
+    assert is_painted(page, "#detail figure:first-child img")
+    assert is_painted(page, "#detail figure:last-child img")
+    expect(page.locator(".classes li")).to_have_count(4)
+    near = page.locator(".near button")
+    expect(near).to_have_count(8)
+    key = near.first.get_attribute("title")
+    near.first.click()
+    expect(page.locator("#detail strong")).to_have_text(key)
+    assert key != "a002"
+    assert page.problems == []
+
+
+def test_other_tars_and_views_are_shown_when_chosen(page, url):
+    page.goto(url)
+    page.get_by_role("combobox", name="Tar").select_option("train-1.tar")
+    expect(page.locator("#grid button")).to_have_count(12)
+    expect(page.locator("#grid button").first).to_have_attribute("title", "b000")
+    page.get_by_role("combobox", name="View").select_option("1")
+    expect(page.locator("#grid .blank")).to_have_count(12)  # this view is not committed
+    assert page.problems == []
+
+
+def test_page_is_used_by_keyboard_alone_when_tabbed_through(page, url):
+    page.goto(url)
+    expect(page.locator("#grid button")).to_have_count(14)
+    page.keyboard.press("Tab")
+    expect(page.locator(".skip")).to_be_focused()
+    page.locator("#grid button").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(page.locator("#detail strong")).to_have_text("a001")
+    expect(page.locator("#grid button").nth(1)).to_have_attribute("aria-pressed", "true")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_controls_have_names_when_read_aloud(page, url):
+    page.goto(url)
+    expect(page.locator("#grid button")).to_have_count(14)
+    page.locator("#grid button").first.click()
+    expect(page.locator(".near button")).to_have_count(8)
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, select, input, progress, img, svg[role]")]
+            .filter(each => !each.closest("[hidden]"))
+            .filter(each => !(each.ariaLabel || each.getAttribute("aria-labelledby") || each.labels?.length
+                || each.hasAttribute("alt") || each.textContent.trim()))
+            .map(each => each.outerHTML)"""
+    )
+    assert nameless == []
+    assert page.evaluate("[...document.querySelectorAll('h1, h2')].map(each => each.textContent)") == [
+        "Teacher features", "Progress", "Throughput", "Store", "Samples", "Quarantine",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [320, 375, 768])
+def test_page_fits_without_scrolling_sideways_when_narrow(page, url, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(url)
+    page.locator("#grid button").first.click()
+    expect(page.locator(".near button")).to_have_count(8)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    small = page.evaluate(
+        """() => [...document.querySelectorAll("button:enabled, select")].map(each => each.getBoundingClientRect())
+            .filter(box => box.width && Math.min(box.width, box.height) < 24).length"""
+    )
+    assert small == 0  # WCAG 2.5.8
+    assert page.problems == []
+
+
+def test_page_asks_for_a_token_and_keeps_it_in_its_tab_when_the_service_needs_one(page, world, tmp_path, capfd):
+    from teacher_service.cli import main
+
+    tokens = tmp_path / "tokens.jsonl"
+    main(["token", "create", "--name", "reader", "--file", str(tokens)])
+    token = capfd.readouterr().out.strip()
+    with running_service(world.store, "--tokens", str(tokens)) as running:
+        page.goto(running.url)
+        field = page.get_by_label("Access token")
+        expect(field).to_be_focused()
+        expect(page.locator("main")).to_be_hidden()
+        field.fill("wrong")
+        field.press("Enter")
+        expect(page.locator("#token-note")).to_contain_text("Refused")
+        field.fill(token)
+        field.press("Enter")
+        expect(page.locator("#grid button")).to_have_count(14)
+        page.locator("#grid button").first.click()
+        assert is_painted(page, "#detail figure img")
+        page.reload()
+        expect(page.locator("#grid button")).to_have_count(14)
+        assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
+        assert not any(token in address for address in page.addresses)
+
+
+def test_page_follows_when_more_is_committed(page, tmp_path):
+    world = make_world(tmp_path / "world", skip=[(0, 1), (1, 0), (1, 1)])
+    whole = make_world(tmp_path / "whole")
+    with running_service(world.store, "--refresh-seconds", "0.2") as running:
+        page.goto(running.url)
+        expect(page.locator("#progress-number")).to_have_text("25 %")
+        complete(world.store, whole.store)
+        expect(page.locator("#progress-number")).to_have_text("100 %")
+        expect(page.locator("#status")).to_have_text("complete")
+        expect(page.locator("#unit option:enabled")).to_have_count(2)
+    assert page.problems == []
+
+
+def complete(store: Path, whole: Path) -> None:
+    """Give a store what a whole one of the same settings has: objects first, commit records last."""
+    for records in (False, True):
+        for file in sorted(whole.rglob("*")):
+            name = file.relative_to(whole)
+            if file.is_file() and (name.parts[0] == "commits") == records and not (store / name).exists():
+                (store / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, store / name)
+
+
+def test_scripts_of_others_do_not_run_when_injected(page, url):
+    page.goto(url)
+    expect(page.locator("#grid button")).to_have_count(14)
+    page.evaluate(
+        """() => {
+            const script = document.createElement("script");
+            script.textContent = "window.ran = 1";
+            document.body.append(script);
+        }"""
+    )
+    assert page.evaluate("window.ran") is None
+    assert any("Content Security Policy" in problem for problem in page.problems)
