@@ -1,8 +1,6 @@
 """Says what a job will write, before anything runs: no weights are loaded and no forward pass is made."""
 
 import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +12,7 @@ from feature_store.commits.record import CommitRecord, ObjectProof, encode_recor
 from feature_store.errors import InputError, MismatchError
 from feature_store.layout import CRC_BYTES, array_specs, object_bytes
 from feature_store.manifest import Growth, Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
-from feature_store.objects.local import LocalObjects, open_objects
+from feature_store.objects.local import open_objects
 from feature_store.skeleton import ROOT
 from feature_store.store import Store, open_store
 from feature_store.tars.tar import Tar, expand_tars
@@ -24,6 +22,8 @@ from feature_store.versions import software_versions
 from feature_store.views import view_policy
 from feature_store.views.materialised import JPEG
 from teacher_service.config import PlanConfig
+from teacher_service.folders import free_bytes
+from teacher_service.view_sizes import ViewTars, view_tars
 
 ARRAY_BYTES, SHARDED_BYTES = 600, 1150  # zarr.json of an array, about
 GROUPS = 5  # root, taps, view, teacher, teacher/blocks
@@ -50,6 +50,7 @@ class Plan:
         remaining_images: Images still to go through the teacher.
         free_bytes: Free disk at the destination; None for a bucket.
         fits: Whether the remaining bytes fit in the free ones.
+        view_tars: Materialised views, which are not part of the store; None without them.
     """
 
     teacher: str
@@ -68,6 +69,7 @@ class Plan:
     remaining_images: int
     free_bytes: int | None
     fits: bool
+    view_tars: ViewTars | None = None
 
     def has_room(self, size: int) -> bool:
         """Whether so many bytes fit at the destination."""
@@ -110,7 +112,11 @@ def plan_of(config: PlanConfig, outline: TeacherOutline, tars: Sequence[Tar]) ->
         UserError: See plan.
     """
     manifest = job_manifest(config, tars, outline.info, outline.split)
-    return predict(manifest, outline.block_bytes, config.store, _missing_views(manifest, config.store))
+    plan = predict(manifest, outline.block_bytes, config.store, _missing_views(manifest, config.store))
+    if config.views_out is None:
+        return plan
+    sizes = view_tars(config.views_out, manifest, tars, plan.remaining_images, config.store, plan.remaining_bytes)
+    return replace(plan, view_tars=sizes)
 
 
 def outline_teacher(config: PlanConfig) -> TeacherOutline:
@@ -266,19 +272,6 @@ def remaining_bytes(manifest: Manifest, missing: Missing) -> int:
     """Bytes of all views that are missing."""
     shares = {unit: len(views) / manifest.num_views for unit, views in missing.items()}
     return round(sum(_unit_bytes(manifest, unit).total() * share for unit, share in shares.items()))
-
-
-def free_bytes(store: str | Path) -> int | None:
-    """Free disk where a store is or would be, in bytes; None for a bucket."""
-    objects = open_objects(store)
-    return shutil.disk_usage(existing_folder(store)).free if isinstance(objects, LocalObjects) else None
-
-
-def existing_folder(store: str | Path) -> Path:
-    """A store's folder or the nearest one above it that exists; the temporary one for a bucket."""
-    objects = open_objects(store)
-    path = objects.root.absolute() if isinstance(objects, LocalObjects) else Path(tempfile.gettempdir())
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _unit_bytes(manifest: Manifest, unit: int) -> Counter[str]:

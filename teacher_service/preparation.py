@@ -63,6 +63,12 @@ def prepare(config: CacheConfig) -> Job:
             f"{plan.store} needs {decimal(plan.remaining_bytes)} more, {decimal(free)} are free, "
             f"{decimal(plan.remaining_bytes - free)} are missing; make room, or store fewer --views or --taps"
         )
+    if (views := plan.view_tars) is not None and not views.fits:
+        free = views.free_bytes or 0
+        raise ResourceError(
+            f"{decimal(views.needed_bytes)} more are needed where the views go, {views.url}, and {decimal(free)} are "
+            f"free, about {decimal(views.needed_bytes - free)} are missing; make room, or take fewer --views"
+        )
     teacher = load_job_teacher(config)
     blocks = bundle_state(teacher.later_blocks)
     manifest = job_manifest(config, tars, teacher.info, teacher.split, bundle_sha256(blocks))

@@ -10,7 +10,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from teacher_service.caching import CacheSummary
     from teacher_service.forecast import Forecast
-    from teacher_service.planning import Plan
 
 
 def print_forecast(forecast: "Forecast", console: Console) -> None:
@@ -38,18 +37,24 @@ def plan_table(forecast: "Forecast") -> Table:
     table.add_section()
     table.add_row("already written", f"{plan.committed_units:,} of {plan.units:,} units")
     table.add_row("to write", decimal(plan.remaining_bytes))
-    table.add_row("free disk", _verdict(plan))
+    table.add_row("free disk", _verdict(plan.free_bytes, plan.remaining_bytes))
+    if (views := plan.view_tars) is not None:
+        table.add_section()
+        table.add_row(
+            f"views in {views.url}", f"about {decimal(views.total_bytes)}, {decimal(round(views.view_bytes))} each"
+        )
+        table.add_row("views to write", decimal(views.remaining_bytes))
+        table.add_row("free disk there", _verdict(views.free_bytes, views.needed_bytes))
     if (timing := forecast.timing) is not None and forecast.seconds is not None:
         rate = 1 / timing.seconds_per_image(plan.views)
         table.add_row("time", f"{duration(forecast.seconds)} on one device, {rate:,.1f} images/s from then on")
     return table
 
 
-def _verdict(plan: "Plan") -> str:
-    if plan.free_bytes is None:
+def _verdict(free: int | None, needed: int) -> str:
+    if free is None:
         return "a bucket has no limit known here"
-    verdict = "fits" if plan.fits else f"does NOT fit: {decimal(plan.remaining_bytes - plan.free_bytes)} missing"
-    return f"{decimal(plan.free_bytes)}: {verdict}"
+    return f"{decimal(free)}: " + ("fits" if needed <= free else f"does NOT fit: {decimal(needed - free)} missing")
 
 
 def codec_table(forecast: "Forecast") -> Table:

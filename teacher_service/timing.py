@@ -21,8 +21,9 @@ from feature_store.teacher.model import Teacher, load_teacher
 from teacher_service.config import CacheConfig, TimedPlanConfig
 from teacher_service.decoding import Task, ViewDataset
 from teacher_service.devices import find_device
+from teacher_service.folders import existing_folder
 from teacher_service.pipeline import Pipeline
-from teacher_service.planning import existing_folder, job_manifest
+from teacher_service.planning import job_manifest
 from teacher_service.preparation import CALIBRATION_SAMPLES, first_features
 from teacher_service.waits import StageTimes
 

@@ -9,7 +9,8 @@ from feature_store.errors import ResourceError
 from feature_store.store import Store
 from feature_store.writer import UnitData
 from teacher_service.decoding import Task
-from teacher_service.planning import free_bytes, remaining_bytes
+from teacher_service.folders import free_bytes
+from teacher_service.planning import remaining_bytes
 
 RESUME = "committed units are safe; mend it and run the same command again to go on"
 
