@@ -9,10 +9,9 @@ and zarr-python if it is installed, else the service does.
 
 import importlib
 import json
+import os
 import resource
 import shutil
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +90,8 @@ def measure_rows(store: Store, server: Server, config: Config) -> dict[str, Any]
     ordered = rows_of(store)
     source = connect(server.url).source()
     memory, floor = source.buffers(BATCH), RawSocket(BATCH * ROW_BYTES)
+    shard = max((path for path in store.path.rglob("taps/stage4/c/**/*") if path.is_file()), key=os.path.getsize)
+    reading = RawSocket(BATCH * ROW_BYTES, shard)
     local = store.source()
 
     def over_http(rows: Sequence[RowId]) -> None:
@@ -98,6 +99,7 @@ def measure_rows(store: Store, server: Server, config: Config) -> dict[str, Any]
 
     contenders: dict[str, Callable[[Sequence[RowId]], Any]] = {
         "raw socket": lambda rows: floor.read(memory["stage4"]),
+        "raw socket, read from the file": lambda rows: reading.read(memory["stage4"]),
         "service": over_http,
         "store": lambda rows: local.read(rows, out=memory),
     }
@@ -111,9 +113,13 @@ def measure_rows(store: Store, server: Server, config: Config) -> dict[str, Any]
             found[name]["cpu_seconds_per_GB"] = {
                 "service": cpu_per_gb(lambda rows: over_http(rows), server, batches),
                 "raw socket": cpu_per_gb(lambda rows: floor.read(memory["stage4"]), floor.server, batches),
+                "raw socket, read from the file": cpu_per_gb(
+                    lambda rows: reading.read(memory["stage4"]), reading.server, batches
+                ),
             }
     finally:
         floor.close()
+        reading.close()
     return found
 
 
@@ -178,15 +184,6 @@ def zarr_reader(base: str, capacity: int) -> Callable[[Sequence[RowId]], Any]:
 def rows_of(store: Store) -> list[RowId]:
     places = [(unit, view) for view in range(store.manifest.num_views) for unit in store.committed.units]
     return [row for place in places for row in store.source().unit_rows(*place)]
-
-
-def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Servers for the HTTP benchmark, each a process of its own: the service, nginx over the same files, a raw socket."""
 
+import itertools
 import json
 import os
 import shutil
@@ -87,13 +88,18 @@ def nginx(root: Path) -> Iterator[Server | None]:
 
 
 class RawSocket:
-    """Client and server of the floor: the server sends so many bytes whenever it is asked, and does nothing else."""
+    """Client and server of the floor: the server sends so many bytes whenever it is asked, and does nothing else.
 
-    def __init__(self, nbytes: int) -> None:
+    Args:
+        nbytes: How many.
+        file: Where it reads them from each time, anywhere; None sends what lies in memory.
+    """
+
+    def __init__(self, nbytes: int, file: Path | None = None) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         self.pid = os.fork()
         if self.pid == 0:
-            _send_forever(listener, nbytes)
+            _send_forever(listener, nbytes, file)
         self._connection = socket.create_connection(listener.getsockname())
         listener.close()
         self.server = Server("", self.pid)
@@ -107,14 +113,20 @@ class RawSocket:
 
     def close(self) -> None:
         """End the server."""
-        self._connection.close()
+        self._connection.sendall(b".")  # closing it would not do: later children hold it open too
         os.waitpid(self.pid, 0)
+        self._connection.close()
 
 
-def _send_forever(listener: socket.socket, nbytes: int) -> None:
+def _send_forever(listener: socket.socket, nbytes: int, file: Path | None) -> None:
     connection, _ = listener.accept()
     payload = memoryview(np.ones(nbytes, np.uint8))
-    while connection.recv(1):
+    descriptor = None if file is None else os.open(file, os.O_RDONLY)
+    last = 0 if file is None else file.stat().st_size - nbytes
+    for turn in itertools.count():
+        if connection.recv(1) != b"?":
+            os._exit(0)
+        if descriptor is not None:
+            os.preadv(descriptor, [payload], turn * 7919 * 4096 % last)
         for start in range(0, nbytes, _CHUNK):
             connection.sendall(payload[start : start + _CHUNK])
-    os._exit(0)

@@ -6,6 +6,7 @@ of their own first, which costs as much CPU as receiving it.
 
 import http.client
 import ssl
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -67,12 +68,18 @@ class Transport(Protocol):
         ...
 
 
-class _Idle(deque[http.client.HTTPConnection]):
+class _Idle:
     """Open connections that nobody uses; closed with it, in a forked process without a word to the server."""
 
-    def __del__(self) -> None:
-        for connection in self:
-            connection.close()
+    def __init__(self) -> None:
+        self.connections: deque[http.client.HTTPConnection] = deque()
+        # Not __del__: of garbage in a cycle, the sockets could go first, and warn that nobody closed them.
+        weakref.finalize(self, _close, self.connections)
+
+
+def _close(connections: "deque[http.client.HTTPConnection]") -> None:
+    for connection in connections:
+        connection.close()
 
 
 class HttpTransport:
@@ -111,13 +118,13 @@ class HttpTransport:
             done = answer.isclosed() and not answer.will_close  # read to the end, and the server keeps it open
         finally:
             if done:
-                idle.append(connection)
+                idle.connections.append(connection)
             else:
                 connection.close()
 
     def _connection(self, idle: _Idle, timeout: float) -> http.client.HTTPConnection:
         try:
-            connection = idle.pop()
+            connection = idle.connections.pop()
         except IndexError:
             return self._new_connection(timeout)
         if connection.sock is not None:

@@ -38,7 +38,7 @@ class Summary(BaseModel):
 
     teacher: str
     weights: str = Field(description="sha256 of the teacher's weights")
-    input_size: tuple[int, int]
+    input_size: list[int]
     classes: int
     taps: dict[str, str]
     logits: str
@@ -222,7 +222,7 @@ def _summary(service: Service, gallery: Gallery) -> Summary:
     return Summary(
         teacher=teacher.name,
         weights=teacher.weights_sha256,
-        input_size=teacher.input_size,
+        input_size=list(teacher.input_size),
         classes=teacher.num_classes,
         taps={
             name: f"{tap.tokens} tokens x {tap.channels} channels, {tap.codec}" for name, tap in manifest.taps.items()

@@ -1,5 +1,6 @@
 """Connections: kept open, given up when broken, and each process's own."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -110,3 +111,13 @@ def test_transport_works_when_pickled(server):
     get(transport)
     again = pickle.loads(pickle.dumps(transport))  # noqa: S301 - made here
     assert get(again) == (200, b"0123456789")
+
+
+def test_connections_are_closed_when_their_owner_is_garbage_in_a_cycle(server):
+    owner = {"transport": HttpTransport(server.url)}
+    owner["itself"] = owner
+    get(owner["transport"])
+    idle = owner["transport"]._idle().connections[0]
+    del owner
+    gc.collect()  # an open socket would warn, which is an error here
+    assert idle.sock is None
