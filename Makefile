@@ -4,16 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test format clean
+.PHONY: demo test browser format clean
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
-test: $(STAMP)
+test: $(STAMP) browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# A Chromium for the tests of the page, where the system has none; without one they are skipped, which the summary says.
+browser: $(STAMP)
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	$(BIN)/python -m playwright install chromium >/dev/null 2>&1 || echo "no browser: the page's tests will be skipped"
 
 format: $(STAMP)
 	$(BIN)/ruff format .
