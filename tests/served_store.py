@@ -114,6 +114,13 @@ class InProcess:
         found = {name.decode(): value.decode("latin-1") for name, value in sent[0]["headers"]}
         return Answer(sent[0]["status"], found, b"".join(message["body"] for message in sent[1:]))
 
+    def memory_comes_back(self) -> bool:
+        """Whether no answer takes memory any more, as soon as pool threads have let go of what they made."""
+        deadline = time.monotonic() + 5
+        while self.service.memory.used and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.service.memory.used == 0
+
     def close(self) -> None:
         self._runner.close()
 

@@ -168,7 +168,8 @@ def test_ray_actors_write_the_same_bytes_when_one_is_killed(
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     summary = json.loads(output)
-    assert (summary["units_written"], summary["units_left"]) == (UNITS, 0)
+    assert summary["units_left"] == 0
+    assert summary["units_written"] in (UNITS - 1, UNITS)  # one may be committed whose actor died before it said so
     assert store_files(config.store) == whole
 
 
