@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test browser format clean
+.PHONY: demo test nightly browser format clean
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
@@ -14,6 +14,10 @@ test: $(STAMP) browser
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# More of what is random: ten times the requests that the OpenAPI makes of the service.
+nightly: $(STAMP)
+	OMP_NUM_THREADS=1 SERVICE_CASES=6000 $(BIN)/python -m pytest tests/unit/teacher_service/test_serving_schema.py
 
 # A Chromium for the tests of the page, where the system has none; without one they are skipped, which the summary says.
 browser: $(STAMP)

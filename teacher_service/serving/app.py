@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 
 from teacher_service.serving import problems
@@ -57,18 +57,36 @@ def create_app(
     app.state.service = service
     problems.install(app)
     browse = browse_router(Gallery(lambda: service.store, service.config.tars))
-    for router in (operations_router(), rows_router(), zarr_router(), browse, page_router()):
+    for router in (operations_router(), page_router()):
         app.include_router(router)
+    strict = [Depends(refuse_unknown_parameters)]
+    for router in (rows_router(), zarr_router(), browse):
+        app.include_router(router, dependencies=strict)
     if service.live is not None:
         from teacher_service.serving.compute import compute_router
 
-        app.include_router(compute_router(service.live), responses=_COMPUTE_PROBLEMS)
+        app.include_router(compute_router(service.live), responses=_COMPUTE_PROBLEMS, dependencies=strict)
     # The last one added is the outermost.
     app.add_middleware(LimitsMiddleware, limits=service.config.limits, large_bodies=frozenset({COMPUTE}))
     app.add_middleware(AuthMiddleware, tokens=tokens, loopback=service.config.loopback)
     app.add_middleware(AccessLogMiddleware, metrics=service.metrics)
     app.openapi = lambda: _openapi(app)
     return app
+
+
+def refuse_unknown_parameters(request: Request) -> None:
+    """A misspelt parameter would be a default in silence.
+
+    Raises:
+        Problem: Names the first that the route does not have.
+    """
+    known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
+    unknown = sorted(request.query_params.keys() - known)
+    if unknown:
+        accepted = ", ".join(sorted(known)) or "none"
+        raise problems.Problem(
+            "invalid-request", f"query parameter {unknown[0]!r} is not known; this route has: {accepted}"
+        )
 
 
 _COMPUTE_PROBLEMS = problems.documented(
@@ -97,6 +115,7 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
     more = ["headers-too-large", "internal"]
     scope = scope_of(path)
     if scope is not None:
+        answers.setdefault("422", problems.documented("invalid-request")[422])
         operation["security"] = [{"token": [scope]}]
         more += ["unauthorized", "forbidden", "misdirected", "overloaded"]
     for status, answer in problems.documented(*more).items():

@@ -23,7 +23,6 @@ _SCOPES: tuple[tuple[str, tokens.Scope], ...] = (
     ("/v1/zarr/", "read"),
     ("/v1/browse/", "read"),
     ("/openapi.json", "read"),
-    ("/docs", "read"),
 )
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="scalekd-cache"'}
 

@@ -182,7 +182,7 @@ def browse_router(gallery: Gallery) -> APIRouter:
     @router.get("/units/{unit}/views/{view}/rows/{position}", responses=_ROW_PROBLEMS)
     def row(service: Served, unit: Unit, view: View, position: Position) -> RowEntry:
         """A row's likeliest classes, and the rows most like it among a sample of the store's."""
-        return _row(service.store, gallery, RowId(unit, position, view))
+        return _row(service.store, gallery, _known(service.store, RowId(unit, position, view)))
 
     @router.get(
         "/units/{unit}/views/{view}/rows/{position}/map.png",
@@ -191,7 +191,7 @@ def browse_router(gallery: Gallery) -> APIRouter:
     )
     async def colours(service: Served, unit: Unit, view: View, position: Position) -> Response:
         """A row's features as colours, a pixel per token; a colour means the same in every row."""
-        row = RowId(unit, position, view)
+        row = _known(service.store, RowId(unit, position, view))
         return await run_in_threadpool(lambda: _picture(gallery.colours(row)))
 
     @router.get(
@@ -203,7 +203,7 @@ def browse_router(gallery: Gallery) -> APIRouter:
         """A row's view, made from its tar and compared with what the teacher saw."""
         if not gallery.has_pixels:
             raise Problem("not-found", "this service has no tars to show views from; start it with --tars")
-        row = RowId(unit, position, view)
+        row = _known(service.store, RowId(unit, position, view))
         return await run_in_threadpool(lambda: _picture(gallery.pixels(row)))
 
     @router.get("/quarantine", responses=documented("not-ready", "invalid-request"))
@@ -274,8 +274,17 @@ def _unit(store: Store, unit: int) -> UnitEntry:
     return UnitEntry(unit=unit, tar=tar.name, samples=tar.samples, views=sorted(store.committed_views(unit)))
 
 
+def _known(store: Store, row: RowId) -> RowId:
+    """The row, of a unit there is."""
+    if row.unit >= len(store.manifest.tars):
+        raise Problem(
+            "uncommitted", f"there is no unit {row.unit}: the store has units 0..{len(store.manifest.tars) - 1}"
+        )
+    return row
+
+
 def _samples(store: Store, unit: int, first: int, count: int) -> Samples:
-    store.manifest.require_unit(unit)
+    _known(store, RowId(unit, 0, 0))
     if not store.committed_views(unit):
         raise Problem("uncommitted", f"unit {unit} ({store.manifest.tars[unit].name}) is not committed yet")
     keys, labels, quarantined = store.keys(unit), store.labels(unit), store.quarantined(unit)

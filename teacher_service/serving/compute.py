@@ -16,6 +16,7 @@ from feature_store import wire
 from feature_store.errors import InputError
 from feature_store.views import ViewParams, apply_view, decode_image, draw_view, view_policy
 from teacher_service.serving.live import LOGITS, LiveTeacher, Outputs
+from teacher_service.serving.problems import Problem, documented
 
 MAX_IMAGE_PIXELS = 64_000_000  # 0.2 GB as RGB; a larger image is far from anything a teacher sees
 _DTYPES = {"f16": np.float16, "f32": np.float32}
@@ -72,6 +73,7 @@ _FRAME: dict[int | str, dict[str, Any]] = {
         "content": {wire.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+_ANSWERS = _FRAME | documented("unknown-tap")
 
 
 def compute_router(live: LiveTeacher, *, timeout: float = 60.0, max_pixels: int = MAX_IMAGE_PIXELS) -> APIRouter:
@@ -89,7 +91,12 @@ def compute_router(live: LiveTeacher, *, timeout: float = 60.0, max_pixels: int 
         """Which teacher computes, what it gives, and how many views may come at once."""
         return TeacherDescription(**describe(live))
 
-    @router.post("/v1/features:compute", response_class=StreamingResponse, responses=_FRAME, openapi_extra=_BODY)
+    @router.post(
+        "/v1/features:compute",
+        response_class=StreamingResponse,
+        responses=_FRAME | documented("unknown-tap"),
+        openapi_extra=_BODY,
+    )
     async def compute(
         request: Request, taps: Taps = None, dtype: Precision = "f16", crop: Crop = None, flip: Flip = False
     ) -> StreamingResponse:
@@ -143,7 +150,7 @@ def _known(taps: Sequence[str], asked: str | None) -> Sequence[str]:
     names = [name for name in asked.split(",") if name]
     for name in names:
         if name not in taps:
-            raise InputError(f"the teacher has no tap {name!r}; it has: {', '.join(taps)}")
+            raise Problem("unknown-tap", f"the teacher has no tap {name!r}; it has: {', '.join(taps)}")
     return names
 
 

@@ -9,6 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from feature_store import wire
 from feature_store.codecs.registry import value_codecs
+from feature_store.errors import InputError
 from feature_store.reading.reader import ZarrSource
 from feature_store.sample import RowId
 from teacher_service.serving.memory import Reservation
@@ -62,6 +63,8 @@ def rows_frame(
         clear_frames(error.__traceback__)
         del arrays
         reservation.release()
+        if isinstance(error, InputError):
+            raise Problem("uncommitted", str(error)) from error  # a unit beyond the store's last
         raise
     addresses = np.array(rows, np.int64).reshape(-1, 3)
     service.metrics.rows.inc(len(rows))

@@ -190,14 +190,14 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 def _problem_of_framework(error: HTTPException, request: Request) -> Problem:
     kind = _OF_STATUS.get(error.status_code, "internal")
-    return Problem(kind, f"{request.method} {request.url.path}: {error.detail}; see /docs", headers=error.headers)
+    return Problem(kind, f"{request.method} {request.url.path}: {error.detail}; see /openapi.json", headers=error.headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     found = [{"where": [str(part) for part in each["loc"]], "what": each["msg"]} for each in error.errors()]
     first = f"{'.'.join(found[0]['where'])}: {found[0]['what']}" if found else "the request is not valid"
-    return Problem("invalid-request", f"{first}; see /docs", errors=found).response(request_id(request.scope))
+    return Problem("invalid-request", f"{first}; see /openapi.json", errors=found).response(request_id(request.scope))
 
 
 async def _user_error(request: Request, error: Exception) -> Response:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Header, Path, Query
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from starlette.concurrency import run_in_threadpool
 
 from feature_store import wire
@@ -23,9 +23,17 @@ _MAX_INT = 2**31 - 1
 _MAX_ITEMS = 1 << 16
 _ANSWER_VERSION = 1  # part of every ETag: another one whenever the same rows are sent as other bytes
 
+
+def _number(value: Any) -> Any:
+    """JSON has one kind of number, 1.0 is an integer; but "1" and true are none."""
+    if isinstance(value, str | bool):
+        raise ValueError("expected a number")  # noqa: TRY004 - pydantic reports ValueError
+    return value
+
+
 Unit = Annotated[int, Path(ge=0, le=_MAX_INT, description="Unit: index of its tar.", examples=[0])]
 View = Annotated[int, Path(ge=0, le=_MAX_INT, description="View: index of the augmented crop.", examples=[0])]
-Index = Annotated[int, Field(ge=0, le=_MAX_INT)]
+Index = Annotated[int, Field(strict=False, ge=0, le=_MAX_INT), BeforeValidator(_number)]
 Taps = Annotated[
     str | None,
     Query(description="Taps to answer, comma separated; default all.", max_length=256, examples=["stage4"]),

@@ -18,6 +18,7 @@ from feature_store.views import apply_view, draw_view, view_policy
 from teacher_service.serving.batcher import DeviceFaultError
 from teacher_service.serving.compute import compute_router
 from teacher_service.serving.live import Batching, LiveTeacher, TeacherModel
+from teacher_service.serving.problems import Problem
 
 FRAME = {"content-type": wire.MEDIA_TYPE}
 
@@ -100,7 +101,6 @@ def bomb() -> bytes:
         ("", frame(pixels=views(1, 31)), FRAME, r"got uint8 \[1, 31, 31, 3\]"),
         ("", frame(pixels=views(1).astype(np.float32)), FRAME, "got float32"),
         ("", frame(pixels=views(17)), FRAME, "at most 16 are taken at once"),
-        ("?taps=stage9", frame(pixels=views(1)), FRAME, "no tap 'stage9'; it has: stage4, stage3_prefix"),
         ("?crop=0,0,4000,3", encode_image(noise(40, 48)), {"content-type": "image/png"}, "does not fit an image"),
     ],
 )
@@ -108,6 +108,12 @@ def test_request_is_refused_when_its_body_cannot_be_used(client, query, body, he
     with pytest.raises(Exception, match=reason) as refused:
         client.post(f"/v1/features:compute{query}", content=body, headers=headers)
     assert refused.type.__module__ == "feature_store.errors"
+
+
+def test_request_is_refused_when_its_tap_is_unknown(client):
+    with pytest.raises(Problem, match="no tap 'stage9'; it has: stage4, stage3_prefix") as refused:
+        client.post("/v1/features:compute?taps=stage9", content=frame(pixels=views(1)), headers=FRAME)
+    assert refused.value.kind == "unknown-tap"
 
 
 def test_smallest_image_is_computed_when_it_has_one_pixel(client):
