@@ -190,7 +190,8 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 def _problem_of_framework(error: HTTPException, request: Request) -> Problem:
     kind = _OF_STATUS.get(error.status_code, "internal")
-    return Problem(kind, f"{request.method} {request.url.path}: {error.detail}; see /openapi.json", headers=error.headers)
+    what = f"{request.method} {request.url.path}: {error.detail}"
+    return Problem(kind, f"{what}; see /openapi.json", headers=error.headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
