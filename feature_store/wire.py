@@ -101,7 +101,7 @@ def read_frame(
         Arrays by name, and the frame's strings.
 
     Raises:
-        WireError: The stream ends early, or is no frame, or an array's crc32c does not match.
+        WireError: The stream ends early, or is no frame, or an array's crc32c is missing or does not match.
         InputError: Memory in out does not fit its array.
     """
     header_bytes = _header_bytes(bytes(_filled(readinto, memoryview(bytearray(min(_LENGTH_BYTES, length))))), length)
@@ -113,15 +113,17 @@ def read_frame(
         memory, checksum = memoryview(array.reshape(-1).view(np.uint8)), 0
         for start in range(0, len(memory), _CHECKED_BYTES):  # while it is in the core's cache
             checksum = crc32c(_filled(readinto, memory[start : start + _CHECKED_BYTES]), checksum)
+        if _CHECKSUM + name not in parsed.metadata:
+            raise _refused(f"array {name!r} comes without its crc32c")
         _require_checksum(name, checksum, parsed.metadata)
     return arrays, parsed.metadata
 
 
 def decode(body: bytes | bytearray | memoryview) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """A frame already in memory; the arrays refer to it.
+    """A frame already in memory, from any writer of safetensors; the arrays refer to it.
 
     Raises:
-        WireError: It is no frame, or an array's crc32c does not match.
+        WireError: It is no frame, or an array's crc32c, where it has one, does not match.
     """
     raw = memoryview(body).cast("B")
     start = _LENGTH_BYTES + _header_bytes(bytes(raw[:_LENGTH_BYTES]), len(raw))

@@ -173,3 +173,9 @@ def test_read_gives_a_frame_or_a_wire_error_when_bytes_are_changed(data):
     except WireError:
         return
     decode(whole)
+
+
+def test_frame_of_a_service_is_refused_when_an_array_has_no_checksum():
+    body = save(ARRAYS, metadata=STRINGS)
+    with pytest.raises(WireError, match=r"comes without its crc32c"):
+        read_frame(io.BytesIO(body).readinto, len(body))
