@@ -46,7 +46,7 @@ class Patience:
         deadline: Seconds for a call with all its tries.
         timeout: Seconds without a byte after which a connection counts as lost.
         first_pause: Seconds before the second try; doubled each time, and drawn between half and all of it.
-        longest_pause: Where doubling ends; a server's Retry-After may ask for more.
+        longest_pause: Where doubling ends; what a server's Retry-After asks for is waited beside it.
     """
 
     deadline: float = 120.0
@@ -156,7 +156,7 @@ class Service:
                         raise error
             except (*LOST, WireError) as lost:
                 error, asked = self._lost(method, target, lost), 0.0
-            pause = max(asked, self.patience.pause(tries))
+            pause = asked + self.patience.pause(tries)  # many clients were told the same second
             if self.clock() + pause >= end:
                 raise _given_up(error, tries, self.patience.deadline)
             self.sleep(pause)
