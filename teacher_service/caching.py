@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 
 from feature_store.commits.record import encode_record
+from feature_store.objects.local import LocalObjects
 from feature_store.store import Store, open_store
+from teacher_service.claims import preparing
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, warm_up
 from teacher_service.engines import local
@@ -79,7 +81,10 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
     warm_up(config.workers)
     tasks, report = _run(config, console or Console(quiet=True), stop or Stop())
     store = open_store(config.store)  # engines commit in other processes
-    store.compact()
+    with preparing(config.store):
+        if isinstance(store.objects, LocalObjects):
+            store.remove_leftovers()  # of workers that were killed; what is being written now has a lock
+        store.compact()
     seconds = time.perf_counter() - started
     units = len(store.manifest.tars)
     summary = CacheSummary(
