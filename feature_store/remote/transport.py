@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from multiprocessing.connection import wait
 from typing import Protocol, TypeAlias
 from urllib.parse import urlsplit
 
@@ -123,13 +124,16 @@ class HttpTransport:
                 connection.close()
 
     def _connection(self, idle: _Idle, timeout: float) -> http.client.HTTPConnection:
-        try:
-            connection = idle.connections.pop()
-        except IndexError:
-            return self._new_connection(timeout)
-        if connection.sock is not None:
-            connection.sock.settimeout(timeout)
-        return connection
+        while True:
+            try:
+                connection = idle.connections.pop()
+            except IndexError:
+                return self._new_connection(timeout)
+            # Readable while nothing was asked: the server has closed it, or says something that is no answer to us.
+            if connection.sock is not None and not wait([connection.sock], 0):
+                connection.sock.settimeout(timeout)
+                return connection
+            connection.close()
 
     def _new_connection(self, timeout: float) -> http.client.HTTPConnection:
         parts = urlsplit(self.url)

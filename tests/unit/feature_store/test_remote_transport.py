@@ -1,9 +1,11 @@
 """Connections: kept open, given up when broken, and each process's own."""
 
 import gc
+import http.client
 import multiprocessing
 import os
 import pickle
+import socket
 import threading
 
 import pytest
@@ -85,7 +87,7 @@ def test_threads_have_their_own_connections_when_they_ask_at_once(server, seen):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(10)
     assert answers == [b"0123456789"] * 4
     assert len(seen) == 4
     get(transport)
@@ -121,3 +123,20 @@ def test_connections_are_closed_when_their_owner_is_garbage_in_a_cycle(server):
     del owner
     gc.collect()  # an open socket would warn, which is an error here
     assert idle.sock is None
+
+
+@pytest.mark.parametrize("unasked", [b"", b"HTTP/1.1 408 \r\nContent-Length: 0\r\nConnection: close\r\n\r\n"])
+def test_connection_is_not_used_again_when_the_server_closed_it_or_wrote_unasked(unasked):
+    transport = HttpTransport("http://127.0.0.1:1")
+    theirs, ours = socket.socketpair()
+    with theirs, ours:
+        kept = http.client.HTTPConnection("127.0.0.1")
+        kept.sock = ours
+        transport._idle().connections.append(kept)
+        assert transport._connection(transport._idle(), 5.0) is kept
+        transport._idle().connections.append(kept)
+        theirs.sendall(unasked) if unasked else theirs.close()
+        fresh = transport._connection(transport._idle(), 5.0)
+        assert fresh is not kept
+        assert fresh.sock is None
+        assert kept.sock is None
