@@ -248,11 +248,12 @@ class Batcher:
         )
 
     def _run(self) -> None:
+        pieces: list[_Piece] = []
         try:
             while pieces := self._next():
                 self._compute(pieces)
         finally:
-            self._fail_waiting()
+            self._end(pieces)
 
     def _next(self) -> list[_Piece]:
         """Pieces of the next batch, once it is full or its first rows have waited long enough; none at the end."""
@@ -331,11 +332,12 @@ class Batcher:
         for piece in pieces:
             _settle(piece.request.future, error=error)  # its rows that still wait are dropped with it
 
-    def _fail_waiting(self) -> None:
+    def _end(self, pieces: list[_Piece]) -> None:
+        """Answer everybody that nothing more is computed; with pieces, because something unforeseen was raised."""
         with self._changed:
-            if self._queue and not self._fault:
+            if pieces and not self._fault:
                 self._fault = "the compute thread died; start the service again"
-            for request in self._queue:
+            for request in (*(piece.request for piece in pieces), *self._queue):
                 _settle(request.future, error=DeviceFaultError(self._fault))
             self._queue.clear()
             self._waiting = 0

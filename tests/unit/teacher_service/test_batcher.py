@@ -266,3 +266,18 @@ def test_metrics_are_told_of_each_batch_when_it_was_computed(make):
     assert [(record.rows, record.requests) for record in told] == [(3, 2)]
     assert told[0].waited >= 0
     assert told[0].seconds >= 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_batcher_says_it_is_dead_when_its_thread_died_with_an_empty_queue(make):
+    class ForgetfulModel(Model):
+        def __call__(self, batch):
+            return {"mark": None}  # cannot be cut into answers
+
+    batcher = make(ForgetfulModel())
+    future = batcher.submit(rows(1))
+    with pytest.raises(DeviceFaultError, match="thread died"):
+        future.result(10)
+    assert "thread died" in batcher.fault
+    with pytest.raises(DeviceFaultError, match="thread died"):
+        batcher.submit(rows(2))
