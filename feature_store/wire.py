@@ -63,25 +63,46 @@ def encode(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None 
     Raises:
         InputError: An array's dtype or layout cannot be sent.
     """
-    # Wide items first, so that every array starts at a multiple of its item size.
-    ordered = sorted(arrays, key=lambda name: -arrays[name].itemsize)
-    described: dict[str, Any] = {"__metadata__": dict(metadata or {})}
-    buffers, end = [], 0
-    for name in ordered:
+    buffers = {}
+    for name in wire_order(arrays):
         array = arrays[name]
-        if array.dtype not in _NAMES or not array.flags.c_contiguous:
-            raise InputError(f"array {name!r} is {array.dtype}, contiguous: {array.flags.c_contiguous}; cannot be sent")
-        buffer = memoryview(array.reshape(-1).view(np.uint8))
-        described["__metadata__"][_CHECKSUM + name] = str(crc32c(buffer))
-        described[name] = {
-            "dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [end, end + len(buffer)]
-        }  # fmt: skip
-        buffers.append(buffer)
-        end += len(buffer)
+        if not array.flags.c_contiguous:
+            raise InputError(f"array {name!r} is not C-contiguous and cannot be sent; see numpy.ascontiguousarray")
+        buffers[name] = memoryview(array.reshape(-1).view(np.uint8))
+    described = {name: (arrays[name].dtype, arrays[name].shape) for name in buffers}
+    head = header(described, {name: crc32c(buffer) for name, buffer in buffers.items()}, metadata or {})
+    return Frame(head, list(buffers.values()), len(head) + sum(map(len, buffers.values())))
+
+
+def wire_order(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Names in the order of a frame's arrays: wide items first, so that each starts at a multiple of its item size."""
+    return sorted(arrays, key=lambda name: -arrays[name].itemsize)
+
+
+def header(
+    arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]], checksums: Mapping[str, int], metadata: Mapping[str, str]
+) -> bytes:
+    """What comes before the arrays' bytes.
+
+    Args:
+        arrays: dtype and shape of each, in their order.
+        checksums: crc32c of each.
+        metadata: The frame's strings.
+
+    Raises:
+        InputError: A dtype cannot be sent.
+    """
+    strings = {**metadata, **{_CHECKSUM + name: str(checksums[name]) for name in arrays}}
+    described: dict[str, Any] = {"__metadata__": strings}
+    end = 0
+    for name, (dtype, shape) in arrays.items():
+        if dtype not in _NAMES:
+            raise InputError(f"array {name!r} is {dtype} and cannot be sent; expected one of {', '.join(_DTYPES)}")
+        begin, end = end, end + _size(dtype, shape)
+        described[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
-    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    return Frame(header, buffers, len(header) + end)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def read_frame(

@@ -14,6 +14,7 @@ from feature_store.layout import ArraySpec, coded_specs, damaged
 from feature_store.manifest import Manifest
 from feature_store.objects.local import ObjectStore
 from feature_store.processes import PerProcess
+from feature_store.reading.cached_rows import CachedRows
 from feature_store.reading.chunks import ObjectReader
 from feature_store.reading.row_tables import NO_ROW, Located, RowTables, ShardTable, shard_table
 from feature_store.reading.transfers import Transfer, read_all, run_all
@@ -39,6 +40,9 @@ class ZarrSource:
         taps: Taps read unless told otherwise; None for all.
         threads: Requests in flight; None for what suits the object store.
         table_bytes: Most bytes of cached shard indexes and row checksums.
+
+    Attributes:
+        stride_bytes: Bytes that keep all requests in flight busy; reading more at once is no faster.
     """
 
     needs_pixels = False
@@ -58,6 +62,7 @@ class ZarrSource:
         self.objects, self.manifest = objects, manifest
         self._committed, self._table_bytes = committed, table_bytes
         self._threads = objects.in_flight if threads is None else threads
+        self.stride_bytes = objects.in_flight * objects.request_bytes
         self._reader = ObjectReader(objects, manifest.capacity)
         self._values = {_name(path): value for path, value in value_codecs(manifest).items()}
         self._specs = {_name(spec.path): spec for value in self._values.values() for spec in coded_specs(value)}
@@ -151,19 +156,31 @@ class ZarrSource:
         """
         if not rows or not memory:
             return self._refuse(rows)
-        units, positions, views = np.fromiter(chain.from_iterable(rows), np.int64, 3 * len(rows)).reshape(-1, 3).T
-        bounds = len(self.manifest.tars), self.manifest.capacity, self.manifest.num_views
-        for column, bound in zip((units, positions, views), bounds, strict=True):
-            if column.min() < 0 or column.max() >= bound:
-                self._refuse(rows)
-        shards = units * self.manifest.num_views + views
+        shards, positions = self._places(rows)
         transfers = []
         for name, array in memory.items():
             spec = self._specs[name]
             located = self._locate(spec, shards, positions, rows)
             flat = array[: len(rows)].reshape(len(rows), -1).view(np.uint8)
             transfers.append(Transfer(spec, shards, positions, located, flat))
-        return read_all(self._reader.objects, transfers, self._threads)
+        return read_all(self.objects, transfers, self._threads)
+
+    def locate(self, rows: Sequence[RowId], taps: Sequence[str] | None = None) -> dict[str, Located]:
+        """Where each array has some rows; at least one row.
+
+        Raises:
+            UncommittedError, QuarantinedError, CorruptStoreError, ResourceError: See read.
+        """
+        shards, positions = self._places(rows)
+        return {name: self._locate(spec, shards, positions, rows) for name, spec in self._specs_of(taps).items()}
+
+    def cached_rows(self, located: Mapping[str, Located]) -> dict[str, CachedRows]:
+        """Readers by array of rows that may be in the machine's memory; see compressed."""
+        return {name: CachedRows(self.objects, self._specs[name], some) for name, some in located.items()}
+
+    def compressed(self, taps: Sequence[str] | None = None) -> bool:
+        """Whether rows are stored compressed, so that their checksums are not of the bytes that fill gives."""
+        return any(spec.zstd for spec in self._specs_of(taps).values())
 
     def batch(
         self,
@@ -197,6 +214,15 @@ class ZarrSource:
     def _specs_of(self, taps: Sequence[str] | None) -> dict[str, ArraySpec]:
         paths = [path for name in self._wanted(taps) for path in self._values[name].paths.values()]
         return {_name(path): self._specs[_name(path)] for path in paths}
+
+    def _places(self, rows: Sequence[RowId]) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the shard and position in its unit, int64 [n] each, of rows that may be there."""
+        units, positions, views = np.fromiter(chain.from_iterable(rows), np.int64, 3 * len(rows)).reshape(-1, 3).T
+        bounds = len(self.manifest.tars), self.manifest.capacity, self.manifest.num_views
+        for column, bound in zip((units, positions, views), bounds, strict=True):
+            if column.min() < 0 or column.max() >= bound:
+                self._refuse(rows)
+        return units * self.manifest.num_views + views, positions
 
     def _locate(self, spec: ArraySpec, shards: np.ndarray, positions: np.ndarray, rows: Sequence[RowId]) -> Located:
         tables = self._tables()

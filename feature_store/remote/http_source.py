@@ -15,7 +15,7 @@ from feature_store.source import FeatureBatch
 from feature_store.store import Store
 
 _ROWS = "rows"
-REQUEST_BYTES = 32 << 20
+REQUEST_BYTES = 64 << 20
 
 
 class HttpSource:
@@ -139,7 +139,8 @@ class HttpSource:
     ) -> np.ndarray:
         """Fill memory [n, ...] with rows by address or key; their addresses, int64 [n, 3]."""
         wanted = list(self.tap_names if taps is None else taps)
-        step = max(1, min(self._max_rows, self._max_bytes // max(1, self.row_bytes(wanted))))
+        most = max(1, min(self._max_rows, self._max_bytes // max(1, self.row_bytes(wanted))))
+        step = -(-len(names) // max(1, -(-len(names) // most)))  # requests of one size: none is waited for longer
         rows = np.empty((len(names), 3), np.int64)
         requests = []
         for start in range(0, len(names), step):

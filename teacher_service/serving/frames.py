@@ -1,6 +1,7 @@
 """Answers that are frames: rows read into bounded memory, and sent from there without a copy."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from traceback import clear_frames
 
 import numpy as np
@@ -14,10 +15,10 @@ from feature_store.reading.reader import ZarrSource
 from feature_store.sample import RowId
 from teacher_service.serving.memory import Reservation
 from teacher_service.serving.problems import Problem
+from teacher_service.serving.row_stream import ROWS, RowStream, addresses_of, metadata_of
 from teacher_service.serving.service import Opened, Service
+from teacher_service.serving.streaming import StreamedResponse
 
-ROWS = "rows"
-"""Array of every answer with rows: unit, position and view of each, int64 [B, 3]."""
 _LOGITS = "logits"
 
 
@@ -38,22 +39,53 @@ class FrameResponse(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-def rows_frame(
-    service: Service, opened: Opened, rows: Sequence[RowId], taps: Sequence[str], decode: bool
-) -> wire.Frame:
+def rows_response(
+    service: Service,
+    opened: Opened,
+    rows: Sequence[RowId],
+    taps: Sequence[str],
+    decode: bool,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
     """Rows as a frame: arrays by tap, ``logits``, and ``rows``; undecoded, the codec's arrays as stored.
+
+    A long one is read while it is sent: its checksums are made from those the store has of each row.
 
     Raises:
         Problem: More than one answer may hold.
         BusyError: More than all answers together may hold.
         UncommittedError, QuarantinedError, CorruptStoreError, ResourceError: See ZarrSource.read.
     """
-    source = opened.source
+    source, shards = opened.source, {(row.unit, row.view) for row in rows}
     stored = len(rows) * source.row_bytes(taps)
     made = len(rows) * _decoded_row_bytes(source, taps) if decode else 0
     _require_allowed(service, len(rows), stored + made)
-    reservation = service.memory.reserve(stored + made)
-    arrays = _arrays(service.memory.array(stored, reservation), source.buffers(0, taps), len(rows))
+    service.metrics.rows.inc(len(rows))
+    try:
+        if made or source.compressed(taps) or stored <= wire.CHUNK_BYTES or not service.cut_short.isdisjoint(shards):
+            frame = _read(service, opened, rows, taps, decode, stored + made)
+            service.cut_short.difference_update(shards)
+            return FrameResponse(frame, headers)
+        stream = RowStream(service, opened, rows, taps)
+    except InputError as error:
+        raise Problem("uncommitted", str(error)) from error  # a unit beyond the store's last
+
+    return StreamedResponse(
+        stream.pieces(),
+        headers={"Content-Length": str(stream.nbytes), **(headers or {})},
+        media_type=wire.MEDIA_TYPE,
+        failed=partial(service.cut_short.update, shards),
+    )
+
+
+def _read(
+    service: Service, opened: Opened, rows: Sequence[RowId], taps: Sequence[str], decode: bool, nbytes: int
+) -> wire.Frame:
+    """Rows read as a whole."""
+    source = opened.source
+    reservation = service.memory.reserve(nbytes)
+    memory = service.memory.array(len(rows) * source.row_bytes(taps), reservation)
+    arrays = _arrays(memory, source.buffers(0, taps), len(rows))
     try:
         source.fill(rows, arrays)
         if decode:
@@ -61,14 +93,10 @@ def rows_frame(
     except BaseException as error:
         # The traceback refers to the arrays, in a circle that only the next garbage collection breaks.
         clear_frames(error.__traceback__)
-        del arrays
+        del arrays, memory
         reservation.release()
-        if isinstance(error, InputError):
-            raise Problem("uncommitted", str(error)) from error  # a unit beyond the store's last
         raise
-    addresses = np.array(rows, np.int64).reshape(-1, 3)
-    service.metrics.rows.inc(len(rows))
-    return wire.encode({**arrays, ROWS: addresses}, {"store": source.manifest.identity()})
+    return wire.encode({**arrays, ROWS: addresses_of(rows)}, metadata_of(opened))
 
 
 def _require_allowed(service: Service, rows: int, nbytes: int) -> None:

@@ -15,7 +15,7 @@ from feature_store.commits.record import CommitRecord
 from feature_store.errors import InputError
 from feature_store.sample import RowId
 from teacher_service.serving.conditions import not_modified
-from teacher_service.serving.frames import FrameResponse, rows_frame
+from teacher_service.serving.frames import rows_response
 from teacher_service.serving.problems import Problem, documented
 from teacher_service.serving.service import Opened, Service, service_of
 
@@ -164,7 +164,7 @@ def rows_router() -> APIRouter:
         if isinstance(asked, BatchByKey):
             return await run_in_threadpool(lambda: _by_key(service, opened, asked.keys, names, asked.decode))
         rows = [RowId(*row) for row in asked.rows]
-        return await run_in_threadpool(lambda: FrameResponse(rows_frame(service, opened, rows, names, asked.decode)))
+        return await run_in_threadpool(rows_response, service, opened, rows, names, asked.decode)
 
     @router.get(
         "/v1/units/{unit}/views/{view}",
@@ -190,8 +190,8 @@ def rows_router() -> APIRouter:
         if (same := not_modified(tag, if_none_match)) is not None:
             return same
         rows = [RowId(unit, position, view) for position in positions if position not in record.quarantined]
-        frame = await run_in_threadpool(lambda: rows_frame(service, opened, rows, names, decode))
-        return FrameResponse(frame, {"ETag": tag, "Cache-Control": "private, no-cache"})
+        headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+        return await run_in_threadpool(rows_response, service, opened, rows, names, decode, headers)
 
     return router
 
@@ -225,7 +225,7 @@ def _by_key(
         except InputError as error:
             raise Problem("unknown-key", str(error)) from error
     rows = [found[index] for index in range(len(keys))]
-    return FrameResponse(rows_frame(service, opened, rows, taps, decode))
+    return rows_response(service, opened, rows, taps, decode)
 
 
 def _known(opened: Opened, taps: Sequence[str] | None) -> tuple[str, ...]:

@@ -1,14 +1,13 @@
 """Routes of the store itself: its zarr objects with ranges, and the later blocks as one file."""
 
 import json
-from collections.abc import AsyncIterator
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Receive, Scope, Send
 
 from feature_store import wire
 from feature_store.blocks import read_blocks
@@ -17,9 +16,10 @@ from teacher_service.serving.frames import FrameResponse
 from teacher_service.serving.problems import documented
 from teacher_service.serving.routes_rows import Served, frame_answer
 from teacher_service.serving.service import Opened, Service
+from teacher_service.serving.streaming import StreamedResponse, read_ahead
 from teacher_service.serving.zarr_files import ServedObject, find_object
 
-_CHUNK = 4 << 20
+_PIECE = 4 << 20
 _HEADER = {"schema": {"type": "string"}}
 _OBJECT: dict[int | str, dict[str, Any]] = {
     200: {
@@ -136,34 +136,13 @@ def _object_response(service: Service, found: ServedObject, path: str, wanted: r
     if wanted is not None:
         headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{found.size}"
     kind = "application/json" if path.endswith(".json") else "application/octet-stream"
-    return _ObjectResponse(service, found, span, 200 if wanted is None else 206, headers, kind)
+    reservation = service.memory.reserve(min(len(span), 3 * _PIECE))  # one sent, one read, one let go of
 
+    def read(start: int) -> memoryview:
+        memory = memoryview(service.memory.array(min(_PIECE, span.stop - start), reservation))
+        found.read(start, memory)
+        return memory
 
-class _ObjectResponse(Response):
-    """Some of an object's bytes, read as the socket takes them."""
-
-    def __init__(
-        self, service: Service, found: ServedObject, span: range, status: int, headers: dict[str, str], kind: str
-    ) -> None:
-        super().__init__(None, status, headers, kind)
-        self._found, self._span = found, span
-        self._service = service
-        self._reservation = service.memory.reserve(min(len(span), 2 * _CHUNK))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them; a HEAD gets none."""
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            if scope["method"] != "HEAD":
-                async for chunk in self._chunks():
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-        finally:
-            self._found.close()
-
-    async def _chunks(self) -> AsyncIterator[memoryview]:
-        for start in range(self._span.start, self._span.stop, _CHUNK):
-            length = min(_CHUNK, self._span.stop - start)
-            memory = memoryview(self._service.memory.array(length, self._reservation))
-            await run_in_threadpool(self._found.read, start, memory)
-            yield memory
+    readers = (partial(read, start) for start in range(span.start, span.stop, _PIECE))
+    status = 200 if wanted is None else 206
+    return StreamedResponse(read_ahead(readers), status=status, headers=headers, media_type=kind, close=found.close)

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from tiny_store import CHANNELS, CLASSES, SAMPLES, TOKENS, tiny_manifest, tiny_store, unit_data
 
 from feature_store.errors import CorruptStoreError
-from feature_store.layout import ShardBuilder, array_specs, decode_chunk, encode_chunk, object_bytes
+from feature_store.layout import (
+    ShardBuilder,
+    array_specs,
+    crc32c,
+    decode_chunk,
+    encode_chunk,
+    joined_crc32c,
+    object_bytes,
+)
 
 
 def test_store_written_by_us_reads_equal_when_opened_with_plain_zarr(tmp_path):
@@ -94,3 +102,10 @@ def test_decode_chunk_refuses_when_any_bit_flips(byte, bit):
     raw[byte] ^= 1 << bit
     with pytest.raises(CorruptStoreError, match="crc32c"):
         decode_chunk(spec, raw, "label/c/0")
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40), max_size=12), st.integers(1, 40))
+def test_joined_crc32c_is_that_of_all_bytes_one_after_the_other(pieces, nbytes):
+    equal = [piece.ljust(nbytes, b"\0")[:nbytes] for piece in pieces]
+    checksums = np.array([crc32c(piece) for piece in equal], np.uint32)
+    assert joined_crc32c(checksums, nbytes) == crc32c(b"".join(equal))

@@ -131,9 +131,9 @@ def test_range_that_is_none_is_ignored(ask, store, header):
 
 
 def test_large_object_comes_in_pieces_and_takes_little_memory(tmp_path, tiny_swin, serve, monkeypatch):
-    monkeypatch.setattr("teacher_service.serving.routes_zarr._CHUNK", 1000)
+    monkeypatch.setattr("teacher_service.serving.routes_zarr._PIECE", 1000)
     path = make_store(tmp_path, tiny_swin)
-    ask = serve(path, limits=Limits(max_response_bytes=2000, max_bytes_in_flight=2000))
+    ask = serve(path, limits=Limits(max_response_bytes=3000, max_bytes_in_flight=3000))
     assert get(ask, SHARD).body == (path / SHARD).read_bytes()
     assert ask.memory_comes_back()
 

@@ -1,0 +1,97 @@
+"""A long frame of rows, read while it is sent: its checksums are made from those the store has of each row."""
+
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from functools import partial
+
+import numpy as np
+
+from feature_store import wire
+from feature_store.layout import crc32c, joined_crc32c
+from feature_store.sample import RowId
+from teacher_service.serving.service import Opened, Service
+from teacher_service.serving.streaming import read_ahead
+
+ROWS = "rows"
+"""Array of every answer with rows: unit, position and view of each, int64 [B, 3]."""
+
+
+def addresses_of(rows: Sequence[RowId]) -> np.ndarray:
+    """What ROWS holds."""
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def metadata_of(opened: Opened) -> dict[str, str]:
+    """The strings of every frame of rows."""
+    return {"store": opened.source.manifest.identity()}
+
+
+class RowStream:
+    """The arrays of some rows as stored, as one frame.
+
+    Args:
+        service: Gives the memory.
+        opened: The store; what is asked for is not compressed in it.
+        rows: At least one.
+        taps: Taps, beside the logits.
+
+    Raises:
+        BusyError: There is no memory for it now.
+        UncommittedError, QuarantinedError, CorruptStoreError, ResourceError, InputError: See ZarrSource.locate.
+    """
+
+    def __init__(self, service: Service, opened: Opened, rows: Sequence[RowId], taps: Sequence[str]) -> None:
+        self._memory, self._source, self._rows = service.memory, opened.source, rows
+        located, empty = self._source.locate(rows, taps), self._source.buffers(0, taps)
+        self._cached = self._source.cached_rows(located)
+        self._empty = {name: empty[name] for name in wire.wire_order(empty)}
+        self._row_bytes = {name: array.itemsize * int(np.prod(array.shape[1:])) for name, array in self._empty.items()}
+        addresses = addresses_of(rows)
+        described = {name: (array.dtype, (len(rows), *array.shape[1:])) for name, array in self._empty.items()}
+        checksums = {name: joined_crc32c(some.checksums, self._row_bytes[name]) for name, some in located.items()}
+        header = wire.header(
+            {ROWS: (addresses.dtype, addresses.shape), **described},
+            {ROWS: crc32c(addresses), **checksums},
+            metadata_of(opened),
+        )
+        self._head = header + addresses.tobytes()
+        rows_bytes = len(rows) * sum(self._row_bytes.values())
+        self.nbytes = len(self._head) + rows_bytes
+        # Of pieces that are sent, read, and let go of.
+        self._reservation = service.memory.reserve(min(rows_bytes, 3 * self._source.stride_bytes))
+
+    async def pieces(self) -> AsyncGenerator[memoryview]:
+        """The frame's bytes in order.
+
+        Raises:
+            CorruptStoreError, ResourceError: See ZarrSource.read.
+        """
+        yield memoryview(self._head)
+        done = 0
+        # What the machine has in memory is read and sent by this thread, while it is in the processor's cache.
+        for name, start, stop in self._spans(wire.CHUNK_BYTES):
+            memory = self._array(name, start, stop)
+            if not self._cached[name].take(start, stop, memory):
+                break
+            yield memoryview(memory)
+            done += stop - start
+        rest = self._spans(self._source.stride_bytes, done)
+        async with aclosing(read_ahead(partial(self._read, *span) for span in rest)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def _spans(self, nbytes: int, done: int = 0) -> Iterator[tuple[str, int, int]]:
+        """Array, first row and end of pieces of about nbytes, without the first rows of all arrays that are done."""
+        for index, (name, size) in enumerate(self._row_bytes.items()):
+            step = max(1, nbytes // size)
+            for start in range(max(0, done - index * len(self._rows)), len(self._rows), step):
+                yield name, start, min(start + step, len(self._rows))
+
+    def _array(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self._memory.array((stop - start) * self._row_bytes[name], self._reservation)
+
+    def _read(self, name: str, start: int, stop: int) -> memoryview:
+        memory, empty = self._array(name, start, stop), self._empty[name]
+        values = memory.view(empty.dtype).reshape(stop - start, *empty.shape[1:])
+        self._source.fill(self._rows[start:stop], {name: values})
+        return memoryview(memory)

@@ -1,0 +1,95 @@
+"""Answers of known length whose bytes are read while they are sent."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import aclosing
+from traceback import clear_frames
+from typing import TypeAlias
+
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from feature_store.errors import UserError
+from feature_store.wire import CHUNK_BYTES
+
+_logger = logging.getLogger(__name__)
+
+Reader: TypeAlias = Callable[[], memoryview]
+
+
+def nothing() -> None:
+    """Does nothing."""
+
+
+class StreamedResponse(Response):
+    """Pieces of an answer, sent as they come.
+
+    If one fails to come, the answer ends before its Content-Length and the connection is closed: no client can take
+    what it got for the whole.
+
+    Args:
+        pieces: The bytes in order.
+        status: HTTP status.
+        headers: Content-Length among them.
+        media_type: Content-Type.
+        failed: Called if a piece failed to come.
+        close: Called in the end, whatever happened.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[memoryview],
+        *,
+        status: int = 200,
+        headers: Mapping[str, str],
+        media_type: str,
+        failed: Callable[[], None] = nothing,
+        close: Callable[[], None] = nothing,
+    ) -> None:
+        super().__init__(None, status, headers, media_type)
+        self._pieces, self._failed, self._close = pieces, failed, close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them at the socket's pace, as long as somebody is there; a HEAD gets none."""
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            if scope["method"] != "HEAD":
+                async with aclosing(self._pieces) as pieces:
+                    async for piece in pieces:
+                        for start in range(0, len(piece), CHUNK_BYTES):
+                            chunk = piece[start : start + CHUNK_BYTES]
+                            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                        if gone.done():
+                            return
+            await send({"type": "http.response.body", "body": b""})
+        except (UserError, OSError, EOFError) as error:
+            _logger.warning("request %s was cut short: %s", scope.get("state", {}).get("request_id"), error)
+            clear_frames(error.__traceback__)  # they hold the piece, in a circle only the garbage collector would break
+            self._failed()
+        finally:
+            gone.cancel()
+            self._close()
+
+
+async def read_ahead(readers: Iterable[Reader]) -> AsyncGenerator[memoryview]:
+    """Pieces from functions that block, each called in a thread while the piece before is sent."""
+    coming: asyncio.Task[memoryview] | None = None
+    try:
+        for reader in readers:
+            piece = None if coming is None else await coming
+            coming = asyncio.create_task(run_in_threadpool(reader))
+            if piece is not None:
+                yield piece
+        if coming is not None:
+            yield await coming
+    finally:
+        if coming is not None:
+            await asyncio.wait([coming])  # it reads from what is closed next
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
