@@ -204,8 +204,9 @@ def decode_rate(job: Job, tasks: Sequence[Task]) -> float:
     manifest = job.store.manifest
     dataset = ViewDataset(job.tars, manifest.policy, manifest.seed)
     spans = batch_spans(tasks, [len(tar) for tar in job.tars], job.config.batch_size)
+    most_images = max(job.config.batch_size, manifest.num_views)
     marks, images = [], 0
-    for batch in read_batches(dataset, spans, workers=job.config.workers, pin_memory=False):
+    for batch in read_batches(dataset, spans, most_images=most_images, workers=job.config.workers, pin_memory=False):
         images += batch.images
         marks.append((time.perf_counter(), images))
     return _rate(marks)

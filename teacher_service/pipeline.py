@@ -160,6 +160,7 @@ class Pipeline:
         return read_batches(
             self._dataset,
             batch_spans(tasks, sizes, self._config.batch_size),
+            most_images=max(self._config.batch_size, self._store.manifest.num_views),
             workers=self._config.workers,
             pin_memory=self._forward.device.type == "cuda",
         )
