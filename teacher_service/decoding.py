@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from rich.filesize import decimal
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -230,7 +231,7 @@ def read_batches(
         pin_memory: Whether to copy pixels to page-locked memory.
 
     Raises:
-        UserError: A tar cannot be read (any more), or a worker process died.
+        UserError: A tar cannot be read (any more), shared memory is too small, or a worker process died.
     """
     # one for each batch that is decoded ahead, and one for the batch that was given out
     memory = _shared(workers * PREFETCH + 1, most_images * math.prod(dataset.policy.size) * 3) if workers else None
@@ -260,8 +261,14 @@ def read_batches(
 
 
 def _shared(places: int, size: int) -> Tensor:
-    """Memory [places, size] that workers are given with their dataset, not a copy of it."""
-    storage = torch.UntypedStorage._new_shared(places * size)  # share_memory_() would touch every page
+    """Memory, uint8 [places, size], that workers are given with their dataset, not a copy of it."""
+    try:
+        storage = torch.UntypedStorage._new_shared(places * size)  # share_memory_() would copy as much into it
+    except RuntimeError as error:
+        raise ResourceError(
+            f"decode workers need {decimal(places * size)} of shared memory: {error}; "
+            "make /dev/shm larger, or use fewer --workers or a smaller --batch-size"
+        ) from error
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(places, size)
 
 

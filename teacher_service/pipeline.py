@@ -156,11 +156,11 @@ class Pipeline:
         return run.report(time.perf_counter() - started, self._forward.batch_size)
 
     def _batches(self, tasks: Iterable[Task]) -> Generator[Batch, None, None]:
-        sizes = [len(tar) for tar in self._tars]
+        sizes, views = [len(tar) for tar in self._tars], self._store.manifest.num_views
         return read_batches(
             self._dataset,
             batch_spans(tasks, sizes, self._config.batch_size),
-            most_images=max(self._config.batch_size, self._store.manifest.num_views),
+            most_images=max(views, min(views * max(sizes), self._config.batch_size)),
             workers=self._config.workers,
             pin_memory=self._forward.device.type == "cuda",
         )

@@ -86,7 +86,9 @@ def _words(seed: int, key: str, view: int, count: int) -> list[int]:
     """The view's own raw words. numpy guarantees a bit generator's raw output for good, distributions not."""
     name = struct.pack("<QQ", seed, view) + key.encode()  # fixed width, then the rest: no two triples collide
     digest = hashlib.blake2b(name, digest_size=16, person=b"scalekd-view-v1").digest()
-    return np.random.Philox(_Key(np.frombuffer(digest, "<u8"))).random_raw(count).tolist()
+    key_words = _Key(np.frombuffer(digest, "<u8"))
+    generator = np.random.Philox(key_words)  # pyright: ignore[reportArgumentType] - numpy's stubs lack ISeedSequence
+    return generator.random_raw(count).tolist()
 
 
 class _Key(ISeedSequence):

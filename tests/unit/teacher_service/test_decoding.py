@@ -120,6 +120,13 @@ def test_read_batches_says_what_to_do_when_a_worker_dies(
         list(read_batches(make_dataset(), [Span(Task(0, range(3)), 0, 1)], most_images=4, workers=0, pin_memory=False))
 
 
+def test_read_batches_says_what_to_do_when_shared_memory_is_too_small(make_dataset: Callable[..., ViewDataset]) -> None:
+    spans = [Span(Task(0, range(1)), 0, 1)]
+
+    with pytest.raises(ResourceError, match=r"need 6\.9 EB of shared memory: .*--workers or a smaller --batch-size"):
+        next(read_batches(make_dataset(), spans, most_images=10**15, workers=1, pin_memory=False))
+
+
 @pytest.mark.parametrize(("workers", "ahead"), [(0, 1), (1, 3), (2, 5)])
 def test_read_batches_pulls_few_tasks_ahead_when_tasks_never_end(
     make_dataset: Callable[..., ViewDataset], workers: int, ahead: int
