@@ -18,6 +18,7 @@ from teacher_service.observing import append_event
 from teacher_service.pipeline import PipelineReport
 from teacher_service.planning import remaining_bytes
 from teacher_service.stopping import Stop
+from teacher_service.views_out import ViewsOut
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
     with preparing(config.store):
         if isinstance(store.objects, LocalObjects):
             store.remove_leftovers()  # of workers that were killed; what is being written now has a lock
+        if config.views_out is not None:
+            ViewsOut(config.views_out, store).remove_leftovers()
         store.compact()
     seconds = time.perf_counter() - started
     units = len(store.manifest.tars)

@@ -103,7 +103,7 @@ class Pipeline:
         manifest = store.manifest
         self._config, self._store, self._tars = config, store, tars
         self._dataset = dataset or ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
-        self._views_out = None if config.views_out is None else ViewsOut(config.views_out)
+        self._views_out = None if config.views_out is None else ViewsOut(config.views_out, store)
         self._waits = Waits({"decode": max(1, config.workers)})
         self._forward = Forward(teacher, tuple(manifest.taps), config.batch_size, self._waits, compile=config.compile)
 
