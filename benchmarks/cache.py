@@ -73,7 +73,7 @@ class Setting:
     parts: tuple[Part, ...] = PARTS
     teacher: str = "swin_tiny_patch4_window7_224"
     teacher_kwargs: JsonObject = field(default_factory=dict)
-    small_teacher: str = "test_vit2"
+    small_teacher: str = "test_vit"
     device: str = "auto"
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
@@ -99,7 +99,7 @@ class Bench:
         self._stores += 1
         setting = self.setting
         small = teacher == setting.small_teacher
-        kwargs = {"img_size": 224, "patch_size": 32} if small else setting.teacher_kwargs
+        kwargs = {"img_size": 224, "patch_size": 56} if small else setting.teacher_kwargs
         values: dict[str, Any] = {
             "tars": setting.tars,
             "teacher": teacher,
@@ -109,7 +109,7 @@ class Bench:
             "device": setting.device,
             "compute_dtype": setting.compute_dtype,
             "compile": setting.compile and not small,
-            "batch_size": 4 * setting.batch_size if small else setting.batch_size,
+            "batch_size": setting.batch_size,
             "workers": setting.workers,
         }
         return CacheConfig(**(values | options))
@@ -204,8 +204,9 @@ def decode_rate(job: Job, tasks: Sequence[Task]) -> float:
     manifest = job.store.manifest
     dataset = ViewDataset(job.tars, manifest.policy, manifest.seed)
     spans = batch_spans(tasks, [len(tar) for tar in job.tars], job.config.batch_size)
+    most_images = max(job.config.batch_size, manifest.num_views)
     marks, images = [], 0
-    for batch in read_batches(dataset, spans, workers=job.config.workers, pin_memory=False):
+    for batch in read_batches(dataset, spans, most_images=most_images, workers=job.config.workers, pin_memory=False):
         images += batch.images
         marks.append((time.perf_counter(), images))
     return _rate(marks)

@@ -1,5 +1,6 @@
 """The cache job: tars through the frozen teacher into a store, unit by unit, resumable after any interruption."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from teacher_service.observing import append_event
 from teacher_service.pipeline import PipelineReport
 from teacher_service.planning import remaining_bytes
 from teacher_service.stopping import Stop
+from teacher_service.views_out import ViewsOut
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
         MismatchError: The store was begun with other settings; names the field.
         ResourceError: Disk full, weights that cannot be fetched, a device that gave up.
     """
-    predicted = forecast(config).seconds if config.time_samples else None
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's, which time their samples at once
+    predicted = forecast(config, processes).seconds if config.time_samples else None
     started = time.perf_counter()
     warm_up(config.workers)
     tasks, report = _run(config, console or Console(quiet=True), stop or Stop())
@@ -84,6 +87,8 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
     with preparing(config.store):
         if isinstance(store.objects, LocalObjects):
             store.remove_leftovers()  # of workers that were killed; what is being written now has a lock
+        if config.views_out is not None:
+            ViewsOut(config.views_out, store).remove_leftovers()
         store.compact()
     seconds = time.perf_counter() - started
     units = len(store.manifest.tars)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from feature_store.cli import run, unit_progress
 from feature_store.errors import CorruptStoreError
-from teacher_service.config import CacheConfig, TimedPlanConfig
+from teacher_service.config import CacheConfig, SharedPlanConfig
 from teacher_service.serving.config import ServeConfig
 from teacher_service.serving.tokens import Scope, create_token
 from teacher_service.tables import print_forecast, summary_text
@@ -28,11 +28,11 @@ token = tyro.extras.SubcommandApp()
 
 
 @app.command
-def plan(config: tyro.conf.OmitArgPrefixes[TimedPlanConfig]) -> None:
+def plan(config: tyro.conf.OmitArgPrefixes[SharedPlanConfig]) -> None:
     """Say what a cache would hold, how big it gets, and with --time-samples how long it takes and when it pays."""
     from teacher_service.forecast import forecast
 
-    result = forecast(config)
+    result = forecast(config, config.processes)
     if config.json:
         print(json.dumps(result.to_dict()))
     else:

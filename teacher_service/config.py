@@ -105,6 +105,23 @@ class TimedPlanConfig(PlanConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedPlanConfig(TimedPlanConfig):
+    """What is to be cached, how it is computed, and by how many.
+
+    Attributes:
+        processes: Processes that will share the job, as torchrun or Ray start them, each with a device and --workers of
+            its own: what --time-samples predicts of one is divided among them, by whole tars.
+    """
+
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse values no run could use."""
+        super().__post_init__()
+        require(self.processes >= 1, "--processes", self.processes, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheConfig(TimedPlanConfig):
     """What is to be cached, how, and where to.
 

@@ -3,6 +3,7 @@
 Shape legend: b samples of a batch, V views, H W pixels.
 """
 
+import math
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.context import ForkServerContext
 from types import TracebackType
@@ -17,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from rich.filesize import decimal
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -53,13 +57,13 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One source image's views, or the reason why it has none; encoded as in Batch."""
+    """One source image's views, uint8 [V, H, W, 3], or the reason why it has none; encoded as in Batch."""
 
     label: int
     reason: str | None
     params: list[ViewParams | None]
     crcs: list[int]
-    views: list[np.ndarray]
+    views: np.ndarray
     encoded: list[bytes]
 
 
@@ -117,37 +121,66 @@ class ViewDataset(Dataset):
 
     def __getitem__(self, span: Span) -> Batch | UserError:
         """One batch, or what kept it from being read."""
+        return self.read(span)
+
+    def read(self, span: Span, memory: Tensor | None = None) -> Batch | UserError:
+        """The same with its pixels in given memory, uint8 [at least as many bytes]; default new memory."""
         started = time.perf_counter()
+        shape = (span.stop - span.start, len(span.task.views), *self.policy.size, 3)
+        pixels = torch.empty(shape, dtype=torch.uint8) if memory is None else memory[: math.prod(shape)].view(shape)
+        places = zip(range(span.start, span.stop), pixels.numpy(), strict=True)
         try:
-            samples = [self.sample(span.task, position) for position in range(span.start, span.stop)]
+            samples = [self.sample(span.task, position, out) for position, out in places]
         except UserError as error:
             return error
         except OSError as error:
             return ResourceError(f"{self.tars[span.task.unit].url} cannot be read: {error}; check the disk or network")
-        return replace(_batch(span, samples), seconds=time.perf_counter() - started)
+        return replace(_batch(span, samples, pixels), seconds=time.perf_counter() - started)
 
-    def sample(self, task: Task, position: int) -> Sample:
-        """A task's views of one sample, cut from one decode."""
-        label = -1
+    def sample(self, task: Task, position: int, out: np.ndarray | None = None) -> Sample:
+        """A task's views of one sample, cut from one decode; into out, uint8 [V, H, W, 3], if given."""
+        count, label = len(task.views), -1
+        views = np.empty((count, *self.policy.size, 3), np.uint8) if out is None else out
         try:
-            key, encoded, label = self.tars[task.unit].read(position)
-            image = decode_image(encoded)
+            key, source, label = self.tars[task.unit].read(position)
+            image = decode_image(source)
         except ImageError as error:
-            return self._unusable(label, str(error), len(task.views))
+            views[:] = 0
+            return Sample(label, str(error), [None] * count, [0] * count, views, [b""] * count)
         params = [draw_view(self.policy, self.seed, key, view, image.size) for view in task.views]
-        views = [apply_view(image, each, self.policy.size) for each in params]
-        encoded = [b""] * len(views)
-        if self.encoding is not None:
-            encoded = [encode_view(view) for view in views]
-            views = [decode_view(each) for each in encoded]
+        encoded = [self._cut(image, each, view) for each, view in zip(params, views, strict=True)]
         return Sample(label, None, list(params), [pixel_crc(view) for view in views], views, encoded)
 
-    def _unusable(self, label: int, reason: str, count: int) -> Sample:
-        blank = np.zeros((*self.policy.size, 3), np.uint8)
-        return Sample(label, reason, [None] * count, [0] * count, [blank] * count, [b""] * count)
+    def _cut(self, image: Image.Image, params: ViewParams, out: np.ndarray) -> bytes:
+        """Cut one view into out; its JPEG, if views are materialised."""
+        apply_view(image, params, self.policy.size, out=out)
+        if self.encoding is None:
+            return b""
+        encoded = encode_view(out)
+        out[:] = decode_view(encoded)
+        return encoded
 
 
-def _batch(span: Span, samples: Sequence[Sample]) -> Batch:
+class _InSharedMemory(Dataset):
+    """A dataset's batches with their pixels in memory that is shared with the workers, over and over again.
+
+    New memory for each batch costs as much as to cut its views: the system clears and maps every page.
+
+    Args:
+        dataset: Which one.
+        memory: uint8 [places, bytes of the largest batch].
+    """
+
+    def __init__(self, dataset: ViewDataset, memory: Tensor) -> None:
+        self._dataset, self._memory = dataset, memory
+
+    def __getitem__(self, item: tuple[Span, int]) -> Batch | UserError:
+        """A batch by its span and its pixels' place."""
+        span, place = item
+        return self._dataset.read(span, self._memory[place])
+
+
+def _batch(span: Span, samples: Sequence[Sample], pixels: Tensor) -> Batch:
     return Batch(
         task=span.task,
         start=span.start,
@@ -155,7 +188,7 @@ def _batch(span: Span, samples: Sequence[Sample]) -> Batch:
         quarantined={span.start + i: each.reason for i, each in enumerate(samples) if each.reason is not None},
         params=[list(view) for view in zip(*(sample.params for sample in samples), strict=True)],
         pixel_crc=np.array([sample.crcs for sample in samples], np.uint32).T,
-        pixels=torch.from_numpy(np.stack([np.stack(sample.views) for sample in samples])),
+        pixels=pixels,
         encoded=[list(view) for view in zip(*(sample.encoded for sample in samples), strict=True)],
     )
 
@@ -183,19 +216,29 @@ def warm_up(workers: int) -> None:
 
 
 def read_batches(
-    dataset: ViewDataset, spans: Iterable[Span], *, workers: int, pin_memory: bool
+    dataset: ViewDataset, spans: Iterable[Span], *, most_images: int, workers: int, pin_memory: bool
 ) -> Generator[Batch, None, None]:
     """Batches in order, decoded ahead by worker processes that live as long as the job.
 
-    At most PREFETCH spans per worker are pulled, and as many batches kept, ahead of the one given out.
+    At most PREFETCH spans per worker are pulled, and as many batches kept, ahead of the one given out. Its pixels
+    change when the next one is asked for, unless they are pinned.
+
+    Args:
+        dataset: Of what.
+        spans: Which ones.
+        most_images: View images of the largest one.
+        workers: Decode workers; 0 decodes in this process.
+        pin_memory: Whether to copy pixels to page-locked memory.
 
     Raises:
-        UserError: A tar cannot be read (any more), or a worker process died.
+        UserError: A tar cannot be read (any more), shared memory is too small, or a worker process died.
     """
+    # one for each batch that is decoded ahead, and one for the batch that was given out
+    memory = _shared(workers * PREFETCH + 1, most_images * math.prod(dataset.policy.size) * 3) if workers else None
     loader = DataLoader(
-        dataset,
+        dataset if memory is None else _InSharedMemory(dataset, memory),
         batch_size=None,
-        sampler=spans,
+        sampler=spans if memory is None else zip(spans, cycle(range(len(memory)))),
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context=_context() if workers else None,
@@ -215,6 +258,18 @@ def read_batches(
             f"a decode worker died ({str(error).splitlines()[0]}); usually memory or /dev/shm ran out: "
             "use fewer --workers or a smaller --batch-size"
         ) from error
+
+
+def _shared(places: int, size: int) -> Tensor:
+    """Memory, uint8 [places, size], that workers are given with their dataset, not a copy of it."""
+    try:
+        storage = torch.UntypedStorage._new_shared(places * size)  # share_memory_() would copy as much into it
+    except RuntimeError as error:
+        raise ResourceError(
+            f"decode workers need {decimal(places * size)} of shared memory: {error}; "
+            "make /dev/shm larger, or use fewer --workers or a smaller --batch-size"
+        ) from error
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(places, size)
 
 
 def _context() -> ForkServerContext:

@@ -1,5 +1,6 @@
 """Says what a job costs before it runs: bytes for each codec and number of views, time, and when it pays."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -43,8 +44,10 @@ class Forecast:
         plan: Of the job as it was asked for.
         codec_bytes: Bytes of the store by tap codec, the most exact first.
         view_counts: Costs by number of views.
-        seconds: Of what is left of the job on this machine; None where nothing was measured.
-        gpu_hours: The same in hours of its one device.
+        processes: Processes that share the job, each with a device and cores like the ones that were timed.
+        seconds: Of what is left of the job; None where nothing was measured.
+        gpu_hours: The same in hours of all their devices.
+        write_rate: Bytes per second they then write together: nothing says that their disk can.
         online_gpu_hours_per_epoch: The teacher's in each epoch of a student that has it in its training loop.
         timing: What was measured.
     """
@@ -52,8 +55,10 @@ class Forecast:
     plan: Plan
     codec_bytes: dict[str, int]
     view_counts: tuple[ViewCost, ...]
+    processes: int
     seconds: float | None
     gpu_hours: float | None
+    write_rate: float | None
     online_gpu_hours_per_epoch: float | None
     timing: Timing | None
 
@@ -63,8 +68,12 @@ class Forecast:
         return found.pop("plan") | found
 
 
-def forecast(config: TimedPlanConfig) -> Forecast:
+def forecast(config: TimedPlanConfig, processes: int = 1) -> Forecast:
     """Predict a job's bytes and, from a timed sample, its time.
+
+    Args:
+        config: The job.
+        processes: Processes that will share its units.
 
     Raises:
         UserError: The job could not start, see ``teacher_service.planning.plan``.
@@ -74,13 +83,17 @@ def forecast(config: TimedPlanConfig) -> Forecast:
     timing = measure(config, tars) if config.time_samples else None
     manifest = job_manifest(config, tars, outline.info, outline.split)
     new = plan.remaining_bytes == plan.total_bytes
-    seconds = None if timing is None else timing.seconds(plan.remaining_images, plan.views, new=new)
+    units = max(1, plan.units - plan.committed_units)
+    images = plan.remaining_images * math.ceil(units / processes) / units  # of the process with the most units
+    seconds = None if timing is None else timing.seconds(images, plan.views, new=new)
     return Forecast(
         plan=plan,
         codec_bytes={codec: _total(_with_codec(manifest, codec), outline, config) for codec in CODECS},
         view_counts=tuple(_view_costs(manifest, outline, config, plan, timing)),
+        processes=processes,
         seconds=seconds,
-        gpu_hours=None if seconds is None else seconds / 3600,
+        gpu_hours=None if seconds is None else processes * seconds / 3600,
+        write_rate=None if seconds is None else plan.remaining_bytes / seconds,
         online_gpu_hours_per_epoch=None if timing is None else plan.samples * timing.busy["forward"] / 3600,
         timing=timing,
     )

@@ -103,7 +103,7 @@ class Pipeline:
         manifest = store.manifest
         self._config, self._store, self._tars = config, store, tars
         self._dataset = dataset or ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
-        self._views_out = None if config.views_out is None else ViewsOut(config.views_out)
+        self._views_out = None if config.views_out is None else ViewsOut(config.views_out, store)
         self._waits = Waits({"decode": max(1, config.workers)})
         self._forward = Forward(teacher, tuple(manifest.taps), config.batch_size, self._waits, compile=config.compile)
 
@@ -156,10 +156,11 @@ class Pipeline:
         return run.report(time.perf_counter() - started, self._forward.batch_size)
 
     def _batches(self, tasks: Iterable[Task]) -> Generator[Batch, None, None]:
-        sizes = [len(tar) for tar in self._tars]
+        sizes, views = [len(tar) for tar in self._tars], self._store.manifest.num_views
         return read_batches(
             self._dataset,
             batch_spans(tasks, sizes, self._config.batch_size),
+            most_images=max(views, min(views * max(sizes), self._config.batch_size)),
             workers=self._config.workers,
             pin_memory=self._forward.device.type == "cuda",
         )

@@ -85,7 +85,9 @@ def prepare(config: CacheConfig) -> Job:
         if isinstance(store.objects, LocalObjects):  # in a bucket nothing tells another writer's from a dead one's
             store.remove_leftovers()
         if config.views_out is not None:
-            ViewsOut(config.views_out).require_views_of(store)
+            views_out = ViewsOut(config.views_out, store)
+            views_out.require_committed()
+            views_out.remove_leftovers()
     return Job(config, plan, store, teacher, tars)
 
 

@@ -19,7 +19,7 @@ def print_forecast(forecast: "Forecast", console: Console) -> None:
     if forecast.timing is None:
         console.print("time and break-even: not measured; --time-samples N times N samples on this machine")
     else:
-        console.print(f"timed with {forecast.timing.samples} samples on {forecast.timing.device}")
+        console.print(f"timed with {forecast.timing.samples} samples on {forecast.timing.device}{_divided(forecast)}")
 
 
 def plan_table(forecast: "Forecast") -> Table:
@@ -46,9 +46,21 @@ def plan_table(forecast: "Forecast") -> Table:
         table.add_row("views to write", decimal(views.remaining_bytes))
         table.add_row("free disk there", _verdict(views.free_bytes, views.needed_bytes))
     if (timing := forecast.timing) is not None and forecast.seconds is not None:
-        rate = 1 / timing.seconds_per_image(plan.views)
-        table.add_row("time", f"{duration(forecast.seconds)} on one device, {rate:,.1f} images/s from then on")
+        rate, count = forecast.processes / timing.seconds_per_image(plan.views), forecast.processes
+        devices = "one device" if count == 1 else f"{count} devices"
+        table.add_row("time", f"{duration(forecast.seconds)} on {devices}, {rate:,.1f} images/s from then on")
     return table
+
+
+def _divided(forecast: "Forecast") -> str:
+    """What a time that was divided among processes takes for granted."""
+    if forecast.processes == 1 or forecast.timing is None:
+        return ""
+    return (
+        f", divided by {forecast.processes} tar by tar: true if each process has such a device and cores for "
+        f"{forecast.timing.workers} decode workers to itself, and the disk takes "
+        f"{decimal(round(forecast.write_rate or 0))}/s from all of them"
+    )
 
 
 def _verdict(free: int | None, needed: int) -> str:
@@ -69,7 +81,7 @@ def views_table(forecast: "Forecast") -> Table:
     """Costs by number of views; the time columns only if it was measured."""
     table = Table("--views", "whole store", title="views", title_justify="left")
     timed = forecast.timing is not None
-    for title in ("time", "pays after epochs", "or students of") if timed else ():
+    for title in ("device time", "pays after epochs", "or students of") if timed else ():
         table.add_column(title)
     for cost in forecast.view_counts:
         cells = [f"{cost.views}", decimal(cost.total_bytes) + ("" if cost.fits else ", does not fit")]

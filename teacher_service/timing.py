@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from feature_store.codecs.registry import calibrated, needs_calibration
 from feature_store.errors import InputError
 from feature_store.skeleton import ROOT
@@ -83,7 +85,7 @@ class Timing:
         first = [decode + self.busy["forward"]] if not self.workers else [decode, self.busy["forward"]]
         return max(*first, *self.busy.values())
 
-    def seconds(self, images: int, views: int, *, new: bool = True) -> float:
+    def seconds(self, images: float, views: int, *, new: bool = True) -> float:
         """A job's of so many images, V of each sample; a store that is there already has its statistics."""
         return self.startup + self.calibration * new + images * self.seconds_per_image(views)
 
@@ -192,10 +194,11 @@ def _split(dataset: ViewDataset, views: int) -> tuple[float, float]:
     """Seconds to read and decode a sample, and to cut a view of it; only their ratio is used."""
     few, many = views, views + SPLIT_VIEWS
     seconds = {few: 0.0, many: 0.0}
+    room = np.zeros((many, *dataset.policy.size, 3), np.uint8)  # memory used again, as in a worker
     for position in range(min(SPLIT_SAMPLES, len(dataset.tars[0]))):
         for count in seconds:
             started = time.perf_counter()
-            dataset.sample(Task(0, range(count)), position)
+            dataset.sample(Task(0, range(count)), position, room[:count])
             seconds[count] += time.perf_counter() - started
     total = min(SPLIT_SAMPLES, len(dataset.tars[0]))
     cut = max(0.0, seconds[many] - seconds[few]) / SPLIT_VIEWS / total

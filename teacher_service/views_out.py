@@ -1,18 +1,23 @@
 """Writes materialised views: one webdataset tar for each view of a unit, whole under its name or not there."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 
 from webdataset.writer import TarWriter
 
+from feature_store.commits.locks import lock_name, locked
 from feature_store.errors import InputError, ResourceError
-from feature_store.objects.local import open_objects
+from feature_store.objects.local import PARTIAL_SUFFIX, LocalObjects, open_objects
 from feature_store.store import Store
 from feature_store.views import view_tar
+from teacher_service.claims import lock_folder
 from teacher_service.decoding import Task
 from teacher_service.writing import RESUME
 
 _SHOWN = 3  # names listed in an error message
+_PARTIAL = re.compile(rf"v\d+/u(\d+)\.tar\.[^/]+{re.escape(PARTIAL_SUFFIX)}")
 
 
 class ViewsOut:
@@ -20,12 +25,14 @@ class ViewsOut:
 
     Args:
         url: A path, ``file://``, ``s3://`` or ``gs://``.
+        store: The store.
 
     Raises:
         InputError: A place that cannot be written to.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, store: Store) -> None:
+        self._store = store
         self._objects = open_objects(url)
         if not self._objects.lists:
             raise InputError(f"--views-out {url} is read only; give a folder, s3:// or gs://")
@@ -42,20 +49,34 @@ class ViewsOut:
         """
         paths = [view_tar(task.unit, view) for view in task.views]
         try:
-            for path, samples in zip(paths, views, strict=True):
-                self._objects.put(path, tar_of(samples))
-            self._objects.sync(paths)
+            with self._writing(task.unit):
+                for path, samples in zip(paths, views, strict=True):
+                    self._objects.put(path, tar_of(samples))
+                self._objects.sync(paths)
         except OSError as error:
             raise ResourceError(
                 f"the views of unit {task.unit} cannot be written to {self._objects.url}: {error}; {RESUME}"
             ) from error
 
-    def require_views_of(self, store: Store) -> None:
-        """Refuse a place without the views a store has committed already.
+    def remove_leftovers(self) -> None:
+        """Delete tars that killed processes began. One that is being written now has a lock; buckets keep no halves."""
+        if not isinstance(self._objects, LocalObjects) or not isinstance(self._store.objects, LocalObjects):
+            return  # of a store in a bucket, other machines' writers hold no lock that is seen here
+        for path in self._objects.list("v"):
+            if found := _PARTIAL.fullmatch(path):
+                with suppress(ResourceError, FileNotFoundError), self._writing(int(found[1]), "it is being written"):
+                    self._objects.delete(path)
+
+    def _writing(self, unit: int, refusal: str | None = None) -> AbstractContextManager[None]:
+        return locked(lock_folder(self._store.objects) / f"views-{lock_name(unit)}", refusal)
+
+    def require_committed(self) -> None:
+        """Refuse a place without the views the store has committed already.
 
         Raises:
             InputError: Names the first tars that are missing.
         """
+        store = self._store
         committed = {
             view_tar(unit, view) for unit in range(len(store.manifest.tars)) for view in store.committed_views(unit)
         }

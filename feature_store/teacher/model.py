@@ -216,7 +216,8 @@ def tap_shapes(split: Any) -> dict[str, tuple[int, int]]:
 
 def normalise(pixels_BHWC: Tensor, mean_255: Tensor, std_255: Tensor) -> Tensor:
     """uint8 pixels [B, H, W, 3] to normalised float32 images [B, 3, H, W]; mean and std on the 0..255 scale."""
-    return ((pixels_BHWC.float() - mean_255) / std_255).permute(0, 3, 1, 2).contiguous()
+    images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return images_BCHW.sub_(mean_255.view(-1, 1, 1)).div_(std_255.view(-1, 1, 1))  # a copy, as the dtypes differ
 
 
 def _pixel_scale(values: tuple[float, ...]) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 from feature_store.errors import InputError
 from feature_store.views.augment import CHOICES, Op, magnitude_of
@@ -85,7 +86,20 @@ def _words(seed: int, key: str, view: int, count: int) -> list[int]:
     """The view's own raw words. numpy guarantees a bit generator's raw output for good, distributions not."""
     name = struct.pack("<QQ", seed, view) + key.encode()  # fixed width, then the rest: no two triples collide
     digest = hashlib.blake2b(name, digest_size=16, person=b"scalekd-view-v1").digest()
-    return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count).tolist()
+    key_words = _Key(np.frombuffer(digest, "<u8"))
+    generator = np.random.Philox(key_words)  # pyright: ignore[reportArgumentType] - numpy's stubs lack ISeedSequence
+    return generator.random_raw(count).tolist()
+
+
+class _Key(ISeedSequence):
+    """A Philox key as numpy's seed: the same words as ``Philox(key=...)``, which first asks the system for others."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: object = np.uint32) -> np.ndarray:
+        """The key, uint64 [2]."""
+        return self._words
 
 
 def _uniform(word: int) -> float:

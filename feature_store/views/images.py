@@ -62,7 +62,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.info.clear()  # a transparent colour named here would make convert() treat that colour differently
     if image.mode == "RGB":
-        return image.copy()
+        return image
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _scale_16_bit(np.asarray(image))
     if image.mode in ("RGBa", "La"):  # colours are premultiplied by alpha

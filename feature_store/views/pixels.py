@@ -22,7 +22,9 @@ _NOISE_MEAN = np.array(FILL, np.int32)
 _NOISE_STD = np.array([58, 57, 57], np.int32)
 
 
-def apply_view(image: Image.Image, params: ViewParams, size: int | tuple[int, int]) -> np.ndarray:
+def apply_view(
+    image: Image.Image, params: ViewParams, size: int | tuple[int, int], *, out: np.ndarray | None = None
+) -> np.ndarray:
     """The view's pixels; the same function for the teacher and for the student.
 
     The crop is cut out, then resized, as torchvision does it: no pixel outside the crop has influence.
@@ -31,6 +33,7 @@ def apply_view(image: Image.Image, params: ViewParams, size: int | tuple[int, in
         image: The source in RGB, as decode_image gives it.
         params: What to do to it.
         size: Side or (H, W) of the view, in pixels.
+        out: Where to put them, uint8 [H, W, 3]; default a new array.
 
     Returns:
         uint8 array [H, W, 3].
@@ -47,14 +50,15 @@ def apply_view(image: Image.Image, params: ViewParams, size: int | tuple[int, in
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for op, magnitude in zip(params.ops, params.magnitudes, strict=True):
         view = apply_op(view, int(op), float(magnitude), resample)  # a numpy float32 would round differently
-    pixels = np.array(view)
+    pixels = np.empty((height, width, 3), np.uint8) if out is None else out
+    pixels[:] = np.asarray(view)
     _erase(pixels, params.erase, params.noise_seed)
     return pixels
 
 
 def pixel_crc(pixels: np.ndarray) -> int:
     """CRC-32 of a view's bytes [H, W, 3] in row-major order."""
-    return zlib.crc32(pixels.tobytes())
+    return zlib.crc32(np.ascontiguousarray(pixels))
 
 
 def check_pixels(pixels: np.ndarray, expected_crc: int, key: str, view: int, written_with: str) -> None:

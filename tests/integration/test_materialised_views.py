@@ -2,7 +2,11 @@
 
 import io
 import json
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +20,7 @@ from tiny_jobs import cache_config, make_teacher, store_files
 from training_world import CLASSES, samples, write_tar
 
 from feature_store import open_store
+from feature_store.commits.locks import locked
 from feature_store.errors import InputError, MismatchError, ResourceError, UserError
 from feature_store.tars.tar import Tar
 from feature_store.views import decode_view, encode_view, pixel_crc, view_tar
@@ -24,6 +29,8 @@ from student_trainer.config import TrainConfig
 from student_trainer.train import train
 from teacher_service import pipeline
 from teacher_service.caching import cache
+from teacher_service.claims import lock_folder
+from teacher_service.decoding import Task
 from teacher_service.verify_config import VerifyConfig
 from teacher_service.verifying import verify
 from teacher_service.views_out import ViewsOut, tar_of
@@ -142,6 +149,76 @@ def test_same_bytes_when_a_job_is_stopped_in_between(world, tmp_path, monkeypatc
     assert store_files(config.store) == store_files(world.store)
 
 
+_KILLED_WHILE_WRITING = """
+import os, pickle, signal, sys
+from pathlib import Path
+from teacher_service.caching import cache
+from teacher_service.claims import lock_folder
+from teacher_service.decoding import Task
+
+rename = Path.rename
+
+def rename_or_die(path, target):
+    if target.as_posix().endswith("views/v1/u00001.tar"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(path, target)
+
+if __name__ == "__main__":
+    Path.rename = rename_or_die
+    cache(pickle.loads(Path(sys.argv[1]).read_bytes()))
+"""
+
+
+def test_next_run_removes_what_a_job_left_when_it_was_killed_while_it_wrote_a_tar(world, tmp_path):
+    config = replace(world, store=tmp_path / "store", views_out=str(tmp_path / "views"))
+    script, pickled = tmp_path / "job.py", tmp_path / "config"
+    script.write_text(_KILLED_WHILE_WRITING)
+    pickled.write_bytes(pickle.dumps(config))
+
+    assert subprocess.run([sys.executable, script, pickled], check=False).returncode == -signal.SIGKILL
+    (partial,) = (tmp_path / "views").rglob("*.partial")
+    assert partial.stat().st_size == (Path(world.views_out) / view_tar(1, 1)).stat().st_size
+    assert not (tmp_path / "views" / view_tar(1, 1)).exists()
+
+    assert cache(config).units_written == 1
+    assert store_files(tmp_path / "views") == store_files(Path(world.views_out))
+    assert store_files(config.store) == store_files(world.store)
+
+
+def test_leftovers_are_removed_unless_a_process_is_writing_them_or_they_are_not_ours(world, views):
+    store = open_store(world.store)
+    dead, living, foreign = (
+        views / name for name in ("v0/u00000.tar.7-7.partial", "v1/u00001.tar.8-8.partial", "v1/notes.partial")
+    )
+    for path in (dead, living, foreign):
+        path.write_bytes(b"half")
+    before = store_files(views)
+
+    with locked(lock_folder(store.objects) / "views-u00001"):
+        ViewsOut(str(views), store).remove_leftovers()
+    assert before.keys() - store_files(views).keys() == {"v0/u00000.tar.7-7.partial"}
+
+    ViewsOut(str(views), store).remove_leftovers()
+    assert before.keys() - store_files(views).keys() == {path.relative_to(views).as_posix() for path in (dead, living)}
+
+
+def test_leftovers_stay_when_their_tar_is_being_written(world, tmp_path, monkeypatch):
+    store = open_store(world.store)
+    views_out = ViewsOut(str(tmp_path / "views"), store)
+    rename, seen = Path.rename, []
+
+    def looked_at(path: Path, target: Path) -> Path:
+        ViewsOut(str(tmp_path / "views"), store).remove_leftovers()
+        seen.append(path.exists())
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", looked_at)
+    views_out.write(Task(1, range(2)), [{"k": (b"jpeg", 1)}] * 2)
+
+    assert seen == [True, True]
+    assert store_files(tmp_path / "views").keys() == {view_tar(1, 0), view_tar(1, 1)}
+
+
 def test_views_are_added_when_a_store_grows(world, tmp_path):
     config = replace(world, store=tmp_path / "store", views_out=str(tmp_path / "views"), views=1)
     cache(config)
@@ -252,7 +329,7 @@ def test_views_go_to_a_bucket_and_come_back(world, run, tmp_path):
     with s3_server() as new_bucket:
         config = replace(world, store=tmp_path / "store", views_out=f"{new_bucket()}/views")
         cache(config)
-        ViewsOut(config.views_out).require_views_of(open_store(config.store))
+        ViewsOut(config.views_out, open_store(config.store)).require_committed()
         read = replace(run, tars=(), store=config.store, views_from=config.views_out, scratch=tmp_path / "scratch")
         assert losses(read) == losses(replace(run, run=tmp_path / "replayed"))
 

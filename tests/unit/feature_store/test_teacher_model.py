@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 from feature_store.errors import InputError, ResourceError
-from feature_store.teacher.model import load_teacher, weights_sha256
+from feature_store.teacher.model import load_teacher, normalise, weights_sha256
 
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 2, "depths": (1, 1, 2, 2), "embed_dim": 24, "num_classes": 5}
 
@@ -122,3 +122,12 @@ def test_load_says_to_pass_a_checkpoint_when_weights_cannot_be_fetched(monkeypat
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", no_network)
     with pytest.raises(ResourceError, match="could not be fetched .*pass a local file with --checkpoint"):
         load_teacher("test_vit.r160_in1k", pretrained=True)
+
+
+def test_normalise_gives_contiguous_images_and_leaves_the_pixels_when_it_computes_in_place():
+    pixels = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8)
+    before, mean, std = pixels.clone(), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 7.0, 9.0])
+    images = normalise(pixels, mean, std)
+    assert torch.equal(images, ((before.float() - mean) / std).permute(0, 3, 1, 2))
+    assert images.is_contiguous()
+    assert torch.equal(pixels, before)

@@ -104,7 +104,7 @@ def test_read_batches_raises_the_users_error_when_a_tar_changes(
     (tmp_path / "images.tar").write_bytes(b"short")
 
     with pytest.raises(UserError, match=r"images\.tar changed while in use"):
-        list(read_batches(dataset, [Span(Task(0, range(3)), 0, 2)], workers=0, pin_memory=False))
+        list(read_batches(dataset, [Span(Task(0, range(3)), 0, 2)], most_images=4, workers=0, pin_memory=False))
 
 
 def test_read_batches_says_what_to_do_when_a_worker_dies(
@@ -117,7 +117,14 @@ def test_read_batches_says_what_to_do_when_a_worker_dies(
     monkeypatch.setattr(decoding, "DataLoader", lambda *args, **kwargs: Dying())
 
     with pytest.raises(ResourceError, match=r"decode worker died .*Bus error.*--workers"):
-        list(read_batches(make_dataset(), [Span(Task(0, range(3)), 0, 1)], workers=0, pin_memory=False))
+        list(read_batches(make_dataset(), [Span(Task(0, range(3)), 0, 1)], most_images=4, workers=0, pin_memory=False))
+
+
+def test_read_batches_says_what_to_do_when_shared_memory_is_too_small(make_dataset: Callable[..., ViewDataset]) -> None:
+    spans = [Span(Task(0, range(1)), 0, 1)]
+
+    with pytest.raises(ResourceError, match=r"need 6\.9 EB of shared memory: .*--workers or a smaller --batch-size"):
+        next(read_batches(make_dataset(), spans, most_images=10**15, workers=1, pin_memory=False))
 
 
 @pytest.mark.parametrize(("workers", "ahead"), [(0, 1), (1, 3), (2, 5)])
@@ -132,12 +139,30 @@ def test_read_batches_pulls_few_tasks_ahead_when_tasks_never_end(
             yield pulled[-1]
 
     dataset = make_dataset()
-    batches = read_batches(dataset, batch_spans(endless(), [4], 4), workers=workers, pin_memory=False)
+    batches = read_batches(dataset, batch_spans(endless(), [4], 4), most_images=4, workers=workers, pin_memory=False)
     for number in range(1, 5):
         batch = next(batches)
         assert batch.seconds > 0
         assert len(pulled) <= number + ahead - 1
     batches.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_read_batches_gives_the_datasets_pixels_when_their_memory_is_used_again(
+    make_dataset: Callable[..., ViewDataset], workers: int
+) -> None:
+    dataset = make_dataset({"__key__": "t0", "png": b"?", "cls": b"3"})
+    spans = list(batch_spans([Task(0, range(view, view + 2)) for view in range(8)], [5], 6))
+    storages = set()
+
+    batches = read_batches(dataset, spans, most_images=6, workers=workers, pin_memory=False)
+    for span, batch in zip(spans, batches, strict=True):
+        time.sleep(0.02)  # so that workers get as far ahead as they may
+        assert torch.equal(batch.pixels, _batch(dataset, span.start, span.stop, span.task.views).pixels)
+        storages.add(batch.pixels.untyped_storage().data_ptr())
+
+    assert len(spans) > workers * decoding.PREFETCH + 1
+    assert len(storages) == 1
 
 
 @pytest.mark.parametrize(("error", "printed"), [(ConnectionResetError("gone"), False), (ValueError("a bug"), True)])
@@ -159,7 +184,8 @@ from teacher_service.decoding import Task, ViewDataset, batch_spans, read_batche
 
 if __name__ == "__main__":
     dataset = ViewDataset([Tar.open(sys.argv[1])], view_policy("rrc_flip", (8, 8)), 0)
-    batches = read_batches(dataset, batch_spans(repeat(Task(0, range(1))), [1], 1), workers=1, pin_memory=False)
+    spans = batch_spans(repeat(Task(0, range(1))), [1], 1)
+    batches = read_batches(dataset, spans, most_images=1, workers=1, pin_memory=False)
     next(batches)
     print(*[child.pid for child in active_children()], flush=True)
     time.sleep(600)

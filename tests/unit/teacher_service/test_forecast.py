@@ -61,6 +61,21 @@ def test_forecast_counts_time_and_break_even_from_what_was_measured(
     assert eight.break_even_students == {100: pytest.approx(0.16), 300: pytest.approx(16 / 300)}
 
 
+@pytest.mark.parametrize(("processes", "share"), [(2, 3 / 5), (5, 1 / 5), (8, 1 / 5)])
+def test_forecast_divides_whole_units_when_processes_share_the_job(
+    config: TimedPlanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, share: float
+) -> None:
+    monkeypatch.setattr(forecast_module, "measure", lambda config, tars: TIMING)
+    job = replace(config, tars=write_tars(tmp_path, *[4] * 5), time_samples=6)
+
+    found = forecast(job, processes)
+
+    assert found.seconds == pytest.approx(2 + 1 + 20 * 3 * 1.0 * share)
+    assert found.gpu_hours == pytest.approx(processes * found.seconds / 3600)
+    assert found.write_rate == pytest.approx(found.plan.remaining_bytes / found.seconds)
+    assert found.view_counts == forecast(job).view_counts
+
+
 def test_forecast_is_a_flat_object_with_the_plans_own_numbers(config: TimedPlanConfig) -> None:
     found = forecast(config).to_dict()
 

@@ -65,6 +65,21 @@ def test_cli_plan_says_when_it_pays_only_if_something_was_timed(
         assert words not in untimed
 
 
+def test_cli_plan_says_what_it_takes_for_granted_when_processes_share_the_job(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", *write_tars(tmp_path, 4, 4), *tiny_swin.arguments, "--store", str(tmp_path / "store"),
+               "--time-samples", "4", "--workers", "0", "--batch-size", "2", "--processes"]  # fmt: skip
+
+    assert main([*command, "2"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("on 2 devices, ", "divided by 2 tar by tar", "cores for 0 decode workers", "B/s from all of them"):
+        assert words in " ".join(shown.split())
+
+    assert main([*command, "0"]) == 2
+    assert "--processes is 0, expected at least 1" in capsys.readouterr().err
+
+
 def test_cli_cache_logs_and_shows_what_was_predicted_beside_what_was_seen(
     tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
 ) -> None:
