@@ -23,6 +23,8 @@ from teacher_service.serving.live import LOGITS, LiveTeacher, Outputs
 from teacher_service.serving.problems import Problem, documented
 
 MAX_IMAGE_PIXELS = 64_000_000  # 0.2 GB as RGB; a larger image is far from anything a teacher sees
+TIMEOUT = 60.0
+"""Seconds after which a request is given up."""
 _DTYPES = {"f16": np.float16, "f32": np.float32}
 _CROP = r"^\d{1,9},\d{1,9},\d{1,9},\d{1,9}$"
 
@@ -80,7 +82,7 @@ _FRAME: dict[int | str, dict[str, Any]] = {
 _ANSWERS = _FRAME | documented("unknown-tap")
 
 
-def compute_router(live: LiveTeacher, *, timeout: float = 60.0, max_pixels: int = MAX_IMAGE_PIXELS) -> APIRouter:
+def compute_router(live: LiveTeacher, *, timeout: float = TIMEOUT, max_pixels: int = MAX_IMAGE_PIXELS) -> APIRouter:
     """Routes over a live teacher.
 
     Args:
@@ -120,7 +122,7 @@ def compute_router(live: LiveTeacher, *, timeout: float = 60.0, max_pixels: int 
     return router
 
 
-def admission(live: LiveTeacher) -> Callable[[Headers], None]:
+def admission(live: LiveTeacher, *, timeout: float = TIMEOUT) -> Callable[[Headers], None]:
     """What refuses a request from its headers alone: without its body received, the refusal costs little.
 
     It raises what ``Batcher.require_room`` does of as many views as the body's length tells, or a ResourceError while
@@ -132,7 +134,7 @@ def admission(live: LiveTeacher) -> Callable[[Headers], None]:
         rows = 1  # an image, or who knows
         if _media_type(headers) == wire.MEDIA_TYPE and length.isdecimal():
             rows = int(length[:20]) // math.prod((*live.teacher.info.input_size, 3))  # its header is shorter than a row
-        batcher.require_room(min(max(1, rows), batcher.queue_rows))
+        batcher.require_room(min(max(1, rows), batcher.queue_rows), timeout=timeout)
 
     return admit
 
