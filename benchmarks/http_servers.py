@@ -29,13 +29,21 @@ class Server(NamedTuple):
 
     def cpu_seconds(self) -> float:
         """CPU time it has used so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return _cpu_seconds(f"/proc/{self.pid}/stat")
+
+    def loop_seconds(self) -> float:
+        """CPU time of its main thread so far, the service's event loop."""
+        return _cpu_seconds(f"/proc/{self.pid}/task/{self.pid}/stat")
 
     def peak_memory(self) -> int:
         """Most bytes it has held so far."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _cpu_seconds(stat: str) -> float:
+    fields = Path(stat).read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

@@ -148,5 +148,16 @@ class HttpTransport:
     ) -> http.client.HTTPResponse:
         parts = [body] if isinstance(body, bytes) else body
         length = {"Content-Length": str(sum(map(len, parts)))} if method == "POST" else {}
-        connection.request(method, self._prefix + target, body=parts if length else None, headers={**headers, **length})
+        try:
+            connection.request(
+                method, self._prefix + target, body=parts if length else None, headers={**headers, **length}
+            )
+        except (BrokenPipeError, ConnectionResetError) as broken:
+            # A server that refuses a body may close the connection while it is sent; its answer is there to be read.
+            try:
+                answer = connection.getresponse()
+            except LOST:
+                raise broken from None
+            answer.will_close = True  # half a request is on this connection: it cannot take another
+            return answer
         return connection.getresponse()

@@ -8,6 +8,7 @@ import uuid
 from datetime import UTC, datetime
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from teacher_service.serving.metrics import Metrics
@@ -42,6 +43,8 @@ class AccessLogMiddleware:
         self._metrics.in_work.inc()
         try:
             await self._app(scope, request.receive, request.send)
+        except ClientDisconnect:
+            pass  # whoever asked has left, and the status in the account stays 0
         except Exception as error:
             if request.status:  # too late for an answer: the server closes the connection
                 raise
@@ -54,7 +57,7 @@ class AccessLogMiddleware:
 
     def _record(self, request: "_Request") -> None:
         scope, seconds = request.scope, time.monotonic() - request.started
-        route = getattr(scope.get("route"), "path", _UNROUTED)
+        route = getattr(scope.get("route"), "path", None) or scope["state"].get("route", _UNROUTED)
         self._metrics.requests.labels(route, scope["method"], request.status).inc()
         self._metrics.seconds.labels(route).observe(seconds)
         self._metrics.sent.labels(route).inc(request.sent)

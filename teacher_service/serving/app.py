@@ -62,19 +62,21 @@ def create_app(
     strict = [Depends(refuse_unknown_parameters)]
     for router in (rows_router(), zarr_router(), browse):
         app.include_router(router, dependencies=strict)
+    large_bodies = {}
     if service.live is not None:
-        from teacher_service.serving.compute import compute_router
+        from teacher_service.serving.compute import admission, compute_router
 
+        large_bodies[COMPUTE] = admission(service.live)
         app.include_router(compute_router(service.live), responses=_COMPUTE_PROBLEMS, dependencies=strict)
     # The last one added is the outermost.
-    app.add_middleware(LimitsMiddleware, limits=service.config.limits, large_bodies=frozenset({COMPUTE}))
+    app.add_middleware(LimitsMiddleware, limits=service.config.limits, large_bodies=large_bodies)
     app.add_middleware(AuthMiddleware, tokens=tokens, loopback=service.config.loopback)
     app.add_middleware(AccessLogMiddleware, metrics=service.metrics)
     app.openapi = lambda: _openapi(app)
     return app
 
 
-def refuse_unknown_parameters(request: Request) -> None:
+async def refuse_unknown_parameters(request: Request) -> None:
     """A misspelt parameter would be a default in silence.
 
     Raises:

@@ -26,7 +26,7 @@ _RATE_MEMORY = 0.8  # weight of the past in the estimated speed
 
 
 class BusyError(ResourceError):
-    """Too many rows wait already; nothing was queued.
+    """Too many rows wait already, for the queue or for the deadline; nothing was queued.
 
     Attributes:
         retry_after: Seconds after which the queue has probably gone, at least 1.
@@ -134,7 +134,7 @@ class Batcher:
         self._memory = np.zeros((max_rows, *row_shape), dtype)
         self._changed = threading.Condition()
         self._queue: deque[_Request] = deque()
-        self._waiting = 0
+        self._waiting = self._computing = 0
         self._closing, self._fault = False, ""
         self._rows_per_second = 0.0
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -150,7 +150,7 @@ class Batcher:
         """Rows that wait."""
         return self._waiting
 
-    def require_room(self, rows: int = 1) -> None:
+    def require_room(self, rows: int = 1, *, timeout: float | None = None) -> None:
         """Refuse what submit would refuse now, before the rows are made.
 
         Raises:
@@ -160,10 +160,10 @@ class Batcher:
         """
         with self._changed:
             self._require_running()
-            if self._waiting + rows > self.queue_rows:
+            if self._refusal(rows, timeout):
                 self._drop_dead()  # those that gave up take no room
-            if self._waiting + rows > self.queue_rows:
-                raise self._busy(rows)
+            if refusal := self._refusal(rows, timeout):
+                raise refusal
 
     def submit(self, rows: np.ndarray, *, timeout: float | None = None) -> "Future[Outputs]":
         """Queue rows [n, *row_shape]; the future gives their outputs [n, ...], maybe views of a whole batch's.
@@ -176,7 +176,7 @@ class Batcher:
 
         Raises:
             InputError: The rows have another shape or dtype, or are none, or more than ever fit the queue.
-            BusyError: Too many rows wait.
+            BusyError: Too many rows wait: for the queue, or to answer these within their timeout.
             DeviceFaultError: The device is lost.
             ResourceError: The batcher is closed.
         """
@@ -217,7 +217,7 @@ class Batcher:
         now = self._clock()
         request = _Request(rows, float("inf") if timeout is None else now + timeout, now)
         with self._changed:
-            self.require_room(len(rows))
+            self.require_room(len(rows), timeout=timeout)
             self._queue.append(request)
             self._waiting += len(rows)
             self._changed.notify_all()
@@ -239,19 +239,31 @@ class Batcher:
         if self._closing:
             raise ResourceError("the service is shutting down; send the request to another one, or later")
 
-    def _busy(self, rows: int) -> BusyError:
+    def _refusal(self, rows: int, timeout: float | None) -> BusyError | None:
         rate = self._rows_per_second
-        return BusyError(
-            f"{self._waiting} rows wait already, and {rows} more exceed the queue of {self.queue_rows}; "
-            "try again later, or with fewer rows",
-            retry_after=max(1.0, self._waiting / rate if rate else 1.0),
-        )
+        retry_after = max(1.0, self._waiting / rate if rate else 1.0)
+        if self._waiting + rows > self.queue_rows:
+            return BusyError(
+                f"{self._waiting} rows wait already, and {rows} more exceed the queue of {self.queue_rows}; "
+                "try again later, or with fewer rows",
+                retry_after,
+            )
+        # Rows that came too late for their deadline would be computed for nobody, and all behind them as well.
+        ahead = self._computing + self._waiting
+        if timeout is not None and rate and self._waiting and (seconds := (ahead + rows) / rate) > timeout:
+            return BusyError(
+                f"{ahead} rows come first, and with {rows} more would take {seconds:.3g} seconds where {timeout:g} are "
+                "allowed; try again later, or with fewer rows",
+                retry_after,
+            )
+        return None
 
     def _run(self) -> None:
         pieces: list[_Piece] = []
         try:
             while pieces := self._next():
                 self._compute(pieces)
+                self._computing = 0
         finally:
             self._end(pieces)
 
@@ -287,6 +299,7 @@ class Batcher:
             if not request.left or request.future.cancelled():
                 self._waiting -= request.left
                 self._queue.popleft()
+        self._computing = sum(map(len, pieces))
         return pieces
 
     def _drop_dead(self) -> None:

@@ -3,7 +3,9 @@
 Shape legend: n views, H W pixels, N tokens, C channels, K classes.
 """
 
-from collections.abc import Sequence
+import asyncio
+import math
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,6 +13,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 
 from feature_store import wire
 from feature_store.errors import InputError
@@ -19,6 +23,8 @@ from teacher_service.serving.live import LOGITS, LiveTeacher, Outputs
 from teacher_service.serving.problems import Problem, documented
 
 MAX_IMAGE_PIXELS = 64_000_000  # 0.2 GB as RGB; a larger image is far from anything a teacher sees
+TIMEOUT = 60.0
+"""Seconds after which a request is given up."""
 _DTYPES = {"f16": np.float16, "f32": np.float32}
 _CROP = r"^\d{1,9},\d{1,9},\d{1,9},\d{1,9}$"
 
@@ -76,7 +82,7 @@ _FRAME: dict[int | str, dict[str, Any]] = {
 _ANSWERS = _FRAME | documented("unknown-tap")
 
 
-def compute_router(live: LiveTeacher, *, timeout: float = 60.0, max_pixels: int = MAX_IMAGE_PIXELS) -> APIRouter:
+def compute_router(live: LiveTeacher, *, timeout: float = TIMEOUT, max_pixels: int = MAX_IMAGE_PIXELS) -> APIRouter:
     """Routes over a live teacher.
 
     Args:
@@ -102,19 +108,35 @@ def compute_router(live: LiveTeacher, *, timeout: float = 60.0, max_pixels: int 
     ) -> StreamingResponse:
         """The teacher's taps and logits of an image or of views; requests of all callers are batched together."""
         names = _known(live.taps, taps)
-        live.batcher.require_room()  # before the body is read: a refusal should cost little
         body, size = await request.body(), live.teacher.info.input_size
-        if _media_type(request) == wire.MEDIA_TYPE:
+        if _media_type(request.headers) == wire.MEDIA_TYPE:
             pixels = await run_in_threadpool(_views_of_frame, body)
         else:
             pixels = await run_in_threadpool(_view_of_image, body, size, max_pixels, crop, flip)
-        outputs = await live.batcher.compute(pixels, timeout=timeout)
+        outputs = await _unless_gone(request, live.batcher.compute(pixels, timeout=timeout))
         frame = await run_in_threadpool(_frame, outputs, names, dtype, live.teacher.info.weights_sha256)
         return StreamingResponse(
             _chunks(frame), media_type=wire.MEDIA_TYPE, headers={"content-length": str(frame.nbytes)}
         )
 
     return router
+
+
+def admission(live: LiveTeacher, *, timeout: float = TIMEOUT) -> Callable[[Headers], None]:
+    """What refuses a request from its headers alone: without its body received, the refusal costs little.
+
+    It raises what ``Batcher.require_room`` does of as many views as the body's length tells, or a ResourceError while
+    there is no teacher.
+    """
+
+    def admit(headers: Headers) -> None:
+        length, batcher = headers.get("content-length", ""), live.batcher
+        rows = 1  # an image, or who knows
+        if _media_type(headers) == wire.MEDIA_TYPE and length.isdecimal():
+            rows = int(length[:20]) // math.prod((*live.teacher.info.input_size, 3))  # its header is shorter than a row
+        batcher.require_room(min(max(1, rows), batcher.queue_rows), timeout=timeout)
+
+    return admit
 
 
 def describe(live: LiveTeacher) -> dict[str, Any]:
@@ -133,9 +155,31 @@ def describe(live: LiveTeacher) -> dict[str, Any]:
     }
 
 
-def _media_type(request: Request) -> str:
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Outputs]) -> Outputs:
+    """What the work gives; cancels it when the client leaves.
+
+    Raises:
+        ClientDisconnect: It has left.
+    """
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _media_type(headers: Headers) -> str:
     """Raises InputError for a body that is neither an image nor a frame."""
-    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    given = headers.get("content-type", "").partition(";")[0].strip().lower()
     if given == wire.MEDIA_TYPE or given.startswith("image/"):
         return given
     raise InputError(

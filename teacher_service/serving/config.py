@@ -21,7 +21,8 @@ class Limits:
         max_response_bytes: Most bytes of one answer; the store's own objects may be longer.
         max_body_bytes: Most bytes of one request's body.
         max_header_bytes: Most bytes of one request's headers.
-        max_bytes_in_flight: Most bytes of answers on their way at once; more are refused with 429.
+        max_bytes_in_flight: Most bytes of answers on their way at once, and as many of requests' bodies; more are
+            refused with 429.
         max_requests: Most requests in work at once; more are refused with 429.
         max_connections: Most open connections; more are closed.
         header_seconds: Time a request's headers have to arrive.

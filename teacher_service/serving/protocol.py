@@ -19,10 +19,14 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
 
 class _LimitedProtocol(HttpToolsProtocol):
-    """Closes connections whose next headers are too long or too slow; those complete are the application's."""
+    """Closes connections whose next headers are too long or too slow; those complete are the application's.
+
+    A request may be answered before its body was read. The rest is then read and forgotten, since a connection closed
+    over it would take the answer along, but has the limits of a body that is read.
+    """
 
     bounds: Limits
-    _head_bytes = 0
+    _head_bytes = _forgotten_bytes = 0
     _in_head = True
     _timer: TimerHandle | None = None
 
@@ -48,10 +52,28 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = False, 0
         self._stop_timer()
         super().on_headers_complete()
+        if self.expect_100_continue:  # refused, the client may leave its body out: what came next could be either
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.cycle.response_complete:
+            self._forgotten_bytes += len(body)
+            if self._forgotten_bytes > self.bounds.max_body_bytes:
+                self.transport.close()
 
     def on_message_complete(self) -> None:
         self._in_head = True
         super().on_message_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():  # the rest of its body has come
+            self._stop_timer()
+            self._keep_alive()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body and not self.transport.is_closing():
+            self._forgotten_bytes = 0
+            self._timer = self.loop.call_later(self.bounds.body_seconds, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -61,6 +83,11 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._timer = None
         if not self.transport.is_closing():
             self._refuse("request-timeout")
+
+    def _keep_alive(self) -> None:
+        """Wait for the next request as long as after an answer: receiving what is forgotten has ended that."""
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -281,3 +281,41 @@ def test_batcher_says_it_is_dead_when_its_thread_died_with_an_empty_queue(make):
     assert "thread died" in batcher.fault
     with pytest.raises(DeviceFaultError, match="thread died"):
         batcher.submit(rows(2))
+
+
+def test_rows_are_refused_when_they_could_not_be_answered_by_their_deadline(make):
+    """A queue longer than the deadline would be computed for callers who have all left."""
+    model, now = Model(held=True), [0.0]
+    batcher = make(model, max_rows=2, queue_rows=100, clock=lambda: now[0])
+    first = batcher.submit(rows(0, 1), timeout=5)
+    assert model.entered.acquire(timeout=10)
+    unknown = batcher.submit(rows(2, 3), timeout=5)  # nothing was computed yet: who knows
+    now[0] = 2.0
+    model.release.release()
+    assert answer_is_of(first.result(10), [0, 1])  # a row a second
+    assert model.entered.acquire(timeout=10)
+    fits = batcher.submit(rows(4, 5, 6), timeout=6)
+    for refuse in (lambda: batcher.submit(rows(7, 8), timeout=6), lambda: batcher.require_room(2, timeout=6)):
+        with pytest.raises(
+            BusyError, match="5 rows come first, and with 2 more would take 7 seconds where 6"
+        ) as refused:
+            refuse()
+        assert refused.value.retry_after >= 1
+    patient = batcher.submit(rows(9), timeout=60)
+    for _ in range(4):
+        model.release.release()
+    assert answer_is_of(unknown.result(10), [2, 3])
+    assert answer_is_of(fits.result(10), [4, 5, 6])
+    assert answer_is_of(patient.result(10), [9])
+
+
+def test_rows_are_taken_when_nothing_waits_though_they_may_be_late(make):
+    model, now = Model(), [0.0]
+
+    def slow(batch):
+        now[0] += 10.0
+        return model(batch)
+
+    batcher = make(slow, max_rows=2, clock=lambda: now[0])
+    assert answer_is_of(batcher.submit(rows(1)).result(10), [1])
+    assert answer_is_of(batcher.submit(rows(1), timeout=5).result(10), [1])  # the speed learned may be wrong by now
