@@ -15,6 +15,8 @@ from teacher_service.serving.streaming import read_ahead
 ROWS = "rows"
 """Array of every answer with rows: unit, position and view of each, int64 [B, 3]."""
 
+_TRIES = 2  # a page that somebody else is using is as good as not there, for a moment
+
 
 def addresses_of(rows: Sequence[RowId]) -> np.ndarray:
     """What ROWS holds."""
@@ -70,8 +72,8 @@ class RowStream:
         done = 0
         # What the machine has in memory is read and sent by this thread, while it is in the processor's cache.
         for name, start, stop in self._spans(wire.CHUNK_BYTES):
-            memory = self._array(name, start, stop)
-            if not self._cached[name].take(start, stop, memory):
+            memory, cached = self._array(name, start, stop), self._cached[name]
+            if not any(cached.take(start, stop, memory) for _ in range(_TRIES)):
                 break
             yield memoryview(memory)
             done += stop - start
