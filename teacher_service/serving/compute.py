@@ -112,6 +112,8 @@ def compute_router(live: LiveTeacher, *, timeout: float = TIMEOUT, max_pixels: i
         names = _known(live.taps, taps)
         body, size = await request.body(), live.teacher.info.input_size
         if _media_type(request.headers) == wire.MEDIA_TYPE:
+            if crop is not None or flip:
+                raise InputError("crop and flip are of images; views are computed as they are sent: cut them before")
             pixels = await run_in_threadpool(_views_of_frame, body)
         else:
             async with decoding:
