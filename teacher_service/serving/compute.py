@@ -5,6 +5,7 @@ Shape legend: n views, H W pixels, N tokens, C channels, K classes.
 
 import asyncio
 import math
+import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, Literal
 
@@ -91,6 +92,7 @@ def compute_router(live: LiveTeacher, *, timeout: float = TIMEOUT, max_pixels: i
         max_pixels: Images with more are refused before they are decoded.
     """
     router = APIRouter(tags=["live teacher"])
+    decoding = asyncio.Semaphore(os.cpu_count() or 1)  # the pool's forty threads could hold 0.2 GB each
 
     @router.get("/v1/teacher")
     async def teacher() -> TeacherDescription:
@@ -110,9 +112,12 @@ def compute_router(live: LiveTeacher, *, timeout: float = TIMEOUT, max_pixels: i
         names = _known(live.taps, taps)
         body, size = await request.body(), live.teacher.info.input_size
         if _media_type(request.headers) == wire.MEDIA_TYPE:
+            if crop is not None or flip:
+                raise InputError("crop and flip are of images; views are computed as they are sent: cut them before")
             pixels = await run_in_threadpool(_views_of_frame, body)
         else:
-            pixels = await run_in_threadpool(_view_of_image, body, size, max_pixels, crop, flip)
+            async with decoding:
+                pixels = await run_in_threadpool(_view_of_image, body, size, max_pixels, crop, flip)
         outputs = await _unless_gone(request, live.batcher.compute(pixels, timeout=timeout))
         frame = await run_in_threadpool(_frame, outputs, names, dtype, live.teacher.info.weights_sha256)
         return StreamingResponse(

@@ -2,6 +2,7 @@
 
 import http.client
 import logging
+import os
 import socket
 import threading
 import time
@@ -20,7 +21,9 @@ from feature_store.errors import InputError, ResourceError
 from feature_store.remote.service import Patience
 from feature_store.remote.service import Service as Calls
 from feature_store.teacher.model import load_teacher
+from teacher_service.serving import compute
 from teacher_service.serving.app import COMPUTE, create_app
+from teacher_service.serving.batcher import DeviceFaultError
 from teacher_service.serving.config import Limits, ServeConfig
 from teacher_service.serving.live import Batching, LiveTeacher
 from teacher_service.serving.protocol import serving_options
@@ -336,3 +339,71 @@ def test_client_that_leaves_before_its_body_came_is_no_fault_of_the_service(serv
         until(lambda: in_work(serving) == 2)
     until(lambda: in_work(serving) == 1)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_lost_device_ends_readiness_and_is_a_503_when_the_teacher_reports_it(start):
+    serving = start()
+
+    def lost(batch):
+        raise DeviceFaultError("cuda:0 is lost; restart the service")
+
+    serving.live.batcher._model = lost
+    for _ in range(2):  # the batch it happened to, and whoever comes after it
+        assert post(serving, views(1)) == (503, "30")
+    with serving.raw() as connection:
+        connection.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        found, problem = answer_of(connection)
+    assert found.startswith(b"HTTP/1.1 503")
+    assert b"cuda:0 is lost" in problem
+
+
+def test_one_batch_fails_and_the_next_is_answered_when_the_teacher_raises(start, caplog):
+    serving = start()
+    model = serving.live.batcher._model
+    serving.live.batcher._model = None  # not to be called: a TypeError
+    assert post(serving, views(1)) == (500, None)
+    serving.live.batcher._model = model
+    assert post(serving, views(1)) == (200, None)
+    assert "request" in caplog.text
+
+
+def test_everything_that_waits_is_answered_when_the_service_stops_with_a_full_queue(start):
+    serving = start()
+    with ThreadPoolExecutor(1) as pool, serving.full(3):
+        last = pool.submit(post, serving, views(1))
+        until(lambda: serving.live.waiting == 4)
+        serving.server.should_exit = True
+        until(lambda: not serving.server.servers or not serving.server.servers[0].is_serving())
+        assert serving.thread.is_alive()
+        serving.teacher.gate.set()
+        assert last.result(20) == (200, None)
+    serving.thread.join(20)
+    assert not serving.thread.is_alive()
+
+
+def test_images_are_decoded_by_as_many_threads_as_there_are_cores_when_many_come(start, monkeypatch):
+    """An image may take two hundred megabytes while it is decoded, and the pool has forty threads."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    serving, lock, now, most = start(), threading.Lock(), [0], [0]
+
+    def decode(*_):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+        raise InputError("not decoded here")
+
+    monkeypatch.setattr(compute, "_view_of_image", decode)
+
+    def ask(_) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", serving.port, timeout=60)
+        connection.request("POST", COMPUTE, b"x", {"Content-Type": "image/png"})
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
+    with ThreadPoolExecutor(24) as pool:
+        assert set(pool.map(ask, range(24))) == {422}
+    assert most[0] == 2

@@ -100,6 +100,8 @@ def bomb() -> bytes:
         ("", frame(pixels=views(1, 31)), FRAME, r"got uint8 \[1, 31, 31, 3\]"),
         ("", frame(pixels=views(1).astype(np.float32)), FRAME, "got float32"),
         ("", frame(pixels=views(17)), FRAME, "at most 16 are taken at once"),
+        ("?crop=0,0,5,5", frame(pixels=views(1)), FRAME, "crop and flip are of images"),
+        ("?flip=true", frame(pixels=views(1)), FRAME, "crop and flip are of images"),
         ("?crop=0,0,4000,3", encode_image(noise(40, 48)), {"content-type": "image/png"}, "does not fit an image"),
     ],
 )
