@@ -56,6 +56,7 @@ class Setting:
         teacher: timm model name.
         teacher_kwargs: Extra arguments of timm.create_model, as JSON.
         small_teacher: A model so fast that decoding is the bottleneck.
+        small_kwargs: Its extra arguments; {"img_size": 96, "patch_size": 4} makes large units for memory.
         device: Where the teacher runs.
         compute_dtype: dtype of its forward pass.
         compile: Run it through torch.compile.
@@ -74,6 +75,7 @@ class Setting:
     teacher: str = "swin_tiny_patch4_window7_224"
     teacher_kwargs: JsonObject = field(default_factory=dict)
     small_teacher: str = "test_vit"
+    small_kwargs: JsonObject = field(default_factory=lambda: {"img_size": 224, "patch_size": 56})
     device: str = "auto"
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
@@ -99,7 +101,7 @@ class Bench:
         self._stores += 1
         setting = self.setting
         small = teacher == setting.small_teacher
-        kwargs = {"img_size": 224, "patch_size": 56} if small else setting.teacher_kwargs
+        kwargs = setting.small_kwargs if small else setting.teacher_kwargs
         values: dict[str, Any] = {
             "tars": setting.tars,
             "teacher": teacher,

@@ -54,6 +54,7 @@ def memory_slope(job: Job) -> dict[str, Any]:
     return {
         "units": len(resident),
         "samples_per_unit": len(job.tars[0]),
+        "mib_of_a_unit": job.plan.total_bytes / job.plan.units / 2**20,
         "kib_per_unit": slope / 1024,
         "mib_at_first": settled[0] / 2**20,
         "mib_at_last": settled[-1] / 2**20,

@@ -1,6 +1,7 @@
 """draw_view: fixed numbers, independence of everything but its arguments, boxes inside, right statistics."""
 
 import dataclasses
+import hashlib
 import math
 import statistics
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from feature_store.errors import InputError
 from feature_store.views import POLICIES, ViewParams, draw_view, view_policy
 from feature_store.views.augment import CHOICES, Op
-from feature_store.views.draws import NO_BOX
+from feature_store.views.draws import NO_BOX, _words
 
 POLICY = view_policy("a1", 64)
 SIDES = st.integers(1, 64)
@@ -91,6 +92,14 @@ GOLDEN = [
 def test_draw_view_gives_pinned_parameters_when_drawn_by_any_release(arguments, expected):
     policy, seed, key, view, source_size = arguments
     assert draw_view(view_policy(policy, 224), seed, key, view, source_size) == expected
+
+
+@given(seed=st.integers(0, 2**64 - 1), view=st.integers(0, 2**64 - 1), key=st.text(max_size=8))
+def test_words_are_philoxs_when_it_is_given_the_key_itself(seed, view, key):
+    name = seed.to_bytes(8, "little") + view.to_bytes(8, "little") + key.encode()
+    digest = hashlib.blake2b(name, digest_size=16, person=b"scalekd-view-v1").digest()
+    words = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(91)
+    assert _words(seed, key, view, 91) == words.tolist()
 
 
 @pytest.mark.parametrize("triples", [((1, "a", 0), (0, "a", 1)), ((0, "a", 49), (0, "a1", 0))])

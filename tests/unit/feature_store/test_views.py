@@ -96,6 +96,14 @@ def test_apply_view_copies_pixels_when_crop_has_the_views_size():
     np.testing.assert_array_equal(apply_view(NOISE, params, (16, 24)), np.asarray(NOISE)[4:20, 10:34])
 
 
+def test_apply_view_overwrites_all_of_the_memory_it_is_given_when_a_box_is_erased():
+    params = dataclasses.replace(PLAIN, flip=True, erase=(2, 3, 5, 6), noise_seed=4)
+    memory = np.full((2, 16, 24, 3), 77, np.uint8)
+    assert apply_view(NOISE, params, (16, 24), out=memory[1]).base is memory
+    np.testing.assert_array_equal(memory[1], apply_view(NOISE, params, (16, 24)))
+    assert (memory[0] == 77).all()
+
+
 def test_apply_view_ignores_pixels_outside_when_cropping():
     changed = np.asarray(NOISE).copy()
     changed[:, 30:] = 0
