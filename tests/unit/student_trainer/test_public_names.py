@@ -47,7 +47,7 @@ def signature(callable_: Callable) -> str:
         (Store.info, "(self)"),
         (teacher.split_teacher, "(model, depth=None)"),
         (views.draw_view, "(policy, seed, key, view, source_size)"),
-        (views.apply_view, "(image, params, size)"),
+        (views.apply_view, "(image, params, size, *, out=None)"),
     ],
 )
 def test_public_signature_is_unchanged_when_called_by_others(callable_, expected):
