@@ -19,7 +19,10 @@ import numpy as np
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, write_tar
 
 from feature_store import wire
-from feature_store.store import open_store
+from feature_store.blocks import read_blocks
+from feature_store.manifest import TapInfo
+from feature_store.store import Store, open_store
+from feature_store.writer import UnitData
 from teacher_service.caching import cache
 from teacher_service.serving.app import create_app
 from teacher_service.serving.config import Limits, ServeConfig
@@ -43,6 +46,26 @@ def make_store(folder: Path, teacher: TinyTeacher, **options: Any) -> Path:
     store = open_store(config.store)
     store.objects.delete(store.committed.record(UNCOMMITTED_UNIT, 0).path)
     return config.store
+
+
+def make_wide_store(folder: Path, path: Path) -> Path:
+    """A store as the one at the path, of its first unit only, with features of 50 KB a row."""
+    small = open_store(path)
+    taps = {"stage4": TapInfo(49, 512, "f16")}
+    large = Store.create(folder / "wide.zarr", replace(small.manifest, taps=taps), read_blocks(small.objects))
+    samples, views = small.manifest.tars[0].samples, small.manifest.num_views
+    rng = np.random.default_rng(0)
+    data = UnitData(
+        keys=small.keys(0),
+        labels=small.labels(0),
+        quarantined=small.quarantined(0),
+        params=[small.view_params(0, view) for view in range(views)],
+        pixel_crc=np.stack([small.pixel_crcs(0, view) for view in range(views)]),
+        taps={"stage4": rng.standard_normal((views, samples, 49, 512), np.float32)},
+        logits=rng.standard_normal((views, samples, 4), np.float32),
+    )
+    large.write_unit(0, 0, data)
+    return folder / "wide.zarr"
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,18 @@
 import http.client
 import http.server
 import itertools
+import socket
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import uvicorn
 
 _buckets = itertools.count()
 
@@ -46,6 +51,45 @@ def _make_bucket(host: str, port: int) -> str:
     assert connection.getresponse().status == 200
     connection.close()
     return f"s3://{name}"
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate of 127.0.0.1 that signs itself, and its key."""
+    key, certificate = folder / "key.pem", folder / "cert.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return certificate, key
+
+
+class UvicornThread:
+    """An ASGI application on a port of this process, in a thread."""
+
+    def __init__(self, app: Any, **options: Any) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options))
+        self.thread = threading.Thread(target=self.server.run, args=([listener],))
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    @contextmanager
+    def raw(self, receive_bytes: int | None = None) -> Iterator[socket.socket]:
+        """An open socket to it; with few receive_bytes, what it is sent stays with the sender."""
+        with socket.socket() as connection:
+            if receive_bytes:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+            connection.settimeout(20)
+            connection.connect(("127.0.0.1", self.port))
+            yield connection
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(20)
 
 
 class WebServer:

@@ -94,6 +94,9 @@ class CachedObjects:
             self._read_block(path, block, start, some)
         return True
 
+    def file(self, path: str) -> None:
+        """See ObjectStore.file: there is none."""
+
     def size(self, path: str) -> int:
         """See ObjectStore.size."""
         return self.origin.size(path)

@@ -77,6 +77,10 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def file(self, path: str) -> "OpenFile | None":
+        """An object as an open file; None where objects are no files."""
+        ...
+
     def size(self, path: str) -> int:
         """Bytes of an object."""
         ...
@@ -164,6 +168,10 @@ class LocalObjects:
         for start in range(0, len(buffers), IOV_MAX):
             offset += _each_byte(os.preadv, file.descriptor, buffers[start : start + IOV_MAX], offset)
         return True
+
+    def file(self, path: str) -> "OpenFile | None":
+        """See ObjectStore.file."""
+        return self._files.open(path)
 
     def size(self, path: str) -> int:
         """See ObjectStore.size."""
@@ -297,7 +305,7 @@ def _sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
-class _File:
+class OpenFile:
     """An open file; closed when the last reader lets go of it, so that another thread may still be reading."""
 
     def __init__(self, path: str) -> None:
@@ -313,14 +321,14 @@ class _OpenFiles:
 
     def __init__(self, folder: str, limit: int) -> None:
         self._folder, self._limit = folder, limit
-        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._files: OrderedDict[str, OpenFile] = OrderedDict()
 
-    def open(self, path: str) -> _File:
+    def open(self, path: str) -> OpenFile:
         """A file, opened now or before. Safe in threads: each step on the dictionary is atomic."""
         file = self._files.get(path)
         if file is None:
             with _MissingFolderIsMissingFile():
-                file = self._files[path] = _File(f"{self._folder}/{path}")
+                file = self._files[path] = OpenFile(f"{self._folder}/{path}")
             while len(self._files) > self._limit:
                 with suppress(KeyError):  # another thread was faster
                     self._files.popitem(last=False)

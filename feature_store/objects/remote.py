@@ -74,6 +74,9 @@ class RemoteObjects:
         scatter(self.get_range(path, offset, wanted), offset, parts)
         return True
 
+    def file(self, path: str) -> None:
+        """See ObjectStore.file: there is none."""
+
     def size(self, path: str) -> int:
         """See ObjectStore.size."""
         with self._errors(path) as (obstore, store):

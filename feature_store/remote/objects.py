@@ -62,6 +62,9 @@ class ServedObjects:
         scatter(self.get_range(path, offset, wanted), offset, parts)
         return True
 
+    def file(self, path: str) -> None:
+        """See ObjectStore.file: there is none."""
+
     def size(self, path: str) -> int:
         """See ObjectStore.size."""
         found = self._ask("HEAD", path, _length)

@@ -110,6 +110,7 @@ class Service:
         *,
         media_type: str | None = None,
         out: Mapping[str, np.ndarray] | None = None,
+        again: Body | None = None,
     ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Arrays and strings of a frame, each array straight into its memory and compared with its crc32c.
 
@@ -119,12 +120,13 @@ class Service:
             body: Of the request.
             media_type: Of the body.
             out: Memory by array, see ``feature_store.wire.read_frame``.
+            again: See call.
 
         Raises:
             UserError: See call.
         """
         headers = {"Accept": wire.MEDIA_TYPE, **({"Content-Type": media_type} if media_type else {})}
-        return self.call(method, target, lambda answer: _frame(answer, out), headers=headers, body=body)
+        return self.call(method, target, lambda answer: _frame(answer, out), headers=headers, body=body, again=again)
 
     def call(
         self,
@@ -134,9 +136,19 @@ class Service:
         *,
         headers: Mapping[str, str] | None = None,
         body: Body = b"",
+        again: Body | None = None,
         good: Collection[int] = (200, 206),
     ) -> T:
         """What read makes of an answer with a good status. Every call may be repeated: none changes anything.
+
+        Args:
+            method: HTTP method.
+            target: Path and query.
+            read: Called with the answer.
+            headers: Of the request.
+            body: Of the request.
+            again: Body of a repeated request, if it is another one.
+            good: Statuses that read takes.
 
         Raises:
             InputError: The service refuses the request, or the token.
@@ -148,7 +160,8 @@ class Service:
         for tries in count(1):
             try:
                 timeout = max(0.001, min(self.patience.timeout, end - self.clock()))
-                with self._answer(method, target, headers or {}, body, timeout) as answer:
+                sent = body if again is None or tries == 1 else again
+                with self._answer(method, target, headers or {}, sent, timeout) as answer:
                     if answer.status in good:
                         return read(answer)
                     error, asked = self._refusal(method, target, answer)

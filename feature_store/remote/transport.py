@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from feature_store.errors import InputError
 from feature_store.processes import PerProcess
 
-Body: TypeAlias = "bytes | Sequence[bytes | memoryview]"
+Body: TypeAlias = bytes | Sequence[bytes | memoryview]
 
 LOST = (OSError, http.client.HTTPException)
 """What a transport raises when a connection cannot be made or breaks."""

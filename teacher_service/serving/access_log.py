@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from teacher_service.serving.metrics import Metrics
 from teacher_service.serving.problems import Problem
+from teacher_service.serving.sendfile import FILES
 
 LOGGER = "teacher_service.access"
 HEADER = "X-Request-ID"
@@ -102,6 +103,8 @@ class _Request:
             headers[HEADER] = self.scope["state"]["request_id"]
             headers["X-Content-Type-Options"] = "nosniff"
         await self._send(message)
-        if message["type"] == "http.response.body":
+        if message["type"] == FILES:
+            self.sent += sum(span.nbytes for span in message["spans"])
+        elif message["type"] == "http.response.body":
             self.sent += len(message.get("body", b""))
             self.complete = not message.get("more_body", False)

@@ -46,10 +46,13 @@ def rows_response(
     taps: Sequence[str],
     decode: bool,
     headers: Mapping[str, str] | None = None,
+    *,
+    check: bool = True,
 ) -> Response:
     """Rows as a frame: arrays by tap, ``logits``, and ``rows``; undecoded, the codec's arrays as stored.
 
-    A long one is read while it is sent: its checksums are made from those the store has of each row.
+    A long one is read while it is sent: its checksums are made from those the store has of each row. See RowStream for
+    ``check``.
 
     Raises:
         Problem: More than one answer may hold.
@@ -66,7 +69,7 @@ def rows_response(
             frame = _read(service, opened, rows, taps, decode, stored + made)
             service.cut_short.difference_update(shards)
             return FrameResponse(frame, headers)
-        stream = RowStream(service, opened, rows, taps)
+        stream = RowStream(service, opened, rows, taps, check=check)
     except InputError as error:
         raise Problem("uncommitted", str(error)) from error  # a unit beyond the store's last
 

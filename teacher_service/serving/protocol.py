@@ -1,12 +1,18 @@
-"""uvicorn's HTTP protocol with the limits it lacks: how long headers may be, and how long they may take."""
+"""uvicorn's HTTP protocol with what it lacks: limits on how long headers may be and take, and sending files."""
 
+import os
 from asyncio import TimerHandle, Transport
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from feature_store.reading.cached_rows import FileSpan
 from teacher_service.serving.config import Limits
 from teacher_service.serving.problems import KINDS, MEDIA_TYPE, URN
+from teacher_service.serving.sendfile import FILES, send_spans
 
 
 def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
@@ -29,6 +35,11 @@ class _LimitedProtocol(HttpToolsProtocol):
     _head_bytes = _forgotten_bytes = 0
     _in_head = True
     _timer: TimerHandle | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._gone = self.loop.create_future()
+        self.app = partial(self._with_files, self.app)
 
     def connection_made(self, transport: Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -77,7 +88,39 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._gone.set_result(None)
         super().connection_lost(exc)
+
+    async def _with_files(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, which may send FILES unless the bytes have to be encrypted here."""
+        cycle: RequestResponseCycle = send.__self__  # pyright: ignore[reportFunctionMemberAccess]
+
+        async def send_any(message: Message) -> None:
+            if message["type"] == FILES:
+                await self._send_files(cycle, message["spans"])
+            else:
+                await send(message)
+
+        if self.transport.get_extra_info("sslcontext") is None:
+            scope["extensions"] = {FILES: {}}
+        await app(scope, receive, send_any)
+
+    async def _send_files(self, cycle: RequestResponseCycle, spans: Sequence[FileSpan]) -> None:
+        if self.transport.get_write_buffer_size():  # what was sent before goes first
+            self.transport.set_write_buffer_limits(0)
+            await self.flow.drain()
+            self.transport.set_write_buffer_limits()
+        if cycle.disconnected:
+            return
+        cycle.expected_content_length -= sum(span.nbytes for span in spans)
+        # The event loop wants a descriptor of its own for what is not sent by its transport.
+        connection = os.dup(self.transport.get_extra_info("socket").fileno())
+        try:
+            await send_spans(connection, spans, self._gone)
+        except ConnectionError:
+            self.transport.abort()
+        finally:
+            os.close(connection)
 
     def _late(self) -> None:
         self._timer = None

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header, Path, Query
+from fastapi import APIRouter, Body, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from starlette.concurrency import run_in_threadpool
@@ -17,6 +17,7 @@ from feature_store.sample import RowId
 from teacher_service.serving.conditions import not_modified
 from teacher_service.serving.frames import rows_response
 from teacher_service.serving.problems import Problem, documented
+from teacher_service.serving.sendfile import FILES
 from teacher_service.serving.service import Opened, Service, service_of
 
 _MAX_INT = 2**31 - 1
@@ -75,6 +76,11 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     taps: list[Annotated[str, Field(max_length=64)]] | None = Field(None, max_length=64, examples=[["stage4"]])
     decode: bool = Field(True, description="Values; false for the codec's arrays as stored, which are smaller.")
+    check: bool = Field(
+        True,
+        description="False from a client that compares every array with its crc32c: the service may then send rows it "
+        "has not compared itself. A mismatch asked for again with true is answered by what is wrong.",
+    )
 
 
 class BatchByRow(_Strict):
@@ -150,21 +156,26 @@ def rows_router() -> APIRouter:
         """One row by sample key."""
         opened = service.opened
         names = _known(opened, None if taps is None else taps.split(","))
-        return await run_in_threadpool(lambda: _by_key(service, opened, [(key, view)], names, decode))
+        return await run_in_threadpool(
+            lambda: rows_response(service, opened, _found(opened, [(key, view)]), names, decode)
+        )
 
     @router.post(
         "/v1/rows:batch",
         response_class=Response,
         responses=_ROWS | _BATCH_PROBLEMS,
     )
-    async def batch(service: Served, asked: Batch) -> Response:
+    async def batch(service: Served, asked: Batch, request: Request) -> Response:
         """Many rows, in the order asked for; repeats are allowed."""
         opened = service.opened
         names = _known(opened, asked.taps)
-        if isinstance(asked, BatchByKey):
-            return await run_in_threadpool(lambda: _by_key(service, opened, asked.keys, names, asked.decode))
-        rows = [RowId(*row) for row in asked.rows]
-        return await run_in_threadpool(rows_response, service, opened, rows, names, asked.decode)
+        check = asked.check or FILES not in request.scope.get("extensions", {})
+
+        def answer() -> Response:
+            rows = _found(opened, asked.keys) if isinstance(asked, BatchByKey) else _addressed(asked)
+            return rows_response(service, opened, rows, names, asked.decode, check=check)
+
+        return await run_in_threadpool(answer)
 
     @router.get(
         "/v1/units/{unit}/views/{view}",
@@ -214,9 +225,7 @@ def _described(service: Service, opened: Opened) -> Described:
     )
 
 
-def _by_key(
-    service: Service, opened: Opened, keys: Sequence[tuple[str, int]], taps: Sequence[str], decode: bool
-) -> Response:
+def _found(opened: Opened, keys: Sequence[tuple[str, int]]) -> list[RowId]:
     found: dict[int, RowId] = {}
     for view in {view for _, view in keys}:
         at = [index for index, (_, wanted) in enumerate(keys) if wanted == view]
@@ -224,8 +233,11 @@ def _by_key(
             found.update(zip(at, opened.store.rows([keys[index][0] for index in at], view), strict=True))
         except InputError as error:
             raise Problem("unknown-key", str(error)) from error
-    rows = [found[index] for index in range(len(keys))]
-    return rows_response(service, opened, rows, taps, decode)
+    return [found[index] for index in range(len(keys))]
+
+
+def _addressed(asked: BatchByRow) -> list[RowId]:
+    return [RowId(*row) for row in asked.rows]
 
 
 def _known(opened: Opened, taps: Sequence[str] | None) -> tuple[str, ...]:

@@ -8,9 +8,10 @@ import numpy as np
 
 from feature_store import wire
 from feature_store.layout import crc32c, joined_crc32c
+from feature_store.reading.cached_rows import FileSpan
 from feature_store.sample import RowId
 from teacher_service.serving.service import Opened, Service
-from teacher_service.serving.streaming import read_ahead
+from teacher_service.serving.streaming import Piece, read_ahead
 
 ROWS = "rows"
 """Array of every answer with rows: unit, position and view of each, int64 [B, 3]."""
@@ -36,14 +37,18 @@ class RowStream:
         opened: The store; what is asked for is not compressed in it.
         rows: At least one.
         taps: Taps, beside the logits.
+        check: Whether rows are compared with their checksums before they are sent; False only for a server that sends
+            files and a client that compares the frame's.
 
     Raises:
         BusyError: There is no memory for it now.
         UncommittedError, QuarantinedError, CorruptStoreError, ResourceError, InputError: See ZarrSource.locate.
     """
 
-    def __init__(self, service: Service, opened: Opened, rows: Sequence[RowId], taps: Sequence[str]) -> None:
-        self._memory, self._source, self._rows = service.memory, opened.source, rows
+    def __init__(
+        self, service: Service, opened: Opened, rows: Sequence[RowId], taps: Sequence[str], *, check: bool = True
+    ) -> None:
+        self._memory, self._source, self._rows, self._check = service.memory, opened.source, rows, check
         located, empty = self._source.locate(rows, taps), self._source.buffers(0, taps)
         self._cached = self._source.cached_rows(located)
         self._empty = {name: empty[name] for name in wire.wire_order(empty)}
@@ -62,7 +67,7 @@ class RowStream:
         # Of pieces that are sent, read, and let go of.
         self._reservation = service.memory.reserve(min(rows_bytes, 3 * self._source.stride_bytes))
 
-    async def pieces(self) -> AsyncGenerator[memoryview]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         """The frame's bytes in order.
 
         Raises:
@@ -70,13 +75,13 @@ class RowStream:
         """
         yield memoryview(self._head)
         done = 0
-        # What the machine has in memory is read and sent by this thread, while it is in the processor's cache.
-        for name, start, stop in self._spans(wire.CHUNK_BYTES):
-            memory, cached = self._array(name, start, stop), self._cached[name]
-            if not any(cached.take(start, stop, memory) for _ in range(_TRIES)):
+        # What the machine has in memory is sent by this thread; read before, while it is in the processor's cache.
+        for span in self._spans(wire.CHUNK_BYTES if self._check else self._source.stride_bytes):
+            piece = self._taken(*span) if self._check else self._files(*span)
+            if piece is None:
                 break
-            yield memoryview(memory)
-            done += stop - start
+            yield piece
+            done += span[2] - span[1]
         rest = self._spans(self._source.stride_bytes, done)
         async with aclosing(read_ahead(partial(self._read, *span) for span in rest)) as pieces:
             async for piece in pieces:
@@ -88,6 +93,13 @@ class RowStream:
             step = max(1, nbytes // size)
             for start in range(max(0, done - index * len(self._rows)), len(self._rows), step):
                 yield name, start, min(start + step, len(self._rows))
+
+    def _taken(self, name: str, start: int, stop: int) -> memoryview | None:
+        memory, cached = self._array(name, start, stop), self._cached[name]
+        return memoryview(memory) if any(cached.take(start, stop, memory) for _ in range(_TRIES)) else None
+
+    def _files(self, name: str, start: int, stop: int) -> list[FileSpan] | None:
+        return self._cached[name].files(start, stop)
 
     def _array(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._memory.array((stop - start) * self._row_bytes[name], self._reservation)

@@ -183,6 +183,6 @@ class Service:
                 self.metrics.gpu_reserved.set(torch.cuda.memory_reserved(device))
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """The service behind a request, for FastAPI's Depends."""
     return request.app.state.service

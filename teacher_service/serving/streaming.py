@@ -2,21 +2,25 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from traceback import clear_frames
 from typing import TypeAlias
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from feature_store.errors import UserError
+from feature_store.reading.cached_rows import FileSpan
 from feature_store.wire import CHUNK_BYTES
+from teacher_service.serving.sendfile import FILES
 
 _logger = logging.getLogger(__name__)
 
 Reader: TypeAlias = Callable[[], memoryview]
+Piece: TypeAlias = memoryview | list[FileSpan]
+"""Bytes, or where files have them; those only for a server that sends files, see FILES."""
 
 
 def nothing() -> None:
@@ -40,7 +44,7 @@ class StreamedResponse(Response):
 
     def __init__(
         self,
-        pieces: AsyncGenerator[memoryview],
+        pieces: AsyncGenerator[Piece],
         *,
         status: int = 200,
         headers: Mapping[str, str],
@@ -59,9 +63,8 @@ class StreamedResponse(Response):
             if scope["method"] != "HEAD":
                 async with aclosing(self._pieces) as pieces:
                     async for piece in pieces:
-                        for start in range(0, len(piece), CHUNK_BYTES):
-                            chunk = piece[start : start + CHUNK_BYTES]
-                            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                        for message in _messages(piece):
+                            await send(message)
                         if gone.done():
                             return
             await send({"type": "http.response.body", "body": b""})
@@ -72,6 +75,14 @@ class StreamedResponse(Response):
         finally:
             gone.cancel()
             self._close()
+
+
+def _messages(piece: Piece) -> Iterator[Message]:
+    if isinstance(piece, list):
+        yield {"type": FILES, "spans": piece}
+        return
+    for start in range(0, len(piece), CHUNK_BYTES):
+        yield {"type": "http.response.body", "body": piece[start : start + CHUNK_BYTES], "more_body": True}
 
 
 async def read_ahead(readers: Iterable[Reader]) -> AsyncGenerator[memoryview]:

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 import anyio.to_thread
 import numpy as np
 import pytest
-import uvicorn
 from served_store import make_store, make_tokens
+from servers import UvicornThread
 
 from feature_store import wire
 from feature_store.errors import InputError, ResourceError
@@ -49,31 +49,12 @@ class HeldTeacher:
         return self._teacher(pixels)
 
 
-class Serving:
-    """A service on a port of this process, in a thread."""
+class Serving(UvicornThread):
+    """A service with a held teacher."""
 
     def __init__(self, app, teacher: HeldTeacher, live: LiveTeacher, limits: Limits, keep_alive: int) -> None:
+        super().__init__(app, timeout_keep_alive=keep_alive, **serving_options(limits))
         self.app, self.teacher, self.live = app, teacher, live
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.port = listener.getsockname()[1]
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=keep_alive,
-            **serving_options(limits),
-        )  # fmt: skip
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, args=([listener],))
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @contextmanager
-    def raw(self) -> Iterator[socket.socket]:
-        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection:
-            yield connection
 
     @contextmanager
     def full(self, rows: int = 4) -> Iterator[None]:
@@ -94,8 +75,7 @@ class Serving:
 
     def close(self) -> None:
         self.teacher.gate.set()
-        self.server.should_exit = True
-        self.thread.join(20)
+        super().close()
         self.live.close(10)
 
 

@@ -6,7 +6,6 @@ import ssl
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,12 @@ import pytest
 import tensorstore
 import zarr
 from obstore.store import HTTPStore
-from served_store import UNCOMMITTED_UNIT, make_store, make_tokens, running
+from served_store import UNCOMMITTED_UNIT, make_store, make_tokens, make_wide_store, running
+from servers import make_certificate
 
 from feature_store import wire
-from feature_store.blocks import read_blocks
-from feature_store.manifest import TapInfo
 from feature_store.sample import RowId
-from feature_store.store import Store, open_store
-from feature_store.writer import UnitData
+from feature_store.store import open_store
 
 SHARD = "taps/stage4/c/0/0/0/0"
 
@@ -34,23 +31,7 @@ def store(tmp_path_factory, tiny_swin):
 
 @pytest.fixture(scope="module")
 def wide(store, tmp_path_factory):
-    """The same store with features of 50 KB a row."""
-    small, path = open_store(store), tmp_path_factory.mktemp("wide") / "store.zarr"
-    taps = {"stage4": TapInfo(49, 512, "f16")}
-    large = Store.create(path, replace(small.manifest, taps=taps), read_blocks(small.objects))
-    samples, views = small.manifest.tars[0].samples, small.manifest.num_views
-    rng = np.random.default_rng(0)
-    data = UnitData(
-        keys=small.keys(0),
-        labels=small.labels(0),
-        quarantined=small.quarantined(0),
-        params=[small.view_params(0, view) for view in range(views)],
-        pixel_crc=np.stack([small.pixel_crcs(0, view) for view in range(views)]),
-        taps={"stage4": rng.standard_normal((views, samples, 49, 512), np.float32)},
-        logits=rng.standard_normal((views, samples, 4), np.float32),
-    )
-    large.write_unit(0, 0, data)
-    return path
+    return make_wide_store(tmp_path_factory.mktemp("wide"), store)
 
 
 @pytest.fixture(scope="module")
@@ -297,12 +278,7 @@ def test_an_address_in_use_is_said_in_one_line(tmp_path, store, service):
 
 
 def test_tls_files_make_it_https(tmp_path, store):
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1",
-         "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    certificate, key = make_certificate(tmp_path)
     with running(store, tmp_path, "--tls-cert", str(certificate), "--tls-key", str(key)) as started:
         assert started.url.startswith("https://")
         context = ssl.create_default_context(cafile=str(certificate))

@@ -1,5 +1,6 @@
 """What every ObjectStore must do; subclasses give a fixture ``objects``: an empty, writable one."""
 
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -70,6 +71,13 @@ class ObjectStoreConformance:
         if objects.read_into("a/c/0", 5, [memoryview(target)], wait=False):
             assert bytes(target) == CONTENT[5:305]
         assert not objects.read_into("a/c/0", len(CONTENT) - 3, [memoryview(bytearray(4))], wait=False)
+
+    def test_file_holds_the_object_where_there_are_files(self, objects):
+        objects.put("a/c/0", CONTENT)
+        if (file := objects.file("a/c/0")) is not None:
+            assert os.pread(file.descriptor, 300, 5) == CONTENT[5:305]
+            with pytest.raises(FileNotFoundError):
+                objects.file("a/c/1")
 
     def test_read_into_takes_more_parts_than_one_system_call(self, objects):
         objects.put("a/c/0", CONTENT)

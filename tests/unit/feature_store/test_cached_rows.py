@@ -1,5 +1,7 @@
 """Rows from the machine's memory: right, or not at all."""
 
+import os
+
 import numpy as np
 import pytest
 from tiny_store import tiny_store
@@ -82,3 +84,30 @@ def test_nothing_is_taken_when_reading_would_wait(store, monkeypatch):
     monkeypatch.setattr("feature_store.objects.local._read_cached", lambda *_: False)
     _, done = taken(store, ROWS, 0, 5)
     assert not any(done.values())
+
+
+def test_files_are_where_the_rows_are(store):
+    source = store.source()
+    want = source.buffers(len(ROWS))
+    source.fill(ROWS, want)
+    for name, reader in source.cached_rows(source.locate(ROWS)).items():
+        spans = reader.files(0, len(ROWS))
+        got = [os.pread(span.file.descriptor, span.nbytes, span.offset) for span in spans]
+        assert b"".join(got) == want[name].tobytes()
+        assert reader.files(1, 3) == spans[1:3]
+
+
+def test_no_files_are_named_when_rows_are_gone_cut_or_not_in_memory(store, monkeypatch):
+    source = store.source()
+    reader = source.cached_rows(source.locate(ROWS))["stage4"]
+    path = store.path / "taps/stage4/c/0/0/0/0"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60])
+    assert reader.files(0, len(ROWS)) is None
+    path.write_bytes(whole)
+    assert reader.files(0, len(ROWS)) is not None
+    monkeypatch.setattr("feature_store.objects.local._read_cached", lambda *_: False)
+    assert reader.files(0, len(ROWS)) is None
+    path.unlink()
+    source.objects.forget("taps/stage4/c/0/0/0/0")
+    assert reader.files(0, len(ROWS)) is None

@@ -1,0 +1,227 @@
+"""Rows that the kernel sends from their files: over real sockets, on both event loops uvicorn may run on."""
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import ssl
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from served_store import Answer, make_store, make_wide_store
+from servers import UvicornThread, make_certificate
+
+from feature_store import wire
+from feature_store.client import connect
+from feature_store.errors import CorruptStoreError
+from feature_store.objects.local import LocalObjects
+from feature_store.reading.cached_rows import FileSpan
+from feature_store.sample import RowId
+from feature_store.store import open_store
+from teacher_service.serving import sendfile
+from teacher_service.serving.access_log import LOGGER
+from teacher_service.serving.app import create_app
+from teacher_service.serving.config import Limits, ServeConfig
+from teacher_service.serving.protocol import serving_options
+from teacher_service.serving.service import Service
+
+ROWS = [RowId(0, 3, 1), RowId(0, 0, 0), RowId(0, 2, 0), RowId(0, 3, 0)] * 60  # 12 MB: more than the kernel takes
+SHARD = "taps/stage4/c/0/0/0/0"
+
+
+class Serving(UvicornThread):
+    """A store's service, and what it had the kernel send."""
+
+    def __init__(self, path, monkeypatch, loop: str = "asyncio", **options) -> None:
+        self.path, self.sent = path, []
+        self.service = Service(ServeConfig(store=str(path)))
+        self.service.load()
+        send = os.sendfile
+
+        def counting(*asked):
+            self.sent.append(send(*asked))
+            return self.sent[-1]
+
+        monkeypatch.setattr(sendfile.os, "sendfile", counting)
+        super().__init__(create_app(self.service), loop=loop, **serving_options(Limits()), **options)
+
+    def idle(self) -> bool:
+        """Whether no answer takes memory any more, soon."""
+        return within(20, lambda: self.service.memory.used == 0)
+
+
+def within(seconds: float, condition) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, tiny_swin):
+    folder = tmp_path_factory.mktemp("rows")
+    return make_wide_store(folder, make_store(folder, tiny_swin))
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def serving(path, monkeypatch, request):
+    found = Serving(path, monkeypatch, request.param)
+    yield found
+    found.close()
+
+
+def request_for(rows=ROWS, *, check: bool, more: bytes = b"") -> bytes:
+    body = json.dumps({"rows": rows, "decode": False, "check": check}).encode()
+    head = b"POST /v1/rows:batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + more
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def answer_on(connection: socket.socket) -> Answer:
+    """The next answer; nothing that follows it is taken."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += connection.recv(1)
+    status, *lines = head.decode("ascii").splitlines()
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+    body = bytearray()
+    while len(body) < int(headers["content-length"]):
+        body += connection.recv(int(headers["content-length"]) - len(body))
+    return Answer(int(status.split()[1]), headers, bytes(body))
+
+
+def whole_answer(serving: Serving) -> bytes:
+    """A checked one; the store's files are open after it."""
+    with serving.raw() as connection:
+        connection.sendall(request_for(check=True))
+        return answer_on(connection).body
+
+
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_unchecked_answer_has_the_bytes_of_the_checked_one(serving):
+    with serving.raw() as connection:
+        connection.sendall(request_for(check=True))
+        checked = answer_on(connection)
+        assert not serving.sent
+        for _ in range(2):  # the connection is kept
+            connection.sendall(request_for(check=False))
+            assert answer_on(connection).body == checked.body
+    row_bytes = open_store(serving.path).source().row_bytes()
+    assert sum(serving.sent) == 2 * len(ROWS) * row_bytes
+    assert serving.idle()
+
+
+def test_slow_reader_gets_all_and_keeps_nobody_waiting(serving):
+    whole, before = whole_answer(serving), open_descriptors()
+    with serving.raw(4096) as slow:
+        slow.sendall(request_for(check=False) * 2)  # the second one before the first is answered
+        assert within(20, lambda: serving.sent)
+        with serving.raw() as other:
+            other.sendall(request_for(ROWS[:3], check=False))
+            assert answer_on(other).status == 200
+        assert [answer_on(slow).body == whole for _ in range(2)] == [True, True]
+    assert serving.idle()
+    assert within(20, lambda: open_descriptors() <= before)
+
+
+def test_reader_that_leaves_in_the_middle_costs_nothing_that_stays(serving):
+    assert whole_answer(serving)
+    before = open_descriptors()
+    for _ in range(5):
+        with serving.raw(4096) as leaver:
+            leaver.sendall(request_for(check=False))
+            assert leaver.recv(1) == b"H"
+    assert serving.idle()
+    assert within(20, lambda: not serving.server.server_state.tasks)
+    assert within(20, lambda: open_descriptors() <= before)
+
+
+def test_shutdown_ends_an_answer_that_nobody_takes(path, monkeypatch):
+    serving = Serving(path, monkeypatch, timeout_graceful_shutdown=1)
+    with serving.raw(4096) as stalled:
+        stalled.sendall(request_for(check=False))
+        assert within(20, lambda: serving.sent)
+        serving.close()
+        assert not serving.server.server_state.tasks
+        received = 0
+        with suppress(ConnectionError):
+            while piece := stalled.recv(1 << 20):
+                received += len(piece)
+    assert received < len(ROWS) * open_store(path).source().row_bytes()
+
+
+def test_sources_have_rows_sent_from_files(serving):
+    batch, want = connect(serving.url).source().read(ROWS), open_store(serving.path).source().read(ROWS)
+    assert serving.sent
+    assert np.array_equal(batch.taps["stage4"], want.taps["stage4"])
+
+
+def test_source_names_the_damage_when_a_row_sent_unchecked_does_not_match(tmp_path, tiny_swin, monkeypatch):
+    serving = Serving(make_wide_store(tmp_path, make_store(tmp_path, tiny_swin)), monkeypatch)
+    try:
+        source = connect(serving.url).source()
+        shard = serving.path / SHARD
+        sound = shard.read_bytes()
+        shard.write_bytes(bytes([sound[0] ^ 1, *sound[1:]]))
+        with pytest.raises(CorruptStoreError, match="stage4"):
+            source.read(ROWS)
+        assert serving.sent
+        shard.write_bytes(sound)
+        assert len(source.read(ROWS).rows) == len(ROWS)
+    finally:
+        serving.close()
+
+
+def test_rows_that_are_not_in_memory_are_read_and_checked(serving, monkeypatch):
+    monkeypatch.setattr("feature_store.objects.local._read_cached", lambda *_: False)
+    with serving.raw() as connection:
+        connection.sendall(request_for(check=False))
+        assert len(wire.decode(answer_on(connection).body)[0]["rows"]) == len(ROWS)
+    assert not serving.sent
+
+
+def test_encrypted_answers_are_read_and_checked(path, tmp_path, monkeypatch):
+    certificate, key = make_certificate(tmp_path)
+    serving = Serving(path, monkeypatch, ssl_certfile=certificate, ssl_keyfile=key)
+    try:
+        context = ssl.create_default_context(cafile=certificate)
+        with serving.raw() as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+            connection.sendall(request_for(check=False))
+            assert len(wire.decode(answer_on(connection).body)[0]["rows"]) == len(ROWS)
+        assert not serving.sent
+    finally:
+        serving.close()
+
+
+def test_access_log_counts_what_the_kernel_sent(serving, caplog):
+    logging.getLogger(LOGGER).propagate = True
+    with caplog.at_level(logging.INFO, LOGGER), serving.raw() as connection:
+        connection.sendall(request_for(check=False))
+        answer = answer_on(connection)
+        assert within(20, lambda: caplog.records)
+    assert json.loads(caplog.messages[-1])["bytes"] == len(answer.body)
+    assert json.loads(caplog.messages[-1])["complete"]
+
+
+def test_file_that_ends_before_its_span_is_no_answer(tmp_path):
+    objects = LocalObjects(tmp_path)
+    objects.put("short", b"abc")
+    one, other = socket.socketpair()
+    with one, other:
+        one.setblocking(False)
+
+        async def send() -> None:
+            gone = asyncio.get_running_loop().create_future()
+            await sendfile.send_spans(one.fileno(), [FileSpan(objects.file("short"), 1, 9)], gone)
+
+        with pytest.raises(EOFError, match="ends at byte 3, expected 10"):
+            asyncio.run(send())
+        assert other.recv(9) == b"bc"
