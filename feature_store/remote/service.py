@@ -147,7 +147,7 @@ class Service:
             read: Called with the answer.
             headers: Of the request.
             body: Of the request.
-            again: Body of a repeated request, if it is another one.
+            again: Body after an answer that was damaged or lost, if it is another one.
             good: Statuses that read takes.
 
         Raises:
@@ -160,8 +160,7 @@ class Service:
         for tries in count(1):
             try:
                 timeout = max(0.001, min(self.patience.timeout, end - self.clock()))
-                sent = body if again is None or tries == 1 else again
-                with self._answer(method, target, headers or {}, sent, timeout) as answer:
+                with self._answer(method, target, headers or {}, body, timeout) as answer:
                     if answer.status in good:
                         return read(answer)
                     error, asked = self._refusal(method, target, answer)
@@ -169,6 +168,7 @@ class Service:
                         raise error
             except (*LOST, WireError) as lost:
                 error, asked = self._lost(method, target, lost), 0.0
+                body = body if again is None else again
             pause = asked + self.patience.pause(tries)  # many clients were told the same second
             if self.clock() + pause >= end:
                 raise _given_up(error, tries, self.patience.deadline)

@@ -65,6 +65,7 @@ class StreamedResponse(Response):
                     async for piece in pieces:
                         for message in _messages(piece):
                             await send(message)
+                        await asyncio.sleep(0)  # a socket that takes all there is would keep others waiting
                         if gone.done():
                             return
             await send({"type": "http.response.body", "body": b""})

@@ -90,6 +90,13 @@ def test_call_is_tried_again_when_that_can_help(bad):
     assert len(clock.pauses) == 1
 
 
+def test_another_body_is_sent_only_after_an_answer_that_was_damaged_or_lost():
+    bad = [problem(429, "overloaded"), Answered(body=bytes(damaged)), problem(503, "not-ready")]
+    made, transport, _ = service(*bad, Answered(body=GOOD))
+    made.frame("POST", "/v1/x", b"hasty", again=b"careful")
+    assert [asked.body for asked in transport.asked] == [b"hasty", b"hasty", b"careful", b"careful"]
+
+
 def test_pauses_grow_and_differ_when_tries_go_on():
     made, _, clock = service(*[problem(503, "resource")] * 7, Answered(body=GOOD), first_pause=0.1, longest_pause=2)
     made.frame("GET", "/v1/x")
