@@ -47,7 +47,6 @@ class Config:
         teacher: Live teacher, a timm name.
         clients: Clients of the live teacher at once.
         live_rounds: Forward passes' worth of views per measurement of the live teacher.
-        load_nice: Niceness of the live teacher's clients, which share the server's cores.
     """
 
     folder: Path
@@ -60,7 +59,6 @@ class Config:
     teacher: str = "vit_small_patch16_224"
     clients: int = 32
     live_rounds: int = 4
-    load_nice: int = 19
 
 
 def main(config: Config) -> None:
@@ -78,9 +76,7 @@ def main(config: Config) -> None:
         if "training" in config.parts:
             result["training"] = measure_training(config.folder / "training")
         if "live" in config.parts:
-            result["live"] = measure_live(
-                config.folder / "live", config.teacher, config.clients, config.live_rounds, config.load_nice
-            )
+            result["live"] = measure_live(config.folder / "live", config.teacher, config.clients, config.live_rounds)
     finally:
         shutil.rmtree(config.folder)
     text = json.dumps(result, indent=1)

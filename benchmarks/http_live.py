@@ -1,12 +1,14 @@
 """The live teacher behind the service: its rate beside the bare forward pass, latencies, and what overload does."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,26 @@ OVERLOAD_SECONDS = 20.0
 MAX_BATCH = 16  # half the clients: while one batch is computed, the next one arrives
 
 
-def measure_live(folder: Path, teacher: str, clients: int, rounds: int, nice: int) -> dict[str, Any]:
-    """Views per second of the bare forward pass, of the service for clients at once, and under overload."""
+def measure_live(folder: Path, teacher: str, clients: int, rounds: int) -> dict[str, Any]:
+    """Views per second of the bare forward pass, of the service for clients at once, and under overload.
+
+    Half of the cores are the server's, and the bare forward pass's; the clients have the others.
+    """
     folder.mkdir()
+    everywhere = os.sched_getaffinity(0)
+    cores = sorted(everywhere)
+    own, others = cores[: max(1, len(cores) // 2)], cores[len(cores) // 2 :]
+    torch.set_num_threads(len(own))
+    os.sched_setaffinity(0, own)
+    try:
+        return _measure(folder, teacher, clients, rounds, own, others)
+    finally:
+        os.sched_setaffinity(0, everywhere)
+
+
+def _measure(
+    folder: Path, teacher: str, clients: int, rounds: int, own: list[int], others: list[int]
+) -> dict[str, Any]:
     checkpoint = folder / "teacher.safetensors"
     model = _teacher(teacher, checkpoint)
     store = _store_of(model, folder / "store")
@@ -37,24 +56,24 @@ def measure_live(folder: Path, teacher: str, clients: int, rounds: int, nice: in
     options = ("--teacher", teacher, "--checkpoint", str(checkpoint), "--max-batch", str(MAX_BATCH),
                "--queue-rows", str(2 * MAX_BATCH), "--max-wait", "0.05")  # fmt: skip
     bare = TeacherModel(model, ["stage4"])
-    with service(store.path, *options) as server:
+    with service(store.path, *options, cores=own) as server:
         ratios, rates, latencies = [], [], []
         together = ("together", clients, rounds * MAX_BATCH // clients)
-        _load(server, *together[:2], 1, nice)
+        _load(server, others, *together[:2], 1)
         bare(views)
         for _ in range(3):  # in turns: the machine's other work hurts both alike
             forward = MAX_BATCH * rounds / _seconds(lambda: [bare(views) for _ in range(rounds)])
-            found = _load(server, *together, nice)
+            found = _load(server, others, *together)
             ratios.append(found["rate"] / forward)
             rates.append((forward, found["rate"]))
             latencies += found["latencies"]
-        overload = _overload(server, together, nice)
+        overload = _overload(server, others, together)
     return {
         "teacher": teacher,
         "max_batch": MAX_BATCH,
         "clients": clients,
         "threads": torch.get_num_threads(),
-        "load": f"a process of its own on the same cores, at nice {nice}",
+        "cores": {"server, bare forward": len(own), "clients": len(others)},
         "views_per_s": {
             "bare forward": round(statistics.median(forward for forward, _ in rates), 2),
             "service": round(statistics.median(rate for _, rate in rates), 2),
@@ -66,7 +85,7 @@ def measure_live(folder: Path, teacher: str, clients: int, rounds: int, nice: in
     }
 
 
-def _overload(server: Server, together: tuple[str, int, int], nice: int) -> dict[str, Any]:
+def _overload(server: Server, others: list[int], together: tuple[str, int, int]) -> dict[str, Any]:
     """Ten times the capacity, beside the capacity itself just before and after.
 
     The main thread of the server is its event loop: all that a refusal costs is spent there.
@@ -75,12 +94,12 @@ def _overload(server: Server, together: tuple[str, int, int], nice: int) -> dict
 
     def peak() -> dict[str, float]:
         before = server.cpu_seconds(), server.loop_seconds()
-        peaks.append(_load(server, *together, nice)["rate"])
+        peaks.append(_load(server, others, *together)["rate"])
         views = together[1] * together[2]
         return {"all": (server.cpu_seconds() - before[0]) / views, "loop": (server.loop_seconds() - before[1]) / views}
 
     view, memory, loop = peak(), server.peak_memory(), server.loop_seconds()
-    found = _load(server, "offer", OVERLOAD * peaks[0], OVERLOAD_SECONDS, nice)
+    found = _load(server, others, "offer", OVERLOAD * peaks[0], OVERLOAD_SECONDS)
     loop, growth = server.loop_seconds() - loop, server.peak_memory() - memory
     peak()
     served, answers = found["answers"].get("200", 0), sum(found["answers"].values())
@@ -99,10 +118,11 @@ def _overload(server: Server, together: tuple[str, int, int], nice: int) -> dict
     }
 
 
-def _load(server: Server, *arguments: object) -> dict[str, Any]:
+def _load(server: Server, cores: list[int], *arguments: object) -> dict[str, Any]:
     """See benchmarks.http_load."""
     command = [sys.executable, "-m", "benchmarks.http_load", server.url, *map(str, arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    pin = partial(os.sched_setaffinity, 0, cores)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, preexec_fn=pin).stdout)
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -1,13 +1,12 @@
 """Load on the live teacher, from a process of its own: clients in turn, or requests that come whatever becomes of them.
 
-    python -m benchmarks.http_load URL together CLIENTS EACH NICE
-    python -m benchmarks.http_load URL offer RATE SECONDS NICE
+    python -m benchmarks.http_load URL together CLIENTS EACH
+    python -m benchmarks.http_load URL offer RATE SECONDS
 
-Prints one JSON object. On a machine that server and load share, NICE 19 leaves the cores to the server.
+Prints one JSON object.
 """
 
 import json
-import os
 import sys
 import threading
 import time
@@ -25,8 +24,7 @@ _OPEN_REQUESTS = 128  # at once; a queue of 32 and two batches of 16 keep half o
 
 
 def main() -> None:
-    url, kind, first, second, nice = sys.argv[1:]
-    os.nice(int(nice))
+    url, kind, first, second = sys.argv[1:]
     found = together(url, int(first), int(second)) if kind == "together" else offer(url, float(first), float(second))
     print(json.dumps(found))
 

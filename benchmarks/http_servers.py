@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,11 +48,14 @@ def _cpu_seconds(stat: str) -> float:
 
 
 @contextmanager
-def service(store: Path, *options: str, threads: int = 0) -> Iterator[Server]:
-    """``teacher-service serve``, ready."""
+def service(store: Path, *options: str, cores: Sequence[int] = ()) -> Iterator[Server]:
+    """``teacher-service serve``, ready; on some cores only, if they are given."""
     command = [sys.executable, "-m", "teacher_service", "serve", "--store", str(store), "--port", "0", *options]
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(len(cores))} if cores else {})}
+    pin = partial(os.sched_setaffinity, 0, cores) if cores else None
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, preexec_fn=pin
+    ) as process:
         assert process.stdout is not None
         try:
             started = json.loads(process.stdout.readline())
