@@ -19,9 +19,9 @@ from feature_store.reading.row_tables import Located
 
 _ROWS_PER_REQUEST = IOV_MAX // 2  # each with the gap before it
 _CORES = os.cpu_count() or 2
-# Bytes that several threads each read and check at once: fewer calls, so that they seldom wait for Python's lock, and
-# still in the processor's cache. A thread by itself waits for nobody and is fastest row by row.
-_SHARED_BYTES = 512 << 10
+# Bytes read and checked at once, while they are in the processor's cache. Several threads do better with more, because
+# they wait for each other's use of Python's lock at every call; a thread by itself with few.
+_SHARED_BYTES, _ALONE_BYTES = 512 << 10, 128 << 10
 _between = memoryview(bytearray(CRC_BYTES))  # takes the checksum between two rows
 _Request: TypeAlias = "tuple[_Job, int, int]"
 # Path, offset, what goes where, all of it and its crc32c, and whose rows they are; of a request, only the last.
@@ -76,7 +76,8 @@ def _pieces(objects: ObjectStore, transfer: Transfer, threads: int) -> Iterable[
         return [("", 0, (), _between, 0, *request) for request in requests]
     out = memoryview(transfer.out).cast("B")
     rows = [out[at : at + size] for at in range(0, count * size, size)]
-    starts = _starts(transfer, min(_SHARED_BYTES, objects.request_bytes) // size if threads > 1 else 1)
+    most = min(_SHARED_BYTES if threads > 1 else _ALONE_BYTES, objects.request_bytes) // (size + CRC_BYTES)
+    starts = _starts(transfer, most if objects.gap_bytes >= CRC_BYTES else 1)
     if len(starts) == count:
         sums = checksums.tolist()
         return zip(paths, offsets.tolist(), zip(rows), rows, sums, repeat(transfer), range(count), range(1, count + 1))
