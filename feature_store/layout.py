@@ -41,6 +41,25 @@ def joined_crc32c(checksums: np.ndarray, nbytes: int) -> int:
     return joined
 
 
+def joined_crc32cs(checksums: np.ndarray, starts: np.ndarray, stops: np.ndarray, nbytes: int) -> list[int]:
+    """joined_crc32c of many ranges of pieces at once.
+
+    Args:
+        checksums: crc32c of each piece, uint32 [n].
+        starts: First piece of each range, int64 [m].
+        stops: The one after its last, int64 [m].
+        nbytes: Bytes of every piece.
+    """
+    low, second, third, high = np.array(_appended_zeros(nbytes), np.uint32)
+    joined = checksums[starts]
+    for step in range(1, int((stops - starts).max())):
+        longer = np.flatnonzero(starts + step < stops)
+        some = joined[longer]
+        some = low[some & 255] ^ second[some >> 8 & 255] ^ third[some >> 16 & 255] ^ high[some >> 24]
+        joined[longer] = some ^ checksums[starts[longer] + step]
+    return joined.tolist()
+
+
 @lru_cache(16)
 def _appended_zeros(nbytes: int) -> list[list[int]]:
     """What a crc32c becomes after so many zero bytes: for each of its four bytes a table; their xor is the answer."""

@@ -1,17 +1,17 @@
 """Reads many rows at once: neighbours in one request, several requests in flight, every row against its checksum."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import TypeAlias
+from itertools import pairwise, repeat
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from feature_store.errors import CorruptStoreError
-from feature_store.layout import ArraySpec, crc32c, damaged, decode_row
+from feature_store.layout import CRC_BYTES, ArraySpec, crc32c, damaged, decode_row, joined_crc32cs
 from feature_store.objects.local import IOV_MAX, ObjectStore
 from feature_store.processes import PerProcess
 from feature_store.reading.chunks import object_error, object_errors
@@ -19,7 +19,13 @@ from feature_store.reading.row_tables import Located
 
 _ROWS_PER_REQUEST = IOV_MAX // 2  # each with the gap before it
 _CORES = os.cpu_count() or 2
+# Bytes read and checked at once, while they are in the processor's cache. Several threads do better with more, because
+# they wait for each other's use of Python's lock at every call; a thread by itself with few.
+_SHARED_BYTES, _ALONE_BYTES = 512 << 10, 128 << 10
+_between = memoryview(bytearray(CRC_BYTES))  # takes the checksum between two rows
 _Request: TypeAlias = "tuple[_Job, int, int]"
+# Path, offset, what goes where, all of it and its crc32c, and whose rows they are; of a request, only the last.
+_Piece: TypeAlias = "tuple[str, int, Sequence[memoryview], memoryview, int, Transfer | _Job, int, int]"
 # Of all sources in the process; threads start when they are needed.
 _pool = PerProcess(partial(ThreadPoolExecutor, 64, "feature-store-read"))
 
@@ -50,20 +56,76 @@ def read_all(objects: ObjectStore, transfers: Sequence[Transfer], threads: int) 
         CorruptStoreError: A shard or row is missing, cut, damaged or another one's.
         ResourceError: The disk or the network gave up.
     """
-    requests = [request for transfer in transfers for request in _Job(objects, transfer).requests()]
     total = sum(int(transfer.located.lengths.sum()) for transfer in transfers)
     most = min(threads, 1 + total // objects.bytes_per_thread)
     # What is in memory is read by a thread per core, more would only wait for each other; the device gets all of them.
-    waiting: list[_Request] = []
-    _together(min(most, _CORES), _take_cached, requests, waiting)
-    _together(most, _take, waiting)
+    few = min(most, _CORES)
+    pieces = [piece for transfer in transfers for piece in _pieces(objects, transfer, few)]
+    waiting: list[_Piece] = []
+    _together(few, _take_cached, pieces, objects.read_into, waiting)
+    if waiting:
+        _together(most, _take, [request for transfer in transfers for request in _left(objects, transfer, waiting)])
 
 
-def _take_cached(queue: Iterator[_Request], waiting: list[_Request]) -> None:
-    for request in queue:
-        job, start, stop = request
-        if not job.run(start, stop, wait=False):
-            waiting.append(request)
+def _pieces(objects: ObjectStore, transfer: Transfer, threads: int) -> Iterable[_Piece]:
+    """What to take from the machine's memory with one call each."""
+    paths, offsets, _, checksums = transfer.located
+    count, size = len(paths), transfer.spec.row_bytes
+    if transfer.spec.zstd or size <= objects.gap_bytes:  # in file order one call reads many small rows
+        requests = _Job(objects, transfer, np.arange(count)).requests()
+        return [("", 0, (), _between, 0, *request) for request in requests]
+    out = memoryview(transfer.out).cast("B")
+    rows = [out[at : at + size] for at in range(0, count * size, size)]
+    most = min(_SHARED_BYTES if threads > 1 else _ALONE_BYTES, objects.request_bytes) // (size + CRC_BYTES)
+    starts = _starts(transfer, most if objects.gap_bytes >= CRC_BYTES else 1)
+    if len(starts) == count:
+        sums = checksums.tolist()
+        return zip(paths, offsets.tolist(), zip(rows), rows, sums, repeat(transfer), range(count), range(1, count + 1))
+    parts = [_between] * (2 * count)
+    parts[::2] = rows
+    stops = np.append(starts[1:], count)
+    joined = joined_crc32cs(checksums, starts, stops, size)
+    ranges = zip(starts.tolist(), stops.tolist(), joined, strict=True)
+    return [
+        (paths[a], int(offsets[a]), parts[2 * a : 2 * b - 1], out[a * size : b * size], crc, transfer, a, b)
+        for a, b, crc in ranges
+    ]
+
+
+def _starts(transfer: Transfer, most: int) -> np.ndarray:
+    """Cuts rows, in the order asked for, where the next one does not follow in the file, or after so many."""
+    follows = np.diff(transfer.located.offsets) == transfer.spec.row_bytes + CRC_BYTES
+    follows &= np.diff(transfer.shards) == 0
+    at = np.arange(len(follows) + 1)
+    first = at.copy()  # of the run each row is in
+    first[1:][follows] = 0
+    return np.flatnonzero((at - np.maximum.accumulate(first)) % max(1, most) == 0)
+
+
+def _take_cached(queue: Iterator[_Piece], read_into: Callable[..., bool], waiting: list[_Piece]) -> None:
+    """The hot path. What is damaged waits as well: reading it the usual way, row by row, tells what is wrong."""
+    for piece in queue:
+        path, offset, parts, memory, checksum, of, start, stop = piece
+        if isinstance(of, _Job):
+            done = of.run(start, stop, wait=False)
+        else:
+            try:
+                done = read_into(path, offset, parts, wait=False) and crc32c(memory) == checksum
+            except (OSError, EOFError):
+                done = False
+        if not done:
+            waiting.append(piece)
+
+
+def _left(objects: ObjectStore, transfer: Transfer, waiting: Sequence[_Piece]) -> Iterable[_Request]:
+    """Requests for the rows of a transfer that wait."""
+    left = np.zeros(len(transfer.out), bool)
+    for *_, of, start, stop in waiting:
+        if of is transfer:
+            left[start:stop] = True
+        elif isinstance(of, _Job) and of.transfer is transfer:
+            left[of.order[start:stop]] = True
+    return _Job(objects, transfer, np.flatnonzero(left)).requests() if left.any() else ()
 
 
 def _take(queue: Iterator[_Request]) -> None:
@@ -71,14 +133,14 @@ def _take(queue: Iterator[_Request]) -> None:
         job.run(start, stop, wait=True)
 
 
-def _together(threads: int, work: Callable[..., None], requests: list[_Request], *more: list[_Request]) -> None:
-    """Let some threads work off the requests; the calling one is among them."""
-    queue = iter(requests)  # shared: next() of a list iterator is atomic
-    futures = [_pool().submit(work, queue, *more) for _ in range(min(threads, len(requests)) - 1)]
+def _together(threads: int, work: Callable[..., None], tasks: list, *more: Any) -> None:
+    """Let some threads work off the tasks; the calling one is among them."""
+    queue = iter(tasks)  # shared: next() of a list iterator is atomic
+    futures = [_pool().submit(work, queue, *more) for _ in range(min(threads, len(tasks)) - 1)]
     try:
         work(queue, *more)
     finally:
-        for _ in queue:  # after an error: nobody starts another request
+        for _ in queue:  # after an error: nobody starts another one
             pass
         _finish(futures)
 
@@ -91,22 +153,22 @@ def run_all(tasks: Sequence, threads: int) -> list:
 
 
 class _Job:
-    """One transfer in file order; a request is a range of its rows. Plain lists: this is the hot path."""
+    """Rows of a transfer, by their numbers, in file order; a request is a range of them. Plain lists are fast."""
 
-    def __init__(self, objects: ObjectStore, transfer: Transfer) -> None:
+    def __init__(self, objects: ObjectStore, transfer: Transfer, rows: np.ndarray) -> None:
         paths, *columns = transfer.located
-        self._objects, self._transfer, self._read_into = objects, transfer, objects.read_into
-        self._order = np.lexsort((transfer.located.offsets, transfer.shards))
-        self._indices = self._order.tolist()
+        self._objects, self.transfer, self._read_into = objects, transfer, objects.read_into
+        self.order = rows[np.lexsort((transfer.located.offsets[rows], transfer.shards[rows]))]
+        self._indices = self.order.tolist()
         self._paths = [paths[index] for index in self._indices]
-        self._offsets, self._lengths, self._checksums = (column[self._order].tolist() for column in columns)
+        self._offsets, self._lengths, self._checksums = (column[self.order].tolist() for column in columns)
         self._size, self._out = transfer.spec.row_bytes, memoryview(transfer.out).cast("B")
         self._zstd = transfer.spec.zstd
 
     def requests(self) -> Iterator["_Request"]:
         """Ranges, cut where the next row is another shard's, too far away, or too much for one request."""
-        offsets, shard = self._transfer.located.offsets[self._order], self._transfer.shards[self._order]
-        end = offsets + self._transfer.located.lengths[self._order]
+        offsets, shard = self.transfer.located.offsets[self.order], self.transfer.shards[self.order]
+        end = offsets + self.transfer.located.lengths[self.order]
         gap = offsets[1:] - end[:-1]  # negative: the same row twice
         new = np.flatnonzero((shard[1:] != shard[:-1]) | (gap < 0) | (gap > self._objects.gap_bytes)) + 1
         first = np.zeros(len(shard), np.int64)
@@ -135,8 +197,8 @@ class _Job:
             if crc32c(row) != self._checksums[at]:
                 self._read_again(at, row)
             if self._zstd:
-                out = self._transfer.out[self._indices[at]]
-                decode_row(self._transfer.spec, np.frombuffer(row, np.uint8), out, self._paths[at])
+                out = self.transfer.out[self._indices[at]]
+                decode_row(self.transfer.spec, np.frombuffer(row, np.uint8), out, self._paths[at])
         return True
 
     def _memory(self, at: int) -> memoryview:
@@ -163,7 +225,7 @@ class _Job:
             with object_errors(path):
                 self._read_into(path, self._offsets[at], [row])
         if crc32c(row) != self._checksums[at]:
-            position = self._transfer.positions[self._indices[at]]
+            position = self.transfer.positions[self._indices[at]]
             raise CorruptStoreError(damaged(path, f"the crc32c of position {position} does not match"))
 
 

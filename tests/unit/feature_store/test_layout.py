@@ -15,6 +15,7 @@ from feature_store.layout import (
     decode_chunk,
     encode_chunk,
     joined_crc32c,
+    joined_crc32cs,
     object_bytes,
 )
 
@@ -109,3 +110,12 @@ def test_joined_crc32c_is_that_of_all_bytes_one_after_the_other(pieces, nbytes):
     equal = [piece.ljust(nbytes, b"\0")[:nbytes] for piece in pieces]
     checksums = np.array([crc32c(piece) for piece in equal], np.uint32)
     assert joined_crc32c(checksums, nbytes) == crc32c(b"".join(equal))
+
+
+@given(st.lists(st.binary(min_size=9, max_size=9), min_size=1, max_size=12), st.data())
+def test_joined_crc32cs_are_those_of_each_range(pieces, data):
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(pieces) - 1))))) if len(pieces) > 1 else []
+    starts, stops = [0, *cuts], [*cuts, len(pieces)]
+    checksums = np.array([crc32c(piece) for piece in pieces], np.uint32)
+    joined = joined_crc32cs(checksums, np.array(starts), np.array(stops), 9)
+    assert joined == [crc32c(b"".join(pieces[start:stop])) for start, stop in zip(starts, stops, strict=True)]

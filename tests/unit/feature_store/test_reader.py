@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from feature_store import RowId, open_store
 from feature_store.errors import CorruptStoreError, InputError, QuarantinedError, ResourceError, UncommittedError
-from feature_store.layout import array_specs
+from feature_store.layout import CRC_BYTES, array_specs
 from feature_store.objects import local as objects_module
 from feature_store.objects.local import LocalObjects
+from feature_store.reading import transfers
 from feature_store.reading.reader import ZarrSource
 from feature_store.reading.row_tables import RowTables, bytes_per_shard
 from feature_store.reading.transfers import _ROWS_PER_REQUEST
@@ -159,6 +160,63 @@ def test_requests_are_cut_where_the_object_store_says(store, monkeypatch):
     objects.calls.clear()
     source.read(rows)
     assert objects.calls.count("taps/stage4/c/0/0/0/0") == 5
+
+
+@pytest.fixture
+def large_rows(monkeypatch):
+    """Rows count as too large to be read in vain, and as many as need be go to several threads."""
+    monkeypatch.setattr(LocalObjects, "gap_bytes", CRC_BYTES)
+    monkeypatch.setattr(LocalObjects, "bytes_per_thread", 1)
+
+
+@pytest.mark.usefixtures("large_rows")
+@pytest.mark.parametrize("in_memory", [0.5, 1])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_rows_are_read_in_runs_and_alone(store, threads, in_memory, monkeypatch):
+    rng, cached = np.random.default_rng(threads), objects_module._read_cached
+    monkeypatch.setattr(objects_module, "_read_cached", lambda *read: rng.random() < in_memory and cached(*read))
+    source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
+    for _ in range(20):
+        starts = rng.integers(0, len(ROWS), 6)
+        rows = [row for start in starts for row in ROWS[start : start + rng.integers(1, 9)]]
+        assert np.array_equal(source.read(rows).taps["stage4"], expected(store, rows))
+
+
+@pytest.mark.usefixtures("large_rows")
+def test_large_rows_side_by_side_are_read_in_one_call(store, monkeypatch):
+    monkeypatch.setattr(transfers, "_CORES", 2)
+    objects = CountingObjects(store.path)
+    source = ZarrSource(objects, store.manifest, store.committed, threads=2)
+    rows = [RowId(0, i, 0) for i in range(5)] + [RowId(1, i, 0) for i in (1, 2, 0)]
+    source.read(rows)
+    objects.calls.clear()
+    source.read(rows)
+    calls = [path for path in objects.calls if path.startswith("taps")]
+    assert sorted(calls) == ["taps/stage4/c/0/0/0/0"] + 2 * ["taps/stage4/c/0/1/0/0"]
+
+
+@pytest.mark.usefixtures("large_rows")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_damaged_row_in_a_run_is_named(store, threads, monkeypatch):
+    monkeypatch.setattr(transfers, "_CORES", 2)
+    source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
+    source.read(ROWS)
+    size = array_specs(store.manifest)["taps/stage4"].row_bytes + CRC_BYTES
+    shard = store.path / "taps/stage4/c/1/2/0/0"
+    content = shard.read_bytes()
+    for position in range(4):
+        damaged = bytearray(content)
+        damaged[position * size + size // 2] ^= 1
+        shard.write_bytes(damaged)
+        with pytest.raises(CorruptStoreError, match=f"c/1/2/0/0.*crc32c of position {position} does not match"):
+            source.read(ROWS)
+    rows = [content[at : at + size] for at in range(0, 4 * size, size)]
+    shard.write_bytes(b"".join([rows[0], rows[2], rows[1], *rows[3:]]) + content[4 * size :])
+    with pytest.raises(CorruptStoreError, match="crc32c of position 1 does not match"):
+        source.read(ROWS)
+    shard.write_bytes(content[: 3 * size])
+    with pytest.raises(CorruptStoreError, match="c/1/2/0/0 is damaged: it ends at byte"):
+        source.read(ROWS)
 
 
 def test_more_rows_than_one_system_call_takes(tmp_path):
