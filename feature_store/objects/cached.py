@@ -94,8 +94,8 @@ class CachedObjects:
             self._read_block(path, block, start, some)
         return True
 
-    def file(self, path: str) -> None:
-        """See ObjectStore.file: there is none."""
+    def opened(self, path: str) -> None:
+        """See ObjectStore.opened: there are no files."""
 
     def size(self, path: str) -> int:
         """See ObjectStore.size."""

@@ -77,8 +77,8 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def file(self, path: str) -> "OpenFile | None":
-        """An object as an open file; None where objects are no files."""
+    def opened(self, path: str) -> "OpenFile | None":
+        """The file of an object, if there is one and it is open already."""
         ...
 
     def size(self, path: str) -> int:
@@ -169,9 +169,9 @@ class LocalObjects:
             offset += _each_byte(os.preadv, file.descriptor, buffers[start : start + IOV_MAX], offset)
         return True
 
-    def file(self, path: str) -> "OpenFile | None":
-        """See ObjectStore.file."""
-        return self._files.open(path)
+    def opened(self, path: str) -> "OpenFile | None":
+        """See ObjectStore.opened."""
+        return self._files.find(path)
 
     def size(self, path: str) -> int:
         """See ObjectStore.size."""
@@ -322,6 +322,10 @@ class _OpenFiles:
     def __init__(self, folder: str, limit: int) -> None:
         self._folder, self._limit = folder, limit
         self._files: OrderedDict[str, OpenFile] = OrderedDict()
+
+    def find(self, path: str) -> OpenFile | None:
+        """A file, if it is open."""
+        return self._files.get(path)
 
     def open(self, path: str) -> OpenFile:
         """A file, opened now or before. Safe in threads: each step on the dictionary is atomic."""

@@ -5,27 +5,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, repeat
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from feature_store.errors import CorruptStoreError
-from feature_store.layout import CRC_BYTES, ArraySpec, crc32c, damaged, decode_row, joined_crc32cs
+from feature_store.layout import ArraySpec, crc32c, damaged, decode_row
 from feature_store.objects.local import IOV_MAX, ObjectStore
 from feature_store.processes import PerProcess
+from feature_store.reading.cached_rows import RUN_BYTES, CachedRows, take
 from feature_store.reading.chunks import object_error, object_errors
 from feature_store.reading.row_tables import Located
 
 _ROWS_PER_REQUEST = IOV_MAX // 2  # each with the gap before it
 _CORES = os.cpu_count() or 2
-# Bytes read and checked at once, while they are in the processor's cache. Several threads do better with more, because
-# they wait for each other's use of Python's lock at every call; a thread by itself with few.
-_SHARED_BYTES, _ALONE_BYTES = 512 << 10, 128 << 10
-_between = memoryview(bytearray(CRC_BYTES))  # takes the checksum between two rows
+_ALONE_BYTES = 128 << 10  # of a run; several threads wait for each other at every call, and do better with RUN_BYTES
 _Request: TypeAlias = "tuple[_Job, int, int]"
-# Path, offset, what goes where, all of it and its crc32c, and whose rows they are; of a request, only the last.
-_Piece: TypeAlias = "tuple[str, int, Sequence[memoryview], memoryview, int, Transfer | _Job, int, int]"
+_Rows: TypeAlias = slice | np.ndarray
+# Some rows of a transfer, and what takes them if they are in memory.
+_Try: TypeAlias = tuple["Transfer", _Rows, Callable[[], bool]]
 # Of all sources in the process; threads start when they are needed.
 _pool = PerProcess(partial(ThreadPoolExecutor, 64, "feature-store-read"))
 
@@ -60,71 +59,34 @@ def read_all(objects: ObjectStore, transfers: Sequence[Transfer], threads: int) 
     most = min(threads, 1 + total // objects.bytes_per_thread)
     # What is in memory is read by a thread per core, more would only wait for each other; the device gets all of them.
     few = min(most, _CORES)
-    pieces = [piece for transfer in transfers for piece in _pieces(objects, transfer, few)]
-    waiting: list[_Piece] = []
-    _together(few, _take_cached, pieces, objects.read_into, waiting)
-    if waiting:
-        _together(most, _take, [request for transfer in transfers for request in _left(objects, transfer, waiting)])
+    tries = [one for transfer in transfers for one in _tries(objects, transfer, few)]
+    missed: list[tuple[Transfer, _Rows]] = []
+    _together(few, _try, tries, missed)
+    if missed:
+        _together(most, _take, [request for transfer in transfers for request in _left(objects, transfer, missed)])
 
 
-def _pieces(objects: ObjectStore, transfer: Transfer, threads: int) -> Iterable[_Piece]:
-    """What to take from the machine's memory with one call each."""
-    paths, offsets, _, checksums = transfer.located
-    count, size = len(paths), transfer.spec.row_bytes
-    if transfer.spec.zstd or size <= objects.gap_bytes:  # in file order one call reads many small rows
-        requests = _Job(objects, transfer, np.arange(count)).requests()
-        return [("", 0, (), _between, 0, *request) for request in requests]
-    out = memoryview(transfer.out).cast("B")
-    rows = [out[at : at + size] for at in range(0, count * size, size)]
-    most = min(_SHARED_BYTES if threads > 1 else _ALONE_BYTES, objects.request_bytes) // (size + CRC_BYTES)
-    starts = _starts(transfer, most if objects.gap_bytes >= CRC_BYTES else 1)
-    if len(starts) == count:
-        sums = checksums.tolist()
-        return zip(paths, offsets.tolist(), zip(rows), rows, sums, repeat(transfer), range(count), range(1, count + 1))
-    parts = [_between] * (2 * count)
-    parts[::2] = rows
-    stops = np.append(starts[1:], count)
-    joined = joined_crc32cs(checksums, starts, stops, size)
-    ranges = zip(starts.tolist(), stops.tolist(), joined, strict=True)
-    return [
-        (paths[a], int(offsets[a]), parts[2 * a : 2 * b - 1], out[a * size : b * size], crc, transfer, a, b)
-        for a, b, crc in ranges
-    ]
+def _tries(objects: ObjectStore, transfer: Transfer, threads: int) -> Iterable[_Try]:
+    if transfer.spec.zstd:
+        job = _Job(objects, transfer, np.arange(len(transfer.out)))
+        return [(transfer, job.order[a:b], partial(job.run, a, b, wait=False)) for _, a, b in job.requests()]
+    rows = CachedRows(objects, transfer.spec, transfer.located)
+    runs = rows.runs(0, len(transfer.out), transfer.out, RUN_BYTES if threads > 1 else _ALONE_BYTES)
+    return [(transfer, some, partial(take, run)) for some, run in runs]
 
 
-def _starts(transfer: Transfer, most: int) -> np.ndarray:
-    """Cuts rows, in the order asked for, where the next one does not follow in the file, or after so many."""
-    follows = np.diff(transfer.located.offsets) == transfer.spec.row_bytes + CRC_BYTES
-    follows &= np.diff(transfer.shards) == 0
-    at = np.arange(len(follows) + 1)
-    first = at.copy()  # of the run each row is in
-    first[1:][follows] = 0
-    return np.flatnonzero((at - np.maximum.accumulate(first)) % max(1, most) == 0)
+def _try(queue: Iterator[_Try], missed: list[tuple["Transfer", _Rows]]) -> None:
+    for transfer, rows, attempt in queue:
+        if not attempt():
+            missed.append((transfer, rows))
 
 
-def _take_cached(queue: Iterator[_Piece], read_into: Callable[..., bool], waiting: list[_Piece]) -> None:
-    """The hot path. What is damaged waits as well: reading it the usual way, row by row, tells what is wrong."""
-    for piece in queue:
-        path, offset, parts, memory, checksum, of, start, stop = piece
-        if isinstance(of, _Job):
-            done = of.run(start, stop, wait=False)
-        else:
-            try:
-                done = read_into(path, offset, parts, wait=False) and crc32c(memory) == checksum
-            except (OSError, EOFError):
-                done = False
-        if not done:
-            waiting.append(piece)
-
-
-def _left(objects: ObjectStore, transfer: Transfer, waiting: Sequence[_Piece]) -> Iterable[_Request]:
-    """Requests for the rows of a transfer that wait."""
+def _left(objects: ObjectStore, transfer: Transfer, missed: Sequence[tuple[Transfer, _Rows]]) -> Iterable[_Request]:
+    """Requests for the rows of a transfer that were missed."""
     left = np.zeros(len(transfer.out), bool)
-    for *_, of, start, stop in waiting:
+    for of, rows in missed:
         if of is transfer:
-            left[start:stop] = True
-        elif isinstance(of, _Job) and of.transfer is transfer:
-            left[of.order[start:stop]] = True
+            left[rows] = True
     return _Job(objects, transfer, np.flatnonzero(left)).requests() if left.any() else ()
 
 

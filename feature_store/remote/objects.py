@@ -62,8 +62,8 @@ class ServedObjects:
         scatter(self.get_range(path, offset, wanted), offset, parts)
         return True
 
-    def file(self, path: str) -> None:
-        """See ObjectStore.file: there is none."""
+    def opened(self, path: str) -> None:
+        """See ObjectStore.opened: there are no files."""
 
     def size(self, path: str) -> int:
         """See ObjectStore.size."""

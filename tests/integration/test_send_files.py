@@ -181,7 +181,7 @@ def test_source_names_the_damage_when_a_row_sent_unchecked_does_not_match(tmp_pa
 
 
 def test_rows_that_are_not_in_memory_are_read_and_checked(serving, monkeypatch):
-    monkeypatch.setattr("feature_store.objects.local._read_cached", lambda *_: False)
+    monkeypatch.setattr("feature_store.reading.cached_rows.CachedRows.files", lambda *_: None)
     with serving.raw() as connection:
         connection.sendall(request_for(check=False))
         assert len(wire.decode(answer_on(connection).body)[0]["rows"]) == len(ROWS)
@@ -214,13 +214,14 @@ def test_access_log_counts_what_the_kernel_sent(serving, caplog):
 def test_file_that_ends_before_its_span_is_no_answer(tmp_path):
     objects = LocalObjects(tmp_path)
     objects.put("short", b"abc")
+    objects.get_range("short", 0, 3)
     one, other = socket.socketpair()
     with one, other:
         one.setblocking(False)
 
         async def send() -> None:
             gone = asyncio.get_running_loop().create_future()
-            await sendfile.send_spans(one.fileno(), [FileSpan(objects.file("short"), 1, 9)], gone)
+            await sendfile.send_spans(one.fileno(), [FileSpan(objects.opened("short"), 1, 9)], gone)
 
         with pytest.raises(EOFError, match="ends at byte 3, expected 10"):
             asyncio.run(send())

@@ -7,7 +7,7 @@ import pytest
 from tiny_store import tiny_store
 
 from feature_store import RowId, open_store
-from feature_store.objects.local import LocalObjects
+from feature_store.reading import cached_rows
 
 ROWS = [RowId(unit, i, view) for unit, n in enumerate((5, 3, 4)) for view in (0, 1) for i in range(n)]
 
@@ -23,8 +23,17 @@ def rows():
     return [ROWS[index] for index in np.random.default_rng(0).integers(0, len(ROWS), 40)] + ROWS
 
 
-def taken(store, rows, start, stop):
-    source = store.source()
+def would_wait(*_):
+    raise BlockingIOError
+
+
+def opened(source):
+    """It has read everything once."""
+    source.fill(ROWS, source.buffers(len(ROWS)))
+    return source
+
+
+def taken(source, rows, start, stop):
     readers = source.cached_rows(source.locate(rows))
     memory = {
         name: np.zeros((stop - start, *array.shape[1:]), array.dtype) for name, array in source.buffers(0).items()
@@ -35,7 +44,7 @@ def taken(store, rows, start, stop):
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 64), (0, 1), (7, 23), (40, 64), (63, 64)])
 def test_rows_are_those_the_store_reads_when_some_lie_side_by_side(store, rows, start, stop):
-    memory, done = taken(store, rows, start, stop)
+    memory, done = taken(opened(store.source()), rows, start, stop)
     expected = store.source().buffers(stop - start)
     store.source().fill(rows[start:stop], expected)
     assert all(done.values())
@@ -43,52 +52,56 @@ def test_rows_are_those_the_store_reads_when_some_lie_side_by_side(store, rows, 
         assert memory[name].tobytes() == array.tobytes()
 
 
-def test_neighbours_are_read_together(store, monkeypatch):
-    asked = []
-    read_into = LocalObjects.read_into
-
-    def counting(objects, path, offset, parts, *, wait=True):
-        asked.append(len(parts))
-        return read_into(objects, path, offset, parts, wait=wait)
-
-    monkeypatch.setattr(LocalObjects, "read_into", counting)
-    source = store.source(taps=["stage4"])
-    rows = ROWS[:5]
-    reader = source.cached_rows(source.locate(rows))["stage4"]
-    assert reader.take(0, 5, source.buffers(5)["stage4"].view(np.uint8))
-    assert asked == [9]  # five rows and the four checksums between them
+def test_neighbours_are_one_run(store):
+    source = opened(store.source(taps=["stage4"]))
+    rows = [*ROWS[:5], ROWS[1], ROWS[5], ROWS[10], ROWS[11]]
+    reader, memory = source.cached_rows(source.locate(rows))["stage4"], source.buffers(len(rows))["stage4"]
+    size = memory[0].nbytes
+    runs = reader.runs(0, len(rows), memory.view(np.uint8))
+    assert [some for some, _ in runs] == [slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 9)]
+    assert [len(run.parts) for _, run in runs] == [9, 1, 1, 3]  # and the checksums between them
+    runs = reader.runs(1, 5, memory[:4].view(np.uint8), most=2 * (size + 4))
+    assert [some for some, _ in runs] == [slice(0, 2), slice(2, 4)]
 
 
 def test_nothing_is_taken_when_one_row_is_damaged(store):
+    source = opened(store.source())
     path = store.path / "taps/stage4/c/0/0/0/0"
     raw = bytearray(path.read_bytes())
     raw[0] ^= 1
     path.write_bytes(raw)
-    _, done = taken(store, ROWS, 0, 5)
+    _, done = taken(source, ROWS, 0, 5)
     assert done == {"stage4": False, "logits": True}
 
 
-def test_nothing_is_taken_when_the_shard_is_gone_or_cut(store):
-    source = store.source()
-    located = source.locate(ROWS)
+def test_nothing_is_taken_when_the_shard_is_cut(store):
+    source = opened(store.source())
+    reader = source.cached_rows(source.locate(ROWS))["stage4"]
     path = store.path / "taps/stage4/c/0/0/0/0"
-    memory = np.zeros((5, 48), np.uint8)
+    memory = source.buffers(5)["stage4"].view(np.uint8)
+    assert reader.take(0, 5, memory)
     path.write_bytes(path.read_bytes()[:60])
-    assert not source.cached_rows(located)["stage4"].take(0, 5, memory)
-    path.unlink()
-    source.objects.forget("taps/stage4/c/0/0/0/0")
-    assert not source.cached_rows(located)["stage4"].take(0, 5, memory)
+    assert not reader.take(0, 5, memory)
 
 
 def test_nothing_is_taken_when_reading_would_wait(store, monkeypatch):
-    monkeypatch.setattr("feature_store.objects.local._read_cached", lambda *_: False)
-    _, done = taken(store, ROWS, 0, 5)
-    assert not any(done.values())
+    source = opened(store.source())
+    monkeypatch.setattr(cached_rows.os, "preadv", would_wait)
+    assert not any(taken(source, ROWS, 0, 5)[1].values())
+
+
+def test_nothing_is_taken_when_no_file_is_open(store):
+    source = store.source()
+    located = source.locate(ROWS)
+    for path in set(located["stage4"].paths):
+        source.objects.forget(path)
+    reader = source.cached_rows(located)["stage4"]
+    assert not reader.take(0, 1, source.buffers(1)["stage4"].view(np.uint8))
+    assert reader.files(0, 1) is None
 
 
 def test_files_are_where_the_rows_are(store):
-    source = store.source()
-    want = source.buffers(len(ROWS))
+    source, want = store.source(), store.source().buffers(len(ROWS))
     source.fill(ROWS, want)
     for name, reader in source.cached_rows(source.locate(ROWS)).items():
         spans = reader.files(0, len(ROWS))
@@ -97,8 +110,8 @@ def test_files_are_where_the_rows_are(store):
         assert reader.files(1, 3) == spans[1:3]
 
 
-def test_no_files_are_named_when_rows_are_gone_cut_or_not_in_memory(store, monkeypatch):
-    source = store.source()
+def test_no_files_are_named_when_rows_are_cut_or_not_in_memory(store, monkeypatch):
+    source = opened(store.source())
     reader = source.cached_rows(source.locate(ROWS))["stage4"]
     path = store.path / "taps/stage4/c/0/0/0/0"
     whole = path.read_bytes()
@@ -106,8 +119,5 @@ def test_no_files_are_named_when_rows_are_gone_cut_or_not_in_memory(store, monke
     assert reader.files(0, len(ROWS)) is None
     path.write_bytes(whole)
     assert reader.files(0, len(ROWS)) is not None
-    monkeypatch.setattr("feature_store.objects.local._read_cached", lambda *_: False)
-    assert reader.files(0, len(ROWS)) is None
-    path.unlink()
-    source.objects.forget("taps/stage4/c/0/0/0/0")
+    monkeypatch.setattr(cached_rows.os, "preadv", would_wait)
     assert reader.files(0, len(ROWS)) is None

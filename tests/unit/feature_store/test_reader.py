@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 from feature_store import RowId, open_store
 from feature_store.errors import CorruptStoreError, InputError, QuarantinedError, ResourceError, UncommittedError
 from feature_store.layout import CRC_BYTES, array_specs
-from feature_store.objects import local as objects_module
 from feature_store.objects.local import LocalObjects
 from feature_store.reading import transfers
 from feature_store.reading.reader import ZarrSource
@@ -109,8 +108,8 @@ def test_read_gives_the_same_rows_with_any_number_of_threads(store, threads, mon
 @pytest.mark.parametrize("threads", [1, 8])
 def test_read_gives_the_same_rows_when_some_are_not_in_memory(store, threads, monkeypatch):
     monkeypatch.setattr(LocalObjects, "bytes_per_thread", 1)
-    rng, cached = np.random.default_rng(threads), objects_module._read_cached
-    monkeypatch.setattr(objects_module, "_read_cached", lambda *read: rng.random() < 0.5 and cached(*read))
+    rng, take = np.random.default_rng(threads), transfers.take
+    monkeypatch.setattr(transfers, "take", lambda run: rng.random() < 0.5 and take(run))
     source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
     for _ in range(20):
         rows = [ROWS[at] for at in rng.integers(0, len(ROWS), 40)]
@@ -123,6 +122,11 @@ def test_source_refuses_no_threads(store):
 
 
 class CountingObjects(LocalObjects):
+    """Counts what is asked for; none of it is taken from the machine's memory."""
+
+    def opened(self, path):
+        return None
+
     def __init__(self, root):
         super().__init__(root)
         self.calls = []
@@ -163,18 +167,17 @@ def test_requests_are_cut_where_the_object_store_says(store, monkeypatch):
 
 
 @pytest.fixture
-def large_rows(monkeypatch):
-    """Rows count as too large to be read in vain, and as many as need be go to several threads."""
-    monkeypatch.setattr(LocalObjects, "gap_bytes", CRC_BYTES)
+def little_is_much(monkeypatch):
+    """A byte is worth another thread."""
     monkeypatch.setattr(LocalObjects, "bytes_per_thread", 1)
 
 
-@pytest.mark.usefixtures("large_rows")
+@pytest.mark.usefixtures("little_is_much")
 @pytest.mark.parametrize("in_memory", [0.5, 1])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_large_rows_are_read_in_runs_and_alone(store, threads, in_memory, monkeypatch):
-    rng, cached = np.random.default_rng(threads), objects_module._read_cached
-    monkeypatch.setattr(objects_module, "_read_cached", lambda *read: rng.random() < in_memory and cached(*read))
+def test_rows_are_read_in_runs_and_alone(store, threads, in_memory, monkeypatch):
+    rng, take = np.random.default_rng(threads), transfers.take
+    monkeypatch.setattr(transfers, "take", lambda run: rng.random() < in_memory and take(run))
     source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
     for _ in range(20):
         starts = rng.integers(0, len(ROWS), 6)
@@ -182,20 +185,17 @@ def test_large_rows_are_read_in_runs_and_alone(store, threads, in_memory, monkey
         assert np.array_equal(source.read(rows).taps["stage4"], expected(store, rows))
 
 
-@pytest.mark.usefixtures("large_rows")
-def test_large_rows_side_by_side_are_read_in_one_call(store, monkeypatch):
-    monkeypatch.setattr(transfers, "_CORES", 2)
-    objects = CountingObjects(store.path)
-    source = ZarrSource(objects, store.manifest, store.committed, threads=2)
+def test_rows_side_by_side_are_taken_from_memory_at_once(store, monkeypatch):
     rows = [RowId(0, i, 0) for i in range(5)] + [RowId(1, i, 0) for i in (1, 2, 0)]
+    source, take, sizes = store.source(taps=["stage4"]), transfers.take, []
     source.read(rows)
-    objects.calls.clear()
+    size = array_specs(store.manifest)["taps/stage4"].row_bytes
+    monkeypatch.setattr(transfers, "take", lambda run: take(run) and not sizes.append(len(run.memory) // size))
     source.read(rows)
-    calls = [path for path in objects.calls if path.startswith("taps")]
-    assert sorted(calls) == ["taps/stage4/c/0/0/0/0"] + 2 * ["taps/stage4/c/0/1/0/0"]
+    assert sizes[:3] == [5, 2, 1]
 
 
-@pytest.mark.usefixtures("large_rows")
+@pytest.mark.usefixtures("little_is_much")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_damaged_row_in_a_run_is_named(store, threads, monkeypatch):
     monkeypatch.setattr(transfers, "_CORES", 2)
@@ -276,6 +276,7 @@ def test_read_reports_a_disk_error_as_one(store, monkeypatch):
     def fail(*_, wait):
         raise OSError(5, "Input/output error")
 
+    monkeypatch.setattr(transfers, "take", lambda _: False)
     monkeypatch.setattr(source._reader.objects, "read_into", fail)
     with pytest.raises(ResourceError, match=r"cannot read taps/stage4/c/0/0/0/0: .*Input/output error"):
         source.read(ROWS[:2])
