@@ -25,7 +25,7 @@ from feature_store.teacher.model import Teacher, load_teacher
 from teacher_service.serving.live import TeacherModel
 
 OVERLOAD = 10
-OVERLOAD_SECONDS = 20.0
+OVERLOAD_SECONDS = 60.0  # of batches that take a second each on a CPU
 MAX_BATCH = 16  # half the clients: while one batch is computed, the next one arrives
 
 
