@@ -22,6 +22,9 @@ _ROWS_PER_REQUEST = IOV_MAX // 2  # each with the gap before it
 _CORES = os.cpu_count() or 2
 _ALONE_BYTES = 128 << 10  # of a run; several threads wait for each other at every call, and do better with RUN_BYTES
 _Request: TypeAlias = "tuple[_Job, int, int]"
+_COLD = (
+    4  # misses in a row after which the rest is taken to be missing as well: to ask is to start reading, in disorder
+)
 _Rows: TypeAlias = slice | np.ndarray
 # Some rows of a transfer, and what takes them if they are in memory.
 _Try: TypeAlias = tuple["Transfer", _Rows, Callable[[], bool]]
@@ -76,9 +79,13 @@ def _tries(objects: ObjectStore, transfer: Transfer, threads: int) -> Iterable[_
 
 
 def _try(queue: Iterator[_Try], missed: list[tuple["Transfer", _Rows]]) -> None:
+    in_a_row = 0
     for transfer, rows, attempt in queue:
-        if not attempt():
+        if in_a_row < _COLD and attempt():
+            in_a_row = 0
+        else:
             missed.append((transfer, rows))
+            in_a_row += 1
 
 
 def _left(objects: ObjectStore, transfer: Transfer, missed: Sequence[tuple[Transfer, _Rows]]) -> Iterable[_Request]:

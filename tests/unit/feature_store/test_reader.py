@@ -195,6 +195,15 @@ def test_rows_side_by_side_are_taken_from_memory_at_once(store, monkeypatch):
     assert sizes[:3] == [5, 2, 1]
 
 
+def test_rows_are_no_longer_looked_for_in_memory_when_many_are_not_there(store, monkeypatch):
+    source, asked = store.source(), []
+    monkeypatch.setattr(transfers, "_CORES", 1)
+    monkeypatch.setattr(transfers, "take", lambda run: bool(asked.append(run)))
+    rows = ROWS[::-1]
+    assert np.array_equal(source.read(rows).taps["stage4"], expected(store, rows))
+    assert len(asked) == transfers._COLD < len(rows)
+
+
 @pytest.mark.usefixtures("little_is_much")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_damaged_row_in_a_run_is_named(store, threads, monkeypatch):
