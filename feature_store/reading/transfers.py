@@ -21,10 +21,8 @@ from feature_store.reading.row_tables import Located
 _ROWS_PER_REQUEST = IOV_MAX // 2  # each with the gap before it
 _CORES = os.cpu_count() or 2
 _ALONE_BYTES = 128 << 10  # of a run; several threads wait for each other at every call, and do better with RUN_BYTES
+_COLD = 4  # misses in a row after which the rest counts as missed: to ask is to start reading, out of order
 _Request: TypeAlias = "tuple[_Job, int, int]"
-_COLD = (
-    4  # misses in a row after which the rest is taken to be missing as well: to ask is to start reading, in disorder
-)
 _Rows: TypeAlias = slice | np.ndarray
 # Some rows of a transfer, and what takes them if they are in memory.
 _Try: TypeAlias = tuple["Transfer", _Rows, Callable[[], bool]]
