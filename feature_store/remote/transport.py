@@ -87,7 +87,7 @@ class _Paced(io.RawIOBase):
         self._raw, self._sock = raw, sock
         self._timeout = self._set = sock.gettimeout() or 0.0
         self._end = time.monotonic() + self._timeout
-        self.in_body = False
+        self.in_body = self.ended = False
 
     def readable(self) -> bool:
         """Always."""
@@ -99,6 +99,8 @@ class _Paced(io.RawIOBase):
         Raises:
             TimeoutError: Too little came in time.
         """
+        if self.ended:
+            return 0
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"the answer comes too slowly, less than {SLOWEST:,} bytes a second")
@@ -117,11 +119,30 @@ class _Paced(io.RawIOBase):
         super().close()
 
 
+class _Buffered(io.BufferedReader):
+    """A reader that says, once it is closed, whether more had come than was read."""
+
+    def __init__(self, raw: _Paced) -> None:
+        super().__init__(raw)
+        self._paced, self.left_over = raw, False
+
+    def close(self) -> None:
+        if not self.closed:
+            self._paced.ended = True  # looking into the buffer shall not wait for more
+            self.left_over = bool(self.peek(1))
+        super().close()
+
+
 class _Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args, **kwargs) -> None:
         super().__init__(sock, *args, **kwargs)
         self._paced = _Paced(self.fp.detach(), sock)
-        self.fp = io.BufferedReader(self._paced)
+        self.fp = self._buffer = _Buffered(self._paced)
+
+    @property
+    def left_over(self) -> bool:
+        """Whether bytes came after its body that nobody asked for."""
+        return self._buffer.left_over
 
     def begin(self) -> None:
         """Read status and headers."""
@@ -181,7 +202,8 @@ class HttpTransport:
         try:
             answer = self._ask(connection, method, target, headers, body)
             yield answer
-            done = answer.isclosed() and not answer.will_close  # read to the end, and the server keeps it open
+            # Read to the end, with nothing after it, and the server keeps it open.
+            done = answer.isclosed() and not answer.will_close and not getattr(answer, "left_over", False)
         finally:
             if done:
                 idle.connections.append(connection)
