@@ -22,14 +22,17 @@ def ask(url, method, target, *headers):
 
 
 TARGETS = [
-    b"/v1/zarr/../manifest", b"//v1/manifest", b"/livez/../v1/manifest", b"/livez/%2e%2e/v1/manifest", b"/./v1/manifest",
+    b"/v1/zarr/../manifest", b"//v1/manifest", b"/livez/../v1/manifest", b"/livez/%2e%2e/v1/manifest",
+    b"/./v1/manifest",
     b"/v1%2fmanifest", b"/v1%252fmanifest", b"/V1/manifest", b"/v1/Manifest", b"/v1/manifest/", b"/v1/manifest%00",
-    b"/livez%00/../v1/manifest", b"/v1\\manifest", b"/livez\\..\\v1\\manifest", b"/livez;/v1/manifest", b"/v1/manifest;x",
+    b"/livez%00/../v1/manifest", b"/v1\\manifest", b"/livez\\..\\v1\\manifest", b"/livez;/v1/manifest",
+    b"/v1/manifest;x",
     b"/v1/manifest%3f", b"/v1/manifest#x", b"/v1/%6danifest", b"/v1/zarr/zarr.json", b"/v1/zarr/%7aarr.json",
     b"/v1/browse/summary", b"/v1/browse/../../livez", b"/metrics", b"/metrics/", b"/openapi.json", b"/openapi.json/",
     b"/docs", b"/redoc", b"/v1/%ef%bc%8fmanifest", b"/v1%e2%88%95manifest", b"/v1%c0%afmanifest",
     b"http://localhost/v1/manifest", b"http://localhost//v1/manifest", b"http://x@localhost/v1/manifest",
-    b"https://elsewhere/livez/../v1/manifest", b"//livez/v1/manifest", b"/livez?/../v1/manifest#/v1/manifest", b"/page.js/../v1/manifest",
+    b"https://elsewhere/livez/../v1/manifest", b"//livez/v1/manifest",
+    b"/livez?/../v1/manifest#/v1/manifest", b"/page.js/../v1/manifest",
 ]  # fmt: skip
 
 
