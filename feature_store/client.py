@@ -124,6 +124,8 @@ def connect(
         identity, most = described["identity"], (described["max_rows"], described["max_response_bytes"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{url} does not answer as this service does ({error!r} is missing); check the URL") from error
+    if not all(type(limit) is int and limit > 0 for limit in most):
+        raise InputError(f"{url} does not answer as this service does (max_rows, max_response_bytes: {most}); check it")
     store = open_store_in(ServedObjects(service))
     require_store(url, store.manifest.identity(), identity)
     return Client(service, store, most[0], min(REQUEST_BYTES, most[1]))

@@ -1,7 +1,9 @@
 """A served store's objects, read only: what a trainer needs of a store beside its rows."""
 
+import re
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from http import HTTPStatus
 from typing import TypeVar
 from urllib.parse import quote
@@ -10,13 +12,14 @@ import numpy as np
 
 from feature_store.errors import InputError, WireError
 from feature_store.objects.local import Buffer, scatter
-from feature_store.remote.service import Service
+from feature_store.remote.service import Service, content_length
 from feature_store.remote.transport import Answer
 
 T = TypeVar("T")
 
 _ABSENT = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)  # never there, or committed and lost
 _MOST_OF_A_PROBLEM = 1 << 16
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _PAST_END = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
 
 
@@ -51,7 +54,8 @@ class ServedObjects:
 
     def get_range(self, path: str, offset: int, length: int) -> np.ndarray:
         """See ObjectStore.get_range."""
-        found = self._ask("GET", path, _body, (offset, length)) if length > 0 else _Missing.RANGE
+        span = (offset, length)
+        found = self._ask("GET", path, partial(_part, span), span) if length > 0 else _Missing.RANGE
         return np.empty(0, np.uint8) if isinstance(found, _Missing) else found
 
     def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int], *, wait: bool = True) -> bool:
@@ -67,7 +71,7 @@ class ServedObjects:
 
     def size(self, path: str) -> int:
         """See ObjectStore.size."""
-        found = self._ask("HEAD", path, _length)
+        found = self._ask("HEAD", path, content_length)
         assert isinstance(found, int)  # a whole object has no range to miss
         return found
 
@@ -137,15 +141,25 @@ class ServedObjects:
         return found
 
 
-def _length(answer: Answer) -> int:
-    length = answer.getheader("content-length", "")
-    if not length.isdecimal():
-        raise WireError(f"the answer has Content-Length {length!r}, expected bytes of an object; is this the service?")
-    return int(length)
+def _part(span: tuple[int, int], answer: Answer) -> np.ndarray:
+    """The bytes of (offset, length), fewer if the object ends before.
+
+    Raises:
+        WireError: They are others than those asked for.
+    """
+    first, length = span
+    given = answer.getheader("content-range", "")
+    found = _CONTENT_RANGE.fullmatch(given)
+    begin, last, whole = map(int, found.groups()) if found else (-1, -1, 0)
+    if begin != first or last != min(first + length, whole) - 1 or content_length(answer) != last - first + 1:
+        raise WireError(
+            f"asked for bytes {first}-{first + length - 1} of an object and got {given[:80]!r}; is this the service?"
+        )
+    return _body(answer)
 
 
 def _body(answer: Answer) -> np.ndarray:
-    payload = np.empty(_length(answer), np.uint8)
+    payload = np.empty(content_length(answer), np.uint8)
     memory, done = memoryview(payload), 0
     while done < len(memory):
         got = answer.readinto(memory[done:])

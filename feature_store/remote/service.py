@@ -35,7 +35,8 @@ _ERRORS: dict[str, type[UserError]] = {
     "object-missing": CorruptStoreError,
 }
 _MAX_TEXT = 16 << 20  # most bytes of a JSON answer
-_MAX_FRAME = 1 << 34
+_MAX_BODY = 1 << 34
+_MAX_DIGITS = 20  # of a number in a header: Python refuses to read very long ones
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,21 @@ def _given_up(error: UserError, tries: int, deadline: float) -> UserError:
 
 
 def _frame(answer: Answer, out: Mapping[str, np.ndarray] | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    return wire.read_frame(answer.readinto, content_length(answer), out)
+
+
+def content_length(answer: Answer) -> int:
+    """Bytes of its body.
+
+    Raises:
+        WireError: It does not say, or claims what no object or frame has.
+    """
     length = answer.getheader("content-length", "")
-    if not length.isdecimal() or int(length) > _MAX_FRAME:
-        raise WireError(f"the answer has Content-Length {length!r}, expected bytes of a frame; is this the service?")
-    return wire.read_frame(answer.readinto, int(length), out)
+    if not (length.isascii() and length.isdecimal() and len(length) < _MAX_DIGITS and int(length) <= _MAX_BODY):
+        raise WireError(
+            f"the answer has Content-Length {length[:_MAX_DIGITS]!r}, expected its bytes; is this the service?"
+        )
+    return int(length)
 
 
 def _json(answer: Answer) -> Any:
@@ -249,5 +261,5 @@ def _retry_after(answer: Answer) -> float:
         return float(given)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(given).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0

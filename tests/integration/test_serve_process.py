@@ -320,3 +320,29 @@ def test_a_reader_that_takes_nothing_is_dropped_and_its_memory_comes_back(tmp_pa
                 assert time.monotonic() < end
                 time.sleep(0.1)
         assert started.stop() == 0
+
+
+def test_a_connection_is_closed_when_the_body_after_a_refusal_does_not_end(tmp_path, store):
+    make_tokens(tmp_path / "tokens")
+    options = ("--tokens", str(tmp_path / "tokens"), "--body-seconds", "0.5")
+    with running(store, tmp_path, *options) as started:
+        started.wait_until_ready()
+        with raw(started.url) as endless:
+            endless.sendall(b"POST /v1/rows:batch HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n{")
+            assert endless.recv(12) == b"HTTP/1.1 401"
+            endless.sendall(b"a")
+            rest_of(endless)
+        assert started.stop() == 0
+
+
+def test_an_answer_stays_whole_when_its_reader_begins_another_request_and_waits(tmp_path, wide):
+    with running(wide, tmp_path, "--header-seconds", "0.3") as started:
+        started.wait_until_ready()
+        whole = ask_raw(started.url, LARGE_REQUEST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+        with raw(started.url, 4096) as slow:
+            slow.sendall(LARGE_REQUEST + b"\r\n")  # an empty line more than it should be, as some clients send
+            time.sleep(1)
+            answer = rest_of(slow)
+        head, _, body = whole.partition(b"\r\n\r\n")
+        assert answer.partition(b"\r\n\r\n")[2][: len(body)] == body
+        assert started.stop() == 0
