@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from service_process import running_service
+from tiny_jobs import cache_config, noise_samples, write_tar
 from training_world import World, make_world
+
+from teacher_service.caching import cache
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -215,3 +218,26 @@ def test_scripts_of_others_do_not_run_when_injected(page, url):
     )
     assert page.evaluate("window.ran") is None
     assert any("Content Security Policy" in problem for problem in page.problems)
+
+
+def test_names_that_are_markup_are_shown_as_they_are(page, tmp_path, tiny_swin):
+    hostile = "<img src=x onerror=alert(1)>\u202e'\"&amp;-"
+    samples = noise_samples(hostile, 3)
+    samples[1]["png"] = b"\x89PNG broken"
+    samples[2]["__key__"] = "long " * 40
+    tar = write_tar(tmp_path / "<b onclick=alert(2)>.tar", samples)
+    store = tmp_path / "store.zarr"
+    cache(cache_config([tar], tiny_swin, store))
+    page.on("dialog", lambda dialog: page.problems.append(dialog.message))
+    with running_service(store, "--tars", tar) as running:
+        page.goto(running.url)
+        expect(page.locator("#quarantine")).to_contain_text(f"{hostile}001")
+        expect(page.locator("#unit")).to_contain_text("<b onclick=alert(2)>.tar")
+        page.locator("#grid button").nth(0).click()
+        expect(page.locator("#detail strong")).to_have_text(f"{hostile}000")
+        assert is_painted(page, "#detail figure:first-child img")
+        page.locator("#grid button").nth(2).click()
+        expect(page.locator("#detail strong")).to_have_text("long " * 40)
+        assert page.evaluate("document.querySelectorAll('[src=x], [onerror], [onclick]').length") == 0
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.problems == []
