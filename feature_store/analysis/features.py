@@ -10,13 +10,13 @@ import numpy as np
 
 from feature_store.errors import InputError, MismatchError
 from feature_store.sample import RowId
-from feature_store.tars.tar import Tar
 from feature_store.views import check_pixels, decode_image, replay_view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from feature_store.store import Store
+    from feature_store.tars.tar import Tar  # its webdataset imports torch, which a server of cached rows does without
 
 INSTALL = "pip install 'scalekd-cache[plot]'"
 
@@ -135,7 +135,7 @@ def replay_views(store: "Store", tars: "Sequence[Tar]", rows: "Sequence[RowId]")
     return np.stack([_replay(store, by_name, row) for row in rows])
 
 
-def _replay(store: "Store", tars: dict[str, Tar], row: RowId) -> np.ndarray:
+def _replay(store: "Store", tars: "dict[str, Tar]", row: RowId) -> np.ndarray:
     wanted = store.manifest.tars[row.unit]
     tar = tars.get(wanted.name)
     if tar is None:

@@ -6,6 +6,7 @@ Shape legend: n rows, N tokens, C channels, K classes.
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +16,9 @@ from feature_store.errors import InputError
 from feature_store.sample import RowId
 from feature_store.source import FeatureBatch
 from feature_store.store import Store
-from feature_store.tars.tar import Tar, expand_tars, tar_name
+
+if TYPE_CHECKING:
+    from feature_store.tars.tar import Tar  # its webdataset imports torch, which a server of cached rows does without
 
 TAP = "stage4"
 _ROWS = 512  # that any row is compared with
@@ -108,7 +111,7 @@ class Gallery:
 
     def __init__(self, store: Callable[[], Store], tars: Sequence[str] = ()) -> None:
         self._store = store
-        self._urls = {tar_name(url): url for url in expand_tars(tars)} if tars else {}
+        self._urls = _urls_by_name(tars) if tars else {}
         self._tars: dict[str, Tar] = {}
         self._sample: tuple[str, Sample] | None = None
         self._lock = threading.Lock()
@@ -160,7 +163,9 @@ class Gallery:
         store.committed.require(row)
         return replay_views(store, [self._tar(store.manifest.tars[row.unit].name)], [row])[0]
 
-    def _tar(self, name: str) -> Tar:
+    def _tar(self, name: str) -> "Tar":
+        from feature_store.tars.tar import Tar
+
         if name not in self._urls:
             raise InputError(f"tar {name} is not among those the service was given; start it with --tars")
         with self._lock:
@@ -191,3 +196,9 @@ def _unit_length(vectors: np.ndarray) -> np.ndarray:
 def _committed(store: Store) -> int:
     missing = sum(map(len, store.committed.missing_views().values()))
     return len(store.manifest.tars) * store.manifest.num_views - missing
+
+
+def _urls_by_name(tars: Sequence[str]) -> dict[str, str]:
+    from feature_store.tars.tar import expand_tars, tar_name
+
+    return {tar_name(url): url for url in expand_tars(tars)}
