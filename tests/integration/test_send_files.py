@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from feature_store import wire
 from feature_store.client import connect
 from feature_store.errors import CorruptStoreError
 from feature_store.objects.local import LocalObjects
-from feature_store.reading.cached_rows import FileSpan
+from feature_store.reading.cached_rows import CachedRows, FileSpan
 from feature_store.sample import RowId
 from feature_store.store import open_store
 from teacher_service.serving import sendfile
@@ -186,6 +187,37 @@ def test_rows_that_are_not_in_memory_are_read_and_checked(serving, monkeypatch):
         connection.sendall(request_for(check=False))
         assert len(wire.decode(answer_on(connection).body)[0]["rows"]) == len(ROWS)
     assert not serving.sent
+
+
+def test_answers_keep_apart_when_many_ask_at_once_and_some_leave(serving, monkeypatch):
+    """Whether rows come from files, from memory or from reading ahead."""
+    local = open_store(serving.path).source()
+    expected = {row: local.read([row]).taps["stage4"][0].tobytes() for row in set(ROWS)}
+    chance = np.random.default_rng(0)
+    for name in ("take", "files"):
+        known = getattr(CachedRows, name)
+        monkeypatch.setattr(
+            CachedRows, name, lambda *asked, known=known: known(*asked) if chance.random() < 0.9 else None
+        )
+
+    def ask(seed: int) -> int:
+        rng, answered = np.random.default_rng(seed), 0
+        for _ in range(8):
+            rows = [ROWS[at] for at in rng.integers(0, len(ROWS), 60)]
+            with serving.raw() as connection:
+                connection.sendall(request_for(rows, check=bool(rng.integers(2))))
+                if rng.random() < 0.3:
+                    assert connection.recv(1 << 16)
+                    continue
+                arrays, _ = wire.decode(answer_on(connection).body)
+            assert [row.tobytes() for row in arrays["stage4"]] == [expected[row] for row in rows]
+            answered += 1
+        return answered
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ask, range(8))) > 20
+    assert serving.sent
+    assert serving.idle()
 
 
 def test_encrypted_answers_are_read_and_checked(path, tmp_path, monkeypatch):

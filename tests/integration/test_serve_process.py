@@ -156,7 +156,13 @@ def ask_raw(url, request: bytes) -> bytes:
 def test_cached_rows_are_served_without_torch(tmp_path, store):
     with running(store, tmp_path) as started:
         started.wait_until_ready()
-        for target in ("/v1/manifest", "/v1/units/0/views/0", "/v1/blocks", "/v1/zarr/zarr.json", "/v1/browse/activity"):
+        for target in (
+            "/v1/manifest",
+            "/v1/units/0/views/0",
+            "/v1/blocks",
+            "/v1/zarr/zarr.json",
+            "/v1/browse/activity",
+        ):
             assert started.get(target).status == 200, target
         assert "torch" not in Path(f"/proc/{started.process.pid}/maps").read_text()
 
