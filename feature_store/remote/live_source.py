@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -53,9 +53,12 @@ class RemoteLiveSource:
     ) -> None:
         described = service.json("/v1/teacher")
         self.service, self.seconds = service, 0.0
-        self.info, self.split = TeacherInfo.from_dict(described["teacher"]), SplitInfo.from_dict(described["split"])
-        self._shapes: dict[str, list[int]] = described["taps"]
-        self._max_rows: int = described["max_batch"]
+        try:
+            self.info, self.split = TeacherInfo.from_dict(described["teacher"]), SplitInfo.from_dict(described["split"])
+            self._shapes = {str(name): tuple(map(int, shape)) for name, shape in described["taps"].items()}
+            self._max_rows = _positive(described["max_batch"])
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise InputError(f"{service.url} does not describe a teacher ({error!r}); check the URL") from error
         self._precision, self._views = precision, views
         self.tap_names = self._known(taps)
 
@@ -127,6 +130,8 @@ class RemoteLiveSource:
         for name in taps:
             if name not in arrays or arrays[name].shape != (len(pixels), *self._shapes[name]):
                 raise WireError(f"{self.service.url} answered without tap {name!r} of {len(pixels)} views")
+        if LOGITS in arrays and arrays[LOGITS].shape[:1] != (len(pixels),):
+            raise WireError(f"{self.service.url} answered without logits of {len(pixels)} views")
         return arrays
 
     def _known(self, taps: Sequence[str] | None) -> tuple[str, ...]:
@@ -134,3 +139,9 @@ class RemoteLiveSource:
             if name not in self._shapes:
                 raise InputError(f"the service has no tap {name!r}; it has: {', '.join(self._shapes)}")
         return tuple(self._shapes if taps is None else taps)
+
+
+def _positive(number: Any) -> int:
+    if int(number) < 1:
+        raise ValueError(f"expected a positive number, got {number}")
+    return int(number)

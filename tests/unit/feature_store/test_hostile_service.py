@@ -8,13 +8,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 
 import numpy as np
 import pytest
-from scripted_transport import frame_of
+from scripted_transport import Answered, ScriptedTransport, frame_of
 
 from feature_store.client import connect
 from feature_store.errors import InputError, ResourceError, UserError, WireError
+from feature_store.manifest import SplitInfo, TeacherInfo
+from feature_store.remote.live_source import RemoteLiveSource
 from feature_store.remote.objects import ServedObjects
 from feature_store.remote.service import Patience, Service
 from feature_store.remote.transport import HttpTransport
@@ -313,3 +316,39 @@ def test_frame_is_refused_when_the_connection_ends_within_it():
     cut = saying(reply(body[:-100], length=len(body)))
     with hostile(cut) as server, pytest.raises((WireError, ResourceError)):
         Service.at(server.url, None, HASTY).frame("GET", "/v1/blocks")
+
+
+TEACHER = {
+    "teacher": asdict(TeacherInfo("test_vit", {}, "0" * 64, (8, 8), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 3, "float32")),
+    "split": asdict(SplitInfo("vit", 1, 4, (2, 2), 4, (2, 2), 0, "none")),
+    "taps": {"stage4": [4, 2]},
+    "max_batch": 8,
+}
+
+
+def live(described, **arrays) -> RemoteLiveSource:
+    """A source whose service describes its teacher so, and answers with these arrays."""
+    answers = [Answered(body=json.dumps(described).encode()), Answered(body=frame_of(arrays, teacher="0" * 64))]
+    return RemoteLiveSource(Service(ScriptedTransport(lambda _: answers.pop(0)), patience=HASTY))
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        [], {}, "teacher", {**TEACHER, "taps": None}, {**TEACHER, "taps": {"stage4": "many"}}, {**TEACHER, "taps": [1]},
+        {**TEACHER, "max_batch": 0}, {**TEACHER, "max_batch": None}, {**TEACHER, "max_batch": 1e999},
+        {**TEACHER, "teacher": {"name": "x"}}, {**TEACHER, "split": {**TEACHER["split"], "more": 1}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_service_that_describes_no_teacher_is_refused(lie):
+    with pytest.raises(InputError, match="http://service does not describe a teacher"):
+        live(lie)
+
+
+def test_live_answers_are_refused_unless_they_are_of_the_views_asked_for():
+    pixels, tap, logits = np.zeros((2, 8, 8, 3), np.uint8), np.ones((2, 4, 2), np.float32), np.ones((2, 3), np.float32)
+    assert live(TEACHER, stage4=tap, logits=logits).compute(pixels, ["stage4"])["stage4"].tolist() == tap.tolist()
+    for wrong in ({"logits": logits}, {"stage4": tap[:1], "logits": logits}, {"stage4": tap, "logits": logits[:1]}):
+        with pytest.raises(WireError, match="answered without"):
+            live(TEACHER, **wrong).compute(pixels, ["stage4"])
