@@ -45,7 +45,7 @@ class Patience:
 
     Attributes:
         deadline: Seconds for a call with all its tries.
-        timeout: Seconds without a byte after which a connection counts as lost.
+        timeout: Seconds after which a connection counts as lost, see Transport.send.
         first_pause: Seconds before the second try; doubled each time, and drawn between half and all of it.
         longest_pause: Where doubling ends; what a server's Retry-After asks for is waited beside it.
     """
