@@ -16,6 +16,7 @@ from feature_store.remote.live_source import RemoteLiveSource, UnitViews
 from feature_store.remote.objects import ServedObjects
 from feature_store.remote.service import Patience, Service
 from feature_store.remote.transport import Transport
+from feature_store.sample import addresses
 from feature_store.store import Store, open_store_in
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Client:
             ResourceError: The service stayed busy or out of reach.
         """
         batch = self._source.read_keys([keys] if isinstance(keys, str) else keys, view, taps)
-        found = Features(batch.taps, rows=np.array(batch.rows, np.int64).reshape(-1, 3))
+        found = Features(batch.taps, rows=addresses(batch.rows))
         return found if batch.logits is None else Features(found, logits=batch.logits)
 
     def source(self, taps: Sequence[str] | None = None) -> HttpSource:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,11 @@ class RowId(NamedTuple):
     def row(self, capacity: int) -> int:
         """Index on the store's row axis: ``unit * capacity + position``."""
         return self.unit * capacity + self.position
+
+
+def addresses(rows: Sequence[RowId]) -> np.ndarray:
+    """Rows as int64 [n, 3]: unit, position and view of each."""
+    return np.fromiter(chain.from_iterable(rows), np.int64, 3 * len(rows)).reshape(-1, 3)
 
 
 def key_hash(key: str) -> int:

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from feature_store.reading.cached_rows import CachedRows
 from feature_store.reading.chunks import ObjectReader
 from feature_store.reading.row_tables import NO_ROW, Located, RowTables, ShardTable, shard_table
 from feature_store.reading.transfers import Transfer, read_all, run_all
-from feature_store.sample import RowId
+from feature_store.sample import RowId, addresses
 from feature_store.source import FeatureBatch
 
 LOGITS = "logits"
@@ -217,7 +216,7 @@ class ZarrSource:
 
     def _places(self, rows: Sequence[RowId]) -> tuple[np.ndarray, np.ndarray]:
         """Number of the shard and position in its unit, int64 [n] each, of rows that may be there."""
-        units, positions, views = np.fromiter(chain.from_iterable(rows), np.int64, 3 * len(rows)).reshape(-1, 3).T
+        units, positions, views = addresses(rows).T
         bounds = len(self.manifest.tars), self.manifest.capacity, self.manifest.num_views
         for column, bound in zip((units, positions, views), bounds, strict=True):
             if column.min() < 0 or column.max() >= bound:

@@ -10,7 +10,7 @@ import numpy as np
 
 from feature_store.errors import InputError, MismatchError, WireError
 from feature_store.remote.service import Service, at_once
-from feature_store.sample import RowId
+from feature_store.sample import RowId, addresses
 from feature_store.source import FeatureBatch
 from feature_store.store import Store
 
@@ -119,7 +119,7 @@ class HttpSource:
         Raises:
             UserError: See read.
         """
-        asked = np.array(rows, np.int64).reshape(-1, 3)
+        asked = addresses(rows)
         got = self._ask("rows", asked.tolist(), memory, taps)
         if not np.array_equal(got, asked):
             raise WireError(f"{self.service.url} answered with other rows than those asked for; check what is between")

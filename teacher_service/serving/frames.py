@@ -12,10 +12,10 @@ from feature_store import wire
 from feature_store.codecs.registry import value_codecs
 from feature_store.errors import InputError
 from feature_store.reading.reader import ZarrSource
-from feature_store.sample import RowId
+from feature_store.sample import RowId, addresses
 from teacher_service.serving.memory import Reservation
 from teacher_service.serving.problems import Problem
-from teacher_service.serving.row_stream import ROWS, RowStream, addresses_of, metadata_of
+from teacher_service.serving.row_stream import ROWS, RowStream, metadata_of
 from teacher_service.serving.service import Opened, Service
 from teacher_service.serving.streaming import StreamedResponse
 
@@ -99,7 +99,7 @@ def _read(
         del arrays, memory
         reservation.release()
         raise
-    return wire.encode({**arrays, ROWS: addresses_of(rows)}, metadata_of(opened))
+    return wire.encode({**arrays, ROWS: addresses(rows)}, metadata_of(opened))
 
 
 def _require_allowed(service: Service, rows: int, nbytes: int) -> None:

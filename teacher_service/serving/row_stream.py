@@ -8,8 +8,7 @@ import numpy as np
 
 from feature_store import wire
 from feature_store.layout import crc32c, joined_crc32c
-from feature_store.reading.cached_rows import FileSpan
-from feature_store.sample import RowId
+from feature_store.sample import RowId, addresses
 from teacher_service.serving.service import Opened, Service
 from teacher_service.serving.streaming import Piece, read_ahead
 
@@ -17,11 +16,6 @@ ROWS = "rows"
 """Array of every answer with rows: unit, position and view of each, int64 [B, 3]."""
 
 _TRIES = 2  # a page that somebody else is using is as good as not there, for a moment
-
-
-def addresses_of(rows: Sequence[RowId]) -> np.ndarray:
-    """What ROWS holds."""
-    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def metadata_of(opened: Opened) -> dict[str, str]:
@@ -53,15 +47,15 @@ class RowStream:
         self._cached = self._source.cached_rows(located)
         self._empty = {name: empty[name] for name in wire.wire_order(empty)}
         self._row_bytes = {name: array.itemsize * int(np.prod(array.shape[1:])) for name, array in self._empty.items()}
-        addresses = addresses_of(rows)
+        listed = addresses(rows)
         described = {name: (array.dtype, (len(rows), *array.shape[1:])) for name, array in self._empty.items()}
         checksums = {name: joined_crc32c(some.checksums, self._row_bytes[name]) for name, some in located.items()}
         header = wire.header(
-            {ROWS: (addresses.dtype, addresses.shape), **described},
-            {ROWS: crc32c(addresses), **checksums},
+            {ROWS: (listed.dtype, listed.shape), **described},
+            {ROWS: crc32c(listed), **checksums},
             metadata_of(opened),
         )
-        self._head = header + addresses.tobytes()
+        self._head = header + listed.tobytes()
         rows_bytes = len(rows) * sum(self._row_bytes.values())
         self.nbytes = len(self._head) + rows_bytes
         # Of pieces that are sent, read, and let go of.
@@ -77,7 +71,7 @@ class RowStream:
         done = 0
         # What the machine has in memory is sent by this thread; read before, while it is in the processor's cache.
         for span in self._spans(wire.CHUNK_BYTES if self._check else self._source.stride_bytes):
-            piece = self._taken(*span) if self._check else self._files(*span)
+            piece = next(filter(None, (self._in_memory(*span) for _ in range(_TRIES))), None)
             if piece is None:
                 break
             yield piece
@@ -94,12 +88,13 @@ class RowStream:
             for start in range(max(0, done - index * len(self._rows)), len(self._rows), step):
                 yield name, start, min(start + step, len(self._rows))
 
-    def _taken(self, name: str, start: int, stop: int) -> memoryview | None:
-        memory, cached = self._array(name, start, stop), self._cached[name]
-        return memoryview(memory) if any(cached.take(start, stop, memory) for _ in range(_TRIES)) else None
-
-    def _files(self, name: str, start: int, stop: int) -> list[FileSpan] | None:
-        return self._cached[name].files(start, stop)
+    def _in_memory(self, name: str, start: int, stop: int) -> Piece | None:
+        """Rows that the machine has in memory; None if it has not all of them."""
+        cached = self._cached[name]
+        if not self._check:
+            return cached.files(start, stop)
+        memory = self._array(name, start, stop)
+        return memoryview(memory) if cached.take(start, stop, memory) else None
 
     def _array(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._memory.array((stop - start) * self._row_bytes[name], self._reservation)
