@@ -64,7 +64,7 @@ class Config:
 def main(config: Config) -> None:
     shutil.rmtree(config.folder, ignore_errors=True)
     config.folder.mkdir(parents=True)
-    result: dict[str, Any] = {"settings": {**settings(config), "loopback": True}}  # pyright: ignore[reportArgumentType]
+    result: dict[str, Any] = {"settings": {**settings(config), "loopback": True, "tcp": _congestion_control()}}  # pyright: ignore[reportArgumentType]
     try:
         if {"rows", "peers"} & set(config.parts):
             store = make_store(config.folder / "store", config.units, config.views, config.samples)
@@ -84,6 +84,12 @@ def main(config: Config) -> None:
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(text + "\n")
+
+
+def _congestion_control() -> str:
+    """The system's, which decides what loopback costs; unknown beyond Linux."""
+    setting = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+    return setting.read_text().strip() if setting.exists() else "unknown"
 
 
 def measure_rows(store: Store, server: Server, config: Config) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
 from teacher_service.serving import problems
-from teacher_service.serving.access_log import AccessLogMiddleware
+from teacher_service.serving.access_log import HEADER, AccessLogMiddleware
 from teacher_service.serving.auth import AuthMiddleware, scope_of
 from teacher_service.serving.browse import browse_router
 from teacher_service.serving.limits import LimitsMiddleware
@@ -23,6 +24,11 @@ from teacher_service.serving.service import Service
 from teacher_service.serving.tokens import TokenFile
 
 COMPUTE = "/v1/features:compute"
+_CORS: dict[str, Any] = {
+    "allow_methods": ("GET", "HEAD", "POST"),
+    "allow_headers": ("Authorization", "Content-Type", "If-None-Match", "If-Range", "Range", HEADER),
+    "expose_headers": ("Content-Range", "ETag", "Retry-After", HEADER),
+}
 _ABOUT = (
     "Teacher features over HTTP: cached rows, the later blocks, the zarr store itself, and the live teacher. Errors "
     "are RFC 9457 problems whose `type` is stable."
@@ -71,6 +77,8 @@ def create_app(
     # The last one added is the outermost.
     app.add_middleware(LimitsMiddleware, limits=service.config.limits, large_bodies=large_bodies)
     app.add_middleware(AuthMiddleware, tokens=tokens, loopback=service.config.loopback)
+    if service.config.cors_origins:  # a browser asks without the token whether it may send one
+        app.add_middleware(CORSMiddleware, allow_origins=service.config.cors_origins, **_CORS)
     app.add_middleware(AccessLogMiddleware, metrics=service.metrics)
     app.openapi = lambda: _openapi(app)
     return app

@@ -1,6 +1,7 @@
 """What a user can ask of ``serve``: frozen configurations, read by tyro and by Python callers."""
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +72,8 @@ class ServeConfig:
         tokens: File of bearer tokens, see ``teacher-service token create``. Without it everybody who can connect may
             read and compute.
         allow_anonymous: Listen beyond this machine without tokens. For networks where everybody is trusted.
+        cors_origins: Web pages whose scripts may ask, as ``https://host[:port]``; pages of other origins are kept from
+            reading answers by the browser.
         tls_cert: Certificate chain (PEM): serve https.
         tls_key: Its private key (PEM).
         workers: Processes. Cached rows only: a teacher takes one process per GPU.
@@ -92,6 +95,7 @@ class ServeConfig:
     port: int = 8000
     tokens: Path | None = None
     allow_anonymous: bool = False
+    cors_origins: tuple[str, ...] = ()
     tls_cert: Path | None = None
     tls_key: Path | None = None
     workers: int = 1
@@ -118,6 +122,9 @@ class ServeConfig:
                 "start one service per GPU with --device cuda:N and its own --port, and another one with --workers "
                 "for cached rows"
             )
+        for origin in self.cors_origins:
+            fits = re.fullmatch(r"https?://[a-z0-9.:\[\]-]+", origin) is not None  # as browsers write them
+            require(fits, "--cors-origins", origin, "origins such as https://lab.example.org: small letters, no path")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise InputError("--tls-cert and --tls-key belong together; give both or none")
         self._require_known_readers()

@@ -184,6 +184,17 @@ def test_listening_on_loopback_needs_no_tokens(host):
         ({"tls_cert": "c"}, "belong together"),
         ({"port": 70000}, "--port is 70000"),
         ({"allow_anonymous": True, "tokens": "t"}, "contradict each other"),
+        *(
+            ({"cors_origins": (origin,)}, "--cors-origins is")
+            for origin in (
+                "*",
+                "lab.example.org",
+                "https://",
+                "https://Lab.example.org",
+                "https://lab.example.org/",
+                "null",
+            )
+        ),
     ],
 )
 def test_services_nobody_should_run_are_refused(options, message):
@@ -217,3 +228,22 @@ def test_live_teacher_that_is_not_the_stores_is_refused(tmp_path, store, tiny_sw
     other = ServeConfig(store=str(store), teacher=other_swin.name, checkpoint=other_swin.checkpoint, device="cpu")
     with pytest.raises(MismatchError, match=r"teacher\.weights_sha256 differs"):
         _load_teacher(other)
+
+
+def test_browsers_of_named_origins_may_read_with_a_token_and_no_others(serve, store, token_file, secrets):
+    ask = serve(store, tokens=token_file, cors_origins=("https://lab.example.org",))
+    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    preflight = ask("/v1/rows:batch", "OPTIONS", {"Origin": "https://lab.example.org", **wanted})
+    assert preflight.status == 200
+    assert preflight.headers["access-control-allow-origin"] == "https://lab.example.org"
+    assert "POST" in preflight.headers["access-control-allow-methods"]
+    for headers, status in ((bearer(secrets["read"]), 200), ({}, 401)):
+        answer = ask("/v1/manifest", headers={"Origin": "https://lab.example.org", **headers})
+        assert answer.status == status
+        assert answer.headers["access-control-allow-origin"] == "https://lab.example.org"
+        assert "x-request-id" in answer.headers["access-control-expose-headers"].lower()
+        assert "access-control-allow-credentials" not in answer.headers
+    for other in ("https://evil.example", "https://lab.example.org.evil.example", "http://lab.example.org", "null"):
+        assert ask("/v1/rows:batch", "OPTIONS", {"Origin": other, **wanted}).status == 400
+        answer = ask("/v1/manifest", headers={"Origin": other, **bearer(secrets["read"])})
+        assert "access-control-allow-origin" not in answer.headers
