@@ -157,8 +157,8 @@ def writing(config: Config, repeats: int = 9) -> dict[str, Any]:
     payloads = []
     for values in np.asarray(data.taps["stage4"]):
         shard = ShardBuilder(spec, config.samples)
-        shard.add(np.arange(config.samples), values)
-        payloads.append(np.concatenate([part.reshape(-1) for part in shard.finish()[0].parts]))
+        rows = shard.add(np.arange(config.samples), values)
+        payloads.append(np.concatenate([part.reshape(-1) for part in (*rows, shard.finish())]))
     target = config.folder / "written"
 
     def clear() -> None:

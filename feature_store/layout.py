@@ -1,7 +1,7 @@
 """Which zarr arrays a store has, and the exact bytes of their objects.
 
-Everything here is plain zarr v3: readable by any client, written without one because a whole shard assembled in
-memory is several times faster. Tests compare both ways. See FORMAT.md.
+Everything here is plain zarr v3: readable by any client, written without one because writing a shard as it is
+made is several times faster. Tests compare both ways. See FORMAT.md.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -186,53 +186,45 @@ def decode_chunk(spec: ArraySpec, raw: np.ndarray, path: str) -> np.ndarray:
     return _checked(raw, path, "chunk").view(spec.dtype).reshape(-1, *spec.row_shape)
 
 
-@dataclass(frozen=True)
-class EncodedObject:
-    """An object about to be written.
-
-    Attributes:
-        parts: Its bytes, one buffer after the other; rows are not copied together.
-        nbytes: Their number.
-        checksum: What the commit record keeps of it, see object_checksum.
-    """
-
-    parts: list[np.ndarray]
-    nbytes: int
-    checksum: int
-
-
 class ShardBuilder:
     """A shard object in the making: rows, each with its crc32c, then the shard index with its own.
 
     Args:
         spec: The array.
         capacity: Unit capacity S = number of inner chunks.
+
+    Attributes:
+        checksums: The rows' crc32c by position, uint32 [S], 0 where there is no row.
+        nbytes: Bytes of the object so far.
+        checksum: What a commit record keeps of it, once it is finished; see object_checksum.
     """
 
     def __init__(self, spec: ArraySpec, capacity: int) -> None:
         self._spec = spec
-        self._checksums = np.zeros(capacity, "<u4")
+        self.checksums = np.zeros(capacity, "<u4")
         self._index = np.full((capacity, 2), MISSING_CHUNK, "<u8")
-        self._parts: list[np.ndarray] = []
-        self._size = 0
+        self.nbytes = self.checksum = 0
 
-    def add(self, positions: np.ndarray, rows: Iterable[np.ndarray]) -> None:
-        """Append rows, values in the stored dtype, by ascending position.
+    def add(self, positions: np.ndarray, rows: Iterable[np.ndarray]) -> list[np.ndarray]:
+        """The object's next bytes: some rows, values in the stored dtype, by ascending position.
 
         Positions never added stay missing and read as the fill value. Rows are not copied: leave them as they are.
         """
+        parts = []
         for position, row in zip(positions.tolist(), rows, strict=True):
             stored = encode_row(self._spec, row)
-            self._checksums[position] = crc32c(stored)
-            self._parts += (stored, self._checksums[position : position + 1].view(np.uint8))
-            self._index[position] = self._size, len(stored) + CRC_BYTES
-            self._size += len(stored) + CRC_BYTES
+            self.checksums[position] = crc32c(stored)
+            parts += (stored, self.checksums[position : position + 1].view(np.uint8))
+            self._index[position] = self.nbytes, len(stored) + CRC_BYTES
+            self.nbytes += len(stored) + CRC_BYTES
+        return parts
 
-    def finish(self) -> tuple[EncodedObject, np.ndarray]:
-        """The object; and the rows' crc32c by position, uint32 [S], 0 where there is no row."""
+    def finish(self) -> np.ndarray:
+        """The object's last bytes."""
         tail = _with_crc(self._index)
-        encoded = EncodedObject([*self._parts, tail], self._size + len(tail), object_checksum(tail))
-        return encoded, self._checksums
+        self.nbytes += len(tail)
+        self.checksum = object_checksum(tail)
+        return tail
 
 
 def encode_row(spec: ArraySpec, values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Writes one unit: its objects whole and durable, then the commit record that makes them count."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,6 @@ from feature_store.commits.record import CommitRecord, ObjectProof, write_commit
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.layout import (
     ArraySpec,
-    EncodedObject,
     ShardBuilder,
     coded_specs,
     encode_chunk,
@@ -118,22 +117,28 @@ class _Target:
     unit: int
     committed: Mapping[str, ObjectProof]
 
-    def put(self, path: str, encoded: EncodedObject) -> ObjectProof:
-        proof = ObjectProof(encoded.nbytes, encoded.checksum)
+    def put_chunk(self, path: str, payload: np.ndarray) -> ObjectProof:
+        """Write an unsharded object, or compare it with the committed one."""
+        proof = ObjectProof(payload.nbytes, object_checksum(payload))
         if path in self.committed:
             self._require_equal(path, proof)
-        elif isinstance(self.objects, LocalObjects):  # the unit is locked
-            self.objects.put(path, encoded.parts)
         else:
-            self._put_new(path, encoded)
+            self.put(path, [payload])
         return proof
 
-    def _put_new(self, path: str, encoded: EncodedObject) -> None:
+    def put(self, path: str, parts: Iterable[np.ndarray]) -> None:
+        """Write an object."""
+        if isinstance(self.objects, LocalObjects):  # the unit is locked
+            self.objects.put(path, parts)
+        else:
+            self._put_new(path, list(parts))
+
+    def _put_new(self, path: str, parts: list[np.ndarray]) -> None:
         """Buckets have no locks: what another writer of the unit has put there stays, if it has the same bytes."""
         try:
-            self.objects.put(path, encoded.parts, new=True)
+            self.objects.put(path, parts, new=True)
         except FileExistsError as error:
-            if self.objects.get(path).tobytes() != b"".join(buffers_of(encoded.parts)):
+            if self.objects.get(path).tobytes() != b"".join(buffers_of(parts)):
                 raise ResourceError(
                     f"{path} exists with other bytes: another process is writing unit {self.unit} ({self.tar}), or an "
                     "interrupted one left it; wait for it, or run `feature-store repair` and try again"
@@ -156,7 +161,7 @@ _Task: TypeAlias = Callable[[_Target], dict[str, ObjectProof]]
 def _in_flight(manifest: Manifest, tasks: list[_Task], target: _Target) -> Iterator[dict[str, ObjectProof]]:
     """Run tasks several at a time, each of which encodes and writes an object or two; their proofs, in order.
 
-    An encoded shard is in memory once, and once more on its way to a bucket.
+    A local shard is in memory as it was given, a bucket's encoded as a whole, and once more on its way.
     """
     largest = max(object_bytes(spec, manifest.capacity, manifest.capacity) for spec in value_specs(manifest).values())
     threads = max(1, min(THREADS, WRITE_BYTES // (2 * largest)))
@@ -188,7 +193,7 @@ def _write_chunk(
     spec: ArraySpec, capacity: int, path: str, data: UnitData, index: int, target: _Target
 ) -> dict[str, ObjectProof]:
     values = _view_values(spec, data, index) if spec.per_view else _sample_values(spec, data)
-    return {path: target.put(path, _whole(encode_chunk(spec, values, capacity)))}
+    return {path: target.put_chunk(path, encode_chunk(spec, values, capacity))}
 
 
 def _write_shards(
@@ -196,24 +201,30 @@ def _write_shards(
 ) -> dict[str, ObjectProof]:
     """One view of a tap or of the logits: a shard per part of its codec, and the row checksums of each."""
     positions = np.array([i for i in range(len(data.keys)) if i not in data.quarantined], np.int64)
-    shards = {
-        part.suffix: ShardBuilder(spec, capacity) for spec, part in zip(coded_specs(value), value.parts, strict=True)
-    }
-    for some, encoded in _encoded_blocks(value, data, index, positions):
-        for suffix, shard in shards.items():
-            shard.add(some, encoded[suffix])  # checksums while the rows are still in the processor's cache
+    specs = {part.suffix: spec for spec, part in zip(coded_specs(value), value.parts, strict=True)}
+    shards = {suffix: ShardBuilder(spec, capacity) for suffix, spec in specs.items()}
+    largest, *others = shards
+    kept: dict[str, list[np.ndarray]] = {suffix: [] for suffix in others}
+
+    def parts(suffix: str) -> Iterator[np.ndarray]:
+        """Rows of the largest shard are encoded as they are written, and those of the others kept until then."""
+        yield from rows_of_largest() if suffix == largest else kept[suffix]
+        yield shards[suffix].finish()
+
+    def rows_of_largest() -> Iterator[np.ndarray]:
+        for some, encoded in _encoded_blocks(value, data, index, positions):
+            for suffix in others:
+                kept[suffix] += shards[suffix].add(some, encoded[suffix])
+            yield from shards[largest].add(some, encoded[largest])
+
     proofs = {}
-    for spec, shard in zip(coded_specs(value), shards.values(), strict=True):
-        encoded, checksums = shard.finish()
-        path = spec.object_path(unit, first_view + index)
-        proofs[path] = target.put(path, encoded)
-        path = spec.checksums.object_path(unit, first_view + index)
-        proofs[path] = target.put(path, _whole(encode_chunk(spec.checksums, checksums, capacity)))
+    for suffix, shard in shards.items():
+        path = specs[suffix].object_path(unit, first_view + index)
+        target.put(path, parts(suffix))
+        proofs[path] = ObjectProof(shard.nbytes, shard.checksum)
+        path = specs[suffix].checksums.object_path(unit, first_view + index)
+        proofs[path] = target.put_chunk(path, encode_chunk(specs[suffix].checksums, shard.checksums, capacity))
     return proofs
-
-
-def _whole(payload: np.ndarray) -> EncodedObject:
-    return EncodedObject([payload], payload.nbytes, object_checksum(payload))
 
 
 def _sample_values(spec: ArraySpec, data: UnitData) -> np.ndarray:

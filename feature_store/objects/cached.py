@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
@@ -109,7 +109,7 @@ class CachedObjects:
         """See ObjectStore.sizes."""
         return self.origin.sizes(prefix)
 
-    def put(self, path: str, payload: Buffer | Sequence[Buffer], *, new: bool = False) -> None:
+    def put(self, path: str, payload: Buffer | Iterable[Buffer], *, new: bool = False) -> None:
         """See ObjectStore.put."""
         self.origin.put(path, payload, new=new)
         self.forget(path)

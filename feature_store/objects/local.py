@@ -22,6 +22,7 @@ OPEN_FILES = 8192
 _LOCAL_GAP = 4096
 _SYNCS = 16
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # 0: not Linux
+_WRITE_BYTES = 1 << 20  # written at once, while they are in the processor's cache
 _WRITE_BEHIND = 32 << 20
 _skipped = memoryview(bytearray(_LOCAL_GAP))
 
@@ -93,12 +94,12 @@ class ObjectStore(Protocol):
         """Bytes of every object that list gives, by path."""
         ...
 
-    def put(self, path: str, payload: Buffer | Sequence[Buffer], *, new: bool = False) -> None:
+    def put(self, path: str, payload: Buffer | Iterable[Buffer], *, new: bool = False) -> None:
         """Write an object, whole under its name or not at all; several buffers are written one after the other.
 
         Args:
             path: Its path.
-            payload: Its bytes.
+            payload: Its bytes; whatever comes out of an iterator instead of a buffer leaves no object.
             new: Only if there is none yet, decided atomically.
 
         Raises:
@@ -204,7 +205,7 @@ class LocalObjects:
                             found[path] = entry.stat().st_size
         return found
 
-    def put(self, path: str, payload: Buffer | Sequence[Buffer], *, new: bool = False) -> None:
+    def put(self, path: str, payload: Buffer | Iterable[Buffer], *, new: bool = False) -> None:
         """See ObjectStore.put."""
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -267,10 +268,10 @@ def open_objects(url: str | Path, *, cache_dir: str | Path | None = None, cache_
     return CachedObjects(remote, Path(cache_dir), cache_bytes)
 
 
-def buffers_of(payload: Buffer | Sequence[Buffer]) -> list[memoryview]:
+def buffers_of(payload: Buffer | Iterable[Buffer]) -> Iterator[memoryview]:
     """A payload as flat byte views."""
     parts = [payload] if isinstance(payload, bytes | memoryview | np.ndarray) else payload
-    return [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
+    return (memoryview(part).cast("B") for part in parts if memoryview(part).nbytes)
 
 
 def scatter(payload: np.ndarray, offset: int, parts: Sequence[memoryview | int]) -> None:
@@ -361,28 +362,29 @@ class _MissingFolderIsMissingFile:
             raise FileNotFoundError(*error.args) from error
 
 
-def _write_durably(path: Path, buffers: list[memoryview]) -> None:
+def _write_durably(path: Path, buffers: Iterable[memoryview]) -> None:
+    """Write a file as its bytes come; the disk works on the first while the last are still made."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        offset = 0
+        begun = end = 0
         for some in _pieces(buffers):
-            length = _each_byte(os.pwritev, descriptor, some, offset)
-            if length >= _WRITE_BEHIND and hasattr(os, "posix_fadvise"):
+            end += _each_byte(os.pwritev, descriptor, some, end)
+            if end - begun >= _WRITE_BEHIND and hasattr(os, "posix_fadvise"):
                 # Linux starts to write these pages out, so that the disk does not wait for the sync.
-                os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
-            offset += length
+                os.posix_fadvise(descriptor, begun, end - begun, os.POSIX_FADV_DONTNEED)
+                begun = end
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _pieces(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
-    """The buffers in lists of at least _WRITE_BEHIND bytes, where a system call takes so many."""
+def _pieces(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    """The buffers in lists of at least _WRITE_BYTES, where a system call takes so many."""
     some, length = [], 0
     for buffer in buffers:
         some.append(buffer)
         length += len(buffer)
-        if length >= _WRITE_BEHIND or len(some) == IOV_MAX:
+        if length >= _WRITE_BYTES or len(some) == IOV_MAX:
             yield some
             some, length = [], 0
     if some:

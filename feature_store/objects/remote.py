@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -103,14 +103,14 @@ class RemoteObjects:
             found = {entry["path"]: entry["size"] for page in obstore.list(store, folder or None) for entry in page}
         return {path: size for path, size in found.items() if path.startswith(prefix)}
 
-    def put(self, path: str, payload: Buffer | Sequence[Buffer], *, new: bool = False) -> None:
+    def put(self, path: str, payload: Buffer | Iterable[Buffer], *, new: bool = False) -> None:
         """See ObjectStore.put.
 
         Raises:
             InputError: A web server: it is read only.
         """
         self._require_writable("write")
-        parts = buffers_of(payload)
+        parts = list(buffers_of(payload))
         whole = parts[0] if len(parts) == 1 else b"".join(parts)
         with self._errors(path) as (obstore, store):
             # One request per object: a multipart upload cannot be conditional.

@@ -27,6 +27,19 @@ class ObjectStoreConformance:
         objects.put("a/c/0", [bytes([at % 251]) for at in range(5000)])
         assert objects.get("a/c/0").tobytes() == bytes(at % 251 for at in range(5000))
 
+    def test_put_takes_bytes_as_they_are_made_and_leaves_nothing_when_they_cannot_be(self, objects):
+        def parts(*, fails):
+            yield CONTENT
+            if fails:
+                raise ZeroDivisionError
+            yield CONTENT
+
+        objects.put("a/c/0", parts(fails=False))
+        with pytest.raises(ZeroDivisionError):
+            objects.put("a/c/1", parts(fails=True))
+        assert objects.get("a/c/0").tobytes() == 2 * CONTENT
+        assert objects.list() == ["a/c/0"]
+
     def test_put_replaces_whole_objects(self, objects):
         objects.put("a/c/0", CONTENT)
         objects.put("a/c/0", b"short")

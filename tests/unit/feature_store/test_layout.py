@@ -91,9 +91,8 @@ def test_object_bytes_predicts_exactly_what_is_written(written, spare):
     capacity = len(written) + spare
     values = np.zeros((sum(written), *spec.row_shape), spec.dtype)
     builder = ShardBuilder(spec, capacity)
-    builder.add(np.flatnonzero(written), values)
-    shard, _ = builder.finish()
-    assert sum(part.nbytes for part in shard.parts) == shard.nbytes == object_bytes(spec, sum(written), capacity)
+    parts = [*builder.add(np.flatnonzero(written), values), builder.finish()]
+    assert sum(part.nbytes for part in parts) == builder.nbytes == object_bytes(spec, sum(written), capacity)
 
 
 @given(st.integers(0, 43), st.integers(0, 7))
