@@ -34,8 +34,6 @@ app = tyro.extras.SubcommandApp()
 
 _CLASSES_SHOWN = 10
 
-Flat = tyro.conf.OmitArgPrefixes  # --store rather than --config.store
-
 
 @app.command
 def train(
@@ -203,10 +201,10 @@ def _with_preset(arguments: Sequence[str]) -> tyro.extras.SubcommandApp:
     if list(arguments[:1]) != ["train"]:
         return app
     flags = [flag for argument in arguments[1:] for flag in argument.split("=", 1)]
-    asked = next((value for flag, value in pairwise(flags) if flag == "--preset"), None)
-    if asked not in PRESETS:  # tyro refuses an unknown one
+    asked = [value for flag, value in pairwise(flags) if flag == "--preset"]
+    if not asked or asked[-1] not in PRESETS:  # tyro refuses an unknown one, and takes the last of several
         return app
     commands = tyro.extras.SubcommandApp()
-    commands.command(name="train")(partial(train, config=PRESETS[asked].config()))
+    commands.command(name="train")(partial(train, config=PRESETS[asked[-1]].config()))
     commands.command(presets)  # with a single command, its name could not be given
     return commands

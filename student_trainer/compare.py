@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,7 +17,7 @@ from tyro.conf import Positional
 
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.options import require
-from student_trainer.checkpoint import load_checkpoint, require_same_run
+from student_trainer.checkpoint import load_checkpoint, one_line, require_same_run, same_places
 from student_trainer.comparison import Comparison, compare_runs, read_run
 from student_trainer.comparison_report import write_comparison
 from student_trainer.config import TrainConfig, config_to_dict
@@ -103,7 +104,9 @@ def compare(config: CompareConfig) -> Comparison:
 
 
 def is_finished(config: TrainConfig) -> bool:
-    """Whether a run's folder holds all its epochs, made with these settings.
+    """Whether a run's folder holds all its epochs, made with these settings from the same places.
+
+    Of data that lies elsewhere now, only ``train`` can say whether it is the same.
 
     Raises:
         MismatchError: The folder holds a run with other settings.
@@ -112,9 +115,9 @@ def is_finished(config: TrainConfig) -> bool:
     described = folder.path / "config.json"
     if not described.is_file() or not folder.last.is_file():
         return False
-    saved = read_description(described)
-    require_same_run(saved, {"config": config_to_dict(config), "inputs": saved["inputs"]})
-    return load_checkpoint(folder.last).progress.epoch >= config.epochs
+    saved, asked = read_description(described), config_to_dict(config)
+    require_same_run(saved, {"config": asked, "inputs": saved["inputs"]})
+    return same_places(saved["config"], asked) and load_checkpoint(folder.last).progress.epoch >= config.epochs
 
 
 def _run_all(runs: Sequence[Run], config: CompareConfig) -> Iterator[tuple[Run, UserError | None]]:
@@ -146,6 +149,9 @@ def _try(config: TrainConfig) -> UserError | None:
         train(config)
     except UserError as error:
         return error
+    except Exception as error:  # noqa: BLE001 - too little memory, say; the other runs may have enough
+        traceback.print_exc()
+        return UserError(f"{type(error).__name__}: {one_line(error)}; the traceback is above")
     return None
 
 

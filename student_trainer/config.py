@@ -137,7 +137,7 @@ class TrainConfig:
         student: timm model name.
         tars: Training tars: paths, brace patterns, URLs; with a store, those it was written from.
         views_from: In place of tars: folder or URL of the store's materialised views (what --views-out was).
-        store: Store of the teacher's features.
+        store: Store of the teacher's features: a directory, or a URL (s3://, gs://, http(s)://).
         val_tars: Validation tars; without them nothing is validated and there is no best.pt.
         method: scalekd, or a baseline: fd (features), kd (logits), none (no distillation).
         source: Where teacher features come from: store; live, a teacher in this process; http://host:port, a service's
@@ -186,7 +186,7 @@ class TrainConfig:
     student: str
     tars: tuple[str, ...] = ()
     views_from: str | None = None
-    store: Path | None = None
+    store: str | Path | None = None
     val_tars: tuple[str, ...] = ()
     method: Literal["scalekd", "fd", "kd", "none"] = "scalekd"
     source: str = "store"

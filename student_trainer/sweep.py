@@ -140,6 +140,8 @@ def _check(file: SweepFile, path: Path) -> None:
     require(len(file.seeds) > 0, f"{path}: seeds", "empty", "at least one seed")
     require(len(set(file.seeds)) == len(file.seeds), f"{path}: seeds", list(file.seeds), "each seed once")
     for name, own in file.settings.items():
+        if not isinstance(name, str):
+            raise InputError(f"{path}: the setting named {name!r} is a {type(name).__name__}; put its name in quotes")
         if not isinstance(own, Mapping | None):
             raise InputError(f"{path}: {name} is {own!r}, expected a mapping of what it changes")
     if file.baseline is not None and file.baseline not in file.settings:

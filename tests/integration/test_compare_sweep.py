@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_world import shared_world
+from training_world import samples, shared_world, write_tar
 
 from feature_store.errors import MismatchError, UserError
 from student_trainer.checkpoint import load_checkpoint
@@ -91,6 +91,24 @@ def test_sweep_is_refused_when_its_folder_holds_runs_with_other_settings(ablatio
         compare(replace(config, set=(*config.set, "optim.lr=0.5")))
 
 
+@pytest.mark.parametrize("changed", ["store", "val_tars"])
+def test_runs_are_refused_when_their_data_is_another_and_kept_when_it_only_moved(tmp_path, changed):
+    (tmp_path / "kd.yaml").write_text("{settings: {kd: {method: kd}}, seeds: [0]}")
+    world = shared_world()
+    config = CompareConfig(sweep=tmp_path / "kd.yaml", out=tmp_path / "out", set=changes(), progress=False)
+    found = compare(config)
+    (tmp_path / "moved").mkdir()
+    if changed == "store":
+        other, moved = shared_world("vit", "f32").store, shutil.copytree(world.store, tmp_path / "moved" / "store")
+    else:
+        other = write_tar(tmp_path / "val-0.tar", samples(10, seed=9))
+        moved = shutil.copy(world.val_tars[0], tmp_path / "moved")
+    with pytest.raises(UserError, match=rf"1 of 1 runs failed; .*\n  kd, seed 0: inputs.{changed}"):
+        compare(replace(config, set=changes(**{changed: other})))
+    again = compare(replace(config, set=changes(**{changed: moved})))
+    assert again.settings[0].runs[0].top1 == found.settings[0].runs[0].top1
+
+
 def test_more_seeds_only_add_runs_when_the_sweep_grows(ablation):
     config, found = ablation
     grown = read_sweep(config.sweep, config.folder, config.set, (0, 1, 2))
@@ -132,6 +150,33 @@ def test_other_runs_finish_when_one_fails(tmp_path, capsys):
     saved = json.loads((tmp_path / "out/results.json").read_text())
     assert [len(row["runs"]) for row in saved["settings"]] == [1, 0]
     assert "bad, seed 0: failed: the loss is not finite" in capsys.readouterr().err
+
+
+def test_other_runs_finish_when_one_crashes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "s.yaml").write_text("{settings: {bad: {method: kd}, good: {method: none}}, seeds: [0]}")
+    config = CompareConfig(sweep=tmp_path / "s.yaml", out=tmp_path / "out", set=changes())
+    step = Trainer.step
+
+    def crash_with_kd(self, *pieces):
+        if self.config.method == "kd":
+            raise RuntimeError("nobody foresaw this")
+        return step(self, *pieces)
+
+    monkeypatch.setattr(Trainer, "step", crash_with_kd)
+    with pytest.raises(UserError, match=r"1 of 2 runs failed; .*\n  bad, seed 0: RuntimeError: nobody foresaw this"):
+        compare(config)
+    assert [len(row["runs"]) for row in json.loads((tmp_path / "out/results.json").read_text())["settings"]] == [0, 1]
+    assert "crash_with_kd" in capsys.readouterr().err  # the traceback
+
+
+def test_results_are_written_when_every_run_fails(tmp_path):
+    (tmp_path / "s.yaml").write_text("{settings: {bad: {optim: {lr: 1e30, opt: momentum}}}, seeds: [0]}")
+    config = CompareConfig(
+        sweep=tmp_path / "s.yaml", out=tmp_path / "out", set=changes(method="none", epochs=2), progress=False
+    )
+    with pytest.raises(UserError, match=r"1 of 1 runs failed"):
+        compare(config)
+    assert (tmp_path / "out/report.html").is_file()
 
 
 def test_parallel_runs_give_what_sequential_ones_do_when_processes_are_asked_for(ablation, tmp_path):

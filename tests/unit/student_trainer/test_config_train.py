@@ -66,6 +66,12 @@ def test_config_is_read_from_a_command_line_when_given_as_flags():
     assert config.scalekd.alphas_stage4 == (0.08, 0.0)
 
 
+@pytest.mark.parametrize(("given", "kept"), [("s3://bucket/swin.zarr", "s3://bucket/swin.zarr"), ("None", None)])
+def test_store_may_be_a_url_when_given_as_flag(given, kept):
+    line = f"--run r --student test_resnet --tars a.tar --method none --store {given}"
+    assert config_to_dict(tyro.cli(TrainConfig, args=line.split()))["store"] == kept
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])
 def test_student_kwargs_are_refused_when_they_are_no_json_object(text, capsys):
     with pytest.raises(SystemExit):
