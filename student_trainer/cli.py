@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from feature_store.cli import run
@@ -147,9 +148,9 @@ def compare(config: Annotated[CompareConfig, tyro.conf.arg(name="")], json: bool
         return
     table = Table()
     for i, column in enumerate(comparison_columns(comparison)):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(escape(column), justify="right" if i else "left")
     for row in comparison_rows(comparison):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     print(comparison.title)
     Console().print(table)
     print(f"report: {config.folder / 'report.html'}")

@@ -117,7 +117,7 @@ def _config(path: Path, name: str, values: Mapping[str, Any], run: Path, seed: i
 def _with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values over those of the preset they name, if they name one."""
     own = {name: value for name, value in values.items() if name != "preset"}
-    if "preset" not in values:
+    if values.get("preset") is None:
         return own
     preset = preset_config(PRESETS, str(values["preset"]))
     left_open = {field.name for field in fields(preset) if getattr(preset, field.name) is tyro.MISSING}

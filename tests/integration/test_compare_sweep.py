@@ -212,6 +212,15 @@ def test_command_prints_table_or_json_when_a_sweep_is_done(ablation, capsys):
     assert str(config.out) in printed
 
 
+def test_command_shows_names_as_they_are_when_they_look_like_markup(tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text("{settings: {'[kd] $x': {method: kd}, '[/b]': {method: none}}, seeds: [0]}")
+    arguments = ["compare", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--no-progress"]
+    assert main([*arguments, "--set", *changes()]) == 0
+    printed = capsys.readouterr().out
+    assert "[kd] $x" in printed
+    assert "[/b]" in printed
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -58,6 +58,12 @@ def test_beta_weights_keep_their_sum_when_swept():
             assert alphas[0] == pytest.approx(0.14 * beta, abs=0.001)
 
 
+def test_preset_is_none_when_a_setting_takes_it_back(file):
+    base = ["preset=trad-swin_l-resnet50", *BASE]
+    own, preset = read_sweep(file("{settings: {own: {preset: null, epochs: 2}, preset: {}}}"), OUT, base, [0]).runs
+    assert (own.config.optim.opt, preset.config.optim.opt) == ("adamw", "momentum")
+
+
 def test_store_may_be_a_url_when_set():
     (config, *_) = (run.config for run in read_sweep(Path("baselines"), OUT, [*BASE, "store=s3://bucket/store"]).runs)
     assert config.store == "s3://bucket/store"
