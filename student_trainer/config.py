@@ -112,8 +112,11 @@ class OptimConfig:
         require(self.lr_batch is None or self.lr_batch >= 1, "--optim.lr-batch", self.lr_batch, "at least 1")
         require(self.weight_decay >= 0, "--optim.weight-decay", self.weight_decay, "at least 0")
         require(self.clip_grad is None or self.clip_grad > 0, "--optim.clip-grad", self.clip_grad, "above 0")
+        require(self.min_lr >= 0, "--optim.min-lr", self.min_lr, "at least 0")
         require(self.decay_epochs > 0, "--optim.decay-epochs", self.decay_epochs, "above 0")
+        require(self.decay_rate > 0, "--optim.decay-rate", self.decay_rate, "above 0")
         require(self.warmup_epochs >= 0, "--optim.warmup-epochs", self.warmup_epochs, "at least 0")
+        require(self.warmup_lr >= 0, "--optim.warmup-lr", self.warmup_lr, "at least 0")
 
     def at(self, batch_size: int) -> "OptimConfig":
         """The same with the learning rates of this batch size, by the rule lr_scale."""

@@ -14,7 +14,6 @@ from feature_store.errors import InputError
 from feature_store.teacher.model import build_model
 from student_trainer import mixers  # noqa: F401 - timm then knows them by name
 
-
 _START = ("pretrained", "pretrained_cfg_overlay", "checkpoint_path")  # where timm takes the first weights from
 
 
