@@ -11,10 +11,10 @@ import pytest
 import torch
 from training_world import samples, shared_world, write_tar
 
-from feature_store.errors import MismatchError, UserError
+from feature_store.errors import MismatchError, ResourceError, UserError
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main
-from student_trainer.compare import CompareConfig, _set_up_process, compare, is_finished
+from student_trainer.compare import CompareConfig, _set_up_process, _visible_names, compare, is_finished
 from student_trainer.metrics import read_metrics
 from student_trainer.sweep import read_sweep
 from student_trainer.train import Trainer
@@ -191,12 +191,22 @@ def test_parallel_runs_give_what_sequential_ones_do_when_processes_are_asked_for
 def test_each_process_sees_one_gpu_when_gpus_are_listed(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     threads, gpus = torch.get_num_threads(), queue.Queue()
-    gpus.put(3)
+    gpus.put("3")
     try:
         _set_up_process(gpus, 1)
         assert (os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads()) == ("3", 1)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_gpus_are_counted_as_torch_does_when_some_are_hidden(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _visible_names([0, 2]) == ["0", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-8f2a, 7")
+    assert _visible_names([0, 1, 2]) == ["4", "GPU-8f2a", "7"]
+    with pytest.raises(ResourceError, match="--gpus has 3, but torch sees 3 GPUs here"):
+        _visible_names([3])
 
 
 def test_command_prints_table_or_json_when_a_sweep_is_done(ablation, capsys):

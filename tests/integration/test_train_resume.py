@@ -147,6 +147,13 @@ def test_run_starts_when_one_was_killed_while_its_folder_was_made(config, resume
     assert train(replace(config, resume=resume, epochs=1, method="none")).steps == 3
 
 
+def test_run_is_refused_when_its_folder_holds_something_else(config):
+    config.run.mkdir()
+    (config.run / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"it holds no config.json, so no run to continue; choose another folder"):
+        train(replace(config, resume=True, epochs=1, method="none"))
+
+
 def test_run_goes_on_when_its_keys_moved_and_is_refused_when_they_changed(config, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_text("".join(f"b{i:03d}\n" for i in range(12)))
