@@ -49,12 +49,8 @@ class RunFolder:
         partial = described.with_name(described.name + ".partial")
         # all that is there of a run killed while it was begun
         if config.run.exists() and (not config.run.is_dir() or set(config.run.iterdir()) - {partial}):
-            advice = (
-                "it holds no config.json, so no run to continue;"
-                if config.resume
-                else "add --resume to continue it, or"
-            )
-            raise InputError(f"--run {config.run} already exists; {advice} choose another folder")
+            step = "it holds no run to continue;" if config.resume else "add --resume to continue it, or"
+            raise InputError(f"--run {config.run} already exists; {step} choose another folder")
         config.run.mkdir(parents=True, exist_ok=True)
         versions = {**software_versions(), "git": _git_commit()}
         partial.write_text(json.dumps({**description, "resolved": dict(resolved), "software": versions}, indent=2))

@@ -88,7 +88,7 @@ def _prepare(config: TrainConfig, group: Group) -> "Trainer":
 
 @contextmanager
 def _machine_failures_told() -> Iterator[None]:
-    """Within: what torch raises when memory runs out is told as a user's error.
+    """Within: what torch raises when memory runs out, or another process ends, is told as a user's error.
 
     A worker's death can be raised anywhere, not only where its batch is waited for: torch tells of it by a signal.
     """
@@ -100,6 +100,8 @@ def _machine_failures_told() -> Iterator[None]:
             "--scalekd.checkpoint-later-blocks"
         ) from error
     except RuntimeError as error:
+        if "gloo/transport" in str(error):  # a connection that was closed, reset or broken
+            raise ResourceError("another process of the run ended; its own message says why") from error
         if not str(error).startswith("DataLoader worker"):
             raise
         raise ResourceError(

@@ -150,7 +150,7 @@ def test_run_starts_when_one_was_killed_while_its_folder_was_made(config, resume
 def test_run_is_refused_when_its_folder_holds_something_else(config):
     config.run.mkdir()
     (config.run / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"it holds no config.json, so no run to continue; choose another folder"):
+    with pytest.raises(InputError, match=r"it holds no run to continue; choose another folder"):
         train(replace(config, resume=True, epochs=1, method="none"))
 
 
