@@ -161,7 +161,11 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
         preprocessing=_preprocessing(config, store, teacher, trainee.student),
         val_tars=tuple(val_tars),
         quarantined=sum(len(store.quarantined(unit)) for unit in range(len(tars))) if store else 0,
-        inputs={**_inputs(store, teacher, tars, val_tars, keys), "processes": group.size},
+        inputs={
+            "features": _kind_of_features(config),
+            **_inputs(store, teacher, tars, val_tars, keys),
+            "processes": group.size,
+        },
         group=group,
         kd_off=kd_off,
     )
@@ -257,6 +261,13 @@ def _source(
     source = service.live(taps)
     require_same_teacher(store.manifest, source.info, source.split)
     return source
+
+
+def _kind_of_features(config: TrainConfig) -> str:
+    """Cached rows are the same wherever they come from; what is computed anew is so on one machine at best."""
+    if config.method == "none":
+        return "none"
+    return "cached" if not config.is_live else "live" if config.service_url is None else "live, by a service"
 
 
 def _token(config: TrainConfig) -> str | None:

@@ -12,10 +12,12 @@ from feature_store.errors import InputError, MismatchError, ResourceError
 
 FORMAT = 2
 
-# Options that cannot change a run's numbers, and paths: what lies there is compared by content instead.
+# Options that say where something lies: what lies there is compared by content instead, see a run's inputs.
+_PLACES = frozenset({"store", "source", "tars", "views_from", "val_tars", "keys_file", "teacher.checkpoint"})
+# Options that cannot change a run's numbers.
 _FREE = frozenset(
     {"run", "resume", "progress", "workers", "start_method", "log_every", "checkpoint_every", "check_all_pixels",
-     "scratch", "store", "tars", "val_tars", "tensorboard", "wandb", "report", "expect.teacher", "expect.policy",
+     "scratch", "token_file", "tensorboard", "wandb", "report", "expect.teacher", "expect.policy",
      "scalekd.checkpoint_later_blocks"}
 )  # fmt: skip
 
@@ -159,7 +161,7 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
     for section in ("config", "inputs"):
         before, now = _flat(saved[section]), _flat(current[section])
         for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name) and not (section == "config" and name in _FREE):
+            if before.get(name) != now.get(name) and not (section == "config" and name in _FREE | _PLACES):
                 raise MismatchError(
                     f"{section}.{name}",
                     where="the run",
@@ -167,6 +169,12 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
                     got=now.get(name),
                     remedy="resume with the settings and data the run was started with, or choose another --run",
                 )
+
+
+def same_places(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    """Whether two configs read from the same places, so that their inputs need not be compared."""
+    before, now = _flat(saved), _flat(current)
+    return all(before.get(name) == now.get(name) for name in _PLACES)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from feature_store.cli import run
@@ -33,8 +34,6 @@ else:
 app = tyro.extras.SubcommandApp()
 
 _CLASSES_SHOWN = 10
-
-Flat = tyro.conf.OmitArgPrefixes  # --store rather than --config.store
 
 
 @app.command
@@ -149,9 +148,9 @@ def compare(config: Annotated[CompareConfig, tyro.conf.arg(name="")], json: bool
         return
     table = Table()
     for i, column in enumerate(comparison_columns(comparison)):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(escape(column), justify="right" if i else "left")
     for row in comparison_rows(comparison):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     print(comparison.title)
     Console().print(table)
     print(f"report: {config.folder / 'report.html'}")
@@ -203,10 +202,10 @@ def _with_preset(arguments: Sequence[str]) -> tyro.extras.SubcommandApp:
     if list(arguments[:1]) != ["train"]:
         return app
     flags = [flag for argument in arguments[1:] for flag in argument.split("=", 1)]
-    asked = next((value for flag, value in pairwise(flags) if flag == "--preset"), None)
-    if asked not in PRESETS:  # tyro refuses an unknown one
+    asked = [value for flag, value in pairwise(flags) if flag == "--preset"]
+    if not asked or asked[-1] not in PRESETS:  # tyro refuses an unknown one, and takes the last of several
         return app
     commands = tyro.extras.SubcommandApp()
-    commands.command(name="train")(partial(train, config=PRESETS[asked].config()))
+    commands.command(name="train")(partial(train, config=PRESETS[asked[-1]].config()))
     commands.command(presets)  # with a single command, its name could not be given
     return commands

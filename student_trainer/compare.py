@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,7 +17,7 @@ from tyro.conf import Positional
 
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.options import require
-from student_trainer.checkpoint import load_checkpoint, require_same_run
+from student_trainer.checkpoint import load_checkpoint, one_line, require_same_run, same_places
 from student_trainer.comparison import Comparison, compare_runs, read_run
 from student_trainer.comparison_report import write_comparison
 from student_trainer.config import TrainConfig, config_to_dict
@@ -35,7 +36,7 @@ class CompareConfig:
         set: NAME=VALUE changed in every run, e.g. store=swin_l.zarr tars=[a.tar,b.tar] optim.lr=0.1.
         seeds: Seeds instead of the file's.
         processes: Runs at a time, on the CPU or sharing a GPU.
-        gpus: Numbers of the GPUs to use, one run at a time on each; instead of processes.
+        gpus: Numbers of the GPUs to use, as torch counts them, one run at a time on each; instead of processes.
         threads: CPU threads of each run; default the machine's cores divided by the runs at a time.
         confidence: Of the intervals of differences.
         progress: Show progress on stderr.
@@ -84,12 +85,13 @@ def compare(config: CompareConfig) -> Comparison:
     Raises:
         UserError: The sweep cannot be used; or runs failed, after the others were finished and written.
     """
+    gpus = _visible_names(config.gpus)
     sweep = read_sweep(config.sweep, config.folder, config.set, config.seeds)
     open_runs = [run for run in sweep.runs if not is_finished(run.config)]
     results = [read_run(run, sweep.score) for run in sweep.runs if run not in open_runs]
     failed: list[tuple[Run, UserError]] = []
     with _RunsProgress(config, done=len(results), total=len(sweep.runs)) as progress:
-        for run, error in _run_all(open_runs, config):
+        for run, error in _run_all(open_runs, config, gpus):
             if error is None:
                 results.append(read_run(run, sweep.score))
                 write_comparison(config.folder, compare_runs(sweep, results, config.confidence), plots=False)
@@ -103,7 +105,9 @@ def compare(config: CompareConfig) -> Comparison:
 
 
 def is_finished(config: TrainConfig) -> bool:
-    """Whether a run's folder holds all its epochs, made with these settings.
+    """Whether a run's folder holds all its epochs, made with these settings from the same places.
+
+    Of data that lies elsewhere now, only ``train`` can say whether it is the same.
 
     Raises:
         MismatchError: The folder holds a run with other settings.
@@ -112,12 +116,27 @@ def is_finished(config: TrainConfig) -> bool:
     described = folder.path / "config.json"
     if not described.is_file() or not folder.last.is_file():
         return False
-    saved = read_description(described)
-    require_same_run(saved, {"config": config_to_dict(config), "inputs": saved["inputs"]})
-    return load_checkpoint(folder.last).progress.epoch >= config.epochs
+    saved, asked = read_description(described), config_to_dict(config)
+    require_same_run(saved, {"config": asked, "inputs": saved["inputs"]})
+    return same_places(saved["config"], asked) and load_checkpoint(folder.last).progress.epoch >= config.epochs
 
 
-def _run_all(runs: Sequence[Run], config: CompareConfig) -> Iterator[tuple[Run, UserError | None]]:
+def _visible_names(gpus: Sequence[int]) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls these GPUs; it may hide and renumber some, as cluster schedulers do.
+
+    Raises:
+        ResourceError: One of them is not there; its runs would train on the CPU.
+    """
+    seen = torch.cuda.device_count()
+    if gpus and max(gpus) >= seen:
+        raise ResourceError(f"--gpus has {max(gpus)}, but torch sees {seen} GPUs here, counted from 0; leave it out")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(seen)))
+    return [visible.split(",")[gpu].strip() for gpu in gpus]
+
+
+def _run_all(
+    runs: Sequence[Run], config: CompareConfig, visible_gpus: Sequence[str]
+) -> Iterator[tuple[Run, UserError | None]]:
     """Each run as it ends, with why it failed if it did."""
     if config.in_this_process:
         if config.threads is not None:
@@ -125,13 +144,13 @@ def _run_all(runs: Sequence[Run], config: CompareConfig) -> Iterator[tuple[Run, 
         for run in runs:
             yield run, _try(replace(run.config, progress=run.config.progress and config.progress))
         return
-    at_a_time = len(config.gpus) or config.processes
+    at_a_time = len(visible_gpus) or config.processes
     spawn = multiprocessing.get_context("spawn")
     gpus = spawn.Queue()
-    for gpu in config.gpus:
+    for gpu in visible_gpus:
         gpus.put(gpu)
     threads = config.threads or max(1, (os.cpu_count() or 1) // at_a_time)
-    setup = (gpus if config.gpus else None, threads)
+    setup = (gpus if visible_gpus else None, threads)
     with ProcessPoolExecutor(at_a_time, spawn, initializer=_set_up_process, initargs=setup) as pool:
         futures = {pool.submit(_try, replace(run.config, progress=False)): run for run in runs}
         try:
@@ -146,13 +165,16 @@ def _try(config: TrainConfig) -> UserError | None:
         train(config)
     except UserError as error:
         return error
+    except Exception as error:  # noqa: BLE001 - too little memory, say; the other runs may have enough
+        traceback.print_exc()
+        return UserError(f"{type(error).__name__}: {one_line(error)}; the traceback is above")
     return None
 
 
-def _set_up_process(gpus: "Queue[int] | None", threads: int) -> None:
+def _set_up_process(gpus: "Queue[str] | None", threads: int) -> None:
     """Give a process its GPU, before anything touches CUDA, and its share of the cores."""
     if gpus is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     torch.set_num_threads(threads)
 
 

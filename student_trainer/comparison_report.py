@@ -80,6 +80,8 @@ def _run_rows(comparison: Comparison) -> list[tuple[str, ...]]:
 
 def _comparison_plots(comparison: Comparison) -> list[str]:
     settings = [setting for setting in comparison.settings if setting.runs]
+    if not settings:
+        return []
     figures = [bars({s.name: [run.top1 for run in s.runs] for s in settings}, x="validation top-1 %")]
     losses = {s.name: _mean_curve([list(enumerate(run.task_loss or (), 1)) for run in s.runs]) for s in settings}
     figures.append(

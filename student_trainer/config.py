@@ -112,8 +112,11 @@ class OptimConfig:
         require(self.lr_batch is None or self.lr_batch >= 1, "--optim.lr-batch", self.lr_batch, "at least 1")
         require(self.weight_decay >= 0, "--optim.weight-decay", self.weight_decay, "at least 0")
         require(self.clip_grad is None or self.clip_grad > 0, "--optim.clip-grad", self.clip_grad, "above 0")
+        require(self.min_lr >= 0, "--optim.min-lr", self.min_lr, "at least 0")
         require(self.decay_epochs > 0, "--optim.decay-epochs", self.decay_epochs, "above 0")
+        require(self.decay_rate > 0, "--optim.decay-rate", self.decay_rate, "above 0")
         require(self.warmup_epochs >= 0, "--optim.warmup-epochs", self.warmup_epochs, "at least 0")
+        require(self.warmup_lr >= 0, "--optim.warmup-lr", self.warmup_lr, "at least 0")
 
     def at(self, batch_size: int) -> "OptimConfig":
         """The same with the learning rates of this batch size, by the rule lr_scale."""
@@ -137,7 +140,7 @@ class TrainConfig:
         student: timm model name.
         tars: Training tars: paths, brace patterns, URLs; with a store, those it was written from.
         views_from: In place of tars: folder or URL of the store's materialised views (what --views-out was).
-        store: Store of the teacher's features.
+        store: Store of the teacher's features: a directory, or a URL (s3://, gs://, http(s)://).
         val_tars: Validation tars; without them nothing is validated and there is no best.pt.
         method: scalekd, or a baseline: fd (features), kd (logits), none (no distillation).
         source: Where teacher features come from: store; live, a teacher in this process; http://host:port, a service's
@@ -186,7 +189,7 @@ class TrainConfig:
     student: str
     tars: tuple[str, ...] = ()
     views_from: str | None = None
-    store: Path | None = None
+    store: str | Path | None = None
     val_tars: tuple[str, ...] = ()
     method: Literal["scalekd", "fd", "kd", "none"] = "scalekd"
     source: str = "store"

@@ -123,7 +123,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in options:
             return None
-        (hint,) = [option for option in options if option is not NoneType]
+        hint = next(option for option in options if option is not NoneType)  # of text and path, text: it may be a URL
         return _value(hint, value, where)
     if is_dataclass(hint):
         return build_config(hint, _require(value, Mapping, where, "a mapping"), f"{where}.")  # pyright: ignore[reportArgumentType]

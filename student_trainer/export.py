@@ -35,7 +35,7 @@ class ExportConfig:
 def export(config: ExportConfig) -> list[Path]:
     """Write the student; load it with ``timm.create_model(name, checkpoint_path=OUT/model.safetensors, ...)``.
 
-    ``timm.create_model("local-dir:OUT")`` needs no further arguments: config.json carries them.
+    ``timm.create_model("local-dir:OUT", pretrained=True)`` needs no further arguments: config.json carries them.
 
     Returns:
         The files written.

@@ -84,10 +84,10 @@ def make_optimizer(config: OptimConfig, trainee: Trainee) -> Optimizer:
     """A timm optimizer over student and projectors.
 
     Raises:
-        InputError: timm knows no such optimizer.
+        InputError: timm knows no such optimizer, or it needs derivatives of gradients.
     """
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             trainee.parameters() if config.decay_all else trainee,  # timm spares some only of a module
             opt=config.opt,
             lr=config.lr,
@@ -98,6 +98,9 @@ def make_optimizer(config: OptimConfig, trainee: Trainee) -> Optimizer:
         raise InputError(
             f"--optim.opt {config.opt!r} cannot be used: {error}; see timm.optim.list_optimizers()"
         ) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"--optim.opt {config.opt!r} needs derivatives of gradients; choose one that does not")
+    return optimizer
 
 
 def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:

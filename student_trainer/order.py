@@ -22,6 +22,7 @@ class EpochBatches(Sampler[list[RowId]]):
     Attributes:
         rows: Rows of an epoch, before the incomplete batch is dropped.
         num_views: Number of views V; None if every epoch has its own.
+        rows_per_pass: Rows that a process has in memory at once: those of one of its pieces.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class EpochBatches(Sampler[list[RowId]]):
                 f"{self.rows} samples do not fill one batch of {batch_size}; lower --batch-size or add samples"
             )
         self._epoch, self._first = 0, 0
-        self._piece = batch_size // (processes * accumulate)
+        self.rows_per_pass = batch_size // (processes * accumulate)
         self._own = range(rank * accumulate, (rank + 1) * accumulate)  # pieces of every batch that are this process's
 
     def start(self, epoch: int, first_batch: int = 0) -> None:
@@ -84,8 +85,8 @@ class EpochBatches(Sampler[list[RowId]]):
         view = self._epoch if self.num_views is None else self._epoch % self.num_views
         for batch in range(self._first, self.per_epoch):
             for piece in self._own:
-                start = batch * self._batch_size + piece * self._piece
-                rows = order[start : start + self._piece].tolist()
+                start = batch * self._batch_size + piece * self.rows_per_pass
+                rows = order[start : start + self.rows_per_pass].tolist()
                 yield [RowId(unit, position, view) for unit, position in rows]
 
     def epoch_rows(self, epoch: int) -> np.ndarray:

@@ -82,6 +82,7 @@ def _figure(height: float) -> "Iterator[tuple[Figure, Axes]]":
 
     coloured = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor", "grid.color")
     plain = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.0, "legend.frameon": False}
+    plain["text.parse_math"] = False  # names of settings are shown as they are, $ and all
     # text stays text: small files, searchable, in the page's font
     with mpl.rc_context(mpl.RcParams({**dict.fromkeys(coloured, _TEXT), **plain, "svg.fonttype": "none"})):
         figure = Figure(figsize=(8, height), layout="constrained")

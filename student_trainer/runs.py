@@ -46,12 +46,12 @@ class RunFolder:
         if config.resume and described.is_file():
             require_same_run(read_description(described), description)
             return folder
-        if config.run.exists() and (not config.run.is_dir() or any(config.run.iterdir())):
-            raise InputError(
-                f"--run {config.run} already exists; add --resume to continue it, or choose another folder"
-            )
-        config.run.mkdir(parents=True, exist_ok=True)
         partial = described.with_name(described.name + ".partial")
+        # all that is there of a run killed while it was begun
+        if config.run.exists() and (not config.run.is_dir() or set(config.run.iterdir()) - {partial}):
+            step = "it holds no run to continue;" if config.resume else "add --resume to continue it, or"
+            raise InputError(f"--run {config.run} already exists; {step} choose another folder")
+        config.run.mkdir(parents=True, exist_ok=True)
         versions = {**software_versions(), "git": _git_commit()}
         partial.write_text(json.dumps({**description, "resolved": dict(resolved), "software": versions}, indent=2))
         partial.replace(described)

@@ -14,6 +14,8 @@ from feature_store.errors import InputError
 from feature_store.teacher.model import build_model
 from student_trainer import mixers  # noqa: F401 - timm then knows them by name
 
+_START = ("pretrained", "pretrained_cfg_overlay", "checkpoint_path")  # where timm takes the first weights from
+
 
 class StudentOutput(NamedTuple):
     """What one forward pass gives.
@@ -57,7 +59,8 @@ class Student(nn.Module):
             name: timm model name.
             num_classes: K.
             input_size: Height and width of the training views, in pixels.
-            model_kwargs: Extra arguments of ``timm.create_model``; ``pretrained`` starts from timm's own weights.
+            model_kwargs: Extra arguments of ``timm.create_model``; ``pretrained`` starts from timm's own weights,
+                ``checkpoint_path`` from a file's.
 
         Raises:
             InputError: Unknown name, impossible arguments, or a model without two stages to distil into.
@@ -65,9 +68,10 @@ class Student(nn.Module):
         super().__init__()
         self.name, self.num_classes, self.input_size = name, num_classes, input_size
         kwargs = {**_size_kwargs(name, input_size), **(model_kwargs or {}), "num_classes": num_classes}
-        pretrained = kwargs.pop("pretrained", False)
+        start = {key: kwargs.pop(key) for key in _START if key in kwargs}
+        pretrained = start.pop("pretrained", False)
         self.model_kwargs = kwargs
-        self.model = build_model(name, kwargs, pretrained=pretrained)
+        self.model = build_model(name, {**kwargs, **start}, pretrained=pretrained)
         self._plain, self._stages = _find_stages(self.model, name)
         maps = self._dry_forward()
         self.dims = maps[0].shape[1], maps[1].shape[1]

@@ -117,7 +117,7 @@ def _config(path: Path, name: str, values: Mapping[str, Any], run: Path, seed: i
 def _with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values over those of the preset they name, if they name one."""
     own = {name: value for name, value in values.items() if name != "preset"}
-    if "preset" not in values:
+    if values.get("preset") is None:
         return own
     preset = preset_config(PRESETS, str(values["preset"]))
     left_open = {field.name for field in fields(preset) if getattr(preset, field.name) is tyro.MISSING}
@@ -140,6 +140,8 @@ def _check(file: SweepFile, path: Path) -> None:
     require(len(file.seeds) > 0, f"{path}: seeds", "empty", "at least one seed")
     require(len(set(file.seeds)) == len(file.seeds), f"{path}: seeds", list(file.seeds), "each seed once")
     for name, own in file.settings.items():
+        if not isinstance(name, str):
+            raise InputError(f"{path}: the setting named {name!r} is a {type(name).__name__}; put its name in quotes")
         if not isinstance(own, Mapping | None):
             raise InputError(f"{path}: {name} is {own!r}, expected a mapping of what it changes")
     if file.baseline is not None and file.baseline not in file.settings:

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from feature_store.errors import InputError, UserError
+from feature_store.errors import InputError, ResourceError, UserError
 from student_trainer.assemble import Parts, assemble
 from student_trainer.checkpoint import Checkpoint, Progress, one_line, rng_state, save_checkpoint, set_rng_state
 from student_trainer.config import TrainConfig
@@ -72,7 +73,7 @@ def train(config: TrainConfig) -> TrainResult:
         group.from_main(lambda: folder.rewind(checkpoint))
         if checkpoint is not None:
             group.together(lambda: trainer.restore(checkpoint))
-        with _log(config, folder, trainer) as log:
+        with _log(config, folder, trainer) as log, _machine_failures_told():
             trainer.run(folder, log)
         if config.report:
             group.from_main(lambda: write_run_report(folder.path))
@@ -83,6 +84,30 @@ def _prepare(config: TrainConfig, group: Group) -> "Trainer":
     require_trackers(config)
     val_tars = open_tars(config.val_tars, config.scratch) if config.val_tars else []
     return Trainer(config, assemble(config, val_tars, group))
+
+
+@contextmanager
+def _machine_failures_told() -> Iterator[None]:
+    """Within: what torch raises when memory runs out, or another process ends, is told as a user's error.
+
+    A worker's death can be raised anywhere, not only where its batch is waited for: torch tells of it by a signal.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"the GPU's memory is full: {one_line(error)}; start a run with a larger --accumulate, --amp bfloat16 or "
+            "--scalekd.checkpoint-later-blocks"
+        ) from error
+    except RuntimeError as error:
+        if "gloo/transport" in str(error):  # a connection that was closed, reset or broken
+            raise ResourceError("another process of the run ended; its own message says why") from error
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ResourceError(
+            f"a process that makes batches died, perhaps for want of memory: {one_line(error)}; run the same command "
+            "with --resume and fewer --workers"
+        ) from error
 
 
 def _log(config: TrainConfig, folder: RunFolder, trainer: "Trainer") -> TrackedLog:
@@ -109,7 +134,7 @@ class Trainer:
         self._loader = BatchLoader(parts.dataset, parts.batches, pin=parts.device.type == "cuda", **workers)
         self._evaluate = (
             Evaluator(parts.val_tars, parts.preprocessing, self.student.num_classes,
-                      batch_size=config.batch_size, device=parts.device, **workers)
+                      batch_size=parts.batches.rows_per_pass, device=parts.device, **workers)
             if parts.val_tars and parts.group.is_main else None
         )  # fmt: skip
 

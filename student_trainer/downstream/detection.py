@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchvision.models.detection import MaskRCNN
 
-from feature_store.errors import InputError, UserError
+from feature_store.errors import InputError, MismatchError, UserError
 from feature_store.options import require
 from student_trainer.assemble import find_device
 from student_trainer.downstream.backbone import Backbone, fpn_backbone, load_backbone
@@ -102,6 +102,7 @@ def train_detector(config: DetectionConfig) -> dict[str, float]:
     device = find_device(config.device)
     backbone = load_backbone(config.backbone)
     data = CocoInstances(config.images, config.annotations, train=True)
+    validation = _validation_data(config, data)
     torch.manual_seed(config.seed)
     model = mask_rcnn(backbone, data.num_classes, config).to(device)
     optimizer = make_optimizer(config, model)
@@ -120,11 +121,29 @@ def train_detector(config: DetectionConfig) -> dict[str, float]:
         torch.save(model.state_dict(), config.out / "model.pt")
         print(f"epoch {epoch + 1}/{config.epochs}: loss {sum(losses) / len(losses):.4f}", flush=True)
     result = {"loss": sum(losses) / len(losses)}
-    if config.val_images is not None and config.val_annotations is not None:
-        result |= evaluate_detector(
-            model, CocoInstances(config.val_images, config.val_annotations, train=False), device
-        )
+    if validation is not None:
+        result |= evaluate_detector(model, validation, device)
     return result
+
+
+def _validation_data(config: DetectionConfig, data: CocoInstances) -> CocoInstances | None:
+    """The validation images, if there are any.
+
+    Raises:
+        MismatchError: Their classes are not those trained on.
+    """
+    if config.val_images is None or config.val_annotations is None:
+        return None
+    validation = CocoInstances(config.val_images, config.val_annotations, train=False)
+    if validation.category_ids != data.category_ids:
+        raise MismatchError(
+            "category ids",
+            where=str(config.annotations),
+            expected=data.category_ids[1:],
+            got=validation.category_ids[1:],
+            remedy=f"list the same categories in {config.val_annotations}",
+        )
+    return validation
 
 
 def make_optimizer(config: DetectionConfig, model: MaskRCNN) -> Optimizer:

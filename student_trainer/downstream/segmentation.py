@@ -206,6 +206,9 @@ def train_segmenter(config: SegmentationConfig) -> dict[str, float]:
     device = find_device(config.device)
     backbone = load_backbone(config.backbone)
     data = SceneParsing(config.data, "training", config.num_classes, config.crop)
+    validation = None
+    if config.validate:
+        validation = SceneParsing(config.data, "validation", config.num_classes, config.crop)
     torch.manual_seed(config.seed)
     model = UperNet(backbone, config.num_classes, config.channels).to(device)
     optimizer = make_optimizer(config, model)
@@ -226,8 +229,7 @@ def train_segmenter(config: SegmentationConfig) -> dict[str, float]:
     torch.save(model.state_dict(), config.out / "model.pt")
     last = losses[-50:]
     result = {"loss": sum(last) / len(last)}
-    if config.validate:
-        validation = SceneParsing(config.data, "validation", config.num_classes, config.crop)
+    if validation is not None:
         result["miou"] = mean_iou(model, validation, config.num_classes, device)
     return result
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_world import shared_world
+from training_world import samples, shared_world, write_tar
 
-from feature_store.errors import MismatchError, UserError
+from feature_store.errors import MismatchError, ResourceError, UserError
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main
-from student_trainer.compare import CompareConfig, _set_up_process, compare, is_finished
+from student_trainer.compare import CompareConfig, _set_up_process, _visible_names, compare, is_finished
 from student_trainer.metrics import read_metrics
 from student_trainer.sweep import read_sweep
 from student_trainer.train import Trainer
@@ -91,6 +91,24 @@ def test_sweep_is_refused_when_its_folder_holds_runs_with_other_settings(ablatio
         compare(replace(config, set=(*config.set, "optim.lr=0.5")))
 
 
+@pytest.mark.parametrize("changed", ["store", "val_tars"])
+def test_runs_are_refused_when_their_data_is_another_and_kept_when_it_only_moved(tmp_path, changed):
+    (tmp_path / "kd.yaml").write_text("{settings: {kd: {method: kd}}, seeds: [0]}")
+    world = shared_world()
+    config = CompareConfig(sweep=tmp_path / "kd.yaml", out=tmp_path / "out", set=changes(), progress=False)
+    found = compare(config)
+    (tmp_path / "moved").mkdir()
+    if changed == "store":
+        other, moved = shared_world("vit", "f32").store, shutil.copytree(world.store, tmp_path / "moved" / "store")
+    else:
+        other = write_tar(tmp_path / "val-0.tar", samples(10, seed=9))
+        moved = shutil.copy(world.val_tars[0], tmp_path / "moved")
+    with pytest.raises(UserError, match=rf"1 of 1 runs failed; .*\n  kd, seed 0: inputs.{changed}"):
+        compare(replace(config, set=changes(**{changed: other})))
+    again = compare(replace(config, set=changes(**{changed: moved})))
+    assert again.settings[0].runs[0].top1 == found.settings[0].runs[0].top1
+
+
 def test_more_seeds_only_add_runs_when_the_sweep_grows(ablation):
     config, found = ablation
     grown = read_sweep(config.sweep, config.folder, config.set, (0, 1, 2))
@@ -134,6 +152,33 @@ def test_other_runs_finish_when_one_fails(tmp_path, capsys):
     assert "bad, seed 0: failed: the loss is not finite" in capsys.readouterr().err
 
 
+def test_other_runs_finish_when_one_crashes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "s.yaml").write_text("{settings: {bad: {method: kd}, good: {method: none}}, seeds: [0]}")
+    config = CompareConfig(sweep=tmp_path / "s.yaml", out=tmp_path / "out", set=changes())
+    step = Trainer.step
+
+    def crash_with_kd(self, *pieces):
+        if self.config.method == "kd":
+            raise RuntimeError("nobody foresaw this")
+        return step(self, *pieces)
+
+    monkeypatch.setattr(Trainer, "step", crash_with_kd)
+    with pytest.raises(UserError, match=r"1 of 2 runs failed; .*\n  bad, seed 0: RuntimeError: nobody foresaw this"):
+        compare(config)
+    assert [len(row["runs"]) for row in json.loads((tmp_path / "out/results.json").read_text())["settings"]] == [0, 1]
+    assert "crash_with_kd" in capsys.readouterr().err  # the traceback
+
+
+def test_results_are_written_when_every_run_fails(tmp_path):
+    (tmp_path / "s.yaml").write_text("{settings: {bad: {optim: {lr: 1e30, opt: momentum}}}, seeds: [0]}")
+    config = CompareConfig(
+        sweep=tmp_path / "s.yaml", out=tmp_path / "out", set=changes(method="none", epochs=2), progress=False
+    )
+    with pytest.raises(UserError, match=r"1 of 1 runs failed"):
+        compare(config)
+    assert (tmp_path / "out/report.html").is_file()
+
+
 def test_parallel_runs_give_what_sequential_ones_do_when_processes_are_asked_for(ablation, tmp_path):
     config, found = ablation
     (tmp_path / "two.yaml").write_text("{settings: {No distillation: {method: none}}, seeds: [0, 1]}")
@@ -146,12 +191,22 @@ def test_parallel_runs_give_what_sequential_ones_do_when_processes_are_asked_for
 def test_each_process_sees_one_gpu_when_gpus_are_listed(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     threads, gpus = torch.get_num_threads(), queue.Queue()
-    gpus.put(3)
+    gpus.put("3")
     try:
         _set_up_process(gpus, 1)
         assert (os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads()) == ("3", 1)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_gpus_are_counted_as_torch_does_when_some_are_hidden(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _visible_names([0, 2]) == ["0", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-8f2a, 7")
+    assert _visible_names([0, 1, 2]) == ["4", "GPU-8f2a", "7"]
+    with pytest.raises(ResourceError, match="--gpus has 3, but torch sees 3 GPUs here"):
+        _visible_names([3])
 
 
 def test_command_prints_table_or_json_when_a_sweep_is_done(ablation, capsys):
@@ -165,6 +220,15 @@ def test_command_prints_table_or_json_when_a_sweep_is_done(ablation, capsys):
     printed = capsys.readouterr().out
     assert "vs No" in printed
     assert str(config.out) in printed
+
+
+def test_command_shows_names_as_they_are_when_they_look_like_markup(tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text("{settings: {'[kd] $x': {method: kd}, '[/b]': {method: none}}, seeds: [0]}")
+    arguments = ["compare", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--no-progress"]
+    assert main([*arguments, "--set", *changes()]) == 0
+    printed = capsys.readouterr().out
+    assert "[kd] $x" in printed
+    assert "[/b]" in printed
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,16 @@ from student_trainer.checkpoint import Checkpoint, Progress, rng_state, save_che
 from student_trainer.downstream.__main__ import main
 from student_trainer.downstream.backbone import TimmPyramid, fpn_backbone, load_backbone
 from student_trainer.downstream.coco import CocoInstances, average_precision
-from student_trainer.downstream.detection import DetectionConfig, mask_rcnn, train_step
+from student_trainer.downstream.detection import DetectionConfig, mask_rcnn, train_detector, train_step
 from student_trainer.downstream.detection import make_optimizer as detection_optimizer
-from student_trainer.downstream.segmentation import IGNORED, SceneParsing, SegmentationConfig, UperNet, mean_iou
+from student_trainer.downstream.segmentation import (
+    IGNORED,
+    SceneParsing,
+    SegmentationConfig,
+    UperNet,
+    mean_iou,
+    train_segmenter,
+)
 from student_trainer.downstream.segmentation import make_optimizer as segmentation_optimizer
 from student_trainer.downstream.segmentation import train_step as segmentation_step
 from student_trainer.export import ExportConfig, export
@@ -295,6 +302,22 @@ def test_command_says_what_is_wrong_when_its_input_is(exported, tmp_path, capsys
     folder, _ = exported("resnet18")
     assert main([*command.split(), "--backbone", str(folder), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_training_is_refused_before_it_begins_when_it_could_not_be_scored(exported, coco, tmp_path):
+    folder, _ = exported("resnet18")
+    root, images, annotations = coco
+    described = json.loads(annotations.read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**described, "categories": [{"id": 3, "name": "square"}], "annotations": []}))
+    config = detection_config(folder, coco, tmp_path, val_images=images, val_annotations=other)
+    with pytest.raises(MismatchError, match=r"category ids differs: .*instances.json has \(3, 7\), got \(3,\)"):
+        train_detector(config)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "training").symlink_to(root / "images" / "training")
+    with pytest.raises(InputError, match=r"validation holds no .jpg or .png"):
+        train_segmenter(SegmentationConfig(backbone=folder, data=tmp_path, out=tmp_path / "out", workers=0))
+    assert not (tmp_path / "out").exists()
 
 
 def test_segmentation_labels_are_refused_when_they_exceed_the_classes(coco):

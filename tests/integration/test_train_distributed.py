@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from process_runs import kill, poison_second_process, run_alone, run_group, start_group, wait_for_lines
-from training_world import shared_world
+from training_world import samples, shared_world, write_tar
 
 from student_trainer.assemble import assemble
 from student_trainer.checkpoint import load_checkpoint
-from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.config import OptimConfig, TrainConfig, ViewsConfig
 from student_trainer.distributed import Group, synchronise_batchnorm
 from student_trainer.metrics import read_metrics
 from student_trainer.scalekd import ScaleKDConfig
@@ -106,6 +106,18 @@ def test_group_names_the_rows_of_the_process_whose_loss_is_not_finite(config):
     assert first["error"].startswith("UserError: the loss is not finite at step 2 (epoch 0): task ")
     rows = list(assemble(config, group=Group(1, 2)).batches)[2]
     assert f"first rows of the batch: unit {rows[0].unit} position {rows[0].position} view 0" in first["error"]
+
+
+def test_group_ends_with_one_reason_when_one_of_its_processes_has_bad_data(config, tmp_path):
+    content = samples(16, seed=1)
+    for sample in content[::2]:
+        sample["png"] = b"not an image"
+    tar = write_tar(tmp_path / "bad.tar", content)
+    alone = {"method": "none", "num_classes": 4, "views": ViewsConfig(size=64), "store": None, "val_tars": ()}
+    outcomes = run_group(replace(config, tars=(tar,), batch_size=2, **alone), 2)
+    reasons = sorted(outcome["error"].split(";")[0] for outcome in outcomes)
+    assert reasons[0].startswith("InputError: no image of a batch can be read: bad.tar/")
+    assert reasons[1] == "ResourceError: another process of the run ended"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from service_process import running_service
 from training_world import World, shared_world
 
 from feature_store.client import connect, read_token
-from feature_store.errors import InputError, ResourceError
+from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.store import open_store
 from student_trainer.assemble import assemble
 from student_trainer.config import TeacherConfig, TrainConfig
@@ -57,6 +57,19 @@ def test_losses_are_the_same_to_the_bit_when_rows_come_over_http(world, url, tmp
     assert len(losses(local.run)) == 6
     assert {"task", "stage3_original", "stage4_alternative", "kd", "total"} <= losses(local.run)[0].keys()
     assert losses(remote.run) == losses(local.run)
+
+
+def test_run_goes_on_over_http_when_it_began_with_the_store_and_not_with_another_kind_of_features(world, url, tmp_path):
+    run = tmp_path / "run"
+    whole = train(config(world, tmp_path / "whole", "store", store=world.store))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_end_epoch", lambda *_: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            train(config(world, run, "store", store=world.store, checkpoint_every=1))
+    train(config(world, run, url, resume=True))
+    assert losses(run) == losses(whole.run)
+    with pytest.raises(MismatchError, match=r"inputs.features differs: the run has 'cached', got 'live, by a service'"):
+        train(config(world, run, f"live+{url}", resume=True))
 
 
 def test_losses_agree_when_the_teacher_lives_in_the_service(world, url, tmp_path):

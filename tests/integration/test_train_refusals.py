@@ -251,6 +251,7 @@ def test_store_with_other_view_size_sets_the_students_input_when_read(config, tm
     ("change", "kind", "message"),
     [
         ({"optim": OptimConfig(opt="adamwww")}, InputError, r"--optim.opt 'adamwww' cannot be used"),
+        ({"optim": OptimConfig(opt="adahessian")}, InputError, r"'adahessian' needs derivatives of gradients"),
         ({"device": "tpu9"}, InputError, r"--device is 'tpu9', expected auto, cpu, cuda"),
         ({"device": "cuda:99"}, ResourceError, r"--device is cuda:99, but torch sees \d+ GPUs here"),
         ({"store": Path("nowhere")}, InputError, r"nowhere is not a store"),

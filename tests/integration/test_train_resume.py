@@ -140,6 +140,39 @@ def test_finished_run_gives_its_result_when_resumed(config):
     assert again == replace(result, seconds_per_step=None)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_run_starts_when_one_was_killed_while_its_folder_was_made(config, resume):
+    config.run.mkdir()
+    (config.run / "config.json.partial").write_text("{")
+    assert train(replace(config, resume=resume, epochs=1, method="none")).steps == 3
+
+
+def test_run_is_refused_when_its_folder_holds_something_else(config):
+    config.run.mkdir()
+    (config.run / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"it holds no run to continue; choose another folder"):
+        train(replace(config, resume=True, epochs=1, method="none"))
+
+
+def test_run_goes_on_when_its_keys_moved_and_is_refused_when_they_changed(config, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("".join(f"b{i:03d}\n" for i in range(12)))
+    shutil.copy(first, second)
+    assert train(replace(config, epochs=1, keys_file=first)).steps == 1
+    assert train(replace(config, epochs=1, keys_file=second, resume=True)).steps == 1
+    second.write_text("".join(f"b{i:03d}\n" for i in range(11)))
+    with pytest.raises(MismatchError, match=r"inputs.keys differs"):
+        train(replace(config, epochs=1, keys_file=second, resume=True))
+
+
+def test_run_is_refused_when_resumed_with_features_of_another_kind(config):
+    config = replace(config, epochs=1)
+    train(config)
+    live = replace(config, source="live", teacher=TeacherConfig(checkpoint=shared_world().checkpoint))
+    with pytest.raises(MismatchError, match=r"inputs.features differs: the run has 'cached', got 'live'"):
+        train(replace(live, resume=True))
+
+
 def test_run_starts_when_resumed_before_it_began(config):
     assert train(replace(config, resume=True, epochs=1)).steps == 3
 

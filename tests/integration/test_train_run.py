@@ -1,15 +1,19 @@
 """Whole training runs on a tiny store: every method, what a run leaves behind, and the three commands."""
 
 import json
+import os
+import shutil
+import signal
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import timm
 import torch
+from servers import WebServer
 from training_world import SIZE, samples, shared_world, write_tar
 
-from feature_store.errors import InputError, UserError
+from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.store import open_store
 from feature_store.tars.tar import Tar
 from student_trainer.assemble import assemble
@@ -20,6 +24,7 @@ from student_trainer.data import BatchLoader
 from student_trainer.evaluate import EvaluateConfig, evaluate
 from student_trainer.metrics import read_metrics
 from student_trainer.optimize import make_scheduler
+from student_trainer.replay import StoredViews
 from student_trainer.scalekd import ScaleKDConfig
 from student_trainer.train import Trainer, train
 
@@ -238,6 +243,31 @@ def test_run_stops_before_updating_when_the_loss_is_not_finite(config):
     assert all(torch.equal(before[name], value) for name, value in running.student.named_parameters())
 
 
+def test_run_ends_with_advice_when_memory_runs_out(config, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", full)
+        with pytest.raises(ResourceError, match=r"memory is full: CUDA out of memory. Tried .*larger --accumulate"):
+            train(config)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # of Python 3.12 and later
+def test_run_ends_with_advice_when_a_worker_is_killed(config, monkeypatch):
+    pixels, main_process = StoredViews.pixels, os.getpid()
+
+    def killed(self, row, sample):
+        if os.getpid() != main_process:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pixels(self, row, sample)
+
+    monkeypatch.setattr(StoredViews, "pixels", killed)
+    with pytest.raises(ResourceError, match=r"makes batches died, .*; run the same command with --resume and fewer"):
+        train(replace(config, workers=1, start_method="fork"))
+    assert train(replace(config, workers=0, resume=True)).steps == 6
+
+
 def test_validation_runs_every_few_epochs_and_last_when_asked(config):
     train(replace(config, method="none", epochs=4, val_every=3))
     assert ["top1" in line for line in lines(config, "epoch")] == [False, False, True, True]
@@ -249,6 +279,27 @@ def test_validation_counts_unreadable_images_when_there_are_some(config, tmp_pat
     result = train(replace(config, method="none", epochs=1, val_tars=(write_tar(tmp_path / "val.tar", content),)))
     assert result.history[0]["val_samples"] == 5
     assert result.history[0]["val_unreadable"][0].startswith("val.tar/w002: not an image")
+
+
+def test_validation_holds_no_more_images_at_once_than_a_training_pass(config):
+    trainer = Trainer(config := replace(config, accumulate=4), assemble(config, [Tar.open(config.val_tars[0])]))
+    seen = []
+    trainer.student.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    assert trainer._accuracy().samples == 10
+    assert seen == [2] * 5
+
+
+def test_run_reads_its_store_from_a_url_when_given_one(config, tmp_path, capsys):
+    published = shutil.copytree(config.store, tmp_path / "published")
+    open_store(published).compact()
+    arguments = ["--student", config.student, "--tars", *config.tars, "--epochs", "1", "--batch-size", "8"]
+    with WebServer(published) as server:
+        line = ["train", "--run", str(config.run), *arguments, "--workers", "0", "--store", server.url, "--json"]
+        assert main(line) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 3
+    local = replace(config, run=config.run.parent / "local", val_tars=(), epochs=1, optim=OptimConfig())
+    train(local)
+    assert [line["total"] for line in lines(config, "epoch")] == [line["total"] for line in lines(local, "epoch")]
 
 
 def test_run_folder_says_what_it_was_made_from_when_started(config):

@@ -105,7 +105,13 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("change", [{"workers": 0}, {"tars": ["/elsewhere/x"]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"workers": 0}, {"tars": ["/elsewhere/x"]}, {"keys_file": "/elsewhere"}, {"token_file": "/elsewhere"},
+        {"views_from": "/elsewhere"}, {"source": "http://elsewhere:80"}, {"teacher": {"checkpoint": "/elsewhere"}},
+    ],
+)  # fmt: skip
 def test_run_may_resume_when_the_change_cannot_matter(change):
     require_same_run(SAVED, {**SAVED, "config": {**SAVED["config"], **change}})
 

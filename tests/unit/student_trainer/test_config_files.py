@@ -12,7 +12,7 @@ FULL = TrainConfig(
     run=Path("r"),
     student="test_resnet",
     tars=("a.tar", "b.tar"),
-    store=Path("s"),
+    store="s",
     student_kwargs={"drop_rate": 0.1},
     optim=OptimConfig(lr=0.5, clip_grad=5.0),
     scalekd=ScaleKDConfig(kd_alpha=None, alphas_stage4=(0.08, 0.0), tpp=False),

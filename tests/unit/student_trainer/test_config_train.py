@@ -44,6 +44,9 @@ def test_config_is_refused_when_it_cannot_work(change, message):
         (OptimConfig, {"clip_grad": 0.0}, "--optim.clip-grad"),
         (OptimConfig, {"lr_batch": 0}, "--optim.lr-batch is 0"),
         (OptimConfig, {"decay_epochs": 0}, "--optim.decay-epochs"),
+        (OptimConfig, {"decay_rate": 0}, "--optim.decay-rate"),
+        (OptimConfig, {"min_lr": -1e-5}, "--optim.min-lr is -1e-05, expected at least 0"),
+        (OptimConfig, {"warmup_lr": -1}, "--optim.warmup-lr"),
         (ViewsConfig, {"size": 0}, "--views.size"),
         (ViewsConfig, {"seed": -1}, "--views.seed"),
     ],
@@ -64,6 +67,12 @@ def test_config_is_read_from_a_command_line_when_given_as_flags():
     assert config.optim == OptimConfig(lr=0.5)
     assert config.scalekd.kd_alpha is None
     assert config.scalekd.alphas_stage4 == (0.08, 0.0)
+
+
+@pytest.mark.parametrize(("given", "kept"), [("s3://bucket/swin.zarr", "s3://bucket/swin.zarr"), ("None", None)])
+def test_store_may_be_a_url_when_given_as_flag(given, kept):
+    line = f"--run r --student test_resnet --tars a.tar --method none --store {given}"
+    assert config_to_dict(tyro.cli(TrainConfig, args=line.split()))["store"] == kept
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])

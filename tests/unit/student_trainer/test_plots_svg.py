@@ -17,6 +17,12 @@ def test_curves_carry_names_and_the_pages_colour_when_drawn():
     assert 'role="img"' in drawn
 
 
+def test_names_are_shown_as_they_are_when_they_look_like_formulas():
+    names = ["5 $ and 6 $", r"$\frac$", r"C:\new"]
+    assert set(names) <= set(texts(curves({name: [(1, 2.0), (2, 1.5)] for name in names}, x="x", y="y")))
+    assert set(names) <= set(texts(bars({name: [70.0] for name in names}, x="x")))
+
+
 def test_curves_are_the_same_bytes_when_drawn_again():
     series = {"a": [(1.0, 2.0), (2.0, 1.5)]}
     assert curves(series, x="x", y="y") == curves(series, x="x", y="y")

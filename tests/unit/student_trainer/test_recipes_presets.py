@@ -184,6 +184,12 @@ def test_command_overrides_the_preset_when_options_are_given_beside_it(capsys):
     assert printed["expect"]["policy"] is None
 
 
+def test_command_takes_the_last_preset_when_several_are_given(capsys):
+    assert main([*LINE, "--preset", "trad-swin_l-resnet50"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["preset"], printed["student"]) == ("trad-swin_l-resnet50", "resnet50")
+
+
 def test_command_lists_presets_when_asked(capsys):
     assert main(["presets", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["presets"]

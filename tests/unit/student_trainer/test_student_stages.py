@@ -89,6 +89,15 @@ def test_student_starts_from_timms_weights_when_asked(monkeypatch):
     assert student.model_kwargs == {"num_classes": 5}  # a checkpoint of it is loaded without fetching anything
 
 
+def test_student_starts_from_a_files_weights_when_asked_and_needs_it_no_more(tmp_path):
+    torch.manual_seed(0)
+    saved = Student("test_resnet", 5, (64, 64)).model.state_dict()
+    torch.save(saved, tmp_path / "w.pth")
+    student = Student("test_resnet", 5, (64, 64), {"checkpoint_path": str(tmp_path / "w.pth"), "drop_rate": 0.1})
+    assert all(torch.equal(leaf, saved[name]) for name, leaf in student.model.state_dict().items())
+    assert student.model_kwargs == {"drop_rate": 0.1, "num_classes": 5}
+
+
 def test_student_adapts_positions_when_the_views_are_not_the_models_own_size():
     student = Student("test_vit", 5, (32, 48))
     assert student.grids == ((2, 3), (2, 3))

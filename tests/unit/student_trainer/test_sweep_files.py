@@ -58,6 +58,17 @@ def test_beta_weights_keep_their_sum_when_swept():
             assert alphas[0] == pytest.approx(0.14 * beta, abs=0.001)
 
 
+def test_preset_is_none_when_a_setting_takes_it_back(file):
+    base = ["preset=trad-swin_l-resnet50", *BASE]
+    own, preset = read_sweep(file("{settings: {own: {preset: null, epochs: 2}, preset: {}}}"), OUT, base, [0]).runs
+    assert (own.config.optim.opt, preset.config.optim.opt) == ("adamw", "momentum")
+
+
+def test_store_may_be_a_url_when_set():
+    (config, *_) = (run.config for run in read_sweep(Path("baselines"), OUT, [*BASE, "store=s3://bucket/store"]).runs)
+    assert config.store == "s3://bucket/store"
+
+
 def test_preset_gives_the_schedule_when_the_base_names_one():
     name, preset = next(iter(PRESETS.items()))
     changes = ["preset=" + name, "store=s", "tars=a.tar", "val_tars=v.tar", "epochs=7"]
@@ -73,6 +84,7 @@ def test_preset_gives_the_schedule_when_the_base_names_one():
         ("{settings: {a: {}}, seeds: []}", "seeds is empty"),
         ("{settings: {a: {}}, seeds: [1, 1]}", "each seed once"),
         ("{settings: {a: 3}}", "a is 3, expected a mapping"),
+        ("{settings: {0.5: {}}}", "the setting named 0.5 is a float; put its name in quotes"),
         ("{settings: {a: {}}, baseline: b}", "baseline is 'b', expected one of a"),
         ("{settings: {a b: {}, a-b: {}}}", "two settings share a folder name"),
         ("{settings: {a: {seed: 3}}}", "a: seed is chosen by the sweep"),
