@@ -1,7 +1,7 @@
 """A served store's objects, read only: what a trainer needs of a store beside its rows."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import partial
 from http import HTTPStatus
@@ -91,7 +91,7 @@ class ServedObjects:
         """
         raise self._unable("list")
 
-    def put(self, path: str, payload: Buffer | Sequence[Buffer], *, new: bool = False) -> None:
+    def put(self, path: str, payload: Buffer | Iterable[Buffer], *, new: bool = False) -> None:
         """See ObjectStore.put.
 
         Raises:
