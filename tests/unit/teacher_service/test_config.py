@@ -13,6 +13,8 @@ from teacher_service.config import CacheConfig, PlanConfig
         ("views", 0, "--views is 0"),
         ("seed", -1, "--seed is -1"),
         ("seed", 2**64, "64-bit"),
+        ("capacity", 0, "--capacity is 0"),
+        ("key_width", -1, "--key-width is -1"),
         ("taps", ("stage3",), "stage4"),
         ("batch_size", 0, "--batch-size is 0"),
         ("workers", -1, "--workers is -1"),

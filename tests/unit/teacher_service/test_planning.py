@@ -27,6 +27,17 @@ def test_plan_counts_samples_rows_and_capacity_when_tars_differ_in_size(tmp_path
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"key_width": 7}, "--key-width is 7, expected at least the longest key's 8"), ({"capacity": 3}, "capacity is 3")],
+)
+def test_plan_refuses_room_that_the_tars_do_not_fit(
+    tmp_path: Path, tiny_swin: TinyTeacher, options: dict[str, int], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        plan(_config(write_tars(tmp_path, 2, 4), tiny_swin, tmp_path / "store", **options))
+
+
 def test_plan_counts_feature_bytes_by_hand_formula(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
     result = plan(
         _config(write_tars(tmp_path, 3, 7), tiny_swin, tmp_path / "store", views=2, tap_codec="f32", logits_codec="f32")
