@@ -101,8 +101,9 @@ def remove(objects: ObjectStore, manifest: Manifest) -> list[str]:
     tells a writer at work from a dead one: call this only while no writer runs.
     """
     removed, there = [], objects.list()
-    committed, _ = load_commits(objects, manifest)  # a first look: units without leftovers are not locked
-    for unit, paths in find_leftovers(manifest, there, committed.records).items():
+    committed, _ = load_commits(objects, manifest)  # a first look: units of which nothing is left are not locked
+    found = find_leftovers(manifest, there, committed.records)
+    for unit, paths in {**{unit: [] for unit in locks.locked_units(there)}, **found}.items():
         with suppress(ResourceError, CorruptStoreError), exclusive(objects, lock_name(unit), "busy"):
             records = [] if unit is None else read_records(objects, unit)
             for path in paths:

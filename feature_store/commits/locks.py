@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -93,3 +93,9 @@ def is_held(objects: ObjectStore, unit: int | None) -> bool:
 def lock_name(unit: int | None) -> str:
     """What a writer of a unit holds; for None, one that makes the store grow."""
     return "grow" if unit is None else f"u{unit:05d}"
+
+
+def locked_units(paths: Iterable[str]) -> list[int]:
+    """Units whose lock files are among a store's paths: held, or left by a process that died."""
+    names = (path.removeprefix(FOLDER) for path in paths if path.startswith(FOLDER))
+    return [int(name[1:]) for name in names if name[0] == "u" and name[1:].isdecimal()]
