@@ -22,8 +22,10 @@ from teacher_service.claims import preparing
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, ViewDataset
 from teacher_service.devices import find_device
+from teacher_service.forward import Forward
 from teacher_service.planning import Plan, growth_of, job_manifest, store_exists, survey
 from teacher_service.views_out import ViewsOut
+from teacher_service.waits import Waits
 from teacher_service.writing import disk_error
 
 CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
@@ -170,6 +172,7 @@ def first_features(
 
     Raises:
         InputError: No sample of any tar can be read.
+        ResourceError: The device has too little memory for a single image.
     """
     dataset = ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
     readable = (
@@ -181,6 +184,6 @@ def first_features(
     pixels = list(islice(readable, CALIBRATION_SAMPLES))
     if not pixels:
         raise InputError("no image of any tar can be read, so there is nothing to store; mend the tars")
-    device = next(teacher.parameters()).device
-    parts = [teacher(part.to(device)).taps for part in torch.from_numpy(np.stack(pixels)).split(config.batch_size)]
-    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in manifest.taps}
+    forward = Forward(teacher, tuple(manifest.taps), config.batch_size, Waits())
+    features = forward(torch.from_numpy(np.stack(pixels))).arrays()
+    return {name: features[name] for name in manifest.taps}
