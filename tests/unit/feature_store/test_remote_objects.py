@@ -1,6 +1,7 @@
 """Buckets, web servers and the cache before them, against servers on loopback."""
 
 import os
+import resource
 import signal
 import time
 
@@ -213,6 +214,18 @@ class TestCache:
         assert len(web.requests) == 1
         objects.get("a/c/0")
         assert len(web.requests) == 1
+
+    def test_a_read_is_answered_when_there_is_no_room_for_a_copy(self, origin, web, tmp_path):
+        origin.put("a/c/0", CONTENT)
+        objects = self.cached(web, tmp_path)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # neither for the copy nor for the ledger
+        try:
+            assert objects.get("a/c/0").tobytes() == CONTENT
+            assert objects.get_range("a/c/0", 5, 7).tobytes() == CONTENT[5:12]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert objects.get("a/c/0").tobytes() == CONTENT
 
     def test_damaged_copies_are_replaced_from_the_origin(self, origin, web, tmp_path):
         """As after a power cut: every copy in the cache torn or changed, the store itself whole."""
