@@ -97,7 +97,12 @@ class Store:
         for name, payload in parts.items():
             if name == ROOT:
                 objects.sync([*parts])
-            objects.put(name, payload)
+            try:
+                objects.put(name, payload, new=name == ROOT)
+            except FileExistsError as error:
+                raise InputError(
+                    f"another process made {path} meanwhile; open it, or run the same command again to go on with it"
+                ) from error
         objects.sync([ROOT])
         return cls(objects, manifest, CommittedRows(manifest))
 

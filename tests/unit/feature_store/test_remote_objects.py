@@ -81,6 +81,24 @@ def copy_to(folder, local):
         objects.put(path, local.objects.get(path))
 
 
+def test_of_two_that_make_a_store_in_a_bucket_one_is_refused(bucket, monkeypatch):
+    """Nothing locks machines out of each other: the root decides."""
+    put, first = RemoteObjects.put, []
+
+    def put_second(self, path, payload, *, new=False):
+        if path == "zarr.json" and not first:
+            first.append("another machine is faster")
+            tiny_store(f"{bucket}/s")
+        put(self, path, payload, new=new)
+
+    monkeypatch.setattr(RemoteObjects, "put", put_second)
+
+    with pytest.raises(InputError, match=f"another process made {bucket}/s meanwhile; .*same command again"):
+        Store.create(f"{bucket}/s", tiny_manifest(seed=99), BLOCKS)
+
+    assert open_store(f"{bucket}/s").committed.units == [0, 1, 2]
+
+
 def test_a_store_behind_a_web_server_reads_through_its_commit_index(web, tmp_path):
     local = tiny_store(tmp_path / "local", quarantined={1: "broken"})
     copy_to(web.folder, local)
