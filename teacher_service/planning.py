@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from feature_store.codecs.encoding import ZSTD_SUFFIX
 from feature_store.commits.record import CommitRecord, ObjectProof, encode_record
 from feature_store.errors import InputError, MismatchError
 from feature_store.layout import CRC_BYTES, array_specs, object_bytes
@@ -167,8 +168,8 @@ def job_manifest(
     if config.key_width is not None:
         require(config.key_width >= longest, "--key-width", config.key_width, f"at least the longest key's {longest}")
     taps: dict[str, str] = dict.fromkeys(config.taps, config.tap_codec)
-    if split.prefix == "cached":  # a few tokens a row: nothing is gained by rounding them further
-        taps["stage3_prefix"] = "f32" if config.tap_codec == "f32" else "f16"
+    if split.prefix == "cached":
+        taps["stage3_prefix"] = prefix_codec(config.tap_codec)
     manifest = Manifest(
         teacher=info,
         split=split,
@@ -187,6 +188,11 @@ def job_manifest(
     )
     manifest.require_room()
     return manifest
+
+
+def prefix_codec(tap_codec: str) -> str:
+    """Codec of the prefix tokens: a few tokens a row, nothing is gained by rounding them further than float16."""
+    return "f32" if tap_codec.removesuffix(ZSTD_SUFFIX) == "f32" else "f16"
 
 
 Missing = dict[int, list[int]]

@@ -27,6 +27,14 @@ def test_plan_counts_samples_rows_and_capacity_when_tars_differ_in_size(tmp_path
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(("codec", "prefix"), [("f32", "f32"), ("f32+zstd", "f32"), ("bf16", "f16"), ("int8", "f16")])
+def test_plan_keeps_prefix_tokens_exact_when_taps_are(
+    tmp_path: Path, tiny_vit: TinyTeacher, codec: str, prefix: str
+) -> None:
+    result = plan(_config(write_tars(tmp_path, 2), tiny_vit, tmp_path / "store", tap_codec=codec))
+    assert result.taps["stage3_prefix"] == (1, 64, prefix)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"key_width": 7}, "--key-width is 7, expected at least the longest key's 8"), ({"capacity": 3}, "capacity is 3")],
