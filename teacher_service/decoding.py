@@ -135,8 +135,8 @@ class ViewDataset(Dataset):
             return error
         except MemoryError:
             return ResourceError(
-                f"memory ran out while images of {self.tars[span.task.unit].url} were decoded: use fewer --workers or a "
-                "smaller --batch-size"
+                f"memory ran out while images of {self.tars[span.task.unit].url} were decoded: use fewer --workers or "
+                "a smaller --batch-size"
             )
         except OSError as error:
             return ResourceError(f"{self.tars[span.task.unit].url} cannot be read: {error}; check the disk or network")

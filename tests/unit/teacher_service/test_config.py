@@ -13,6 +13,7 @@ from teacher_service.config import CacheConfig, PlanConfig
         ("views", 0, "--views is 0"),
         ("seed", -1, "--seed is -1"),
         ("seed", 2**64, "64-bit"),
+        ("policy_options", {"size": [16, 16]}, "--policy-options is .*'size'.*, expected other fields"),
         ("capacity", 0, "--capacity is 0"),
         ("key_width", -1, "--key-width is -1"),
         ("taps", ("stage3",), "stage4"),
