@@ -72,8 +72,8 @@ class ViewsOut:
         both = there.keys() & samples.keys()
         if (there and not both) or any(there[key] != samples[key][0] for key in both):
             raise InputError(
-                f"{path} in --views-out {self._objects.url} holds other views than this job's: another store's, or made by "
-                "another version of Pillow; give another place, or delete it if nobody needs it"
+                f"{path} in --views-out {self._objects.url} holds other views than this job's: another store's, or "
+                "made by another version of Pillow; give another place, or delete it if nobody needs it"
             )
 
     def remove_leftovers(self) -> None:
