@@ -23,11 +23,11 @@ app = tyro.extras.SubcommandApp()
 
 
 @app.command
-def info(path: Annotated[Path, tyro.conf.Positional], json: bool = False) -> None:
+def info(path: Annotated[str, tyro.conf.Positional], json: bool = False) -> None:
     """Print what a store holds.
 
     Args:
-        path: The store.
+        path: The store: a directory or URL.
         json: Print JSON instead of a table.
     """
     summary = open_store(path).info()

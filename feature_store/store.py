@@ -97,7 +97,12 @@ class Store:
         for name, payload in parts.items():
             if name == ROOT:
                 objects.sync([*parts])
-            objects.put(name, payload)
+            try:
+                objects.put(name, payload, new=name == ROOT)
+            except FileExistsError as error:
+                raise InputError(
+                    f"another process made {path} meanwhile; open it, or run the same command again to go on with it"
+                ) from error
         objects.sync([ROOT])
         return cls(objects, manifest, CommittedRows(manifest))
 
@@ -163,8 +168,10 @@ class Store:
         return self._unit_values("label", unit)
 
     def quarantined(self, unit: int) -> dict[int, str]:
-        """Reason per quarantined position of a committed unit."""
-        return dict(self._first_record(unit).quarantined)
+        """Reason per position of a committed unit that is quarantined in any of its views, written together or not."""
+        views = sorted(self.committed.views(unit), reverse=True) or [0]  # the record of none says so
+        reasons = {at: why for view in views for at, why in self.committed.record(unit, view).quarantined.items()}
+        return dict(sorted(reasons.items()))
 
     def view_params(self, unit: int, view: int) -> list[ViewParams | None]:
         """Stored parameters of a unit's views, for replay; None where quarantined."""

@@ -43,7 +43,7 @@ def summarise(store: "Store") -> dict[str, Any]:
         "committed_rows": sum((record.samples - len(record.quarantined)) * len(record.views) for record in records),
         "bytes": sum(total_bytes(record.objects) for record in records) - sum(proof.bytes for proof in repeated),
         "objects": sum(len(record.objects) for record in records) - len(repeated),
-        "quarantined": [entry for record in _first_views(records) for entry in _quarantined(store, record)],
+        "quarantined": [entry for unit in store.committed.units for entry in _quarantined(store, unit)],
         "software": manifest.software,
         "licence": manifest.licence,
     }
@@ -132,19 +132,12 @@ def _repeated(store: "Store", records: list[CommitRecord]) -> list[ObjectProof]:
     return [record.proof(spec.object_path(record.unit)) for record in later for spec in shared]
 
 
-def _quarantined(store: "Store", record: CommitRecord) -> list[dict[str, Any]]:
-    if not record.quarantined:
-        return []
-    keys = store.keys(record.unit)
+def _quarantined(store: "Store", unit: int) -> list[dict[str, Any]]:
+    reasons = store.quarantined(unit)
+    keys, tar = store.keys(unit) if reasons else [], store.manifest.tars[unit].name
     return [
-        {
-            "unit": record.unit,
-            "tar": record.tar,
-            "position": position,
-            "key": keys[position],
-            "reason": reason,
-        }
-        for position, reason in record.quarantined.items()
+        {"unit": unit, "tar": tar, "position": position, "key": keys[position], "reason": reason}
+        for position, reason in reasons.items()
     ]
 
 

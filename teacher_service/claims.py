@@ -104,16 +104,14 @@ def preparing(store: str | Path) -> Iterator[None]:
     """
     objects = open_objects(store)
     folder = lock_folder(objects)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"{store} already exists and is a file; choose another path or remove it") from error
-    try:
-        with locked(folder / "prepare"):
-            yield
-    finally:
+    with ExitStack() as held:
         if isinstance(objects, LocalObjects):
-            _remove_if_empty(folder, objects.root)
+            held.callback(_remove_if_empty, folder, objects.root)  # when the lock is gone
+        try:
+            held.enter_context(locked(folder / "prepare"))
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{store} already exists and is a file; choose another path or remove it") from error
+        yield
 
 
 def lock_folder(objects: ObjectStore) -> Path:

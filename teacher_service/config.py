@@ -65,6 +65,10 @@ class PlanConfig:
         """
         require(self.views >= 1, "--views", self.views, "at least 1")
         require(0 <= self.seed < 2**64, "--seed", self.seed, "an unsigned 64-bit integer")
+        own = self.policy_options.keys() & {"name", "size"}
+        require(not own, "--policy-options", self.policy_options, "other fields: the teacher gives the size")
+        for name, value in {"--capacity": self.capacity, "--key-width": self.key_width}.items():
+            require(value is None or value >= 1, name, value, "at least 1")
         for codec in (self.tap_codec, self.logits_codec):
             get_codec(codec)  # refuses an unknown name
         require("stage4" in self.taps, "--taps", " ".join(self.taps), "stage4 among them: every loss needs it")

@@ -133,6 +133,11 @@ class ViewDataset(Dataset):
             samples = [self.sample(span.task, position, out) for position, out in places]
         except UserError as error:
             return error
+        except MemoryError:
+            return ResourceError(
+                f"memory ran out while images of {self.tars[span.task.unit].url} were decoded: use fewer --workers or "
+                "a smaller --batch-size"
+            )
         except OSError as error:
             return ResourceError(f"{self.tars[span.task.unit].url} cannot be read: {error}; check the disk or network")
         return replace(_batch(span, samples, pixels), seconds=time.perf_counter() - started)

@@ -8,7 +8,16 @@ from typing import Any
 from feature_store.codecs.registry import CODECS
 from feature_store.manifest import Manifest
 from teacher_service.config import TimedPlanConfig
-from teacher_service.planning import Plan, TeacherOutline, job_manifest, open_tars, outline_teacher, plan_of, predict
+from teacher_service.planning import (
+    Plan,
+    TeacherOutline,
+    job_manifest,
+    open_tars,
+    outline_teacher,
+    plan_of,
+    predict,
+    prefix_codec,
+)
 from teacher_service.timing import Timing, measure
 
 VIEW_COUNTS = (1, 2, 4, 8, 16, 50)
@@ -109,8 +118,8 @@ def _total(manifest: Manifest, outline: TeacherOutline, config: TimedPlanConfig)
 
 
 def _with_codec(manifest: Manifest, codec: str) -> Manifest:
-    names = [name for name in manifest.taps if name != "stage3_prefix"]
-    return replace(manifest, taps=manifest.taps | {name: replace(manifest.taps[name], codec=codec) for name in names})
+    codecs = dict.fromkeys(manifest.taps, codec) | {"stage3_prefix": prefix_codec(codec)}
+    return replace(manifest, taps={name: replace(tap, codec=codecs[name]) for name, tap in manifest.taps.items()})
 
 
 def _view_costs(

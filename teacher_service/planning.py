@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from feature_store.codecs.encoding import ZSTD_SUFFIX
 from feature_store.commits.record import CommitRecord, ObjectProof, encode_record
 from feature_store.errors import InputError, MismatchError
 from feature_store.layout import CRC_BYTES, array_specs, object_bytes
 from feature_store.manifest import Growth, Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
 from feature_store.objects.local import open_objects
+from feature_store.options import require
 from feature_store.skeleton import ROOT
 from feature_store.store import Store, open_store
 from feature_store.tars.tar import Tar, expand_tars
@@ -159,13 +161,16 @@ def job_manifest(
     """The manifest of the store this job writes.
 
     Raises:
-        InputError: Impossible view policy options.
+        InputError: Impossible view policy options, or less room for rows or keys than the tars take.
     """
     shapes = tap_shapes(split)
+    longest = max(len(key.encode()) for tar in tars for key in tar.keys)
+    if config.key_width is not None:
+        require(config.key_width >= longest, "--key-width", config.key_width, f"at least the longest key's {longest}")
     taps: dict[str, str] = dict.fromkeys(config.taps, config.tap_codec)
-    if split.prefix == "cached":  # a few tokens a row: nothing is gained by rounding them further
-        taps["stage3_prefix"] = "f32" if config.tap_codec == "f32" else "f16"
-    return Manifest(
+    if split.prefix == "cached":
+        taps["stage3_prefix"] = prefix_codec(config.tap_codec)
+    manifest = Manifest(
         teacher=info,
         split=split,
         blocks_sha256=blocks_sha256,
@@ -176,11 +181,18 @@ def job_manifest(
         num_views=config.views,
         tars=tuple(TarInfo(tar.name, len(tar), tar.header_sha256) for tar in tars),
         capacity=config.capacity or max(len(tar) for tar in tars),
-        key_width=config.key_width or max(len(key.encode()) for tar in tars for key in tar.keys),
+        key_width=config.key_width or longest,
         software=software_versions(),
         licence=config.licence_note,
         view_encoding=None if config.views_out is None else JPEG,
     )
+    manifest.require_room()
+    return manifest
+
+
+def prefix_codec(tap_codec: str) -> str:
+    """Codec of the prefix tokens: a few tokens a row, nothing is gained by rounding them further than float16."""
+    return "f32" if tap_codec.removesuffix(ZSTD_SUFFIX) == "f32" else "f16"
 
 
 Missing = dict[int, list[int]]

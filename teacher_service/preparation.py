@@ -1,6 +1,6 @@
 """Gets a cache job ready to run: its tars, its teacher, and the store it writes to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 
@@ -10,9 +10,10 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from feature_store.codecs.registry import calibrated, needs_calibration
+from feature_store.commits.record import FOLDER, record_place
 from feature_store.errors import InputError, ResourceError
 from feature_store.manifest import Manifest
-from feature_store.objects.local import LocalObjects
+from feature_store.objects.local import LocalObjects, ObjectStore
 from feature_store.store import Store, open_store
 from feature_store.tars.tar import Tar
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
@@ -21,8 +22,10 @@ from teacher_service.claims import preparing
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, ViewDataset
 from teacher_service.devices import find_device
+from teacher_service.forward import Forward
 from teacher_service.planning import Plan, growth_of, job_manifest, store_exists, survey
 from teacher_service.views_out import ViewsOut
+from teacher_service.waits import Waits
 from teacher_service.writing import disk_error
 
 CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
@@ -142,17 +145,24 @@ def _without_usable_quarantine(store: Store, tars: Sequence[Tar]) -> Store:
 
 def remaining_tasks(store: Store) -> list[Task]:
     """What a store still lacks, unit by unit; a unit's missing views are one task where they follow each other."""
-    return [
-        Task(unit, range(run[0], run[-1] + 1))
-        for unit, views in store.committed.missing_views().items()
-        for run in _runs(views)
-    ]
+    return [task for unit, views in store.committed.missing_views().items() for task in _tasks(unit, views)]
 
 
-def _runs(views: Sequence[int]) -> list[list[int]]:
-    """Ascending numbers cut where one is left out."""
+def missing_parts(objects: ObjectStore, tasks: Iterable[Task]) -> list[Task]:
+    """What nobody has committed by now of tasks: a job with fewer views may have committed some of a task's views."""
+    parts = []
+    for unit, views in tasks:
+        places = [place for path in objects.list(f"{FOLDER}u{unit:05d}-") if (place := record_place(path))]
+        committed = {view for _, first, last in places for view in range(first, last + 1)}
+        parts += _tasks(unit, [view for view in views if view not in committed])
+    return parts
+
+
+def _tasks(unit: int, views: Sequence[int]) -> list[Task]:
+    """Tasks of ascending views, cut where one is left out."""
     numbered = groupby(enumerate(views), key=lambda pair: pair[1] - pair[0])
-    return [[view for _, view in run] for _, run in numbered]
+    runs = [[view for _, view in run] for _, run in numbered]
+    return [Task(unit, range(run[0], run[-1] + 1)) for run in runs]
 
 
 def first_features(
@@ -162,6 +172,7 @@ def first_features(
 
     Raises:
         InputError: No sample of any tar can be read.
+        ResourceError: The device has too little memory for a single image.
     """
     dataset = ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
     readable = (
@@ -173,6 +184,6 @@ def first_features(
     pixels = list(islice(readable, CALIBRATION_SAMPLES))
     if not pixels:
         raise InputError("no image of any tar can be read, so there is nothing to store; mend the tars")
-    device = next(teacher.parameters()).device
-    parts = [teacher(part.to(device)).taps for part in torch.from_numpy(np.stack(pixels)).split(config.batch_size)]
-    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in manifest.taps}
+    forward = Forward(teacher, tuple(manifest.taps), config.batch_size, Waits())
+    features = forward(torch.from_numpy(np.stack(pixels))).arrays()
+    return {name: features[name] for name in manifest.taps}

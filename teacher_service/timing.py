@@ -169,7 +169,7 @@ def _parts(tars: Sequence[Tar], config: TimedPlanConfig) -> list[TarPart]:
 def _scratch_job(
     config: TimedPlanConfig, teacher: Teacher, parts: Sequence[Tar]
 ) -> Iterator[tuple[CacheConfig, Store, float]]:
-    """A job with a store of its own on the disk the real one is to be on, and seconds its codecs took to learn."""
+    """A job with a store (and views) of its own on the real one's disk, and seconds its codecs took to learn."""
     blocks = bundle_state(teacher.later_blocks)
     own = replace(config, capacity=None, key_width=None)
     manifest = job_manifest(own, parts, teacher.info, teacher.split, bundle_sha256(blocks))
@@ -179,6 +179,8 @@ def _scratch_job(
     with tempfile.TemporaryDirectory(dir=near, prefix=".teacher-service-timing-") as folder:
         values: dict[str, Any] = {each.name: getattr(own, each.name) for each in fields(TimedPlanConfig)}
         values["store"] = Path(folder) / "store"
+        if own.views_out is not None:  # the real ones may be there already
+            values["views_out"] = str(Path(folder) / "views")
         job = CacheConfig(**values)
         if needs_calibration(manifest):
             manifest = calibrated(manifest, first_features(job, manifest, teacher, parts))

@@ -28,7 +28,9 @@ from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import ViewParams, check_pixels, decode_image, replay_view
 from teacher_service.devices import find_device
+from teacher_service.forward import Forward
 from teacher_service.verify_config import VerifyConfig
+from teacher_service.waits import Waits
 
 COMPUTE_ERROR = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """Relative L2 distance two correct forward passes of a teacher may have in each dtype, whatever device, batch size or
@@ -102,7 +104,8 @@ def verify(config: VerifyConfig, progress: Callable[[int, int], None] = lambda d
     checksums = verify_checksums(config.store, workers=config.workers, progress=progress)
     if checksums.findings:
         return DeepReport(checksums)
-    deep = _DeepCheck(open_store(config.store), teacher, _StoreTars(manifest, urls, config))
+    forward = Forward(teacher, tuple(manifest.taps), config.batch_size, Waits())
+    deep = _DeepCheck(open_store(config.store), forward, _StoreTars(manifest, urls, config))
     rows = sampled_rows(deep.store, config.sample, np.random.default_rng(config.seed))
     for start in range(0, len(rows), config.batch_size):
         deep.check(rows[start : start + config.batch_size])
@@ -171,9 +174,9 @@ class _StoreTars:
 class _DeepCheck:
     """Computes rows anew and collects what differs."""
 
-    def __init__(self, store: Store, teacher: Teacher, tars: _StoreTars) -> None:
+    def __init__(self, store: Store, forward: Forward, tars: _StoreTars) -> None:
         self.store, self.worst, self.mismatches = store, dict[str, float](), list[Mismatch]()
-        self._teacher, self._tars, self._source = teacher, tars, store.source()
+        self._forward, self._tars, self._source = forward, tars, store.source()
         self._codecs = value_codecs(store.manifest)
         self._compute_error = COMPUTE_ERROR[store.manifest.teacher.compute_dtype]
         self._stored_view = lru_cache(maxsize=2)(partial(_StoredView.read, store))
@@ -183,10 +186,8 @@ class _DeepCheck:
         pixels = {row: view for row in rows if (view := self._pixels(row)) is not None}
         if not pixels:
             return
-        output = self._teacher(torch.from_numpy(np.stack(list(pixels.values()))))
-        fresh = {f"taps/{name}": values.cpu().numpy() for name, values in output.taps.items()}
-        if output.logits is not None:
-            fresh["logits"] = output.logits.cpu().numpy()
+        outputs = self._forward(torch.from_numpy(np.stack(list(pixels.values())))).arrays()
+        fresh = {name if name == "logits" else f"taps/{name}": values for name, values in outputs.items()}
         for at, row in enumerate(pixels):
             self._compare(row, {path: fresh[path][at : at + 1] for path in self._codecs})
 

@@ -2,8 +2,10 @@
 
 import io
 import re
+import tarfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from tarfile import TarError
 
 from webdataset.writer import TarWriter
 
@@ -17,6 +19,7 @@ from teacher_service.decoding import Task
 from teacher_service.writing import RESUME
 
 _SHOWN = 3  # names listed in an error message
+_JPEG = ".jpg"
 _PARTIAL = re.compile(rf"v\d+/u(\d+)\.tar\.[^/]+{re.escape(PARTIAL_SUFFIX)}")
 
 
@@ -45,18 +48,33 @@ class ViewsOut:
             views: JPEG and label by sample key, in the tar's order; of each view.
 
         Raises:
+            InputError: A tar of other views is there.
             ResourceError: The place is full or cannot be written.
         """
         paths = [view_tar(task.unit, view) for view in task.views]
         try:
             with self._writing(task.unit):
                 for path, samples in zip(paths, views, strict=True):
+                    self._require_same(path, samples)
                     self._objects.put(path, tar_of(samples))
                 self._objects.sync(paths)
         except OSError as error:
             raise ResourceError(
                 f"the views of unit {task.unit} cannot be written to {self._objects.url}: {error}; {RESUME}"
             ) from error
+
+    def _require_same(self, path: str, samples: Mapping[str, tuple[bytes, int]]) -> None:
+        """Refuse to put a tar in the place of another store's; an interrupted job's own has the same views."""
+        try:
+            there = _jpegs(self._objects.get(path).tobytes())
+        except (FileNotFoundError, TarError):
+            return
+        both = there.keys() & samples.keys()
+        if (there and not both) or any(there[key] != samples[key][0] for key in both):
+            raise InputError(
+                f"{path} in --views-out {self._objects.url} holds other views than this job's: another store's, or "
+                "made by another version of Pillow; give another place, or delete it if nobody needs it"
+            )
 
     def remove_leftovers(self) -> None:
         """Delete tars that killed processes began. One that is being written now has a lock; buckets keep no halves."""
@@ -86,6 +104,12 @@ class ViewsOut:
                 f"--views-out {self._objects.url} lacks {len(missing)} of the {len(committed)} view tars of what "
                 f"{store.path} has committed ({', '.join(missing[:_SHOWN])}...); give the place the job was begun with"
             )
+
+
+def _jpegs(tar: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+        files = {member.name: members.extractfile(member) for member in members if member.name.endswith(_JPEG)}
+        return {name.removesuffix(_JPEG): file.read() for name, file in files.items() if file is not None}
 
 
 def tar_of(samples: Mapping[str, tuple[bytes, int]]) -> memoryview:

@@ -100,15 +100,17 @@ def repair(
 
 
 def _apply(objects: ObjectStore, manifest: Manifest, plan: Repair) -> Repair:
+    changed = [*plan.metadata, *plan.dropped]
     with suppress(FileNotFoundError):
         objects.delete(commit_index.PATH)  # first, so that it never speaks for a record that is gone
+        changed.append(commit_index.PATH)
     if plan.metadata:
         known = metadata(manifest, _tensors(objects, plan))
         for path in plan.metadata:
             objects.put(path, known[path])
     for path in plan.dropped:
         _drop(objects, path)
-    objects.sync([*plan.metadata, *plan.dropped, commit_index.PATH])
+    objects.sync(changed)
     removed = leftovers.remove(objects, manifest)
     committed, _ = load_commits(objects, manifest)
     commit_index.write_index(objects, manifest, committed.records)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from feature_store import blocks
 from feature_store.commits import index as commit_index
 from feature_store.commits import locks
+from feature_store.commits.committed import load_commits
 from feature_store.commits.locks import exclusive, lock_name
 from feature_store.commits.record import FOLDER, CommitRecord, decode_record, record_place
 from feature_store.errors import CorruptStoreError, ResourceError
@@ -99,8 +100,10 @@ def remove(objects: ObjectStore, manifest: Manifest) -> list[str]:
     A unit that a local process is writing now, or one with a damaged record, is left alone. In a bucket nothing
     tells a writer at work from a dead one: call this only while no writer runs.
     """
-    removed = []
-    for unit, paths in find_leftovers(manifest, objects.list(), ()).items():
+    removed, there = [], objects.list()
+    committed, _ = load_commits(objects, manifest)  # a first look: units of which nothing is left are not locked
+    found = find_leftovers(manifest, there, committed.records)
+    for unit, paths in {**{unit: [] for unit in locks.locked_units(there)}, **found}.items():
         with suppress(ResourceError, CorruptStoreError), exclusive(objects, lock_name(unit), "busy"):
             records = [] if unit is None else read_records(objects, unit)
             for path in paths:

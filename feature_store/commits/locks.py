@@ -2,14 +2,16 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from feature_store.errors import ResourceError
 from feature_store.objects.local import LocalObjects, ObjectStore
 
 FOLDER = ".locks/"
+_TRIES = 100
 
 
 @contextmanager
@@ -43,8 +45,7 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
         ResourceError: Another process holds it, and there is a refusal.
     """
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
+        with _opened(path) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if refusal is None else fcntl.LOCK_NB))
             except BlockingIOError as error:
@@ -56,6 +57,16 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
             finally:
                 path.unlink()
             return
+
+
+def _opened(path: Path) -> IO[str]:
+    """The file; tried again because others remove its folder, and the store's, while they are empty."""
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError, FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a")
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
@@ -82,3 +93,9 @@ def is_held(objects: ObjectStore, unit: int | None) -> bool:
 def lock_name(unit: int | None) -> str:
     """What a writer of a unit holds; for None, one that makes the store grow."""
     return "grow" if unit is None else f"u{unit:05d}"
+
+
+def locked_units(paths: Iterable[str]) -> list[int]:
+    """Units whose lock files are among a store's paths: held, or left by a process that died."""
+    names = (path.removeprefix(FOLDER) for path in paths if path.startswith(FOLDER))
+    return [int(name[1:]) for name in names if name[0] == "u" and name[1:].isdecimal()]

@@ -169,13 +169,13 @@ class CachedObjects:
             os.utime(self._local.root / name)
 
     def _keep(self, name: str, payload: np.ndarray) -> None:
-        with self._ledger() as total:
-            total[0] += payload.nbytes
-            if total[0] > self.limit:
-                total[0] = self._evict(self.limit - self.limit // _SLACK - payload.nbytes) + payload.nbytes
         target = self._local.root / name
         partial = target.with_name(f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}{PARTIAL_SUFFIX}")
         try:
+            with self._ledger() as total:
+                total[0] += payload.nbytes
+                if total[0] > self.limit:
+                    total[0] = self._evict(self.limit - self.limit // _SLACK - payload.nbytes) + payload.nbytes
             target.parent.mkdir(parents=True, exist_ok=True)
             payload.tofile(partial)
             partial.rename(target)

@@ -4,18 +4,23 @@ Nothing is ever extracted, so a member's name is a key and never a path.
 """
 
 import os
+import weakref
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from feature_store.errors import ImageError, InputError, ResourceError
+from feature_store.objects.local import OpenFile
 from feature_store.tars.index import SampleIndex, index_tar
 from feature_store.tars.urls import expand_tars, local_tar, tar_name
 
 __all__ = ["Tar", "TarSample", "expand_tars"]
 
+_MOST_OPEN = 64  # files of a process; a data set has more tars than many systems let a process open
 _MOST_DIGITS = 18  # of a label: what an int64 holds for certain
 
 
@@ -27,11 +32,15 @@ class TarSample(NamedTuple):
     label: int
 
 
+_opened: deque["weakref.ref[Tar]"] = deque()  # those opened last, the oldest first
+
+
 class Tar:
     """One input tar, indexed once, then read at random positions.
 
-    Its file is opened at the first read. Every read names its own offset (pread), so threads and forked
-    processes may share a Tar; a pickled Tar carries its index and opens the file anew.
+    Its file is opened at the first read, and closed when many others were opened since. Every read names its own
+    offset (pread), so threads and forked processes may share a Tar; a pickled Tar carries its index and opens the
+    file anew.
 
     Attributes:
         url: Where the tar comes from.
@@ -87,9 +96,7 @@ class Tar:
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
-        file = self.__dict__.pop("_file", None)
-        if file is not None:
-            os.close(file)
+        self.__dict__.pop("_file", None)  # closed when no thread reads from it any more
 
     def __enter__(self) -> "Tar":
         return self
@@ -97,33 +104,33 @@ class Tar:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_file"}
 
     def _read(self, offset: int, size: int) -> bytes:
         try:
-            data = os.pread(self._open_file(), size, offset)
+            file = self._open_file()
+            data = os.pread(file.descriptor, size, offset)
         except OSError as error:
             raise ResourceError(f"tar {self.url} cannot be read: {error}; check the disk or mount") from error
         if len(data) != size:
             raise InputError(f"tar {self.url} was cut short while in use; restore it and start again")
         return data
 
-    def _open_file(self) -> int:
+    def _open_file(self) -> OpenFile:
         if (file := self.__dict__.get("_file")) is not None:
             return file
-        file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        size = os.fstat(file).st_size
+        file = OpenFile(str(self._path))
+        size = os.fstat(file.descriptor).st_size
         if size != self._file_size:
-            os.close(file)
             raise InputError(
                 f"tar {self.url} changed while in use: {self._file_size} bytes when it was indexed, {size} now; "
                 "start again"
             )
         kept = self.__dict__.setdefault("_file", file)  # atomic: of two threads opening at once, one wins
-        if kept != file:
-            os.close(file)
+        _opened.append(weakref.ref(self))
+        while len(_opened) > _MOST_OPEN:
+            with suppress(IndexError):  # another thread was faster
+                if (other := _opened.popleft()()) is not None:
+                    other.close()
         return kept

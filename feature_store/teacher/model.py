@@ -176,10 +176,12 @@ def teacher_info(
     """What the manifest says of a model; its weights may be on the meta device if sha256 is given.
 
     Raises:
-        InputError: It does not see RGB images.
+        InputError: It does not see RGB images, or has logits for each token.
     """
     if getattr(model, "in_chans", 3) != 3:
         raise InputError(f"{name} takes images of {model.in_chans} channels, but views are RGB; leave out in_chans")
+    if getattr(model, "num_classes", 0) and getattr(model, "global_pool", None) == "":
+        raise InputError(f"{name} with global_pool '' has logits for each token; leave it out, or give num_classes 0")
     data = resolve_model_data_config(model)
     size = getattr(model.patch_embed, "img_size", None) if hasattr(model, "patch_embed") else None
     height, width = size or data["input_size"][1:]

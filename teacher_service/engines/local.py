@@ -16,7 +16,7 @@ from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task
 from teacher_service.observing import observed
 from teacher_service.pipeline import Pipeline, PipelineReport, UnitDone
-from teacher_service.preparation import Job, prepare, remaining_tasks
+from teacher_service.preparation import Job, missing_parts, prepare, remaining_tasks
 from teacher_service.stopping import Stop, stop_on_signals
 from teacher_service.waits import StageTimes
 
@@ -70,6 +70,7 @@ def compute(
 
         left = claims.uncommitted(tasks)
         while left and not stop.is_set():
+            lost: list[Task] = []
             more = _round(pipeline, claims.take(left), committed, partial(_offset, on_batch, report.images), stop)
             if more is None:
                 stop.wait(POLL_SECONDS)
@@ -77,7 +78,8 @@ def compute(
                 report = _after(report, more)
                 for task in more.abandoned:
                     claims.release(task)
-            left = [task for task in claims.uncommitted(left) if task not in report.abandoned]
+                lost = missing_parts(job.store.objects, more.abandoned)
+            left = [task for task in claims.uncommitted(left) if task not in report.abandoned] + lost
         claims.sweep()
     return report
 

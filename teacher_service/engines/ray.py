@@ -16,13 +16,12 @@ from rich.console import Console
 
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.store import open_store
-from teacher_service.claims import is_committed
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task
 from teacher_service.handout import Handout
 from teacher_service.observing import observed
 from teacher_service.pipeline import Pipeline, PipelineReport, UnitDone
-from teacher_service.preparation import join, prepare, remaining_tasks
+from teacher_service.preparation import join, missing_parts, prepare, remaining_tasks
 from teacher_service.stopping import RESUME, Stop, stop_on_signals
 from teacher_service.waits import StageTimes
 
@@ -225,12 +224,9 @@ class _Crew:
             if self._deaths_in_a_row > DEATHS_IN_A_ROW:
                 reason = str(error).strip().partition("\n")[0]
                 raise ResourceError(f"actors die again and again, the last one: {reason}; {RESUME}") from error
-            held = self._ray.get(self._handout.dismiss.remote(name))
-            if requeue:
-                lost = [task for task in held if not is_committed(self._objects, task)]
-                self._ray.get(self._handout.queue.remote(lost))
-        else:
-            self._ray.get(self._handout.dismiss.remote(name))  # stopped, or another job committed it first
+        held = self._ray.get(self._handout.dismiss.remote(name))  # it died or was stopped, or another job was first
+        if requeue:
+            self._ray.get(self._handout.queue.remote(missing_parts(self._objects, held)))
 
     def _tell(self, on_commit: Callable[[UnitDone], None]) -> None:
         for name, done in self._ray.get(self._handout.news.remote()):

@@ -13,7 +13,7 @@ from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, wri
 
 from feature_store import RowId, open_store
 from feature_store.codecs.registry import value_codecs
-from feature_store.errors import MismatchError
+from feature_store.errors import InputError, MismatchError
 from feature_store.tars.tar import Tar
 from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc
@@ -194,6 +194,9 @@ def test_cache_commits_a_unit_when_all_its_samples_are_quarantined(tmp_path: Pat
     assert store.labels(1).tolist() == [2, 2, 2]
     assert store.view_params(1, 0) == [None, None, None]
 
+    summary = cache(cache_config(tars, tiny_swin, tmp_path / "store", views=2))
+    assert summary.quarantined == 3  # samples, not views
+
 
 def test_cache_reports_units_on_stderr_and_a_summary_when_not_on_a_terminal(
     tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
@@ -273,6 +276,19 @@ def test_cache_refuses_to_shrink_or_change_a_store(tmp_path: Path, tiny_swin: Ti
         cache(cache_config(tars, tiny_swin, store, views=1))
     with pytest.raises(MismatchError, match="tars"):
         cache(cache_config(tars[:1], tiny_swin, store, views=2))
+
+
+def test_cache_refuses_a_tar_whose_keys_do_not_fit_before_the_store_grows(
+    tmp_path: Path, tiny_swin: TinyTeacher
+) -> None:
+    tars, room = write_tars(tmp_path, 3), {"capacity": 4, "key_width": 10}
+    longer = write_tar(tmp_path / "longer.tar", noise_samples("a-longer-prefix-", 2))
+    cache(cache_config(tars, tiny_swin, tmp_path / "store", **room))
+
+    with pytest.raises(InputError, match="--key-width is 10, expected at least the longest key's 19"):
+        cache(cache_config((*tars, longer), tiny_swin, tmp_path / "store", **room))
+
+    assert len(open_store(tmp_path / "store").manifest.tars) == 1  # it can go on without that tar
 
 
 @pytest.mark.parametrize("codec", ["f32", "f16", "bf16", "int8", "int8-channel", "int6", "int4", "int8+zstd"])

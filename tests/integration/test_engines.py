@@ -8,13 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 
+from feature_store import open_store
 from teacher_service.caching import cache
 from teacher_service.config import CacheConfig
+from teacher_service.decoding import Task
+from teacher_service.engines import local
+from teacher_service.preparation import prepare, remaining_tasks
+from teacher_service.stopping import Stop
 
 UNITS, VIEWS = 24, 2
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -152,6 +158,22 @@ def test_torchrun_finishes_the_job_when_a_rank_is_killed(
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert store_files(config.store) == whole
+
+
+def test_a_job_of_more_views_finishes_units_when_a_job_of_fewer_commits_them_meanwhile(
+    tmp_path: Path, tiny_swin: TinyTeacher
+) -> None:
+    fewer = cache_config(write_tars(tmp_path, 3, 3, 3), tiny_swin, tmp_path / "store")
+    first = prepare(fewer)
+    second = prepare(replace(fewer, views=2))
+    tasks = remaining_tasks(second.store)
+    quiet = {"on_commit": lambda done: None, "on_batch": lambda images, times: None, "stop": Stop()}
+
+    local.compute(first, remaining_tasks(first.store)[:2], **quiet)
+    report = local.compute(second, tasks, **quiet)
+
+    assert open_store(fewer.store).committed.missing_views() == {}
+    assert report.committed == (Task(2, range(2)), Task(0, range(1, 2)), Task(1, range(1, 2)))
 
 
 def test_ray_actors_write_the_same_bytes_when_one_is_killed(

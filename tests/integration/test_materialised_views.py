@@ -246,6 +246,31 @@ def test_job_is_refused_when_it_goes_on_elsewhere_or_cannot_write(world, tmp_pat
         cache(replace(world, store=tmp_path / "store", views_out=str(tmp_path / "file")))
 
 
+def test_job_is_refused_when_another_stores_views_are_in_its_place(world, views, tmp_path):
+    before = store_files(views)
+    with pytest.raises(InputError, match=r"v0/u00000.tar in --views-out .* holds other views than this job's"):
+        cache(replace(world, store=tmp_path / "store", views_out=str(views), seed=4))
+    assert store_files(views) == before
+
+    cache(replace(world, store=tmp_path / "store-f32", views_out=str(views), tap_codec="f32"))  # the same views
+    assert store_files(views) == before
+
+
+def test_view_tars_take_in_samples_that_can_be_used_by_now(world, tmp_path):
+    good = samples(3, seed=5, prefix="r")
+    broken = [sample | {"png": b"?" * len(sample["png"])} if i == 1 else sample for i, sample in enumerate(good)]
+    tar, options = tmp_path / "r.tar", {"capacity": None, "key_width": None}
+    write_tar(tar, broken)
+    config = replace(world, tars=(str(tar),), store=tmp_path / "store", views_out=str(tmp_path / "views"), **options)
+    assert cache(config).quarantined == 1
+
+    write_tar(tar, good)
+    assert cache(replace(config, retry_quarantined=True)).quarantined == 0
+
+    tar = Tar.open(str(tmp_path / "views" / view_tar(0, 1)))
+    assert list(tar.keys) == [sample["__key__"] for sample in good]
+
+
 @pytest.fixture
 def views(world, tmp_path) -> Path:
     return Path(shutil.copytree(world.views_out, tmp_path / "views"))

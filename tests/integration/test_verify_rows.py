@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, write_tar, write_tars
 
 from feature_store import open_store
@@ -16,6 +17,7 @@ from feature_store.checks.verify import verify as verify_checksums
 from feature_store.errors import InputError, MismatchError
 from feature_store.sample import RowId
 from feature_store.store import Store
+from feature_store.teacher.model import Teacher, TeacherOutput
 from feature_store.writer import UnitData
 from teacher_service.caching import cache
 from teacher_service.cli import main
@@ -68,6 +70,23 @@ def _rewritten(store: Store, path: Path, change: Callable[[UnitData], UnitData])
     for unit in store.committed.units:
         copy.write_unit(unit, 0, change(_contents(store, unit)) if unit == 0 else _contents(store, unit))
     return path
+
+
+def test_cache_and_verify_halve_every_batch_when_memory_runs_out(
+    tmp_path: Path, tars: tuple[str, ...], tiny_swin: TinyTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those the codec learns its statistics from."""
+    forward = Teacher.forward
+
+    def forward_two(self: Teacher, pixels_BHWC: torch.Tensor) -> TeacherOutput:
+        if len(pixels_BHWC) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return forward(self, pixels_BHWC)
+
+    monkeypatch.setattr(Teacher, "forward", forward_two)
+
+    assert cache(cache_config(tars, tiny_swin, tmp_path / "store", tap_codec="int8")).batch_size == 2
+    assert verify(_config(tars, tiny_swin, tmp_path / "store")).sound
 
 
 @pytest.mark.parametrize("tap_codec", ["f32", "f16", "bf16", "int8", "int8-channel", "int6", "int4", "int8+zstd"])

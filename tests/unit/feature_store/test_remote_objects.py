@@ -1,6 +1,7 @@
 """Buckets, web servers and the cache before them, against servers on loopback."""
 
 import os
+import resource
 import signal
 import time
 
@@ -78,6 +79,24 @@ def copy_to(folder, local):
     objects = LocalObjects(folder)
     for path in local.objects.list():
         objects.put(path, local.objects.get(path))
+
+
+def test_of_two_that_make_a_store_in_a_bucket_one_is_refused(bucket, monkeypatch):
+    """Nothing locks machines out of each other: the root decides."""
+    put, first = RemoteObjects.put, []
+
+    def put_second(self, path, payload, *, new=False):
+        if path == "zarr.json" and not first:
+            first.append("another machine is faster")
+            tiny_store(f"{bucket}/s")
+        put(self, path, payload, new=new)
+
+    monkeypatch.setattr(RemoteObjects, "put", put_second)
+
+    with pytest.raises(InputError, match=f"another process made {bucket}/s meanwhile; .*same command again"):
+        Store.create(f"{bucket}/s", tiny_manifest(seed=99), BLOCKS)
+
+    assert open_store(f"{bucket}/s").committed.units == [0, 1, 2]
 
 
 def test_a_store_behind_a_web_server_reads_through_its_commit_index(web, tmp_path):
@@ -213,6 +232,18 @@ class TestCache:
         assert len(web.requests) == 1
         objects.get("a/c/0")
         assert len(web.requests) == 1
+
+    def test_a_read_is_answered_when_there_is_no_room_for_a_copy(self, origin, web, tmp_path):
+        origin.put("a/c/0", CONTENT)
+        objects = self.cached(web, tmp_path)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # neither for the copy nor for the ledger
+        try:
+            assert objects.get("a/c/0").tobytes() == CONTENT
+            assert objects.get_range("a/c/0", 5, 7).tobytes() == CONTENT[5:12]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert objects.get("a/c/0").tobytes() == CONTENT
 
     def test_damaged_copies_are_replaced_from_the_origin(self, origin, web, tmp_path):
         """As after a power cut: every copy in the cache torn or changed, the store itself whole."""

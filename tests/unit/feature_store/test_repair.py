@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tiny_store import everything, tiny_store, unit_data
+from tiny_store import BLOCKS, everything, tiny_manifest, tiny_store, unit_data
 
-from feature_store import open_store
+from feature_store import Store, open_store
 from feature_store.checks.repair import repair
 from feature_store.checks.verify import verify
 from feature_store.cli import main
@@ -28,6 +28,15 @@ def flip(file):
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 3] ^= 16
     file.write_bytes(raw)
+
+
+def test_repair_tidies_a_store_without_any_commit(tmp_path):
+    store = Store.create(tmp_path / "store", tiny_manifest(), BLOCKS)
+    (store.path / SHARD).parent.mkdir(parents=True)
+    (store.path / SHARD).write_bytes(b"half")
+
+    assert repair(store.path, apply=True).leftovers == [SHARD]
+    assert verify(store.path).findings == []
 
 
 def test_repair_changes_nothing_when_it_is_not_told_to(path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_store import SAMPLES, everything, tiny_manifest, tiny_store, unit_data, view_data
+from tiny_store import BLOCKS, SAMPLES, everything, tiny_manifest, tiny_store, unit_data, view_data
 
 from feature_store import FeatureSource, RowId, Store, open_store
 from feature_store.commits.record import write_commit
@@ -105,6 +105,16 @@ def test_read_refuses_when_view_is_not_committed(tmp_path):
     store.source().read([RowId(0, 0, 0)])
     with pytest.raises(UncommittedError, match=r"view 1 of unit 0 .* committed views of this unit: \[0\]"):
         store.source().read([RowId(0, 0, 1)])
+
+
+def test_quarantined_names_each_sample_once_when_views_were_written_apart(tmp_path):
+    manifest = tiny_manifest()
+    store = Store.create(tmp_path / "s", manifest, BLOCKS)
+    store.write_unit(0, 0, view_data(manifest, 0, range(1), quarantined={3: "no label"}))
+    store.write_unit(0, 1, view_data(manifest, 0, range(1, 2), quarantined={3: "no label", 1: "cut short since"}))
+
+    assert store.quarantined(0) == {1: "cut short since", 3: "no label"}  # neither can be trained on in every view
+    assert [entry["position"] for entry in store.info()["quarantined"]] == [1, 3]
 
 
 def test_read_refuses_when_sample_is_quarantined(tmp_path):

@@ -20,6 +20,12 @@ def test_info_json_is_the_stores_info(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == store.info()
 
 
+def test_info_takes_a_url(tmp_path, capsys):
+    store = tiny_store(tmp_path / "s")
+    assert main(["info", f"file://{tmp_path}/s", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == store.info()
+
+
 def test_errors_are_one_line_and_an_exit_code(tmp_path, capsys):
     assert main(["info", str(tmp_path)]) == 2
     err = capsys.readouterr().err

@@ -52,6 +52,14 @@ def test_tar_gives_every_sample_when_read_in_any_order(ten):
         assert ten.read(i) == (f"n01/{i:04}", bytes([i]) * (700 + i), i * 7)
 
 
+def test_tars_take_few_open_files_when_there_are_more_than_a_process_may_open(tmp_path):
+    tars = [Tar.open(write(tmp_path / f"{i:03}.tar", tar_bytes(TEN))) for i in range(200)]
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(2):
+        assert {tar.read(3).label for tar in tars} == {21}
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 64
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
 def test_tar_equals_webdataset_when_both_read_the_same_file(ten):
     theirs = [(s["__key__"], s["jpg"], int(s["cls"])) for s in webdataset.WebDataset(ten.url, shardshuffle=False)]

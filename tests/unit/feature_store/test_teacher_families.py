@@ -243,3 +243,8 @@ def test_split_refuses_with_the_known_families_when_the_class_is_none_of_them(na
 def test_load_refuses_when_the_teacher_does_not_take_rgb():
     with pytest.raises(InputError, match="takes images of 1 channels, but views are RGB"):
         load_teacher("test_vit", pretrained=False, model_kwargs={"in_chans": 1})
+
+
+def test_load_refuses_when_the_teacher_has_logits_for_each_token():
+    with pytest.raises(InputError, match="test_vit with global_pool '' has logits for each token; leave it out"):
+        load_teacher("test_vit", pretrained=False, model_kwargs={"global_pool": ""})

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import random
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from tiny_store import BLOCKS, everything, tiny_manifest, tiny_store, view_data
 
 from feature_store import Store, open_store
 from feature_store.checks.verify import verify
-from feature_store.commits.locks import exclusive, lock_name
+from feature_store.commits import leftovers
+from feature_store.commits.locks import exclusive, lock_name, locked
 from feature_store.errors import CommittedError, ResourceError
 from feature_store.manifest import TarInfo
 
@@ -119,6 +122,34 @@ def test_remove_leftovers_leaves_a_unit_alone_when_its_writer_is_at_work(tmp_pat
     with exclusive(store.objects, lock_name(0), "-"):
         assert store.remove_leftovers() == []
     assert len(store.remove_leftovers()) > 20
+
+
+def test_remove_leftovers_locks_only_units_of_which_something_is_left(tmp_path, monkeypatch):
+    store = tiny_store(tmp_path / "s", units=(0, 1))
+    stray = store.path / "logits/c/1/2/0"
+    stray.parent.mkdir(parents=True, exist_ok=True)
+    stray.write_bytes(b"half")
+    (store.path / ".locks").mkdir(exist_ok=True)
+    (store.path / ".locks/u00001").write_bytes(b"")  # its holder died after it committed
+    names = []
+    monkeypatch.setattr(leftovers, "exclusive", lambda objects, name, refusal: names.append(name) or nullcontext())
+
+    assert store.remove_leftovers() == ["logits/c/1/2/0"]
+
+    assert sorted(names) == [lock_name(1), lock_name(2)]  # a writer of another would have been refused meanwhile
+
+
+def test_locked_waits_its_turn_when_others_remove_the_empty_folder(tmp_path):
+    def take_turns():
+        for _ in range(300):
+            with locked(tmp_path / "locks" / "one"):
+                pass
+            with suppress(OSError):
+                (tmp_path / "locks").rmdir()
+
+    with ThreadPoolExecutor(4) as pool:
+        for turn in [pool.submit(take_turns) for _ in range(4)]:
+            turn.result()
 
 
 def test_remove_leftovers_keeps_what_was_committed_since_the_store_was_opened(tmp_path):

@@ -107,6 +107,19 @@ def test_read_batches_raises_the_users_error_when_a_tar_changes(
         list(read_batches(dataset, [Span(Task(0, range(3)), 0, 2)], most_images=4, workers=0, pin_memory=False))
 
 
+def test_read_batches_says_what_to_do_when_memory_runs_out_and_quarantines_nothing(
+    make_dataset: Callable[..., ViewDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(data: bytes) -> None:
+        raise MemoryError
+
+    dataset = make_dataset()
+    monkeypatch.setattr(decoding, "decode_image", too_large)
+
+    with pytest.raises(ResourceError, match="memory ran out while images of .* use fewer --workers"):
+        list(read_batches(dataset, [Span(Task(0, range(3)), 0, 2)], most_images=6, workers=0, pin_memory=False))
+
+
 def test_read_batches_says_what_to_do_when_a_worker_dies(
     make_dataset: Callable[..., ViewDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:

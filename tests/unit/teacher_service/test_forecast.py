@@ -38,6 +38,13 @@ def test_forecast_says_for_each_codec_and_number_of_views_what_a_plan_of_it_says
         assert by_views[views].fits == exact.fits
 
 
+@pytest.mark.parametrize("codec", ["f32", "f16", "int8"])
+def test_forecast_counts_prefix_tokens_as_a_plan_does(tmp_path: Path, tiny_vit: TinyTeacher, codec: str) -> None:
+    config = TimedPlanConfig(tars=write_tars(tmp_path, 9), teacher=tiny_vit.name, model_kwargs=tiny_vit.model_kwargs,
+                             store=tmp_path / "store")  # fmt: skip
+    assert forecast(config).codec_bytes[codec] == plan(replace(config, tap_codec=codec)).total_bytes
+
+
 def test_forecast_has_no_times_when_nothing_is_measured(config: TimedPlanConfig) -> None:
     found = forecast(config)
 

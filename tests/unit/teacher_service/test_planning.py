@@ -27,6 +27,25 @@ def test_plan_counts_samples_rows_and_capacity_when_tars_differ_in_size(tmp_path
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(("codec", "prefix"), [("f32", "f32"), ("f32+zstd", "f32"), ("bf16", "f16"), ("int8", "f16")])
+def test_plan_keeps_prefix_tokens_exact_when_taps_are(
+    tmp_path: Path, tiny_vit: TinyTeacher, codec: str, prefix: str
+) -> None:
+    result = plan(_config(write_tars(tmp_path, 2), tiny_vit, tmp_path / "store", tap_codec=codec))
+    assert result.taps["stage3_prefix"] == (1, 64, prefix)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"key_width": 7}, "--key-width is 7, expected at least the longest key's 8"), ({"capacity": 3}, "capacity is 3")],
+)
+def test_plan_refuses_room_that_the_tars_do_not_fit(
+    tmp_path: Path, tiny_swin: TinyTeacher, options: dict[str, int], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        plan(_config(write_tars(tmp_path, 2, 4), tiny_swin, tmp_path / "store", **options))
+
+
 def test_plan_counts_feature_bytes_by_hand_formula(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
     result = plan(
         _config(write_tars(tmp_path, 3, 7), tiny_swin, tmp_path / "store", views=2, tap_codec="f32", logits_codec="f32")

@@ -2,9 +2,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_jobs import TinyTeacher, write_tars
+from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 
 from feature_store.errors import InputError
+from teacher_service.caching import cache
 from teacher_service.config import TimedPlanConfig
 from teacher_service.planning import open_tars
 from teacher_service.timing import Timing, measure
@@ -85,3 +86,19 @@ def test_measure_says_what_to_do_when_there_is_a_single_sample(tmp_path: Path, t
 
     with pytest.raises(InputError, match="needs two samples"):
         measure(config, open_tars(config))
+
+
+def test_measure_leaves_materialised_views_alone_when_they_are_part_of_what_is_timed(
+    tmp_path: Path, tiny_swin: TinyTeacher
+) -> None:
+    tars, views = write_tars(tmp_path, 6, 5), tmp_path / "views"
+    cache(cache_config(tars, tiny_swin, tmp_path / "store", views_out=str(views)))
+    before = store_files(views)
+    config = TimedPlanConfig(
+        tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, store=tmp_path / "store",
+        views_out=str(views), batch_size=4, workers=0, time_samples=4,
+    )  # fmt: skip
+
+    measure(config, open_tars(config))
+
+    assert store_files(views) == before
