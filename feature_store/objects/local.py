@@ -22,7 +22,7 @@ OPEN_FILES = 8192
 _LOCAL_GAP = 4096
 _SYNCS = 16
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # 0: not Linux
-_WRITE_BYTES = 1 << 20  # written at once, while they are in the processor's cache
+# Written at once, then left to the disk: what takes smaller steps waits for it every now and then, for long.
 _WRITE_BEHIND = 32 << 20
 _skipped = memoryview(bytearray(_LOCAL_GAP))
 
@@ -379,12 +379,12 @@ def _write_durably(path: Path, buffers: Iterable[memoryview]) -> None:
 
 
 def _pieces(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
-    """The buffers in lists of at least _WRITE_BYTES, where a system call takes so many."""
+    """The buffers in lists of at least _WRITE_BEHIND bytes, where a system call takes so many."""
     some, length = [], 0
     for buffer in buffers:
         some.append(buffer)
         length += len(buffer)
-        if length >= _WRITE_BYTES or len(some) == IOV_MAX:
+        if length >= _WRITE_BEHIND or len(some) == IOV_MAX:
             yield some
             some, length = [], 0
     if some:
