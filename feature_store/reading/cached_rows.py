@@ -6,39 +6,18 @@ or tells what is wrong.
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from feature_store.layout import CRC_BYTES, ArraySpec, crc32c, joined_crc32cs
-from feature_store.objects.local import ObjectStore, OpenFile
+from feature_store.objects.local import IOV_MAX, ObjectStore, OpenFile
 from feature_store.reading.row_tables import Located
 
 RUN_BYTES = 512 << 10  # taken at once, and checked while they are in the processor's cache
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # 0: not Linux
 _between = memoryview(bytearray(CRC_BYTES))  # takes the checksum between two rows
-
-
-class Run(NamedTuple):
-    """Rows side by side in a file and in the memory they go to.
-
-    Attributes:
-        file: Where they are; None if it is not open.
-        offset: Of the first.
-        parts: Memory of each row, and between two of the checksum.
-        nbytes: Of the parts.
-        memory: Of the rows, as one.
-        checksum: crc32c it must have.
-    """
-
-    file: OpenFile | None
-    offset: int
-    parts: Sequence[memoryview]
-    nbytes: int
-    memory: memoryview
-    checksum: int
 
 
 class FileSpan(NamedTuple):
@@ -49,17 +28,65 @@ class FileSpan(NamedTuple):
     nbytes: int
 
 
-def take(run: Run) -> bool:
-    """Read rows into their memory; whether they were there and sound. If not, it holds anything."""
-    file, offset, parts, nbytes, memory, checksum = run
-    try:
-        return (
-            file is not None
-            and os.preadv(file.descriptor, parts, offset, _NOWAIT) == nbytes
-            and crc32c(memory) == checksum
-        )
-    except OSError:  # not there; or a file system that cannot tell
-        return False
+class Runs:
+    """Rows of one array as runs: side by side in a file and in the memory they go to, one read and one checksum each.
+
+    What a read takes is made just before it: whatever was made earlier has left the processor's cache by then.
+
+    Args:
+        size: Bytes of a row.
+        memory: Where they go, uint8 [n, size], C-contiguous.
+        begins: First row of each run, counted in memory.
+        ends: The one after its last.
+        files: The file of each; None if it is not open.
+        offsets: Of each in its file.
+        checksums: crc32c each must have.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        memory: np.ndarray,
+        begins: Sequence[int],
+        ends: Sequence[int],
+        files: Sequence[OpenFile | None],
+        offsets: Sequence[int],
+        checksums: Sequence[int],
+    ) -> None:
+        self._size, self._memory = size, memoryview(memory).cast("B")
+        self._begins, self._ends = begins, ends
+        self._files, self._offsets, self._checksums = files, offsets, checksums
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def rows(self, at: int) -> slice:
+        """Rows of a run."""
+        return slice(self._begins[at], self._ends[at])
+
+    def take(self, at: int) -> bool:
+        """Read a run into its memory; whether it was there and sound. If not, that holds anything."""
+        first, last, file, size = self._begins[at], self._ends[at], self._files[at], self._size
+        memory = self._memory[first * size : last * size]
+        rows = last - first
+        parts = (memory,) if rows == 1 else _with_checksums(memory, size)
+        try:
+            return (
+                file is not None
+                and os.preadv(file.descriptor, parts, self._offsets[at], _NOWAIT)
+                == rows * (size + CRC_BYTES) - CRC_BYTES
+                and crc32c(memory) == self._checksums[at]
+            )
+        except OSError:  # not there; or a file system that cannot tell
+            return False
+
+
+def _with_checksums(memory: memoryview, size: int) -> list[memoryview]:
+    """Memory of each row, and between two of what lies between them in a file."""
+    rows = [memory[at : at + size] for at in range(0, len(memory), size)]
+    parts = [_between] * (2 * len(rows) - 1)
+    parts[::2] = rows
+    return parts
 
 
 class CachedRows:
@@ -81,8 +108,8 @@ class CachedRows:
         for at in np.flatnonzero(self._follows):
             self._follows[at] = located.paths[at - 1] == located.paths[at]
 
-    def runs(self, start: int, stop: int, memory: np.ndarray, most: int = RUN_BYTES) -> Iterable[tuple[slice, Run]]:
-        """Some rows, all of them; of each run, which ones of these.
+    def runs(self, start: int, stop: int, memory: np.ndarray, most: int = RUN_BYTES) -> Runs:
+        """Some rows, all of them.
 
         Args:
             start: The first.
@@ -90,35 +117,20 @@ class CachedRows:
             memory: Where they go, uint8 [stop - start, row bytes], C-contiguous.
             most: Bytes of a run; a row may have more.
         """
-        flat, size, offsets = memoryview(memory).cast("B"), self._size, self._offsets[start:stop].tolist()
-        rows = [flat[at : at + size] for at in range(0, len(flat), size)]
-        files, checksums = self._files[start:stop], self._checksums[start:stop]
-        begins = self._begins(start, stop, most // (size + CRC_BYTES))
-        if len(begins) == len(rows):
-            runs = zip(files, offsets, zip(rows), repeat(size), rows, checksums.tolist())
-            return list(zip(map(slice, range(len(rows)), range(1, len(rows) + 1)), map(Run._make, runs), strict=True))
-        parts = [_between] * (2 * len(rows))
-        parts[::2] = rows
-        ends = np.append(begins[1:], len(rows))
-        joined = joined_crc32cs(checksums, begins, ends, size)
-        return [
-            (
-                slice(a, b),
-                Run(
-                    files[a],
-                    offsets[a],
-                    parts[2 * a : 2 * b - 1],
-                    (b - a) * (size + CRC_BYTES) - CRC_BYTES,
-                    flat[a * size : b * size],
-                    checksum,
-                ),
-            )
-            for a, b, checksum in zip(begins.tolist(), ends.tolist(), joined, strict=True)
-        ]
+        files, offsets, checksums = self._files[start:stop], self._offsets[start:stop], self._checksums[start:stop]
+        begins = self._begins(start, stop, min(most // (self._size + CRC_BYTES), IOV_MAX // 2))
+        if len(begins) == stop - start:
+            alone = range(stop - start), range(1, stop - start + 1)
+            return Runs(self._size, memory, *alone, files, offsets.tolist(), checksums.tolist())
+        ends, firsts = np.append(begins[1:], stop - start), begins.tolist()
+        joined = joined_crc32cs(checksums, begins, ends, self._size)
+        files = [files[first] for first in firsts]
+        return Runs(self._size, memory, firsts, ends.tolist(), files, offsets[begins].tolist(), joined)
 
     def take(self, start: int, stop: int, memory: np.ndarray) -> bool:
         """Read some rows into memory, see runs; whether they were there and sound. If not, it holds anything."""
-        return all(take(run) for _, run in self.runs(start, stop, memory))
+        runs = self.runs(start, stop, memory)
+        return all(map(runs.take, range(len(runs))))
 
     def files(self, start: int, stop: int) -> list[FileSpan] | None:
         """Where some of them are; None unless all are there. Their checksums are not looked at."""

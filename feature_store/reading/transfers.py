@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,7 +14,7 @@ from feature_store.errors import CorruptStoreError
 from feature_store.layout import ArraySpec, crc32c, damaged, decode_row
 from feature_store.objects.local import IOV_MAX, ObjectStore
 from feature_store.processes import PerProcess
-from feature_store.reading.cached_rows import RUN_BYTES, CachedRows, take
+from feature_store.reading.cached_rows import RUN_BYTES, CachedRows, Runs
 from feature_store.reading.chunks import object_error, object_errors
 from feature_store.reading.row_tables import Located
 
@@ -23,9 +23,7 @@ _CORES = os.cpu_count() or 2
 _ALONE_BYTES = 128 << 10  # of a run; several threads wait for each other at every call, and do better with RUN_BYTES
 _COLD = 4  # misses in a row after which the rest counts as missed: to ask is to start reading, out of order
 _Request: TypeAlias = "tuple[_Job, int, int]"
-_Rows: TypeAlias = slice | np.ndarray
-# Some rows of a transfer, and what takes them if they are in memory.
-_Try: TypeAlias = tuple["Transfer", _Rows, Callable[[], bool]]
+_Runs: TypeAlias = "Runs | _ZippedRuns"
 # Of all sources in the process; threads start when they are needed.
 _pool = PerProcess(partial(ThreadPoolExecutor, 64, "feature-store-read"))
 
@@ -60,38 +58,45 @@ def read_all(objects: ObjectStore, transfers: Sequence[Transfer], threads: int) 
     most = min(threads, 1 + total // objects.bytes_per_thread)
     # What is in memory is read by a thread per core, more would only wait for each other; the device gets all of them.
     few = min(most, _CORES)
-    tries = [one for transfer in transfers for one in _tries(objects, transfer, few)]
-    missed: list[tuple[Transfer, _Rows]] = []
-    _together(few, _try, tries, missed)
+    runs = [_runs_of(objects, transfer, few) for transfer in transfers]
+    missed: list[tuple[_Runs, int]] = []
+    # next() of these is atomic, for threads share them
+    queue = chain.from_iterable([zip(repeat(some), range(len(some)), strict=False) for some in runs])
+    _together(few, sum(map(len, runs)), _try, queue, missed)
     if missed:
-        _together(most, _take, [request for transfer in transfers for request in _left(objects, transfer, missed)])
+        left = [
+            one
+            for transfer, some in zip(transfers, runs, strict=True)
+            for one in _left(objects, transfer, some, missed)
+        ]
+        _together(most, len(left), _take, iter(left))
 
 
-def _tries(objects: ObjectStore, transfer: Transfer, threads: int) -> Iterable[_Try]:
+def _runs_of(objects: ObjectStore, transfer: Transfer, threads: int) -> _Runs:
     if transfer.spec.zstd:
-        job = _Job(objects, transfer, np.arange(len(transfer.out)))
-        return [(transfer, job.order[a:b], partial(job.run, a, b, wait=False)) for _, a, b in job.requests()]
+        return _ZippedRuns(_Job(objects, transfer, np.arange(len(transfer.out))))
     rows = CachedRows(objects, transfer.spec, transfer.located)
-    runs = rows.runs(0, len(transfer.out), transfer.out, RUN_BYTES if threads > 1 else _ALONE_BYTES)
-    return [(transfer, some, partial(take, run)) for some, run in runs]
+    return rows.runs(0, len(transfer.out), transfer.out, RUN_BYTES if threads > 1 else _ALONE_BYTES)
 
 
-def _try(queue: Iterator[_Try], missed: list[tuple["Transfer", _Rows]]) -> None:
+def _try(queue: Iterator[tuple[_Runs, int]], missed: list[tuple[_Runs, int]]) -> None:
     in_a_row = 0
-    for transfer, rows, attempt in queue:
-        if in_a_row < _COLD and attempt():
+    for runs, at in queue:
+        if in_a_row < _COLD and runs.take(at):
             in_a_row = 0
         else:
-            missed.append((transfer, rows))
+            missed.append((runs, at))
             in_a_row += 1
 
 
-def _left(objects: ObjectStore, transfer: Transfer, missed: Sequence[tuple[Transfer, _Rows]]) -> Iterable[_Request]:
+def _left(
+    objects: ObjectStore, transfer: Transfer, runs: _Runs, missed: Sequence[tuple[_Runs, int]]
+) -> Iterable[_Request]:
     """Requests for the rows of a transfer that were missed."""
     left = np.zeros(len(transfer.out), bool)
-    for of, rows in missed:
-        if of is transfer:
-            left[rows] = True
+    for of, at in missed:
+        if of is runs:
+            left[runs.rows(at)] = True
     return _Job(objects, transfer, np.flatnonzero(left)).requests() if left.any() else ()
 
 
@@ -100,10 +105,9 @@ def _take(queue: Iterator[_Request]) -> None:
         job.run(start, stop, wait=True)
 
 
-def _together(threads: int, work: Callable[..., None], tasks: list, *more: Any) -> None:
-    """Let some threads work off the tasks; the calling one is among them."""
-    queue = iter(tasks)  # shared: next() of a list iterator is atomic
-    futures = [_pool().submit(work, queue, *more) for _ in range(min(threads, len(tasks)) - 1)]
+def _together(threads: int, tasks: int, work: Callable[..., None], queue: Iterator, *more: Any) -> None:
+    """Let some threads work off a queue of so many tasks; the calling one is among them."""
+    futures = [_pool().submit(work, queue, *more) for _ in range(min(threads, tasks) - 1)]
     try:
         work(queue, *more)
     finally:
@@ -194,6 +198,24 @@ class _Job:
         if crc32c(row) != self._checksums[at]:
             position = self.transfer.positions[self._indices[at]]
             raise CorruptStoreError(damaged(path, f"the crc32c of position {position} does not match"))
+
+
+class _ZippedRuns:
+    """Compressed rows as runs, see Runs: the requests of a job, as far as they need no waiting."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job, self._requests = job, list(job.requests())
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def rows(self, at: int) -> np.ndarray:
+        _, start, stop = self._requests[at]
+        return self._job.order[start:stop]
+
+    def take(self, at: int) -> bool:
+        _, start, stop = self._requests[at]
+        return self._job.run(start, stop, wait=False)
 
 
 def _finish(futures: list[Future]) -> None:
