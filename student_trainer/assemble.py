@@ -60,6 +60,7 @@ class Parts:
         inputs: Names and hashes of everything that is read, for config.json and resuming.
         group: The run's processes.
         kd_off: KD was asked for, but the teacher has no logits.
+        store_fingerprint: The store's manifest, as it is now.
     """
 
     device: torch.device
@@ -75,6 +76,7 @@ class Parts:
     inputs: dict[str, Any]
     group: Group = ALONE
     kd_off: bool = False
+    store_fingerprint: str | None = None
 
     def summary(self) -> dict[str, Any]:
         """What is trained on, in numbers."""
@@ -103,6 +105,7 @@ class Parts:
             "student_grids": student.grids,
             "preprocessing": asdict(self.preprocessing),
             "kd_off": self.kd_off,
+            "store_fingerprint": self.store_fingerprint,
             **self.summary(),
         }
 
@@ -122,8 +125,9 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
     service = None if config.service_url is None else connect(config.service_url, _token(config))
     store = service.store if service is not None else None if config.store is None else open_store(config.store)
     keys = None if config.keys_file is None else read_keys(config.keys_file)
-    if store is not None:
-        require_views(store, config.num_views or store.manifest.num_views)
+    num_views = config.views.count if store is None else config.num_views or store.manifest.num_views
+    if store is not None and num_views is not None:
+        require_views(store, num_views)
     tars = _tars(config, store)
     units = training_positions(tars, store=store, keys=keys)
     teacher = _live_teacher(config, store, device) if config.source == "live" else None
@@ -150,7 +154,7 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
             batch_size=config.batch_size,
             seed=config.seed,
             shuffle_units=config.shuffle_units,
-            num_views=config.views.count if store is None else config.num_views or store.manifest.num_views,
+            num_views=num_views,
             accumulate=config.accumulate,
             rank=group.rank,
             processes=group.size,
@@ -163,11 +167,14 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
         quarantined=sum(len(store.quarantined(unit)) for unit in range(len(tars))) if store else 0,
         inputs={
             "features": _kind_of_features(config),
+            "views": num_views,
+            "samples": _digest(units),
             **_inputs(store, teacher, tars, val_tars, keys),
             "processes": group.size,
         },
         group=group,
         kd_off=kd_off,
+        store_fingerprint=None if store is None else store.manifest.fingerprint(),
     )
 
 
@@ -391,6 +398,14 @@ def _preprocessing(
     )
 
 
+def _digest(units: Sequence[np.ndarray]) -> str:
+    """Of which samples are trained on; quarantined ones may have been mended since."""
+    digest = hashlib.sha256()
+    for positions in units:
+        digest.update(len(positions).to_bytes(8, "little") + positions.tobytes())
+    return digest.hexdigest()
+
+
 def _inputs(
     store: Store | None,
     teacher: Teacher | None,
@@ -399,7 +414,7 @@ def _inputs(
     keys: frozenset[str] | None,
 ) -> dict[str, Any]:
     return {
-        "store": None if store is None else store.manifest.fingerprint(),
+        "store": None if store is None else store.manifest.identity(),  # it may have grown since
         "live_teacher": None if teacher is None else teacher.info.weights_sha256,
         "keys": None if keys is None else hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest(),
         "tars": {tar.name: tar.header_sha256 for tar in tars},

@@ -14,10 +14,10 @@ FORMAT = 2
 
 # Options that say where something lies: what lies there is compared by content instead, see a run's inputs.
 _PLACES = frozenset({"store", "source", "tars", "views_from", "val_tars", "keys_file", "teacher.checkpoint"})
-# Options that cannot change a run's numbers.
+# Options that cannot change a run's numbers, and one whose outcome is among the inputs.
 _FREE = frozenset(
     {"run", "resume", "progress", "workers", "start_method", "log_every", "checkpoint_every", "check_all_pixels",
-     "scratch", "token_file", "tensorboard", "wandb", "report", "expect.teacher", "expect.policy",
+     "num_views", "scratch", "token_file", "tensorboard", "wandb", "report", "expect.teacher", "expect.policy",
      "scalekd.checkpoint_later_blocks"}
 )  # fmt: skip
 

@@ -11,7 +11,8 @@ import torch
 from process_runs import kill, run_alone, start_group, wait_for_lines
 from training_world import shared_world
 
-from feature_store.errors import InputError, MismatchError
+from feature_store import Store, open_store
+from feature_store.errors import InputError, MismatchError, UncommittedError
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
 from student_trainer.metrics import read_metrics
@@ -227,6 +228,26 @@ def test_run_resumes_when_the_store_moved(config, tmp_path):
     train(replace(config, epochs=1))
     shutil.copytree(config.store, tmp_path / "moved")
     assert train(replace(config, epochs=1, resume=True, store=tmp_path / "moved")).steps == 3
+
+
+def test_run_goes_on_with_its_views_when_the_store_grew(config, tmp_path):
+    shutil.copytree(config.store, tmp_path / "grown")
+    config = replace(config, store=tmp_path / "grown", epochs=1)
+    train(config)
+    store = open_store(config.store)
+    store.grow(replace(store.manifest, num_views=store.manifest.num_views + 1))
+    with pytest.raises(UncommittedError, match="lack views"):
+        train(replace(config, resume=True))
+    assert train(replace(config, resume=True, num_views=2)).steps == 3
+    with pytest.raises(MismatchError, match=r"inputs.views differs: the run has 2, got 1"):
+        train(replace(config, resume=True, num_views=1))
+
+
+def test_run_is_refused_when_quarantined_samples_were_mended_meanwhile(config, monkeypatch):
+    train(replace(config, epochs=1))
+    monkeypatch.setattr(Store, "quarantined", lambda *_: {})
+    with pytest.raises(MismatchError, match=r"inputs.samples differs"):
+        train(replace(config, epochs=1, resume=True))
 
 
 def test_run_is_refused_when_its_checkpoint_is_of_another_model(config):

@@ -306,7 +306,8 @@ def test_run_folder_says_what_it_was_made_from_when_started(config):
     train(replace(config, method="none", epochs=1, report=True))
     saved = json.loads((config.run / "config.json").read_text())
     assert saved["config"]["student"] == "test_resnet"
-    assert saved["inputs"]["store"] == open_store(config.store).manifest.fingerprint()
+    assert saved["inputs"]["store"] == open_store(config.store).manifest.identity()
+    assert saved["resolved"]["store_fingerprint"] == open_store(config.store).manifest.fingerprint()
     assert saved["inputs"]["tars"]["train-0.tar"] == Tar.open(config.tars[0]).header_sha256
     assert saved["resolved"]["num_classes"] == 4
     assert saved["software"]["torch"] == torch.__version__.split("+")[0]
