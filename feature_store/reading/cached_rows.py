@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from feature_store.layout import CRC_BYTES, ArraySpec, crc32c, joined_crc32cs
-from feature_store.objects.local import ObjectStore, OpenFile
+from feature_store.objects.local import IOV_MAX, ObjectStore, OpenFile
 from feature_store.reading.row_tables import Located
 
 RUN_BYTES = 512 << 10  # taken at once, and checked while they are in the processor's cache
@@ -93,7 +93,7 @@ class CachedRows:
         flat, size, offsets = memoryview(memory).cast("B"), self._size, self._offsets[start:stop].tolist()
         rows = [flat[at : at + size] for at in range(0, len(flat), size)]
         files, checksums = self._files[start:stop], self._checksums[start:stop]
-        begins = self._begins(start, stop, most // (size + CRC_BYTES))
+        begins = self._begins(start, stop, min(most // (size + CRC_BYTES), IOV_MAX // 2))
         if len(begins) == len(rows):
             runs = zip(files, offsets, zip(rows), repeat(size), rows, checksums.tolist())
             return list(zip(map(slice, range(len(rows)), range(1, len(rows) + 1)), map(Run._make, runs), strict=True))

@@ -62,6 +62,11 @@ class TestHttpSource(FeatureSourceConformance):
     def source(self, client):
         return client.source()
 
+    def test_read_of_nothing_gives_an_empty_batch(self, source, client):
+        batch = source.read([])
+        assert (batch.rows, len(batch.logits), batch.taps["stage4"].shape[0]) == ((), 0, 0)
+        assert client.rows([])["rows"].shape == (0, 3)
+
     def test_read_is_refused_when_a_row_is_not_committed_or_quarantined(self, source):
         with pytest.raises(UncommittedError, match="view 2 of unit 0"):
             source.read([RowId(0, 0, 2)])

@@ -140,6 +140,15 @@ def test_token_file_keeps_hashes_only_and_is_its_owners(tmp_path, capsys):
     assert len(read_tokens(file)) == 1
 
 
+def test_a_token_is_made_on_its_own_line_when_the_last_one_was_left_without_its_end(tmp_path):
+    file = tmp_path / "tokens.jsonl"
+    create_token(file, "first", ("read",))
+    file.write_text(file.read_text().rstrip("\n"))  # as editors do
+    secret = create_token(file, "second", ("read",))
+    assert [token.name for token in read_tokens(file)] == ["first", "second"]
+    assert TokenFile(file).find(secret) is not None
+
+
 @pytest.mark.parametrize(
     "line",
     ["x", "[]", "{}", json.dumps({"name": "a", "sha256": "0" * 63, "scopes": ["read"], "created": ""}),
