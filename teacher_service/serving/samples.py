@@ -122,21 +122,25 @@ class Gallery:
         return bool(self._urls)
 
     def sample(self) -> Sample:
-        """What rows are compared with; taken anew when the store has grown to twice its size.
+        """What rows are compared with; taken anew when the store has grown to twice its size, or has lost some of them.
 
         Raises:
             InputError: No unit is committed.
         """
         store = self._store()
-        identity = store.manifest.identity()
         with self._lock:
-            if (
-                self._sample is None
-                or self._sample[0] != identity
-                or _committed(store) >= 2 * self._sample[1].committed
-            ):
-                self._sample = identity, Sample.of(store)
+            if self._sample is None or self._is_outdated(*self._sample, store):
+                self._sample = store.manifest.identity(), Sample.of(store)
             return self._sample[1]
+
+    @staticmethod
+    def _is_outdated(identity: str, sample: Sample, store: Store) -> bool:
+        shards = {(row.unit, row.view) for row in sample.rows}
+        return (
+            identity != store.manifest.identity()
+            or _committed(store) >= 2 * sample.committed
+            or not all(store.is_committed(*shard) for shard in shards)
+        )
 
     def read(self, row: RowId) -> FeatureBatch:
         """The row's features and logits.

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import connection
 from types import FrameType
@@ -164,10 +165,12 @@ def _load_teacher(config: ServeConfig) -> "Teacher":
         device=find_device(config.device),
     )
     remedy = "serve the teacher that wrote the store, or a store of this teacher"
-    for field in ("name", "weights_sha256"):
-        expected, got = getattr(stored, field), getattr(teacher.info, field)
-        if expected != got:
-            raise MismatchError(f"teacher.{field}", expected=expected, got=got, remedy=remedy)
+    theirs, ours = asdict(stored) | {"split": manifest.split}, asdict(teacher.info) | {"split": teacher.split}
+    for field, expected in theirs.items():
+        if expected != ours[field]:
+            raise MismatchError(
+                field if field == "split" else f"teacher.{field}", expected=expected, got=ours[field], remedy=remedy
+            )
     return teacher
 
 
@@ -186,10 +189,12 @@ def _serve_with_workers(config: ServeConfig, listener: socket.socket) -> None:
                 worker.terminate()
 
     try:
-        for worker in workers:
-            worker.start()
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, end)
+        for worker in workers:
+            worker.start()
+        if told.is_set():  # before all were there
+            end()
         connection.wait([worker.sentinel for worker in workers])
         died = not told.is_set()
         if died:

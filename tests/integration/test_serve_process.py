@@ -7,6 +7,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import obstore
@@ -20,6 +21,9 @@ from servers import make_certificate
 from feature_store import wire
 from feature_store.sample import RowId
 from feature_store.store import open_store
+from teacher_service.serving import server
+from teacher_service.serving.config import ServeConfig
+from teacher_service.serving.metrics import MULTIPROCESS_DIR
 
 SHARD = "taps/stage4/c/0/0/0/0"
 
@@ -258,6 +262,44 @@ def test_workers_share_a_port_and_their_counts(tmp_path, store):
             assert time.monotonic() < end, text
         assert started.stop() == 0
     assert "Traceback" not in started.log.read_text()
+
+
+def test_workers_are_told_to_stop_when_the_signal_comes_while_they_are_started(store, monkeypatch):
+    """Otherwise they would outlive the process that is to stop them, and keep its port."""
+
+    class Worker:
+        def __init__(self, **_) -> None:
+            self.sentinel, self._alive = os.pipe()
+            self.exitcode = None
+
+        def start(self) -> None:
+            if not workers:
+                signal.raise_signal(signal.SIGTERM)
+            workers.append(self)
+
+        def terminate(self) -> None:
+            if self not in workers:
+                raise AttributeError
+            if self.exitcode is None:
+                self.exitcode = -signal.SIGTERM
+                os.close(self._alive)
+
+        def join(self) -> None:
+            assert self.exitcode is not None
+            os.close(self.sentinel)
+
+    workers: list[Worker] = []
+    monkeypatch.setattr(server.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Worker))
+    monkeypatch.setenv(MULTIPROCESS_DIR, "")
+    before = {sig: signal.getsignal(sig) for sig in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        config = ServeConfig(store=str(store), workers=3)
+        with socket.socket() as listener:
+            server._serve_with_workers(config, listener)
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+    assert [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 3
 
 
 def test_a_worker_that_dies_ends_the_service_so_that_it_is_started_again(tmp_path, store):
