@@ -2,6 +2,7 @@
 
 import json
 import logging.config
+import math
 import multiprocessing
 import os
 import shutil
@@ -102,7 +103,7 @@ def serve_alone(config: ServeConfig, listener: socket.socket) -> None:
             access_log=False,
             ssl_certfile=config.tls_cert,
             ssl_keyfile=config.tls_key,
-            timeout_graceful_shutdown=int(config.drain_seconds),
+            timeout_graceful_shutdown=math.ceil(config.drain_seconds),
             lifespan="on",
             **serving_options(config.limits),
         )
