@@ -83,7 +83,13 @@ class Sample:
         painted = features[:: -(-len(rows) // _PAINTED)]
         keys = [store.keys(row.unit)[row.position] for row in rows]
         return cls(
-            rows, keys, mean, spread, _unit_length((pooled - mean) / spread), ColourMap.fit(painted), _committed(store)
+            rows,
+            keys,
+            mean,
+            spread,
+            _unit_length((pooled - mean) / spread),
+            ColourMap.fit(painted),
+            store.committed.places,
         )
 
     def neighbours(self, row: RowId, features_NC: np.ndarray, count: int) -> list[Neighbour]:
@@ -138,7 +144,7 @@ class Gallery:
         shards = {(row.unit, row.view) for row in sample.rows}
         return (
             identity != store.manifest.identity()
-            or _committed(store) >= 2 * sample.committed
+            or store.committed.places >= 2 * sample.committed
             or not all(store.is_committed(*shard) for shard in shards)
         )
 
@@ -195,11 +201,6 @@ def _features(store: Store, rows: Sequence[RowId]) -> np.ndarray:
 def _unit_length(vectors: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
-
-
-def _committed(store: Store) -> int:
-    missing = sum(map(len, store.committed.missing_views().values()))
-    return len(store.manifest.tars) * store.manifest.num_views - missing
 
 
 def _urls_by_name(tars: Sequence[str]) -> dict[str, str]:

@@ -170,10 +170,7 @@ class Service:
         """Bring the gauges up to date."""
         self.metrics.memory.set(self.memory.used)
         if self._opened is not None:
-            committed = self._opened.store.committed
-            missing = sum(map(len, committed.missing_views().values()))
-            manifest = self._opened.store.manifest
-            self.metrics.committed.set(len(manifest.tars) * manifest.num_views - missing)
+            self.metrics.committed.set(self._opened.store.committed.places)
         if self.live is not None:
             self.metrics.queue.set(self.live.waiting)
             self._measure_gpu()
