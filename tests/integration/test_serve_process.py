@@ -255,7 +255,9 @@ def test_workers_share_a_port_and_their_counts(tmp_path, store):
     with running(store, tmp_path, "--workers", "2") as started:
         started.wait_until_ready()
         for _ in range(20):
-            assert started.get("/v1/rows/u0-000").status == 200
+            while (status := started.get("/v1/rows/u0-000").status) == 503:
+                time.sleep(0.05)  # one worker is ready, this one is not yet
+            assert status == 200
         end = time.monotonic() + 20
         counted = 'scalekd_http_requests_total{method="GET",route="/v1/rows/{key:path}",status="200"} 20.0'
         while counted not in (text := started.get("/metrics").body.decode()):
