@@ -279,7 +279,8 @@ def damaged(path: str, what: str) -> str:
     """Message of a CorruptStoreError about one object."""
     return (
         f"object {path} is damaged: {what}; `feature-store repair --yes --drop-damaged` removes the unit's record, "
-        "then the same `teacher-service cache` command writes only that unit again"
+        "then the same `teacher-service cache` command writes only that unit again; who opened the store before must "
+        "open it again"
     )
 
 

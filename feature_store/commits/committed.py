@@ -80,7 +80,7 @@ class CommittedRows:
         units, views = columns["unit"][line], columns["first_view"][line] + within
         self._lines[units, views] = line
         self._index, self._next_line = index, len(index)
-        if np.count_nonzero(self._lines != _NONE) != len(line):
+        if self.places != len(line):
             raise CorruptStoreError(f"two records in {commit_index.PATH} vouch for the same view")
 
     @property
@@ -94,6 +94,11 @@ class CommittedRows:
     def units(self) -> list[int]:
         """Units with at least one committed view, ascending."""
         return np.flatnonzero((self._lines != _NONE).any(axis=1)).tolist()
+
+    @property
+    def places(self) -> int:
+        """How many units times views are committed."""
+        return int(np.count_nonzero(self._lines != _NONE))
 
     def views(self, unit: int) -> set[int]:
         """Committed views of a unit."""

@@ -59,13 +59,15 @@ class ZarrSource:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, got {threads}; leave it out for a fitting number")
         self.objects, self.manifest = objects, manifest
-        self._committed, self._table_bytes = committed, table_bytes
+        self._committed = committed
         self._threads = objects.in_flight if threads is None else threads
         self.stride_bytes = objects.in_flight * objects.request_bytes
         self._reader = ObjectReader(objects, manifest.capacity)
         self._values = {_name(path): value for path, value in value_codecs(manifest).items()}
         self._specs = {_name(spec.path): spec for value in self._values.values() for spec in coded_specs(value)}
-        self._tables: PerProcess[_Tables] = PerProcess(self._new_tables)
+        # Not by a method of this source: the circle would keep its files open until a garbage collection.
+        shards = len(manifest.tars) * manifest.num_views
+        self._tables = PerProcess(partial(_Tables, list(self._specs.values()), shards, manifest.capacity, table_bytes))
         self.tap_names = self._known(manifest.taps if taps is None else taps)
 
     def read(
@@ -255,17 +257,14 @@ class ZarrSource:
         path, index = spec.object_path(unit, view), self._reader.index(spec, record, view)
         return shard_table(spec, path, index, checksums, readable)
 
-    def _new_tables(self) -> "_Tables":
-        shards = len(self.manifest.tars) * self.manifest.num_views
-        share = self._table_bytes // len(self._specs)
-        return _Tables(
-            {spec.path: RowTables(spec, shards, self.manifest.capacity, share) for spec in self._specs.values()}
-        )
-
 
 class _Tables:
-    def __init__(self, by_path: dict[str, RowTables]) -> None:
-        self.by_path, self.lock = by_path, threading.Lock()
+    """Tables of all arrays, and the lock to hold while looking into them."""
+
+    def __init__(self, specs: Sequence[ArraySpec], shards: int, capacity: int, table_bytes: int) -> None:
+        share = table_bytes // len(specs)
+        self.by_path = {spec.path: RowTables(spec, shards, capacity, share) for spec in specs}
+        self.lock = threading.Lock()
 
 
 def _name(path: str) -> str:

@@ -140,7 +140,7 @@ class HttpSource:
         """Fill memory [n, ...] with rows by address or key; their addresses, int64 [n, 3]."""
         wanted = list(self.tap_names if taps is None else taps)
         most = max(1, min(self._max_rows, self._max_bytes // max(1, self.row_bytes(wanted))))
-        step = -(-len(names) // max(1, -(-len(names) // most)))  # requests of one size: none is waited for longer
+        step = -(-len(names) // -(-len(names) // most)) if names else 1  # of one size: none is waited for longer
         rows = np.empty((len(names), 3), np.int64)
         requests = []
         for start in range(0, len(names), step):

@@ -1,7 +1,7 @@
 """RemoteLiveSource: features computed by a service's live teacher, pixels up and features down."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -56,7 +56,7 @@ class RemoteLiveSource:
         try:
             self.info, self.split = TeacherInfo.from_dict(described["teacher"]), SplitInfo.from_dict(described["split"])
             self._shapes = {str(name): tuple(map(int, shape)) for name, shape in described["taps"].items()}
-            self._max_rows = _positive(described["max_batch"])
+            self._max_rows, self._identity = _positive(described["max_batch"]), str(described["identity"])
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise InputError(f"{service.url} does not describe a teacher ({error!r}); check the URL") from error
         self._precision, self._views = precision, views
@@ -119,20 +119,26 @@ class RemoteLiveSource:
         frame = wire.encode({"pixels": np.ascontiguousarray(pixels)})
         target = f"/v1/features:compute?taps={','.join(taps)}&dtype={self._precision}"
         arrays, strings = self.service.frame("POST", target, [frame.header, *frame.buffers], media_type=wire.MEDIA_TYPE)
-        if strings.get("teacher") != self.info.weights_sha256:
-            raise MismatchError(
-                "teacher.weights_sha256",
-                where=f"what was opened at {self.service.url}",
-                expected=self.info.weights_sha256,
-                got=strings.get("teacher"),
-                remedy="the service has another teacher by now: start what trains on it anew",
-            )
+        self._require_same_teacher(strings)
         for name in taps:
             if name not in arrays or arrays[name].shape != (len(pixels), *self._shapes[name]):
                 raise WireError(f"{self.service.url} answered without tap {name!r} of {len(pixels)} views")
         if LOGITS in arrays and arrays[LOGITS].shape[:1] != (len(pixels),):
             raise WireError(f"{self.service.url} answered without logits of {len(pixels)} views")
         return arrays
+
+    def _require_same_teacher(self, strings: Mapping[str, str]) -> None:
+        """Refuse an answer of another teacher, or of the same weights used in another way (dtype, mean, split)."""
+        weights = "teacher.weights_sha256", self.info.weights_sha256, strings.get("teacher")
+        for field, expected, got in (weights, ("teacher identity", self._identity, strings.get("identity"))):
+            if got != expected:
+                raise MismatchError(
+                    field,
+                    where=f"what was opened at {self.service.url}",
+                    expected=expected,
+                    got=got,
+                    remedy="the service has another teacher by now: start what trains on it anew",
+                )
 
     def _known(self, taps: Sequence[str] | None) -> tuple[str, ...]:
         for name in taps or ():

@@ -73,7 +73,8 @@ def create_app(
         from teacher_service.serving.compute import admission, compute_router
 
         large_bodies[COMPUTE] = admission(service.live)
-        app.include_router(compute_router(service.live), responses=_COMPUTE_PROBLEMS, dependencies=strict)
+        router = compute_router(service.live, max_body_bytes=service.config.limits.max_body_bytes)
+        app.include_router(router, responses=_COMPUTE_PROBLEMS, dependencies=strict)
     # The last one added is the outermost.
     app.add_middleware(LimitsMiddleware, limits=service.config.limits, large_bodies=large_bodies)
     app.add_middleware(AuthMiddleware, tokens=tokens, loopback=service.config.loopback)

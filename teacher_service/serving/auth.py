@@ -27,11 +27,11 @@ _SCOPES: tuple[tuple[str, tokens.Scope], ...] = (
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="scalekd-cache"'}
 
 
-def scope_of(path: str, extra: dict[str, tokens.Scope] | None = None) -> tokens.Scope | None:
+def scope_of(path: str) -> tokens.Scope | None:
     """The scope a path needs; None if it is public. A path nobody thought of is for admins."""
     if path in PUBLIC:
         return None
-    for known, scope in (*_SCOPES, *(extra or {}).items()):
+    for known, scope in _SCOPES:
         if path == known or (known.endswith("/") and path.startswith(known)):
             return scope
     return "admin"
@@ -45,21 +45,10 @@ class AuthMiddleware:
         tokens: Known tokens; None if everybody may ask.
         loopback: Whether only this machine can connect. Without tokens a page in a browser on this machine must not
             reach the service under a name of its own (DNS rebinding), so that only local names are answered.
-        public: More paths that need no token.
-        scopes: Scopes of more paths; one that ends with a slash means all below it.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        tokens: TokenFile | None,
-        loopback: bool,
-        public: frozenset[str] = frozenset(),
-        scopes: dict[str, tokens.Scope] | None = None,
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, tokens: TokenFile | None, loopback: bool) -> None:
         self._app, self._tokens, self._loopback = app, tokens, loopback
-        self._public, self._scopes = public, scopes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let the application."""
@@ -75,7 +64,7 @@ class AuthMiddleware:
             if self._loopback:
                 _require_local(Headers(scope=scope).get("host", ""))
             return
-        needed = None if scope["path"] in self._public else scope_of(scope["path"], self._scopes)
+        needed = scope_of(scope["path"])
         if needed is None:
             return
         kind, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")

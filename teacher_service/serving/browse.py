@@ -18,14 +18,13 @@ from feature_store.sample import RowId
 from feature_store.store import Store
 from feature_store.summary import summarise
 from teacher_service.serving.problems import Problem, documented
-from teacher_service.serving.routes_rows import Served, Unit, View
+from teacher_service.serving.routes_rows import MAX_INT, Served, Unit, View
 from teacher_service.serving.samples import TAP, Gallery, predictions
 from teacher_service.serving.service import Service
 
-_MAX_INT = 2**31 - 1
 _SHOWN_CLASSES, _SHOWN_NEIGHBOURS = 5, 8
-Position = Annotated[int, Path(ge=0, le=_MAX_INT, description="Position in the unit.", examples=[0])]
-First = Annotated[int, Query(ge=0, le=_MAX_INT, description="First entry.")]
+Position = Annotated[int, Path(ge=0, le=MAX_INT, description="Position in the unit.", examples=[0])]
+First = Annotated[int, Query(ge=0, le=MAX_INT, description="First entry.")]
 Count = Annotated[int, Query(ge=1, le=500, description="Most entries.")]
 _ROW_PROBLEMS = documented("uncommitted", "quarantined", "invalid-request", "corrupt-store", "not-ready", "resource")
 _PICTURE: dict[int | str, dict[str, Any]] = {

@@ -4,28 +4,36 @@ Shape legend: n views, H W pixels, N tokens, C channels, K classes.
 """
 
 import asyncio
+import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from fastapi.responses import Response
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from feature_store import wire
 from feature_store.errors import InputError
+from feature_store.teacher.model import Teacher
 from feature_store.views import ViewParams, apply_view, decode_image, draw_view, view_policy
+from teacher_service.serving.config import Limits
+from teacher_service.serving.frames import FrameResponse
 from teacher_service.serving.live import LOGITS, LiveTeacher, Outputs
 from teacher_service.serving.problems import Problem, documented
+from teacher_service.serving.routes_rows import frame_answer
 
 MAX_IMAGE_PIXELS = 64_000_000  # 0.2 GB as RGB; a larger image is far from anything a teacher sees
 TIMEOUT = 60.0
 """Seconds after which a request is given up."""
+_FRAME_HEADER_BYTES = 4096  # enough for the header of a frame that holds pixels alone
 _DTYPES = {"f16": np.float16, "f32": np.float32}
 _CROP = r"^\d{1,9},\d{1,9},\d{1,9},\d{1,9}$"
 
@@ -43,16 +51,18 @@ Flip = Annotated[bool, Query(description="Of an image: mirror it left to right."
 class TeacherDescription(BaseModel):
     """The live teacher, as a client must know it."""
 
+    identity: str = Field(description="Of all that decides what is computed; every answer's metadata has it too")
     teacher: dict[str, Any]
     split: dict[str, Any]
     taps: dict[str, list[int]]
-    max_batch: int
-    max_rows: int
+    max_batch: int = Field(description="Most views of one forward pass, and of one body: the best number to send")
+    max_rows: int = Field(description="Most views of one body")
 
     model_config = {
         "json_schema_extra": {
             "examples": [
                 {
+                    "identity": "9f2c",
                     "teacher": {"name": "swin_large_patch4_window7_224", "input_size": [224, 224]},
                     "split": {"family": "swin", "depth": 2},
                     "taps": {"stage4": [49, 1536]},
@@ -74,20 +84,24 @@ _BODY = {
         },
     }
 }
-_FRAME: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "A frame: an array [n, N, C] per tap, `logits` [n, K]; metadata `teacher`: its weights' sha256.",
-        "content": {wire.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
-    }
-}
-_ANSWERS = _FRAME | documented("unknown-tap")
+_ANSWERS = frame_answer(
+    "A frame: an array [n, N, C] per tap, `logits` [n, K]; metadata `teacher`: its weights' sha256, `identity`: see "
+    "/v1/teacher."
+) | documented("unknown-tap")
 
 
-def compute_router(live: LiveTeacher, *, timeout: float = TIMEOUT, max_pixels: int = MAX_IMAGE_PIXELS) -> APIRouter:
+def compute_router(
+    live: LiveTeacher,
+    *,
+    max_body_bytes: int = Limits.max_body_bytes,
+    timeout: float = TIMEOUT,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+) -> APIRouter:
     """Routes over a live teacher.
 
     Args:
         live: The teacher.
+        max_body_bytes: Most bytes of a request's body, see Limits.
         timeout: Seconds after which a request is given up.
         max_pixels: Images with more are refused before they are decoded.
     """
@@ -97,17 +111,17 @@ def compute_router(live: LiveTeacher, *, timeout: float = TIMEOUT, max_pixels: i
     @router.get("/v1/teacher")
     async def teacher() -> TeacherDescription:
         """Which teacher computes, what it gives, and how many views may come at once."""
-        return TeacherDescription(**describe(live))
+        return TeacherDescription(**describe(live, max_body_bytes))
 
     @router.post(
         "/v1/features:compute",
-        response_class=StreamingResponse,
-        responses=_FRAME | documented("unknown-tap"),
+        response_class=Response,
+        responses=_ANSWERS,
         openapi_extra=_BODY,
     )
     async def compute(
         request: Request, taps: Taps = None, dtype: Precision = "f16", crop: Crop = None, flip: Flip = False
-    ) -> StreamingResponse:
+    ) -> Response:
         """The teacher's taps and logits of an image or of views; requests of all callers are batched together."""
         names = _known(live.taps, taps)
         body, size = await request.body(), live.teacher.info.input_size
@@ -119,10 +133,7 @@ def compute_router(live: LiveTeacher, *, timeout: float = TIMEOUT, max_pixels: i
             async with decoding:
                 pixels = await run_in_threadpool(_view_of_image, body, size, max_pixels, crop, flip)
         outputs = await _unless_gone(request, live.batcher.compute(pixels, timeout=timeout))
-        frame = await run_in_threadpool(_frame, outputs, names, dtype, live.teacher.info.weights_sha256)
-        return StreamingResponse(
-            _chunks(frame), media_type=wire.MEDIA_TYPE, headers={"content-length": str(frame.nbytes)}
-        )
+        return FrameResponse(await run_in_threadpool(_frame, outputs, names, dtype, live.teacher))
 
     return router
 
@@ -144,20 +155,28 @@ def admission(live: LiveTeacher, *, timeout: float = TIMEOUT) -> Callable[[Heade
     return admit
 
 
-def describe(live: LiveTeacher) -> dict[str, Any]:
+def describe(live: LiveTeacher, max_body_bytes: int) -> dict[str, Any]:
     """The live teacher in JSON's types; see TeacherDescription.
 
     Raises:
         ResourceError: It is not there (yet).
     """
     teacher = live.teacher
+    fitting = max(1, (max_body_bytes - _FRAME_HEADER_BYTES) // math.prod((*teacher.info.input_size, 3)))
     return {
-        "teacher": teacher.info.__dict__,
-        "split": teacher.split.__dict__,
+        "identity": _identity(teacher),
+        "teacher": asdict(teacher.info),
+        "split": asdict(teacher.split),
         "taps": {name: teacher.tap_shapes[name] for name in live.taps},
-        "max_batch": live.batcher.max_rows,
-        "max_rows": live.batcher.queue_rows,
+        "max_batch": min(live.batcher.max_rows, fitting),
+        "max_rows": min(live.batcher.queue_rows, fitting),
     }
+
+
+def _identity(teacher: Teacher) -> str:
+    """Another one wherever the same views may give other numbers."""
+    text = json.dumps([asdict(teacher.info), asdict(teacher.split)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Outputs]) -> Outputs:
@@ -227,14 +246,9 @@ def _box(crop: str) -> tuple[int, int, int, int]:
     return left, top, width, height
 
 
-def _frame(outputs: Outputs, taps: Sequence[str], dtype: str, teacher: str) -> wire.Frame:
+def _frame(outputs: Outputs, taps: Sequence[str], dtype: str, teacher: Teacher) -> wire.Frame:
     """Copies, so that a slow reader holds its own rows only and not those of the whole batch."""
     names = [*taps, *([LOGITS] if LOGITS in outputs else [])]
     with np.errstate(over="ignore"):  # beyond float16 is inf, as a store of f16 says by refusing it
         arrays = {name: np.array(outputs[name], _DTYPES[dtype]) for name in names}
-    return wire.encode(arrays, {"teacher": teacher})
-
-
-async def _chunks(frame: wire.Frame):
-    for chunk in frame.chunks():
-        yield chunk
+    return wire.encode(arrays, {"teacher": teacher.info.weights_sha256, "identity": _identity(teacher)})

@@ -1,7 +1,6 @@
 """Conditional and range requests, as RFC 9110 has them."""
 
 import re
-from collections.abc import Mapping
 
 from starlette.responses import Response
 
@@ -24,11 +23,11 @@ def matches(header: str | None, tag: str, *, weak: bool) -> bool:
     return "*" in tags or tag in ([each.removeprefix("W/") for each in tags] if weak else tags)
 
 
-def not_modified(tag: str, if_none_match: str | None, headers: Mapping[str, str] | None = None) -> Response | None:
+def not_modified(tag: str, if_none_match: str | None) -> Response | None:
     """304 for a client that has these bytes already."""
     if not matches(if_none_match, tag, weak=True):
         return None
-    return Response(status_code=304, headers={"ETag": tag, "Cache-Control": "private, no-cache", **(headers or {})})
+    return Response(status_code=304, headers={"ETag": tag, "Cache-Control": "private, no-cache"})
 
 
 def require_match(tag: str, if_match: str | None) -> None:

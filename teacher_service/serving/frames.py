@@ -115,9 +115,9 @@ def _require_allowed(service: Service, rows: int, nbytes: int) -> None:
 
 
 def _arrays(memory: np.ndarray, empty: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
-    """The memory cut into arrays [rows, ...], wide items first so that each is aligned."""
+    """The memory cut into arrays [rows, ...], each aligned."""
     found, start = {}, 0
-    for name in sorted(empty, key=lambda name: -empty[name].itemsize):
+    for name in wire.wire_order(empty):
         shape, dtype = (rows, *empty[name].shape[1:]), empty[name].dtype
         end = start + int(np.prod(shape)) * dtype.itemsize
         found[name] = memory[start:end].view(dtype).reshape(shape)

@@ -108,6 +108,11 @@ class LiveTeacher:
         return self
 
     @property
+    def loading(self) -> bool:
+        """Whether start was called and is not done."""
+        return self._thread.is_alive()
+
+    @property
     def not_ready(self) -> str:
         """Why it cannot compute now; empty if it can."""
         if self._ready is not None:

@@ -20,7 +20,7 @@ from teacher_service.serving.problems import Problem, documented
 from teacher_service.serving.sendfile import FILES
 from teacher_service.serving.service import Opened, Service, service_of
 
-_MAX_INT = 2**31 - 1
+MAX_INT = 2**31 - 1
 _MAX_ITEMS = 1 << 16
 _ANSWER_VERSION = 1  # part of every ETag: another one whenever the same rows are sent as other bytes
 
@@ -32,9 +32,9 @@ def _number(value: Any) -> Any:
     return value
 
 
-Unit = Annotated[int, Path(ge=0, le=_MAX_INT, description="Unit: index of its tar.", examples=[0])]
-View = Annotated[int, Path(ge=0, le=_MAX_INT, description="View: index of the augmented crop.", examples=[0])]
-Index = Annotated[int, Field(strict=False, ge=0, le=_MAX_INT), BeforeValidator(_number)]
+Unit = Annotated[int, Path(ge=0, le=MAX_INT, description="Unit: index of its tar.", examples=[0])]
+View = Annotated[int, Path(ge=0, le=MAX_INT, description="View: index of the augmented crop.", examples=[0])]
+Index = Annotated[int, Field(strict=False, ge=0, le=MAX_INT), BeforeValidator(_number)]
 Taps = Annotated[
     str | None,
     Query(description="Taps to answer, comma separated; default all.", max_length=256, examples=["stage4"]),
@@ -149,7 +149,7 @@ def rows_router() -> APIRouter:
         key: Annotated[
             str, Path(min_length=1, max_length=4096, description="Sample key.", examples=["n01440764_10026"])
         ],
-        view: Annotated[int, Query(ge=0, le=_MAX_INT, description="View.")] = 0,
+        view: Annotated[int, Query(ge=0, le=MAX_INT, description="View.")] = 0,
         taps: Taps = None,
         decode: Decode = True,
     ) -> Response:
@@ -186,8 +186,8 @@ def rows_router() -> APIRouter:
         service: Served,
         unit: Unit,
         view: View,
-        start: Annotated[int, Query(ge=0, le=_MAX_INT, description="First position.")] = 0,
-        count: Annotated[int, Query(ge=1, le=_MAX_INT, description="Positions; quarantined ones are left out.")] = 256,
+        start: Annotated[int, Query(ge=0, le=MAX_INT, description="First position.")] = 0,
+        count: Annotated[int, Query(ge=1, le=MAX_INT, description="Positions; quarantined ones are left out.")] = 256,
         taps: Taps = None,
         decode: Decode = True,
         if_none_match: Annotated[str | None, Header()] = None,
@@ -209,14 +209,15 @@ def rows_router() -> APIRouter:
 
 def _described(service: Service, opened: Opened) -> Described:
     manifest, committed, limits = opened.store.manifest, opened.store.committed, service.config.limits
-    of_views = len(manifest.tars) * manifest.num_views
-    missing = sum(map(len, committed.missing_views().values()))
     return Described(
         identity=manifest.identity(),
         fingerprint=manifest.fingerprint(),
         manifest=manifest.to_dict(),
         committed=Committed(
-            units=len(committed.units), views=of_views - missing, of_units=len(manifest.tars), of_views=of_views
+            units=len(committed.units),
+            views=committed.places,
+            of_units=len(manifest.tars),
+            of_views=len(manifest.tars) * manifest.num_views,
         ),
         row_bytes=opened.source.row_bytes(),
         max_rows=limits.max_rows,

@@ -1,5 +1,6 @@
 """Routes of the store itself: its zarr objects with ranges, and the later blocks as one file."""
 
+import asyncio
 import json
 from dataclasses import asdict
 from functools import partial
@@ -50,6 +51,7 @@ Conditional = Annotated[str | None, Header()]
 def zarr_router() -> APIRouter:
     """The routes."""
     router = APIRouter(tags=["store"])
+    reading_blocks = asyncio.Lock()  # how much memory they take is known when they are read
 
     @router.get(
         "/v1/blocks",
@@ -67,7 +69,8 @@ def zarr_router() -> APIRouter:
         tag = f'"{opened.store.manifest.blocks_sha256[:32]}"'
         if (same := not_modified(tag, if_none_match)) is not None:
             return same
-        frame = await run_in_threadpool(_blocks_frame, service, opened)
+        async with reading_blocks:
+            frame = await run_in_threadpool(_blocks_frame, service, opened)
         return FrameResponse(frame, {"ETag": tag, "Cache-Control": "private, no-cache"})
 
     async def zarr_object(

@@ -83,7 +83,13 @@ class Sample:
         painted = features[:: -(-len(rows) // _PAINTED)]
         keys = [store.keys(row.unit)[row.position] for row in rows]
         return cls(
-            rows, keys, mean, spread, _unit_length((pooled - mean) / spread), ColourMap.fit(painted), _committed(store)
+            rows,
+            keys,
+            mean,
+            spread,
+            _unit_length((pooled - mean) / spread),
+            ColourMap.fit(painted),
+            store.committed.places,
         )
 
     def neighbours(self, row: RowId, features_NC: np.ndarray, count: int) -> list[Neighbour]:
@@ -122,21 +128,25 @@ class Gallery:
         return bool(self._urls)
 
     def sample(self) -> Sample:
-        """What rows are compared with; taken anew when the store has grown to twice its size.
+        """What rows are compared with; taken anew when the store has grown to twice its size, or has lost some of them.
 
         Raises:
             InputError: No unit is committed.
         """
         store = self._store()
-        identity = store.manifest.identity()
         with self._lock:
-            if (
-                self._sample is None
-                or self._sample[0] != identity
-                or _committed(store) >= 2 * self._sample[1].committed
-            ):
-                self._sample = identity, Sample.of(store)
+            if self._sample is None or self._is_outdated(*self._sample, store):
+                self._sample = store.manifest.identity(), Sample.of(store)
             return self._sample[1]
+
+    @staticmethod
+    def _is_outdated(identity: str, sample: Sample, store: Store) -> bool:
+        shards = {(row.unit, row.view) for row in sample.rows}
+        return (
+            identity != store.manifest.identity()
+            or store.committed.places >= 2 * sample.committed
+            or not all(store.is_committed(*shard) for shard in shards)
+        )
 
     def read(self, row: RowId) -> FeatureBatch:
         """The row's features and logits.
@@ -191,11 +201,6 @@ def _features(store: Store, rows: Sequence[RowId]) -> np.ndarray:
 def _unit_length(vectors: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
-
-
-def _committed(store: Store) -> int:
-    missing = sum(map(len, store.committed.missing_views().values()))
-    return len(store.manifest.tars) * store.manifest.num_views - missing
 
 
 def _urls_by_name(tars: Sequence[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import logging.config
+import math
 import multiprocessing
 import os
 import shutil
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import connection
 from types import FrameType
@@ -101,7 +103,7 @@ def serve_alone(config: ServeConfig, listener: socket.socket) -> None:
             access_log=False,
             ssl_certfile=config.tls_cert,
             ssl_keyfile=config.tls_key,
-            timeout_graceful_shutdown=int(config.drain_seconds),
+            timeout_graceful_shutdown=math.ceil(config.drain_seconds),
             lifespan="on",
             **serving_options(config.limits),
         )
@@ -164,10 +166,12 @@ def _load_teacher(config: ServeConfig) -> "Teacher":
         device=find_device(config.device),
     )
     remedy = "serve the teacher that wrote the store, or a store of this teacher"
-    for field in ("name", "weights_sha256"):
-        expected, got = getattr(stored, field), getattr(teacher.info, field)
-        if expected != got:
-            raise MismatchError(f"teacher.{field}", expected=expected, got=got, remedy=remedy)
+    theirs, ours = asdict(stored) | {"split": manifest.split}, asdict(teacher.info) | {"split": teacher.split}
+    for field, expected in theirs.items():
+        if expected != ours[field]:
+            raise MismatchError(
+                field if field == "split" else f"teacher.{field}", expected=expected, got=ours[field], remedy=remedy
+            )
     return teacher
 
 
@@ -186,10 +190,12 @@ def _serve_with_workers(config: ServeConfig, listener: socket.socket) -> None:
                 worker.terminate()
 
     try:
-        for worker in workers:
-            worker.start()
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, end)
+        for worker in workers:
+            worker.start()
+        if told.is_set():  # before all were there
+            end()
         connection.wait([worker.sentinel for worker in workers])
         died = not told.is_set()
         if died:

@@ -27,6 +27,7 @@ from teacher_service.serving.problems import Problem
 if TYPE_CHECKING:
     from teacher_service.serving.live import LiveTeacher  # imports torch
 
+_LOOK_SECONDS = 0.05
 _logger = logging.getLogger(__name__)
 
 
@@ -133,7 +134,7 @@ class Service:
             on_failure: Called when store or teacher could not be loaded; failure says why.
         """
         try:
-            await asyncio.gather(asyncio.to_thread(self.load), asyncio.to_thread(self._load_teacher))
+            await asyncio.gather(asyncio.to_thread(self.load), self._load_teacher())
         except UserError as error:
             self.failure = error
             return on_failure()
@@ -142,8 +143,13 @@ class Service:
             await asyncio.to_thread(self._refresh)
         return None
 
-    def _load_teacher(self) -> None:
-        if self.live is not None and self.live.start(wait=True).not_ready:
+    async def _load_teacher(self) -> None:
+        if self.live is None:
+            return
+        self.live.start()
+        while self.live.loading:  # not by a thread that waits: a service told to end meanwhile would wait for it
+            await asyncio.sleep(_LOOK_SECONDS)
+        if self.live.not_ready:
             raise ResourceError(self.live.not_ready)
 
     def _refresh(self) -> None:
@@ -164,10 +170,7 @@ class Service:
         """Bring the gauges up to date."""
         self.metrics.memory.set(self.memory.used)
         if self._opened is not None:
-            committed = self._opened.store.committed
-            missing = sum(map(len, committed.missing_views().values()))
-            manifest = self._opened.store.manifest
-            self.metrics.committed.set(len(manifest.tars) * manifest.num_views - missing)
+            self.metrics.committed.set(self._opened.store.committed.places)
         if self.live is not None:
             self.metrics.queue.set(self.live.waiting)
             self._measure_gpu()

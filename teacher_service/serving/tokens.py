@@ -60,9 +60,11 @@ def create_token(file: Path, name: str, scopes: Sequence[Scope]) -> str:
         raise InputError(f"{file} has a token named {name!r}; choose another name, or remove its line first")
     secret = _PREFIX + secrets.token_urlsafe(32)
     token = Token(name, _sha256(secret), tuple(dict.fromkeys(scopes)), datetime.now(UTC).isoformat(timespec="seconds"))
+    # An editor may have left the last line without its end.
+    begin = b"\n" if file.exists() and file.read_bytes()[-1:] not in (b"", b"\n") else b""
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "ab") as out:
-        out.write(json.dumps(asdict(token)).encode() + b"\n")
+        out.write(begin + json.dumps(asdict(token)).encode() + b"\n")
     return secret
 
 

@@ -4,12 +4,14 @@ The browser is a Chromium of the system, or Playwright's own (``python -m playwr
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from service_process import running_service
 from tiny_jobs import cache_config, noise_samples, write_tar
+from tiny_store import tiny_manifest, tiny_store, view_data
 from training_world import World, make_world
 
 from teacher_service.caching import cache
@@ -193,6 +195,41 @@ def test_page_follows_when_more_is_committed(page, tmp_path):
         expect(page.locator("#progress-number")).to_have_text("100 %")
         expect(page.locator("#status")).to_have_text("complete")
         expect(page.locator("#unit option:enabled")).to_have_count(2)
+    assert page.problems == []
+
+
+def test_page_keeps_the_view_and_shows_its_samples_when_the_store_gets_views(page, tmp_path):
+    manifest = replace(tiny_manifest(), logits_codec=None)
+    store = tiny_store(tmp_path / "store", manifest, units=())
+    store.write_unit(1, 0, view_data(manifest, 1, range(2)))
+    with running_service(store.path, "--refresh-seconds", "0.2") as running:
+        page.goto(running.url)
+        page.select_option("#view", "1")
+        expect(page.locator("#grid button:enabled")).to_have_count(3)
+        grown = store.grow(replace(manifest, num_views=3))
+        expect(page.locator("#view option")).to_have_count(3)
+        expect(page.locator("#view")).to_have_value("1")
+        page.select_option("#view", "2")
+        expect(page.locator("#grid .blank")).to_have_count(3)  # not yet
+        grown.write_unit(1, 2, view_data(grown.manifest, 1, range(2, 3)))
+        expect(page.locator("#grid button:enabled")).to_have_count(3)
+        page.locator("#grid button").nth(0).click()
+        expect(page.locator("#detail strong")).to_have_text("key/1-0")
+    assert page.problems == []
+
+
+def test_page_shows_what_is_committed_when_it_is_far_down_a_long_list(page, tmp_path):
+    small = tiny_manifest()
+    tars = [replace(small.tars[0], name=f"tar-{unit}.tar", samples=5) for unit in range(1100)]
+    manifest = replace(small, tars=tuple(tars))
+    store = tiny_store(tmp_path / "store", manifest, units=(1050,))
+    with running_service(store.path) as running:
+        page.goto(running.url)
+        expect(page.locator("#grid button:enabled")).to_have_count(5)
+        expect(page.locator("#unit option")).to_have_count(1100)
+        expect(page.locator("#unit")).to_have_value("1050")
+        expect(page.locator("#strip i")).to_have_count(367)  # of three tars each
+        expect(page.locator("#strip i.some")).to_have_count(1)
     assert page.problems == []
 
 

@@ -19,6 +19,7 @@ from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import view_policy
 from student_trainer.data import ViewDataset, match_tars, open_tars, training_positions
 from student_trainer.replay import StoredViews
+from teacher_service.serving.config import Limits
 
 IMPATIENT = Patience(deadline=0.0)
 
@@ -61,6 +62,11 @@ class TestHttpSource(FeatureSourceConformance):
     @pytest.fixture
     def source(self, client):
         return client.source()
+
+    def test_read_of_nothing_gives_an_empty_batch(self, source, client):
+        batch = source.read([])
+        assert (batch.rows, len(batch.logits), batch.taps["stage4"].shape[0]) == ((), 0, 0)
+        assert client.rows([])["rows"].shape == (0, 3)
 
     def test_read_is_refused_when_a_row_is_not_committed_or_quarantined(self, source):
         with pytest.raises(UncommittedError, match="view 2 of unit 0"):
@@ -224,6 +230,25 @@ def test_answers_are_refused_when_the_service_changed_its_teacher(world, teacher
     transport.serve(service_app(world.store, other))
     with pytest.raises(MismatchError, match=r"teacher\.weights_sha256 differs: what was opened at"):
         live.read(ROWS[:1], pixels=np.zeros((1, 64, 64, 3), np.uint8))
+
+
+def test_live_source_is_refused_when_the_same_weights_are_used_in_another_way(world, teacher):
+    transport = AppTransport(service_app(world.store, teacher))
+    live = connect(transport.url, transport=transport, patience=IMPATIENT).live()
+    name, kwargs = world.teacher
+    other = load_teacher(name, checkpoint=world.checkpoint, model_kwargs=kwargs, compute_dtype="bfloat16")
+    transport.serve(service_app(world.store, other))
+    with pytest.raises(MismatchError, match=r"teacher identity differs: what was opened at"):
+        live.read(ROWS[:1], pixels=np.zeros((1, 64, 64, 3), np.uint8))
+
+
+def test_views_are_sent_in_pieces_when_a_body_takes_fewer_than_a_batch(world, teacher, views):
+    limits = Limits(max_body_bytes=3 * 64 * 64 * 3 + 5000)
+    transport = AppTransport(service_app(world.store, teacher, limits=limits))
+    client = connect(transport.url, transport=transport, patience=IMPATIENT)
+    assert client.service.json("/v1/teacher")["max_batch"] == 3  # of 8 in a forward pass
+    expected = teacher(torch.from_numpy(views(ROWS))).logits.numpy()
+    np.testing.assert_allclose(client.live().read(ROWS, pixels=views(ROWS)).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_damage_is_named_when_the_stores_bytes_are_damaged(tmp_path):

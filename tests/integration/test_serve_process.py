@@ -7,6 +7,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import obstore
@@ -20,6 +21,9 @@ from servers import make_certificate
 from feature_store import wire
 from feature_store.sample import RowId
 from feature_store.store import open_store
+from teacher_service.serving import server
+from teacher_service.serving.config import ServeConfig
+from teacher_service.serving.metrics import MULTIPROCESS_DIR
 
 SHARD = "taps/stage4/c/0/0/0/0"
 
@@ -251,13 +255,53 @@ def test_workers_share_a_port_and_their_counts(tmp_path, store):
     with running(store, tmp_path, "--workers", "2") as started:
         started.wait_until_ready()
         for _ in range(20):
-            assert started.get("/v1/rows/u0-000").status == 200
+            while (status := started.get("/v1/rows/u0-000").status) == 503:
+                time.sleep(0.05)  # one worker is ready, this one is not yet
+            assert status == 200
         end = time.monotonic() + 20
         counted = 'scalekd_http_requests_total{method="GET",route="/v1/rows/{key:path}",status="200"} 20.0'
         while counted not in (text := started.get("/metrics").body.decode()):
             assert time.monotonic() < end, text
         assert started.stop() == 0
     assert "Traceback" not in started.log.read_text()
+
+
+def test_workers_are_told_to_stop_when_the_signal_comes_while_they_are_started(store, monkeypatch):
+    """Otherwise they would outlive the process that is to stop them, and keep its port."""
+
+    class Worker:
+        def __init__(self, **_) -> None:
+            self.sentinel, self._alive = os.pipe()
+            self.exitcode = None
+
+        def start(self) -> None:
+            if not workers:
+                signal.raise_signal(signal.SIGTERM)
+            workers.append(self)
+
+        def terminate(self) -> None:
+            if self not in workers:
+                raise AttributeError
+            if self.exitcode is None:
+                self.exitcode = -signal.SIGTERM
+                os.close(self._alive)
+
+        def join(self) -> None:
+            assert self.exitcode is not None
+            os.close(self.sentinel)
+
+    workers: list[Worker] = []
+    monkeypatch.setattr(server.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Worker))
+    monkeypatch.setenv(MULTIPROCESS_DIR, "")
+    before = {sig: signal.getsignal(sig) for sig in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        config = ServeConfig(store=str(store), workers=3)
+        with socket.socket() as listener:
+            server._serve_with_workers(config, listener)
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+    assert [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 3
 
 
 def test_a_worker_that_dies_ends_the_service_so_that_it_is_started_again(tmp_path, store):

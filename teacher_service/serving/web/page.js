@@ -28,7 +28,10 @@ function element(name, attributes = {}, ...children) {
 
 const whole = new Intl.NumberFormat("en");
 const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
-const tail = (key) => (key.length > 9 ? `…${key.slice(-8)}` : key); // keys differ at their end
+function tail(key) { // keys differ at their end
+  const letters = [...key];
+  return letters.length > 9 ? `…${letters.slice(-8).join("")}` : key;
+}
 const percent = (part, of) => `${of ? Math.floor((1000 * part) / of) / 10 : 0} %`;
 function size(bytes) {
   const units = ["B", "kB", "MB", "GB", "TB", "PB"];
@@ -94,21 +97,41 @@ function showSummary(summary) {
   const views = [...Array(summary.num_views).keys()];
   if ($("view").options.length !== views.length) {
     $("view").replaceChildren(...views.map((view) => element("option", { value: String(view) }, String(view))));
+    state.view = Math.min(state.view, views.length - 1);
+    $("view").value = String(state.view);
   }
 }
 
+async function allUnits() {
+  const units = [];
+  for (let total = 1; units.length < total;) {
+    const answer = await ask(`/v1/browse/units?first=${units.length}&count=500`);
+    if (!answer.units.length) break;
+    units.push(...answer.units);
+    total = answer.total;
+  }
+  return units;
+}
+
+const shownViews = () => JSON.stringify([state.unit, state.units.find((unit) => unit.unit === state.unit)?.views]);
+
+// Whether the samples shown are others by now.
 function showUnits(units) {
-  state.units = units.units;
-  $("strip").replaceChildren(...units.units.slice(0, STRIP).map((unit) => element("i", {
-    className: !unit.views.length ? "" : unit.views.length === state.summary.num_views ? "all" : "some",
+  const before = shownViews(), each = Math.max(1, Math.ceil(units.length / STRIP)); // tars of a square
+  state.units = units;
+  const squares = Array.from({ length: Math.ceil(units.length / each) }, (_, at) => units.slice(at * each, (at + 1) * each));
+  $("strip").replaceChildren(...squares.map((some) => element("i", {
+    className: some.every((unit) => unit.views.length === state.summary.num_views) ? "all" : some.some((unit) => unit.views.length) ? "some" : "",
   })));
-  const options = units.units.map((unit) => element("option", { value: String(unit.unit), disabled: !unit.views.length },
+  const options = units.map((unit) => element("option", { value: String(unit.unit), disabled: !unit.views.length },
     unit.views.length ? unit.tar : `${unit.tar} (not yet)`));
   $("unit").replaceChildren(...options);
-  if (!state.units.find((unit) => unit.unit === state.unit)?.views.length) {
-    state.unit = state.units.find((unit) => unit.views.length)?.unit ?? 0;
+  if (!units.find((unit) => unit.unit === state.unit)?.views.length) {
+    state.unit = units.find((unit) => unit.views.length)?.unit ?? 0;
+    state.first = 0;
   }
   $("unit").value = String(state.unit);
+  return shownViews() !== before;
 }
 
 function showActivity(now) {
@@ -155,6 +178,8 @@ async function showSamples() {
   const mine = ++listing;
   if (!state.units.some((unit) => unit.views.length)) {
     $("grid").replaceChildren(element("li", { className: "quiet" }, "Nothing is committed yet."));
+    $("range").textContent = "";
+    $("previous").disabled = $("next").disabled = true;
     return;
   }
   const answer = await ask(`/v1/browse/units/${state.unit}/samples?first=${state.first}&count=${PAGE}`);
@@ -231,24 +256,24 @@ async function showQuarantine() {
 
 async function open() {
   showSummary(await ask("/v1/browse/summary"));
-  showUnits(await ask("/v1/browse/units?count=500"));
+  showUnits(await allUnits());
   $("token-form").hidden = true;
   $("main").hidden = false;
   await Promise.all([showSamples(), showQuarantine()]);
 }
 
-let opened = false, committed = -1;
+let opened = false, known = "";
 async function tick() {
   try {
     if (!document.hidden) {
       const now = await ask("/v1/browse/activity");
-      if (!opened) { await open(); opened = true; } else if (now.committed !== committed) {
-        const empty = !state.units.some((unit) => unit.views.length);
+      const held = `${now.committed} of ${now.of_committed}`;
+      if (!opened) { await open(); opened = true; } else if (held !== known) {
         showSummary(await ask("/v1/browse/summary"));
-        showUnits(await ask("/v1/browse/units?count=500"));
-        await Promise.all([showQuarantine(), empty ? showSamples() : undefined]);
+        const others = showUnits(await allUnits());
+        await Promise.all([showQuarantine(), others ? showSamples() : undefined]);
       }
-      committed = now.committed;
+      known = held;
       showActivity(now);
       status(now.committed === now.of_committed ? "complete" : commitRate(now) > 0 ? "growing" : "incomplete", "good");
     }

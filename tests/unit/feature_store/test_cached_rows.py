@@ -1,12 +1,14 @@
 """Rows from the machine's memory: right, or not at all."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_store import tiny_store
+from tiny_store import tiny_manifest, tiny_store
 
 from feature_store import RowId, open_store
+from feature_store.objects.local import IOV_MAX
 from feature_store.reading import cached_rows
 
 ROWS = [RowId(unit, i, view) for unit, n in enumerate((5, 3, 4)) for view in (0, 1) for i in range(n)]
@@ -50,6 +52,18 @@ def test_rows_are_those_the_store_reads_when_some_lie_side_by_side(store, rows, 
     assert all(done.values())
     for name, array in expected.items():
         assert memory[name].tobytes() == array.tobytes()
+
+
+def test_neighbours_are_taken_when_they_are_more_than_one_system_call_takes(tmp_path):
+    """Logits of six bytes: far fewer fill a system call's buffers than its bytes."""
+    samples = IOV_MAX + 7
+    manifest = tiny_manifest(policy="rrc_flip", views=1)
+    manifest = replace(manifest, tars=(replace(manifest.tars[0], samples=samples),), capacity=samples)
+    source = tiny_store(tmp_path / "s", manifest, units=(0,)).source()
+    rows = [RowId(0, i, 0) for i in range(samples)]
+    source.fill(rows, source.buffers(samples))
+    _, done = taken(source, rows, 0, samples)
+    assert all(done.values())
 
 
 def test_neighbours_are_one_run(store):

@@ -323,12 +323,16 @@ TEACHER = {
     "split": asdict(SplitInfo("vit", 1, 4, (2, 2), 4, (2, 2), 0, "none")),
     "taps": {"stage4": [4, 2]},
     "max_batch": 8,
+    "identity": "5f0c",
 }
 
 
 def live(described, **arrays) -> RemoteLiveSource:
     """A source whose service describes its teacher so, and answers with these arrays."""
-    answers = [Answered(body=json.dumps(described).encode()), Answered(body=frame_of(arrays, teacher="0" * 64))]
+    answers = [
+        Answered(body=json.dumps(described).encode()),
+        Answered(body=frame_of(arrays, teacher="0" * 64, identity="5f0c")),
+    ]
     return RemoteLiveSource(Service(ScriptedTransport(lambda _: answers.pop(0)), patience=HASTY))
 
 

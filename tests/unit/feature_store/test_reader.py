@@ -1,6 +1,8 @@
 """Reading rows: into given memory, through tables that do not fit, from many threads and from any kind of process."""
 
+import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -251,6 +253,20 @@ def test_tables_stay_within_their_budget_when_shards_do_not_fit(store):
         assert np.array_equal(source.read(rows).taps["stage4"], expected(store, rows))
         tables = source._tables().by_path.values()
         assert sum(table.nbytes for table in tables) <= budget
+
+
+def test_files_are_closed_as_soon_as_a_source_is_let_go_of(store):
+    """A service opens a growing store again and again: each would hold half the process's descriptors."""
+    again = open_store(store.path)
+    source = again.source()
+    source.read(ROWS)
+    left = weakref.ref(again.objects)
+    gc.disable()
+    try:
+        del again, source
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_tables_load_each_shard_once_while_they_fit(store):

@@ -148,6 +148,16 @@ def test_sample_is_taken_anew_only_when_the_store_is_another_or_twice_as_large(t
     assert {row.unit for row in gallery.sample().rows} == {0, 1}
 
 
+def test_sample_is_taken_anew_when_some_of_its_rows_are_withdrawn(tmp_path):
+    world = make_world(tmp_path)
+    current = [open_store(world.store)]
+    gallery = Gallery(lambda: current[0])
+    assert {row.unit for row in gallery.sample().rows} == {0, 1}
+    current[0].withdraw_unit(1)
+    current[0] = open_store(world.store)
+    assert {row.unit for row in gallery.sample().rows} == {0}
+
+
 def test_nothing_is_sampled_when_nothing_is_committed(tmp_path):
     world = make_world(tmp_path, skip=[(unit, view) for unit in (0, 1) for view in (0, 1)])
     client = TestClient(service_app(world.store), base_url="http://localhost")

@@ -1,5 +1,6 @@
 """The live teacher's routes: features of images and of views, refusals, and readiness."""
 
+import asyncio
 import io
 import threading
 
@@ -17,7 +18,9 @@ from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, draw_view, view_policy
 from teacher_service.serving.batcher import DeviceFaultError
 from teacher_service.serving.compute import compute_router
+from teacher_service.serving.config import ServeConfig
 from teacher_service.serving.live import Batching, LiveTeacher, TeacherModel
+from teacher_service.serving.service import Service
 
 FRAME = {"content-type": wire.MEDIA_TYPE}
 
@@ -156,6 +159,23 @@ def test_live_teacher_says_why_when_it_cannot_be_loaded(error):
     assert "the teacher cannot be loaded" in live.not_ready
     assert "no weights" in live.not_ready
     assert live.close()
+
+
+def test_service_ends_at_once_when_told_so_while_its_teacher_loads():
+    may_end = threading.Event()
+    live = LiveTeacher(lambda: may_end.wait(30))
+    service = Service(ServeConfig(store="nowhere"), live)
+    service.load = lambda: None
+
+    async def told_to_end() -> None:
+        task = asyncio.create_task(service.run(lambda: None))
+        while not live.loading:
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(told_to_end())  # which waits for its threads
+    assert live.loading
+    may_end.set()
 
 
 class Lost(torch.nn.Module):

@@ -4,9 +4,12 @@ import stat
 from contextlib import closing
 
 import pytest
+import timm
 from served_store import in_process, make_store, make_tokens
+from timm.data.config import resolve_model_data_config
 
 from feature_store.errors import InputError, MismatchError
+from feature_store.teacher import model
 from teacher_service.cli import main
 from teacher_service.serving.app import create_app
 from teacher_service.serving.config import ServeConfig
@@ -140,6 +143,15 @@ def test_token_file_keeps_hashes_only_and_is_its_owners(tmp_path, capsys):
     assert len(read_tokens(file)) == 1
 
 
+def test_a_token_is_made_on_its_own_line_when_the_last_one_was_left_without_its_end(tmp_path):
+    file = tmp_path / "tokens.jsonl"
+    create_token(file, "first", ("read",))
+    file.write_text(file.read_text().rstrip("\n"))  # as editors do
+    secret = create_token(file, "second", ("read",))
+    assert [token.name for token in read_tokens(file)] == ["first", "second"]
+    assert TokenFile(file).find(secret) is not None
+
+
 @pytest.mark.parametrize(
     "line",
     ["x", "[]", "{}", json.dumps({"name": "a", "sha256": "0" * 63, "scopes": ["read"], "created": ""}),
@@ -228,6 +240,15 @@ def test_live_teacher_that_is_not_the_stores_is_refused(tmp_path, store, tiny_sw
     other = ServeConfig(store=str(store), teacher=other_swin.name, checkpoint=other_swin.checkpoint, device="cpu")
     with pytest.raises(MismatchError, match=r"teacher\.weights_sha256 differs"):
         _load_teacher(other)
+
+
+def test_live_teacher_that_sees_pixels_otherwise_than_the_stores_is_refused(store, tiny_swin, monkeypatch):
+    """As of another release of timm, which may change what a name's pixels are normalised by."""
+    good = ServeConfig(store=str(store), teacher=tiny_swin.name, checkpoint=tiny_swin.checkpoint, device="cpu")
+    data = resolve_model_data_config(timm.create_model(tiny_swin.name))
+    monkeypatch.setattr(model, "resolve_model_data_config", lambda _: {**data, "mean": (0.0, 0.0, 0.0)})
+    with pytest.raises(MismatchError, match=r"teacher\.mean differs"):
+        _load_teacher(good)
 
 
 def test_browsers_of_named_origins_may_read_with_a_token_and_no_others(serve, store, token_file, secrets):

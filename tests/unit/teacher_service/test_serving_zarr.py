@@ -1,4 +1,6 @@
+import asyncio
 import os
+import time
 from contextlib import closing
 from urllib.parse import quote
 
@@ -7,9 +9,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from served_store import UNCOMMITTED_UNIT, in_process, make_store, make_tokens
 
+from feature_store.blocks import read_blocks
 from feature_store.commits.index import PATH as INDEX
 from feature_store.commits.index import decode_index
 from feature_store.store import open_store
+from teacher_service.serving import routes_zarr
 from teacher_service.serving.config import Limits
 
 SECRET = b"the secret that is not served"
@@ -52,6 +56,26 @@ def test_every_committed_object_is_served_as_it_is(ask, store):
         head = get(ask, path, "HEAD")
         assert (head.status, head.body, head.headers["content-length"]) == (200, b"", str(len(answer.body)))
         assert head.headers["etag"] == answer.headers["etag"]
+
+
+def test_blocks_are_read_for_one_request_at_a_time(serve, store, monkeypatch):
+    """Before they are read nobody knows what they take of the limit."""
+    client, reading, together = serve(store), [], []
+
+    def watched(objects):
+        reading.append(objects)
+        together.append(len(reading))
+        time.sleep(0.02)
+        reading.pop()
+        return read_blocks(objects)
+
+    async def several():
+        return await asyncio.gather(*(client.ask("/v1/blocks", "GET", {}, b"") for _ in range(5)))
+
+    monkeypatch.setattr(routes_zarr, "read_blocks", watched)
+    answers = asyncio.run(several())
+    assert together == [1] * 5
+    assert all(answer.status == 200 and answer.body == answers[0].body for answer in answers)
 
 
 def test_blocks_objects_are_served_too(ask, store):
