@@ -111,7 +111,7 @@ def bench(
 
     Args:
         path: The store, with taps stored as f32 or f16: a directory or URL.
-        codecs: Codecs to measure; --codecs alone for all.
+        codecs: Codecs of features to measure; --codecs alone for all. Logits are measured with their own either way.
         rows: Rows to measure on.
         seed: Chooses the rows.
         json: Print JSON instead of tables.
