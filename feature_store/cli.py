@@ -111,7 +111,7 @@ def bench(
 
     Args:
         path: The store, with taps stored as f32 or f16: a directory or URL.
-        codecs: Codecs to measure; --codecs alone for all.
+        codecs: Codecs of features to measure; --codecs alone for all. Logits are measured with their own either way.
         rows: Rows to measure on.
         seed: Chooses the rows.
         json: Print JSON instead of tables.
@@ -168,6 +168,10 @@ def unit_progress(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, 
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+LISTS = ("--codecs", "--cors-origins", "--gpus", "--scope", "--seeds", "--set", "--taps", "--tars", "--val-tars")
+"""Options of the command lines that take several values."""
+
+
 def run(app: tyro.extras.SubcommandApp, prog: str, argv: Sequence[str] | None = None) -> int:
     """Run a command line and turn user errors into one line on stderr and an exit code.
 
@@ -181,6 +185,7 @@ def run(app: tyro.extras.SubcommandApp, prog: str, argv: Sequence[str] | None = 
     """
     try:
         arguments = list(sys.argv[1:] if argv is None else argv)
+        _refuse_repeated_lists(arguments)
         app.cli(prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     except UserError as error:
         return _fail(prog, error)
@@ -193,6 +198,14 @@ def run(app: tyro.extras.SubcommandApp, prog: str, argv: Sequence[str] | None = 
     except SystemExit as stop:  # tyro: 0 after --help, 2 after wrong usage
         return stop.code if isinstance(stop.code, int) else 2
     return 0
+
+
+def _refuse_repeated_lists(arguments: Sequence[str]) -> None:
+    """The last of several would count alone, and what the others list would be left out in silence."""
+    names = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+    for name in LISTS:
+        if names.count(name) > 1:
+            raise InputError(f"{name} is given {names.count(name)} times, expected once; list all its values behind it")
 
 
 def _fail(prog: str, error: UserError) -> int:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from feature_store.commits.proofs import total_bytes
@@ -66,7 +67,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         f"seed {summary['seed']}" + (f", materialised as {encoding}" if (encoding := summary["view_encoding"]) else ""),
         "units": f"{summary['committed_units']} of {summary['units']} complete",
         "rows": f"{summary['committed_rows']:,} committed of {summary['samples'] * summary['views']:,}",
-        "size": f"{summary['bytes'] / 1e6:,.1f} MB in {summary['objects']:,} objects",
+        "size": f"{decimal(summary['bytes'])} committed in {summary['objects']:,} objects",
         "quarantined": str(len(summary["quarantined"])),
         "fingerprint": summary["fingerprint"],
         "licence": summary["licence"] or "not stated",
@@ -85,7 +86,7 @@ def print_report(report: "Report", console: Console) -> None:
     what = "existence and length" if report.quick else "every byte"
     console.print(
         f"{report.store}: {report.units} units, {report.records} records, {report.objects:,} objects, "
-        f"{report.bytes / 1e6:,.1f} MB; compared {what}",
+        f"{decimal(report.bytes)}; compared {what}",
         markup=False,
     )
     for finding in report.findings:

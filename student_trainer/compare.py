@@ -31,7 +31,7 @@ class CompareConfig:
     """Several settings, each with several seeds.
 
     Attributes:
-        sweep: The sweep file, or the name of a ready one (ablation, baselines, beta, views).
+        sweep: The sweep file, or the name of a ready one (ablation, baselines, beta, alpha, views).
         out: Folder of all runs and of the results; default the sweep's name, in this folder. The same command resumes.
         set: NAME=VALUE changed in every run, e.g. store=swin_l.zarr tars=[a.tar,b.tar] optim.lr=0.1.
         seeds: Seeds instead of the file's.
@@ -39,7 +39,7 @@ class CompareConfig:
         gpus: Numbers of the GPUs to use, as torch counts them, one run at a time on each; instead of processes.
         threads: CPU threads of each run; default the machine's cores divided by the runs at a time.
         confidence: Of the intervals of differences.
-        progress: Show progress on stderr.
+        progress: Show progress on stderr. Off: say nothing until the end.
     """
 
     sweep: Positional[Path]

@@ -177,12 +177,12 @@ class TrainConfig:
         log_every: Write a metrics line every this many steps.
         tensorboard: Also log to TensorBoard, into the run's folder.
         wandb: Also log to this project of Weights & Biases.
-        report: Write report.html when the run ends.
+        report: Write report.html when the run ends. Off: leave it out.
         checkpoint_every: Also write last.pt every this many steps; 0: after each epoch only.
         check_all_pixels: Check the CRC of every view of a store, not only of each unit's first rows.
         scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
         resume: Continue the run in its folder.
-        progress: Show progress on stderr.
+        progress: Show progress on stderr. Off: none.
     """
 
     run: Path

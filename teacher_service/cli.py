@@ -92,7 +92,7 @@ def create(name: str, scope: tuple[Scope, ...] = ("read",), file: Path = Path("t
     print(create_token(file, name, scope))
 
 
-app.command(token, name="token")
+app.command(token, name="token", help="Make bearer tokens for serve.")
 
 
 def print_deep_report(report: "DeepReport", console: Console) -> None:

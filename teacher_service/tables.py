@@ -112,6 +112,6 @@ def summary_text(summary: "CacheSummary") -> str:
         f"{summary.quarantined} samples quarantined; {summary.images:,} images in {summary.seconds:.1f} s{predicted} "
         f"({summary.images_per_second:,.1f} images/s, {summary.gpu_hours:.3g} GPU-hours), "
         f"{summary.teacher_seconds:.1f} s of it in the teacher; {decimal(summary.bytes_written)} written, predicted "
-        f"{decimal(summary.predicted_bytes)}\n"
-        f"stages worked: {shares} of the time; bottleneck: {summary.bottleneck}"
+        f"{decimal(summary.predicted_bytes)}"
+        + (f"\nstages worked: {shares} of the time; bottleneck: {summary.bottleneck}" if shares else "")
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import timm
@@ -163,7 +164,9 @@ def _load_checkpoint(model: nn.Module, name: str, checkpoint: Path) -> None:
     try:
         load_checkpoint(model, str(checkpoint), strict=True, weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file makes the readers raise
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
+        # torch names every key, a large model has hundreds
+        lines = [shorten(line.strip(" \t:."), 200, placeholder=" ...") for line in str(error).splitlines()[:4]]
+        reason = "; ".join(lines)
         raise InputError(
             f"checkpoint {checkpoint} does not fit {name}: {reason}; "
             "check the model name and --model-kwargs (num_classes, img_size...)"

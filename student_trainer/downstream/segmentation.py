@@ -45,7 +45,7 @@ class SegmentationConfig:
         warmup: Steps over which the rate rises from 0.
         crop: Side of training crops, and shorter side of validation images, in pixels.
         channels: Width of the head.
-        validate: Compute mIoU on the validation images at the end.
+        validate: Compute mIoU on the validation images at the end. Off: leave it out.
         workers: Processes that decode images.
         device: Where to train.
         seed: Seed of the head, order and crops.

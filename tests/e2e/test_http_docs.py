@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from training_world import shared_world
 
 from feature_store import wire
 from feature_store.store import open_store
+from teacher_service.cli import main
 from teacher_service.serving.auth import scope_of
 from teacher_service.serving.problems import KINDS
-from teacher_service.serving.tokens import create_token
 
 DOCS = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
 
@@ -24,8 +25,10 @@ def world():
     return shared_world("vit")
 
 
-def test_curls_work_when_pasted_in_order(world, tmp_path):
-    token = create_token(tmp_path / "tokens.jsonl", "trainers", ("read", "compute"))
+def test_curls_work_when_pasted_in_order(world, tmp_path, capsys):
+    (made,) = re.findall(r"^teacher-service (token create .*) > token.txt$", DOCS, re.MULTILINE)
+    assert main([*shlex.split(made)[:-1], str(tmp_path / "tokens.jsonl")]) == 0
+    token = capsys.readouterr().out.strip()
     Image.new("RGB", (80, 60), (200, 40, 90)).save(tmp_path / "image.png")
     environment = {**os.environ, "TOKEN": token, "KEY": open_store(world.store).keys(0)[0]}
     name, _ = world.teacher

@@ -123,3 +123,16 @@ def test_readme_map_names_every_module():
         for module in (ROOT / package).rglob("*.py"):
             if not module.name.startswith("__"):
                 assert f"`{module.stem}`" in README, f"{module.relative_to(ROOT)} is not on the README's map"
+
+
+def test_list_options_of_all_programs_are_known(capsys):
+    found = set()
+    for command in (
+        "feature-store bench", "feature-store plot", "student-trainer train", "student-trainer evaluate",
+        "student-trainer compare", "teacher-service plan", "teacher-service cache", "teacher-service verify",
+        "teacher-service serve", "teacher-service token create",
+    ):  # fmt: skip
+        program, *words = command.split()
+        assert PROGRAMS[program]([*words, "--help"]) == 0
+        found |= set(re.findall(r"(--[\w-]+)\s(?:\{None\}\|)?\{?\[", capsys.readouterr().out))
+    assert found == set(feature_store.cli.LISTS)

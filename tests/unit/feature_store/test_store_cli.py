@@ -42,3 +42,10 @@ def test_wrong_usage_exits_2(capsys):
     assert main(["inof"]) == 2
     assert main([]) == 2
     assert main(["--help"]) == 0
+
+
+def test_list_options_are_refused_when_given_twice(tmp_path, capsys):
+    store = tiny_store(tmp_path / "s")
+    for options in (["--codecs", "f32", "--codecs", "f16"], ["--codecs=f32", "--codecs", "f16"]):
+        assert main(["bench", str(store.objects.url), *options]) == 2
+        assert "--codecs is given 2 times" in capsys.readouterr().err

@@ -102,6 +102,14 @@ def test_load_refuses_when_checkpoint_does_not_fit(checkpoint, tmp_path):
         load(checkpoint=tmp_path / "absent.pt")
 
 
+def test_load_names_some_keys_only_when_all_of_a_checkpoints_differ(checkpoint):
+    with pytest.raises(
+        InputError, match=r"Missing key.*\.\.\.; Unexpected key.*\.\.\.;.*check the model name"
+    ) as caught:
+        load_teacher("test_vit", checkpoint=checkpoint)
+    assert len(str(caught.value)) < 1200
+
+
 def test_load_never_unpickles_code(tmp_path):
     class Evil:
         def __reduce__(self):

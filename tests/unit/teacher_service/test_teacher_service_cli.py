@@ -101,6 +101,11 @@ def test_cli_cache_logs_and_shows_what_was_predicted_beside_what_was_seen(
     for words in ("predicted", "GPU-hours", "stages worked: ", "bottleneck: "):
         assert words in out
 
+    assert main(command[:-6]) == 0
+    out, _ = capsys.readouterr()
+    assert "0 units written, 2 were there" in out
+    assert "stages worked" not in out  # none did
+
 
 def _record_bytes(store: Path) -> int:
     return sum(path.stat().st_size for path in store.glob("commits/u*.json"))
