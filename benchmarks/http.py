@@ -29,7 +29,7 @@ from feature_store import RowId, Store
 from feature_store.client import connect
 
 _SLOW_BATCHES = 4
-_WARM_BATCHES = 8  # a connection's buffers grow with its first tens of MB
+_WARM_BATCHES = 40  # connections grow their buffers with the first tens of MB, and an idle machine takes a second
 
 
 @dataclass(frozen=True)
