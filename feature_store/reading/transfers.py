@@ -128,7 +128,7 @@ class _Job:
 
     def __init__(self, objects: ObjectStore, transfer: Transfer, rows: np.ndarray) -> None:
         paths, *columns = transfer.located
-        self._objects, self.transfer, self._read_into = objects, transfer, objects.read_into
+        self._objects, self._transfer, self._read_into = objects, transfer, objects.read_into
         self.order = rows[np.lexsort((transfer.located.offsets[rows], transfer.shards[rows]))]
         self._indices = self.order.tolist()
         self._paths = [paths[index] for index in self._indices]
@@ -138,8 +138,8 @@ class _Job:
 
     def requests(self) -> Iterator["_Request"]:
         """Ranges, cut where the next row is another shard's, too far away, or too much for one request."""
-        offsets, shard = self.transfer.located.offsets[self.order], self.transfer.shards[self.order]
-        end = offsets + self.transfer.located.lengths[self.order]
+        offsets, shard = self._transfer.located.offsets[self.order], self._transfer.shards[self.order]
+        end = offsets + self._transfer.located.lengths[self.order]
         gap = offsets[1:] - end[:-1]  # negative: the same row twice
         new = np.flatnonzero((shard[1:] != shard[:-1]) | (gap < 0) | (gap > self._objects.gap_bytes)) + 1
         first = np.zeros(len(shard), np.int64)
@@ -168,8 +168,8 @@ class _Job:
             if crc32c(row) != self._checksums[at]:
                 self._read_again(at, row)
             if self._zstd:
-                out = self.transfer.out[self._indices[at]]
-                decode_row(self.transfer.spec, np.frombuffer(row, np.uint8), out, self._paths[at])
+                out = self._transfer.out[self._indices[at]]
+                decode_row(self._transfer.spec, np.frombuffer(row, np.uint8), out, self._paths[at])
         return True
 
     def _memory(self, at: int) -> memoryview:
@@ -196,7 +196,7 @@ class _Job:
             with object_errors(path):
                 self._read_into(path, self._offsets[at], [row])
         if crc32c(row) != self._checksums[at]:
-            position = self.transfer.positions[self._indices[at]]
+            position = self._transfer.positions[self._indices[at]]
             raise CorruptStoreError(damaged(path, f"the crc32c of position {position} does not match"))
 
 
