@@ -12,12 +12,15 @@ from feature_store.errors import InputError, MismatchError, ResourceError
 
 FORMAT = 2
 
-# Options that say where something lies: what lies there is compared by content instead, see a run's inputs.
-_PLACES = frozenset({"store", "source", "tars", "views_from", "val_tars", "keys_file", "teacher.checkpoint"})
-# Options that cannot change a run's numbers, and one whose outcome is among the inputs.
+# Options that say where something lies, or how much of it is used: what comes of them is compared instead, see a run's
+# inputs.
+_PLACES = frozenset(
+    {"store", "source", "tars", "views_from", "val_tars", "keys_file", "num_views", "teacher.checkpoint"}
+)
+# Options that cannot change a run's numbers.
 _FREE = frozenset(
     {"run", "resume", "progress", "workers", "start_method", "log_every", "checkpoint_every", "check_all_pixels",
-     "num_views", "scratch", "token_file", "tensorboard", "wandb", "report", "expect.teacher", "expect.policy",
+     "scratch", "token_file", "tensorboard", "wandb", "report", "expect.teacher", "expect.policy",
      "scalekd.checkpoint_later_blocks"}
 )  # fmt: skip
 
@@ -172,7 +175,7 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
 
 
 def same_places(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
-    """Whether two configs read from the same places, so that their inputs need not be compared."""
+    """Whether two configs read the same of the same places, so that their inputs need not be compared."""
     before, now = _flat(saved), _flat(current)
     return all(before.get(name) == now.get(name) for name in _PLACES)
 

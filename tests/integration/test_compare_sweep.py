@@ -109,6 +109,18 @@ def test_runs_are_refused_when_their_data_is_another_and_kept_when_it_only_moved
     assert again.settings[0].runs[0].top1 == found.settings[0].runs[0].top1
 
 
+def test_finished_runs_are_refused_when_their_setting_has_other_views_now(tmp_path):
+    sweep = tmp_path / "kd.yaml"
+    sweep.write_text("{settings: {kd: {method: kd, num_views: 2}}, seeds: [0]}")
+    config = CompareConfig(sweep=sweep, out=tmp_path / "out", set=changes(), progress=False)
+    compare(config)
+    sweep.write_text("{settings: {kd: {method: kd, num_views: 1}}, seeds: [0]}")
+    with pytest.raises(
+        UserError, match=r"1 of 1 runs failed; .*\n  kd, seed 0: inputs.views differs: the run has 2, got 1"
+    ):
+        compare(config)
+
+
 def test_more_seeds_only_add_runs_when_the_sweep_grows(ablation):
     config, found = ablation
     grown = read_sweep(config.sweep, config.folder, config.set, (0, 1, 2))
