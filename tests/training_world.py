@@ -25,6 +25,7 @@ from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.versions import software_versions
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, pixel_crc, view_policy
 from feature_store.writer import UnitData
+from student_trainer.config import TrainConfig
 
 CLASSES = 4
 SIZE = 64
@@ -41,6 +42,9 @@ _SMALL = {"img_size": SIZE, "num_classes": CLASSES, "embed_dim": 64, "depth": 4,
 BEIT: tuple[str, dict[str, Any]] = ("beitv2_large_patch16_224", _SMALL)
 DINOV3: tuple[str, dict[str, Any]] = ("vit_large_patch16_dinov3", _SMALL)
 FAMILIES = {"vit": VIT, "swin": SWIN, "beit": BEIT, "dinov3": DINOV3}
+
+# numbers of metrics.jsonl that no two runs share
+TIMING = {"images_per_second", "data_wait", "seconds_per_step", "teacher_seconds", "memory"}
 
 
 @dataclass(frozen=True)
@@ -184,3 +188,13 @@ def make_world(root: Path, spec: tuple[str, dict[str, Any]] = VIT, *, codec: str
     checkpoint = root / "teacher" / "teacher.safetensors"
     write_store(root / "store", tars, make_teacher(spec, checkpoint), codec=codec, **store)
     return World(tars, (val,), root / "store", spec, checkpoint)
+
+
+def train_config(run: Path, world: World | None = None, **changes: Any) -> TrainConfig:
+    """One epoch of three batches of a small network on a world, the shared one unless given, with changes."""
+    world = world or shared_world()
+    common: dict[str, Any] = {
+        "student": "test_resnet", "tars": world.tars, "store": world.store, "epochs": 1, "batch_size": 8, "workers": 0,
+        "log_every": 1, "report": False, "progress": False,
+    }  # fmt: skip
+    return TrainConfig(run=run, **{**common, **changes})

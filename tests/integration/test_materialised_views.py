@@ -17,7 +17,7 @@ import webdataset
 from PIL import Image
 from servers import WebServer, s3_server
 from tiny_jobs import cache_config, make_teacher, store_files
-from training_world import CLASSES, samples, write_tar
+from training_world import CLASSES, samples, train_config, write_tar
 
 from feature_store import open_store
 from feature_store.commits.locks import locked
@@ -54,20 +54,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def run(world, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        run=tmp_path / "run",
-        student="test_resnet",
-        tars=world.tars,
-        store=world.store,
-        epochs=2,
-        batch_size=8,
-        shuffle_units=2,
-        workers=0,
-        log_every=1,
-        check_all_pixels=True,
-        report=False,
-        progress=False,
-    )
+    return train_config(tmp_path / "run", world, epochs=2, shuffle_units=2, check_all_pixels=True)
 
 
 def steps(config: TrainConfig) -> list[dict]:

@@ -1,13 +1,12 @@
 """Cached and live features are interchangeable: the contract, the same losses, and the same first training steps."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conformance import ROWS, FeatureSourceConformance
-from training_world import FAMILIES, World, shared_world
+from training_world import FAMILIES, World, shared_world, train_config
 
 from feature_store.errors import InputError, QuarantinedError, UncommittedError
 from feature_store.sample import RowId
@@ -82,20 +81,9 @@ class TestLiveSource(FeatureSourceConformance):
 
 
 def config(world: World, tmp_path: Path, source: str, **changes) -> TrainConfig:
-    asked = TrainConfig(
-        run=tmp_path / source,
-        student="test_resnet",
-        tars=world.tars,
-        store=world.store,
-        source=source,
-        teacher=TeacherConfig(checkpoint=world.checkpoint) if source == "live" else TeacherConfig(),
-        epochs=4,
-        batch_size=8,
-        workers=0,
-        log_every=1,
-        progress=False,
-    )
-    return replace(asked, **changes)
+    teacher = TeacherConfig(checkpoint=world.checkpoint) if source == "live" else TeacherConfig()
+    asked = {"source": source, "teacher": teacher, "epochs": 4, **changes}
+    return train_config(tmp_path / source, world, **asked)
 
 
 def trainer(world: World, tmp_path: Path, source: str, **changes) -> Trainer:

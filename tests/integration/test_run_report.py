@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_world import shared_world
+from training_world import shared_world, train_config
 
 from feature_store.errors import InputError
 from student_trainer.config import TrainConfig
@@ -16,19 +16,12 @@ from student_trainer.train import train
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> TrainConfig:
     """A finished run with a report and TensorBoard."""
-    world = shared_world()
-    config = TrainConfig(
-        run=tmp_path_factory.mktemp("runs") / "a <run>",
-        student="test_resnet",
-        tars=world.tars,
-        val_tars=world.val_tars,
-        store=world.store,
+    config = train_config(
+        tmp_path_factory.mktemp("runs") / "a <run>",
+        val_tars=shared_world().val_tars,
         epochs=2,
-        batch_size=8,
-        workers=0,
-        log_every=1,
         tensorboard=True,
-        progress=False,
+        report=True,
     )
     train(config)
     return config

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from process_runs import kill, poison_second_process, run_alone, run_group, start_group, wait_for_lines
-from training_world import samples, shared_world, write_tar
+from training_world import TIMING, samples, shared_world, train_config, write_tar
 
 from student_trainer.assemble import assemble
 from student_trainer.checkpoint import load_checkpoint
@@ -18,31 +18,21 @@ from student_trainer.distributed import Group, synchronise_batchnorm
 from student_trainer.metrics import read_metrics
 from student_trainer.scalekd import ScaleKDConfig
 
-TIMING = {"images_per_second", "data_wait", "seconds_per_step", "teacher_seconds", "memory"}
-
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
     """A run without BatchNorm: several processes and one see the same."""
-    world = shared_world()
-    return TrainConfig(
-        run=tmp_path / "run",
+    return train_config(
+        tmp_path / "run",
         student="test_vit",
         student_kwargs={"depth": 4},
-        tars=world.tars,
-        val_tars=world.val_tars,
-        store=world.store,
+        val_tars=shared_world().val_tars,
         epochs=3,
-        batch_size=8,
         scalekd=ScaleKDConfig(norm="layer"),
         # small steps of plain SGD: sums in another order differ in the last bit, and large steps or Adam's division
         # by tiny second moments would make more of that
         optim=OptimConfig(opt="momentum", lr=3e-4, clip_grad=10.0),
-        workers=0,
-        log_every=1,
         device="cpu",
-        progress=False,
-        report=False,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conformance import ROWS
 from service_process import running_service
-from training_world import World, shared_world
+from training_world import World, shared_world, train_config
 
 from feature_store.client import connect, read_token
 from feature_store.errors import InputError, MismatchError, ResourceError
@@ -35,11 +35,7 @@ def url(world):
 
 
 def config(world: World, run: Path, source: str, **changes) -> TrainConfig:
-    asked = {
-        "run": run, "student": "test_resnet", "tars": world.tars, "source": source, "epochs": 2, "batch_size": 8,
-        "workers": 0, "log_every": 1, "progress": False, "report": False, "device": "cpu",
-    }  # fmt: skip
-    return TrainConfig(**{**asked, **changes})
+    return train_config(run, world, **{"store": None, "source": source, "epochs": 2, "device": "cpu", **changes})
 
 
 def losses(run: Path) -> list[dict[str, float]]:

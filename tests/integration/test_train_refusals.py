@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from training_world import SIZE, SWIN, VIT, make_teacher, samples, shared_world, write_store, write_tar
+from training_world import (
+    SIZE,
+    SWIN,
+    VIT,
+    make_teacher,
+    samples,
+    shared_world,
+    train_config,
+    write_store,
+    write_tar,
+)
 
 import student_trainer.replay
 from feature_store.errors import (
@@ -34,17 +44,7 @@ HEADLESS = (VIT[0], {**VIT[1], "num_classes": 0})
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
-    world = shared_world()
-    return TrainConfig(
-        run=tmp_path / "run",
-        student="test_resnet",
-        tars=world.tars,
-        store=world.store,
-        epochs=1,
-        batch_size=8,
-        workers=0,
-        progress=False,
-    )
+    return train_config(tmp_path / "run")
 
 
 def refused(config: TrainConfig, kind: type[UserError], message: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from process_runs import kill, run_alone, start_group, wait_for_lines
-from training_world import shared_world
+from training_world import TIMING, shared_world, train_config
 
 from feature_store import Store, open_store
 from feature_store.errors import InputError, MismatchError, UncommittedError
@@ -22,8 +22,6 @@ from student_trainer.train import Trainer, train
 # Python 3.12 and later warn of fork under threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
-TIMING = {"images_per_second", "data_wait", "seconds_per_step", "teacher_seconds", "memory"}
-
 
 class Killed(BaseException):
     """Stands in for SIGKILL: nothing in the trainer may handle it."""
@@ -31,22 +29,14 @@ class Killed(BaseException):
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
-    world = shared_world()
-    return TrainConfig(
-        run=tmp_path / "run",
+    return train_config(
+        tmp_path / "run",
         student="test_vit",
         student_kwargs={"drop_path_rate": 0.3, "depth": 4},  # draws random numbers in every step
-        tars=world.tars,
-        val_tars=world.val_tars,
-        store=world.store,
+        val_tars=shared_world().val_tars,
         epochs=3,
-        batch_size=8,
-        workers=0,
-        log_every=1,
-        report=False,
         checkpoint_every=2,
         optim=OptimConfig(lr=1e-3, warmup_epochs=1),
-        progress=False,
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from servers import WebServer
-from training_world import SIZE, samples, shared_world, write_tar
+from training_world import SIZE, samples, shared_world, train_config, write_tar
 
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.store import open_store
@@ -41,20 +41,8 @@ SCALEKD_TERMS = {
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
-    world = shared_world()
-    return TrainConfig(
-        run=tmp_path / "run",
-        student="test_resnet",
-        tars=world.tars,
-        val_tars=world.val_tars,
-        store=world.store,
-        epochs=2,
-        batch_size=8,
-        workers=0,
-        log_every=1,
-        report=False,
-        optim=OptimConfig(lr=1e-3),
-    )
+    val_tars = shared_world().val_tars
+    return train_config(tmp_path / "run", val_tars=val_tars, epochs=2, optim=OptimConfig(lr=1e-3), progress=True)
 
 
 def lines(config: TrainConfig, kind: str) -> list[dict]:

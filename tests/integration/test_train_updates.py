@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from training_world import shared_world
+from training_world import shared_world, train_config
 
 from feature_store.errors import InputError
 from student_trainer.assemble import assemble
@@ -23,21 +23,13 @@ from student_trainer.train import Trainer, train
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
     """A run without BatchNorm, so that a batch may be split."""
-    world = shared_world()
-    return TrainConfig(
-        run=tmp_path / "run",
+    return train_config(
+        tmp_path / "run",
         student="test_vit",
         student_kwargs={"depth": 4},
-        tars=world.tars,
-        store=world.store,
-        epochs=1,
         batch_size=12,
         scalekd=ScaleKDConfig(norm="layer"),
         optim=OptimConfig(lr=1e-3, clip_grad=1.0),
-        workers=0,
-        log_every=1,
-        progress=False,
-        report=False,
     )
 
 
