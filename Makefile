@@ -13,7 +13,7 @@ test: $(STAMP) browser
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=30
 
 # More of what is random: ten times the requests that the OpenAPI makes of the service.
 nightly: $(STAMP)

@@ -12,6 +12,7 @@ from feature_store import RowId, open_store
 from feature_store.blocks import read_blocks
 from feature_store.checks.verify import verify
 
+pytestmark = pytest.mark.golden
 GOLDEN = Path(__file__).parents[2] / "golden"
 STORE = GOLDEN / "store_v1"
 

@@ -32,6 +32,7 @@ def test_every_preset_has_a_row_when_the_page_lists_configs():
     assert sorted(listed) == sorted(PRESETS)
 
 
+@pytest.mark.golden
 def test_swin_snippet_converts_a_teacher_when_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": under(golden("e2e_teacher"), "param/")}, "swin-official.pth")
@@ -47,6 +48,7 @@ def test_swin_snippet_converts_a_teacher_when_run(tmp_path, monkeypatch):
     assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
+@pytest.mark.golden
 def test_vit_snippet_converts_a_teacher_when_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     official, args = under(golden("tpp_vit"), "param/"), arguments("tpp_vit")
@@ -62,6 +64,7 @@ def test_vit_snippet_converts_a_teacher_when_run(tmp_path, monkeypatch):
     assert torch.equal(model.blocks[3].mlp.fc2.weight, official["layers.3.ffn.layers.1.weight"])
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("fixture", ["e2e_a_cnn_student"])
 def test_projector_snippet_fills_all_four_when_run(tmp_path, monkeypatch, fixture):
     monkeypatch.chdir(tmp_path)

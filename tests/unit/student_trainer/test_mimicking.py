@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_files import DTYPES, arguments, assert_matches, golden, inputs
+from golden_files import DTYPES, arguments, assert_recorded, golden, inputs, under
 from scipy.fft import dctn, idctn
+from torch import Tensor
 
 from feature_store.errors import InputError
 from student_trainer.mimicking import (
@@ -18,32 +19,37 @@ CASES = {case["case"]: case for case in arguments("dfm")["cases"]}
 LOSSES = {"spat": (original_view_loss, 0), "freq": (alternative_view_loss, 1)}
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("term", LOSSES)
 @pytest.mark.parametrize("case", CASES)
 def test_view_loss_gives_released_value_and_gradient_when_maps_are_given(case, term, dtype):
-    arrays, (loss, alpha) = inputs("dfm", dtype), LOSSES[term]
-    student = arrays[f"{case}/s_tokens"].requires_grad_()
-    teacher = arrays[f"{case}/t_map"].flatten(2).mT
-    value = loss(student, teacher, CASES[case]["alpha"][alpha])
-    value.backward()
-    assert_matches(value, golden("dfm")[f"{case}/{term}_f64"], term)
-    assert_matches(student.grad, golden("dfm")[f"{case}/grad_{term}_f64"], "gradient")
+    released, (loss, alpha) = under(golden("dfm"), f"{case}/"), LOSSES[term]
+
+    def compute(dtype: torch.dtype) -> dict[str, Tensor]:
+        arrays = under(inputs("dfm", dtype), f"{case}/")
+        student = arrays["s_tokens"].requires_grad_()
+        value = loss(student, arrays["t_map"].flatten(2).mT, CASES[case]["alpha"][alpha])
+        value.backward()
+        return {"loss": value, "gradient": student.grad}
+
+    assert_recorded(compute, dtype, {"loss": released[f"{term}_f64"], "gradient": released[f"grad_{term}_f64"]})
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("norm", ["none", "ortho"])
 @pytest.mark.parametrize("case", CASES)
 def test_removing_the_mean_equals_zeroing_the_first_dct_coefficient_when_transform_is_scaled(case, norm):
     arrays, scaling = golden("dfm"), None if norm == "none" else norm
     x = arrays[f"{case}/dct_x"].double()
     coefficients = torch.from_numpy(dctn(x.numpy(), axes=(-2, -1), norm=scaling))
-    assert_matches(coefficients, arrays[f"{case}/dct_{norm}_f64"], "the recorded DCT")
-    assert_matches(x, arrays[f"{case}/idct_of_dct_{norm}_f64"], "the recorded inverse")
-    coefficients[..., 0, 0] = 0
-    high_pass = torch.from_numpy(idctn(coefficients.numpy(), axes=(-2, -1), norm=scaling))
+    high_frequencies = coefficients.clone()
+    high_frequencies[..., 0, 0] = 0
+    high_pass = torch.from_numpy(idctn(high_frequencies.numpy(), axes=(-2, -1), norm=scaling))
     ours = without_spatial_mean(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
-    assert_matches(ours, high_pass, "phi by scipy")
-    assert_matches(ours, arrays[f"{case}/highpass_{norm}_f64"], "phi by the released code")
+    got = {"dct": coefficients, "idct_of_dct": x, "highpass": ours}
+    assert_recorded(lambda _: got, torch.float64, {name: arrays[f"{case}/{name}_{norm}_f64"] for name in got})
+    assert_recorded(lambda _: {"phi": ours}, torch.float64, {"phi": high_pass})
 
 
 def test_removing_the_mean_equals_zeroing_the_first_dct_coefficient_when_grid_is_not_square():

@@ -13,6 +13,8 @@ from feature_store.errors import InputError
 from student_trainer.official import load_projector, load_swin, load_vit, projector_names
 from student_trainer.projector import CrossAttentionProjector
 
+pytestmark = pytest.mark.golden
+
 
 def projector(**change) -> CrossAttentionProjector:
     args = {"student_dim": 12, "teacher_dim": 16, "query_hw": (4, 4), "key_hw": (4, 4), "num_heads": 2}

@@ -1,11 +1,12 @@
 """Later blocks against the released teachers' numbers, and TPP's way through them."""
 
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import pytest
 import timm
 import torch
-from golden_files import DTYPES, arguments, assert_matches, golden, images, inputs, swin, under
+from golden_files import DTYPES, arguments, assert_recorded, golden, images, inputs, swin, under
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -22,39 +23,67 @@ def as_map(x_BND: Tensor, like: Tensor) -> Tensor:
     return x_BND.mT.reshape(like.shape)
 
 
-def assert_path_matches(path: nn.Module, case: str, stage: str, dtype: torch.dtype) -> None:
+def assert_path_recorded(path: Callable[[torch.dtype], nn.Module], case: str, stage: str, dtype: torch.dtype) -> None:
     """Output and input gradient of a stage path on the recorded tokens."""
-    arrays, expected = inputs(case, dtype), under(golden(case), f"{stage}/")
-    own = under(arrays, f"{stage}/") if case == "tpp_swin" else arrays
-    tokens = own["tokens_in"].requires_grad_()
-    out = path(tokens)
-    (out * own["cot"]).sum().backward()
-    assert_matches(out, expected["out_f64"], "output")
-    assert_matches(tokens.grad, expected["grad_in_f64"], "gradient")
+
+    def compute(dtype: torch.dtype) -> dict[str, Tensor]:
+        arrays = inputs(case, dtype)
+        own = under(arrays, f"{stage}/") if case == "tpp_swin" else arrays
+        tokens = own["tokens_in"].requires_grad_()
+        out = path(dtype)(tokens)
+        (out * own["cot"]).sum().backward()
+        return {"out": out, "grad_in": tokens.grad}
+
+    expected = under(golden(case), f"{stage}/")
+    assert_recorded(compute, dtype, {name: expected[f"{name}_f64"] for name in ("out", "grad_in")})
 
 
+def assert_maps_recorded(compute: Callable[[torch.dtype], Sequence[Tensor]], case: str, dtype: torch.dtype) -> None:
+    """Maps [B, D, H, W] after the stages, in the recording's order."""
+    expected = under(golden(case), "full/")
+    assert_recorded(
+        lambda dtype: {f"map {i}": got for i, got in enumerate(compute(dtype))},
+        dtype,
+        {f"map {i}": expected[name] for i in range(len(expected)) if (name := f"out{i}_f64") in expected},
+    )
+
+
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_swin_later_blocks_give_released_stage4_path_when_released_weights_are_loaded(dtype):
-    _, later = split_teacher(swin("tpp_swin", dtype))
-    assert_path_matches(later, "tpp_swin", "s4", dtype)
+    assert_path_recorded(lambda dtype: split_teacher(swin("tpp_swin", dtype))[1], "tpp_swin", "s4", dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_swin_gives_released_maps_when_released_weights_are_loaded(dtype):
-    model, expected = swin("tpp_swin", dtype), golden("tpp_swin")
+def swin_maps(dtype: torch.dtype) -> dict[str, Tensor]:
+    """By the recording's names: whole maps, or a corner and the mean over all places."""
+    model = swin("tpp_swin", dtype)
     early, later = split_teacher(model)
     x = model.patch_embed(images("tpp_swin", dtype))
     maps = [x]
     for stage in model.layers:
         maps.append(x := stage(x))
     maps[-1] = later(early(images("tpp_swin", dtype)))
+    results = {}
     for i, got in enumerate(maps):
-        if f"full/out{i}_f64" in expected:
-            assert_matches(got.movedim(-1, 1), expected[f"full/out{i}_f64"], f"map {i}")
-        else:  # the first maps are recorded as excerpts of the float32 run
-            corner, mean = (expected[f"full/out{i}_f32_{part}"] for part in ("8x8corner", "chanmean"))
-            assert_matches(got[:, :8, :8].movedim(-1, 1), corner, f"corner of map {i}", tolerance=1e-5)
-            assert_matches(got.mean(dim=(1, 2)), mean, f"mean of map {i}", tolerance=1e-5)
+        results[f"out{i}_f64"] = got.movedim(-1, 1)
+        results[f"out{i}_f32_8x8corner"] = got[:, :8, :8].movedim(-1, 1)
+        results[f"out{i}_f32_chanmean"] = got.mean(dim=(1, 2))
+    return results
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("run", "recorded"), [("f64", None), ("f32", 1e-5)])
+def test_swin_gives_released_maps_when_released_weights_are_loaded(dtype, run, recorded):
+    released = under(golden("tpp_swin"), "full/")
+    expected = {name: released[name] for name in swin_maps(torch.float64).keys() & released.keys() if run in name}
+    assert len(expected) == {"f64": 2, "f32": 6}[run]
+    assert_recorded(
+        lambda dtype: {name: leaf for name, leaf in swin_maps(dtype).items() if name in expected},
+        dtype,
+        expected,
+        recorded=recorded,
+    )
 
 
 @cache
@@ -80,46 +109,53 @@ def vit(case: str, dtype: torch.dtype, *, class_token: bool) -> VisionTransforme
     return model.to(dtype).eval()
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", VITS)
 def test_vit_later_blocks_give_released_stage5_path_when_cut_before_last_block(case, dtype):
-    _, later = split_teacher(vit(case, dtype, class_token=False), depth=1)
-    assert_path_matches(later, case, "s5", dtype)
+    def later(dtype: torch.dtype) -> nn.Module:
+        return split_teacher(vit(case, dtype, class_token=False), depth=1)[1]
+
+    assert_path_recorded(later, case, "s5", dtype)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("case", "blocks"), [("tpp_vit", slice(8, 11)), ("tpp_vitn", slice(10, 12))])
 def test_vit_blocks_give_released_stage4_path_when_released_weights_are_loaded(case, blocks, dtype):
-    assert_path_matches(vit(case, dtype, class_token=False).blocks[blocks], case, "s4", dtype)
+    assert_path_recorded(lambda dtype: vit(case, dtype, class_token=False).blocks[blocks], case, "s4", dtype)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_vit_gives_released_maps_when_class_token_is_dropped_first(dtype):
-    expected = under(golden("tpp_vit"), "full/")
-    taken = vit("tpp_vit", dtype, class_token=False).forward_intermediates(
-        inputs("tpp_vit", dtype)["img"], indices=[2, 5, 8], intermediates_only=True
-    )
-    final = vit("tpp_vit", dtype, class_token=False).forward_features(inputs("tpp_vit", dtype)["img"])
-    taken += [as_map(final, expected["out3_f64"])] * 2
-    for i, got in enumerate(taken):
-        assert_matches(got, expected[f"out{i}_f64"], f"map {i}")
+    def maps(dtype: torch.dtype) -> list[Tensor]:
+        model, images = vit("tpp_vit", dtype, class_token=False), inputs("tpp_vit", dtype)["img"]
+        taken = model.forward_intermediates(images, indices=[2, 5, 8], intermediates_only=True)
+        return [*taken, *[as_map(model.forward_features(images), taken[-1])] * 2]
+
+    assert_maps_recorded(maps, "tpp_vit", dtype)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_vit_gives_released_maps_when_class_token_is_kept(dtype):
-    model, expected = vit("tpp_vitn", dtype, class_token=True), under(golden("tpp_vitn"), "full/")
-    final, taken = model.forward_intermediates(inputs("tpp_vitn", dtype)["img"], indices=[2, 5, 9, 11])
-    for i, got in enumerate([*taken, as_map(final[:, 1:], expected["out4_f64"])]):
-        assert_matches(got, expected[f"out{i}_f64"], f"map {i}")
+    def maps(dtype: torch.dtype) -> list[Tensor]:
+        model, images = vit("tpp_vitn", dtype, class_token=True), inputs("tpp_vitn", dtype)["img"]
+        final, taken = model.forward_intermediates(images, indices=[2, 5, 9, 11])
+        return [*taken, as_map(final[:, 1:], taken[-1])]
+
+    assert_maps_recorded(maps, "tpp_vitn", dtype)
 
 
+@pytest.mark.golden
 def test_vit_later_blocks_give_released_final_map_when_prefix_token_is_cached():
     """Cut before block 10, whose input is map 2 of the recording plus our own class token."""
     model, expected = vit("tpp_vitn", torch.float64, class_token=True), under(golden("tpp_vitn"), "full/")
     early, later = split_teacher(model, depth=2)
     prefix = early(inputs("tpp_vitn", torch.float64)["img"])[:, :1]
-    got = later(expected["out2_f64"].flatten(2).mT, prefix)
-    assert_matches(as_map(got, expected["out4_f64"]), expected["out4_f64"], "final map")
+    got = as_map(later(expected["out2_f64"].flatten(2).mT, prefix), expected["out4_f64"])
+    assert_recorded(lambda _: {"final map": got}, torch.float64, {"final map": expected["out4_f64"]})
 
 
 @cache
@@ -143,19 +179,25 @@ def beit(dtype: torch.dtype) -> Beit:
     return model.to(dtype).eval()
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_beit_blocks_give_released_paths_when_released_weights_are_loaded(dtype):
-    assert_path_matches(nn.Sequential(*beit(dtype).blocks[22:], beit(dtype).norm), "tpp_beit", "s4", dtype)
-    assert_path_matches(nn.Identity(), "tpp_beit", "s5", dtype)
+    def last_blocks(dtype: torch.dtype) -> nn.Module:
+        return nn.Sequential(*beit(dtype).blocks[22:], beit(dtype).norm)
+
+    assert_path_recorded(last_blocks, "tpp_beit", "s4", dtype)
+    assert_path_recorded(lambda _: nn.Identity(), "tpp_beit", "s5", dtype)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_beit_gives_released_maps_when_released_weights_are_loaded(dtype):
-    model, expected = beit(dtype), under(golden("tpp_beit"), "full/")
-    final, taken = model.forward_intermediates(inputs("tpp_beit", dtype)["img"], indices=[8, 12, 16])
-    taken += [as_map(final[:, 1:], expected["out3_f64"])] * 2
-    for i, got in enumerate(taken):
-        assert_matches(got, expected[f"out{i}_f64"], f"map {i}")
+    def maps(dtype: torch.dtype) -> list[Tensor]:
+        model = beit(dtype)
+        final, taken = model.forward_intermediates(inputs("tpp_beit", dtype)["img"], indices=[8, 12, 16])
+        return [*taken, *[as_map(final[:, 1:], taken[-1])] * 2]
+
+    assert_maps_recorded(maps, "tpp_beit", dtype)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_files import DTYPES, arguments, assert_gradients_match, assert_matches, golden, inputs, names, under
+from golden_files import DTYPES, arguments, assert_recorded, golden, inputs, names, under
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -70,13 +70,16 @@ def run(case: str, mode: str, dtype: torch.dtype) -> Run:
     )
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_projector_gives_released_output_when_released_weights_are_loaded(case, mode, dtype):
-    assert_matches(run(case, mode, dtype).output, golden(case)[f"{mode}/out_f64"], "output")
+    released = golden(case)[f"{mode}/out_f64"]
+    assert_recorded(lambda dtype: {"output": run(case, mode, dtype).output}, dtype, {"output": released})
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
@@ -85,34 +88,35 @@ def test_projector_gives_released_gradients_when_released_weights_are_loaded(cas
     expected = under(arrays, f"{mode}/grad_f64/")
     expected |= {f"input {name}": arrays[f"{mode}/grad_{name}_f64"] for name in ("x", "query")
                  if f"{mode}/grad_{name}_f64" in arrays}  # fmt: skip
-    assert_gradients_match(run(case, mode, dtype).gradients, expected)
+    assert_recorded(lambda dtype: run(case, mode, dtype).gradients, dtype, expected)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_projector_updates_batchnorm_as_released_when_training(case, dtype):
-    expected, got = under(golden(case), "train/buffer_after_f64/"), run(case, "train", dtype).buffers
-    assert got.keys() == expected.keys()
-    for name, leaf in expected.items():
-        assert_matches(got[name], leaf, name) if leaf.is_floating_point() else torch.testing.assert_close(
-            got[name], leaf
-        )
+    released = under(golden(case), "train/buffer_after_f64/")
+    assert_recorded(lambda dtype: run(case, "train", dtype).buffers, dtype, released)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("tensor", ["kv_tokens", "q_tokens", "attn_out", "norm_out"])
-def test_projector_passes_through_released_intermediates_when_training(case, tensor):
-    expected = golden(case)[f"train/mid_{tensor}"]
-    assert_matches(run(case, "train", torch.float64).middle[tensor].expand_as(expected), expected, tensor)
+def test_projector_passes_through_released_intermediates_when_training(case):
+    expected = under(golden(case), "train/mid_")
+    got = run(case, "train", torch.float64).middle
+    expanded = {name: leaf.expand_as(expected[name]) for name, leaf in got.items()}
+    assert_recorded(lambda _: expanded, torch.float64, expected)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", [case for case in CASES if arguments(case)["window_shapes"] != [1, 1]])
 def test_projector_gives_released_tokens_in_raster_order_when_windowed_by_default(case):
     args, arrays = arguments(case), inputs(case, torch.float64)
     projector = official_projector(case, token_order="raster").double().eval()
     raster = projector(arrays["x"], arrays["query"] if args["external_query_passed"] else None)
     released = golden(case)["eval/out_f64"]
-    assert_matches(raster_to_window(raster, args["query_hw"], args["window_shapes"]), released, "output")
+    windowed = raster_to_window(raster, args["query_hw"], args["window_shapes"])
+    assert_recorded(lambda _: {"output": windowed}, torch.float64, {"output": released})
     assert not torch.allclose(raster, released)
 
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from golden_files import (
     DTYPES,
     arguments,
-    assert_gradients_match,
-    assert_matches,
+    assert_recorded,
     golden,
     images,
     inputs,
@@ -157,29 +156,34 @@ def gradients_and_buffers(
     return gradients, buffers
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_teacher_gives_released_targets_when_released_swin_is_loaded(case, dtype):
-    got, expected = run(case, dtype), golden(case)
-    assert_matches(got.final_map, expected["teacher/F_t_f64"], "F^t")
-    assert_matches(got.teacher_logits, expected["teacher/logits_f64"], "teacher logits")
-    assert_matches(got.student_logits, expected["student/logits_f64"], "student logits")
+    names = {"final_map": "teacher/F_t_f64", "teacher_logits": "teacher/logits_f64",
+             "student_logits": "student/logits_f64"}  # fmt: skip
+    assert_recorded(
+        lambda dtype: {ours: getattr(run(case, dtype), ours) for ours in names},
+        dtype,
+        {ours: golden(case)[released] for ours, released in names.items()},
+    )
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_loss_gives_released_terms_when_released_weights_are_loaded(case, dtype):
-    got, expected = run(case, dtype), under(golden(case), "loss/")
-    recorded = {name: expected[f"{name}_f64"] for name in TERMS if f"{name}_f64" in expected}
-    assert set(got.terms) == {TERMS[name] for name in recorded}
-    # the released label smoothing builds its target in float32, so these are as good as rounded numbers
-    in_float32 = ("ori_loss", "total") if arguments(case)["head"] == "ls" else ()
-    for name, leaf in recorded.items():
-        assert_matches(got.terms[TERMS[name]], leaf.float() if name in in_float32 else leaf, name)
-    unscaled = expected["ori_unscaled_f64"]
-    assert_matches(got.task_loss, unscaled.float() if in_float32 else unscaled, "task loss")
+    released = under(golden(case), "loss/")
+    expected = {ours: released[f"{name}_f64"] for name, ours in TERMS.items() if f"{name}_f64" in released}
+    expected["unscaled task"] = released["ori_unscaled_f64"]
+    if arguments(case)["head"] == "ls":  # the released label smoothing builds its target in float32
+        expected |= {name: expected[name].float() for name in ("task", "total", "unscaled task")}
+    assert_recorded(
+        lambda dtype: {**run(case, dtype).terms, "unscaled task": run(case, dtype).task_loss}, dtype, expected
+    )
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_loss_gives_released_gradients_when_total_is_propagated(case, dtype):
@@ -187,10 +191,8 @@ def test_loss_gives_released_gradients_when_total_is_propagated(case, dtype):
     if arguments(case)["head"] == "ls":
         expected = {name: leaf.float() for name, leaf in expected.items()}
     used = {name: leaf for name, leaf in expected.items() if not unused(case, name)}
-    gradients = run(case, dtype).gradients
-    for name in ("s3", "s4", "student_fc.weight", "student_fc.bias"):
-        assert_matches(gradients[name], used[name], name)
-    assert_gradients_match(gradients, used)
+    assert {"s3", "s4", "student_fc.weight", "student_fc.bias"} <= used.keys()
+    assert_recorded(lambda dtype: run(case, dtype).gradients, dtype, used)
 
 
 def unused(case: str, name: str) -> bool:
@@ -198,45 +200,47 @@ def unused(case: str, name: str) -> bool:
     return name.removeprefix("cap/") in arguments(case)["params_without_grad"]
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", [case for case in CASES if under(golden(case), "grad_term_f64/")])
 def test_each_term_gives_released_gradient_when_propagated_alone(case):
     got, expected = run(case, torch.float64), under(golden(case), "grad_term_f64/")
-    for name, leaf in expected.items():
+    gradients = {}
+    for name in expected:
         term, student_map = name.split("/")
-        (gradient,) = torch.autograd.grad(got.terms[TERMS[term]], got.leaves[student_map], retain_graph=True)
-        assert_matches(gradient, leaf, name)
+        (gradients[name],) = torch.autograd.grad(got.terms[TERMS[term]], got.leaves[student_map], retain_graph=True)
+    assert_recorded(lambda _: gradients, torch.float64, expected)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_loss_updates_batchnorm_as_released_when_training(case, dtype):
-    got, expected = run(case, dtype).buffers, under(golden(case), "buffer_after_f64/")
-    assert got.keys() == expected.keys()
-    for name, leaf in expected.items():
-        assert_matches(got[name], leaf, name) if leaf.is_floating_point() else torch.testing.assert_close(
-            got[name], leaf
-        )
+    assert_recorded(lambda dtype: run(case, dtype).buffers, dtype, under(golden(case), "buffer_after_f64/"))
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", CASES)
 def test_loss_passes_through_released_intermediates_when_training(case):
-    got, expected = run(case, torch.float64).middle, under(golden(case), "mid/")
-    assert got.keys() == expected.keys()
-    for name, leaf in expected.items():
-        assert_matches(got[name], leaf, name)
+    assert_recorded(lambda dtype: run(case, dtype).middle, torch.float64, under(golden(case), "mid/"))
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", KD_CASES)
 def test_kd_gives_released_value_and_gradient_when_logits_are_given(case, dtype):
-    arrays, expected, args = inputs("kd", dtype), under(golden("kd"), f"{case}/"), KD_CASES[case]
-    student = arrays[f"{case}/logit_s"].requires_grad_()
-    value = kd_loss(student, arrays[f"{case}/logit_t"], args["temp"], args["alpha"])
-    value.backward()
-    assert_matches(value, expected["loss_f64"], "loss")
-    assert_matches(student.grad, expected["grad_s_f64"], "gradient")
+    args, expected = KD_CASES[case], under(golden("kd"), f"{case}/")
+
+    def compute(dtype: torch.dtype) -> dict[str, Tensor]:
+        arrays = under(inputs("kd", dtype), f"{case}/")
+        student = arrays["logit_s"].requires_grad_()
+        value = kd_loss(student, arrays["logit_t"], args["temp"], args["alpha"])
+        value.backward()
+        return {"loss": value, "gradient": student.grad}
+
+    assert_recorded(compute, dtype, {"loss": expected["loss_f64"], "gradient": expected["grad_s_f64"]})
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", KD_CASES)
 def test_kd_baseline_scales_the_task_as_released_when_alpha_is_given(case):
     args, arrays = KD_CASES[case], inputs("kd", torch.float64)
@@ -244,25 +248,28 @@ def test_kd_baseline_scales_the_task_as_released_when_alpha_is_given(case):
     config = ScaleKDConfig(kd_alpha=args["alpha"], kd_temperature=args["temp"])
     terms = KDLoss(config)((), student, torch.empty(0), teacher, torch.tensor(2.0).double())
     expected = under(golden("kd"), f"{case}/")
-    assert set(terms) == {"task", "kd", "total"}
-    assert_matches(terms["task"], 2 * expected["ori_factor"], "task")
-    assert_matches(terms["kd"], expected["loss_f64"], "kd")
-    assert_matches(terms["total"], 2 * expected["ori_factor"] + expected["loss_f64"], "total")
+    task, kd = 2 * expected["ori_factor"], expected["loss_f64"]
+    assert_recorded(lambda _: terms, torch.float64, {"task": task, "kd": kd, "total": task + kd})
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", FD_CASES)
 def test_fd_gives_released_value_and_gradients_when_maps_are_given(case, dtype):
-    args, arrays, expected = FD_CASES[case], under(inputs("fd", dtype), f"{case}/"), under(golden("fd"), f"{case}/")
-    fd = FDLoss(args["student_dims"], args["teacher_dims"], args["alpha_fd"])
-    fd.load_state_dict(under(expected, "param/"))
-    fd, student = fd.to(dtype), arrays["s_map"].requires_grad_()
-    terms = fd((student,), torch.empty(0), arrays["t_map"].flatten(2).mT, None, torch.zeros((), dtype=dtype))
-    terms["total"].backward()
-    assert set(terms) == {"task", "fd", "total"}
-    assert_matches(terms["fd"], expected["loss_f64"], "loss")
-    assert_matches(student.grad, expected["grad_s_f64"], "gradient")
-    assert_gradients_match({name: leaf.grad for name, leaf in fd.named_parameters()}, under(expected, "grad_f64/"))
+    args, released = FD_CASES[case], under(golden("fd"), f"{case}/")
+
+    def compute(dtype: torch.dtype) -> dict[str, Tensor | None]:
+        arrays = under(inputs("fd", dtype), f"{case}/")
+        fd = FDLoss(args["student_dims"], args["teacher_dims"], args["alpha_fd"])
+        fd.load_state_dict(under(released, "param/"))
+        fd, student = fd.to(dtype), arrays["s_map"].requires_grad_()
+        terms = fd((student,), torch.empty(0), arrays["t_map"].flatten(2).mT, None, torch.zeros((), dtype=dtype))
+        terms["total"].backward()
+        return {**terms, "map": student.grad, **{name: leaf.grad for name, leaf in fd.named_parameters()}}
+
+    loss = released["loss_f64"]
+    terms = {"task": torch.zeros(()).double(), "fd": loss, "total": loss, "map": released["grad_s_f64"]}
+    assert_recorded(compute, dtype, {**terms, **under(released, "grad_f64/")})
 
 
 def test_fd_resizes_the_student_when_grids_differ():
