@@ -81,7 +81,7 @@ def test_losses_agree_when_the_teacher_lives_in_the_service(world, url, tmp_path
 @pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
 def test_losses_are_the_same_when_workers_read_over_http(world, url, tmp_path, start_method):
     expected = Trainer(config(world, tmp_path, "store", store=world.store), assemble(config(world, tmp_path, url)))
-    asked = config(world, tmp_path, url, workers=2, start_method=start_method)
+    asked = config(world, tmp_path, url, workers=1, start_method=start_method)
     parts = assemble(asked)
     parts.dataset.source.read(ROWS)  # the parent's connection must not be its children's
     trainer = Trainer(asked, parts)
