@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 
-.PHONY: demo test nightly browser format clean
+.PHONY: demo test test-oldest nightly browser format clean
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
@@ -14,6 +15,16 @@ test: $(STAMP) browser
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=30
+
+# The tests on the oldest versions of every dependency that pyproject.toml allows.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --durations=30
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable '.[dev]'
+	touch $@
 
 # More of what is random: ten times the requests that the OpenAPI makes of the service.
 nightly: $(STAMP)
@@ -36,4 +47,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) demo/out
+	rm -rf $(VENV) $(OLDEST) demo/out

@@ -34,8 +34,8 @@ class FeatureSourceConformance:
         for index, row in enumerate(ROWS):
             alone = self.read(source, views, [row])
             for name, tap in together.taps.items():
-                np.testing.assert_allclose(tap[index], alone.taps[name][0], rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(together.logits[index], alone.logits[0], rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(tap[index], alone.taps[name][0], rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(together.logits[index], alone.logits[0], rtol=1e-3, atol=1e-4)
 
     def test_read_gives_finite_float_arrays_of_the_taps_shape_when_asked_for_all(self, source, views, teacher):
         batch = self.read(source, views, ROWS)
@@ -50,7 +50,7 @@ class FeatureSourceConformance:
         expected = teacher(torch.from_numpy(views(ROWS)))
         batch = self.read(source, views, ROWS)
         for got, want in ((batch.taps["stage4"], expected.taps["stage4"]), (batch.logits, expected.logits)):
-            limit = self.relative_error * np.abs(want.numpy()) + 1e-5
+            limit = self.relative_error * np.abs(want.numpy()) + 1e-4
             assert (np.abs(got.astype(np.float32) - want.numpy()) <= limit).all()
 
     def test_read_gives_only_the_taps_asked_for_when_named(self, source, views):
@@ -77,4 +77,4 @@ class FeatureSourceConformance:
         assert all(len(batch.rows) == batch_size for batch in batches[:-1])
         joined = np.concatenate([batch.taps["stage4"] for batch in batches])
         expected = self.read(source, views, rows, ["stage4"]).taps["stage4"]
-        np.testing.assert_allclose(joined, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(joined, expected, rtol=1e-3, atol=1e-4)

@@ -1,11 +1,15 @@
 """Fixtures shared by tests that go from image tars through a teacher."""
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from tiny_jobs import TINY_SWIN, TINY_VIT, TinyTeacher, make_teacher
+
+# processes of all tests are forks of one server that has imported torch, student_trainer and teacher_service once
+multiprocessing.set_forkserver_preload(["student_trainer.train", "teacher_service.caching"])
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,7 @@ from feature_store.errors import UserError
 from student_trainer.config import TrainConfig
 from student_trainer.train import Trainer, train
 
-_CONTEXT = multiprocessing.get_context("forkserver")  # its server imports once; every run is a fork of it
-_CONTEXT.set_forkserver_preload(["student_trainer.train"])
+_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def run_alone(config: TrainConfig) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from demo.__main__ import main
+
 ROOT = Path(__file__).parents[2]
 METHODS = ["No distillation", "KD", "FD", "ScaleKD, store", "ScaleKD, live"]
 
@@ -134,9 +136,8 @@ def test_demo_report_says_it_was_a_rehearsal_when_quick(report):
     assert len(report.findings) == 8
 
 
-def test_demo_refuses_a_folder_when_it_holds_something_else(tmp_path):
+def test_demo_refuses_a_folder_when_it_holds_something_else(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("do not delete")
-    done = run_demo("--quick", "--out", str(tmp_path))
-    assert done.returncode == 2
-    assert "choose another folder" in done.stderr
+    assert main(["--quick", "--out", str(tmp_path)]) == 2
+    assert "choose another folder" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "do not delete"

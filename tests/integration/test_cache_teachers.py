@@ -34,7 +34,7 @@ def test_cached_rows_and_blocks_belong_together_whatever_the_family(tmp_path: Pa
     taps = {tap: torch.from_numpy(values) for tap, values in batch.taps.items()}
     with torch.no_grad():
         joined = store.later_blocks()(taps["stage3"], taps["stage3_prefix"])
-    torch.testing.assert_close(joined, taps["stage4"], rtol=1e-5, atol=1e-5)  # the job's batches may be other ones
+    torch.testing.assert_close(joined, taps["stage4"], rtol=1e-3, atol=1e-4)  # the job's batches may be other ones
     classifier = TEACHERS[name].get("num_classes")
     assert (store.manifest.logits_codec is None) == (batch.logits is None) == (classifier is None)
     assert any(path.name == "logits" for path in config.store.iterdir()) == (classifier is not None)

@@ -17,8 +17,8 @@ from feature_store import open_store
 from teacher_service.caching import cache
 from teacher_service.config import CacheConfig
 
-KILLS = 20
-STATES = 4  # of the store that kills should at least hit; how many there are in 20 is chance on a busy machine
+KILLS = 12
+STATES = 3  # of the store that kills should at least hit; how many there are in 12 is chance on a busy machine
 UNITS = 28
 
 
@@ -31,7 +31,6 @@ def config(tmp_path: Path, tiny_swin: TinyTeacher) -> CacheConfig:
 def _start(config: CacheConfig) -> BaseProcess:
     """A real process running the real job, forked from one that has imported torch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["teacher_service.caching"])
     process = context.Process(target=cache, args=(config,))
     process.start()
     return process

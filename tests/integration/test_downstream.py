@@ -119,7 +119,7 @@ def test_torchvision_resnet_gives_timms_maps_when_it_got_the_exported_weights(ex
         got = list(body(images).values())
     assert len(got) == 4
     for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_vit"])
@@ -133,7 +133,7 @@ def test_pyramid_gives_the_students_maps_at_four_reductions_when_loaded(exported
         expected = model.forward_intermediates(images, indices=indices, intermediates_only=True)
     assert [tuple(m.shape[2:]) for m in maps] == [(16, 16), (8, 8), (4, 4), (2, 2)]
     at = {"resnet18": 3, "test_vit": 2}[name]  # where the reduction is the network's own
-    torch.testing.assert_close(maps[at], pyramid.norms[at](expected[at]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(maps[at], pyramid.norms[at](expected[at]), rtol=1e-3, atol=1e-3)
 
 
 def test_swin_pyramid_takes_any_size_and_shifts_its_last_windows_when_built_for_large_images(exported):

@@ -24,7 +24,6 @@ from teacher_service.stopping import Stop
 
 UNITS, VIEWS = 24, 2
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["teacher_service.caching"])
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ class TestRemoteLiveSource(FeatureSourceConformance):
         batch = source.read(rows, pixels=views(rows))
         assert len(transport.asked) - before == 3  # of 8, 8 and 3
         assert batch.logits.shape == (19, 4)
-        np.testing.assert_allclose(batch.logits[0], batch.logits[9], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(batch.logits[0], batch.logits[9], rtol=1e-3, atol=1e-4)
         assert source.seconds > 0
 
     def test_half_precision_is_sent_when_asked_for(self, client, views):
@@ -248,7 +248,7 @@ def test_views_are_sent_in_pieces_when_a_body_takes_fewer_than_a_batch(world, te
     client = connect(transport.url, transport=transport, patience=IMPATIENT)
     assert client.service.json("/v1/teacher")["max_batch"] == 3  # of 8 in a forward pass
     expected = teacher(torch.from_numpy(views(ROWS))).logits.numpy()
-    np.testing.assert_allclose(client.live().read(ROWS, pixels=views(ROWS)).logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(client.live().read(ROWS, pixels=views(ROWS)).logits, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_damage_is_named_when_the_stores_bytes_are_damaged(tmp_path):

@@ -13,7 +13,7 @@ from feature_store.sample import RowId
 from feature_store.store import open_store
 from feature_store.teacher.model import Teacher, load_teacher
 from student_trainer.assemble import assemble
-from student_trainer.config import TeacherConfig, TrainConfig
+from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
 from student_trainer.data import BatchLoader, ViewDataset, match_tars, open_tars, training_positions
 from student_trainer.live import LiveSource
 from student_trainer.metrics import read_metrics
@@ -101,7 +101,7 @@ def relative_difference(a: dict[str, float], b: dict[str, float]) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("codec", "limit"), [("f16", 2e-3), ("f32", 1e-6)])
+@pytest.mark.parametrize(("codec", "limit"), [("f16", 2e-3), ("f32", 1e-4)])
 @pytest.mark.parametrize("method", ["scalekd", "fd", "kd"])
 def test_loss_terms_agree_when_rows_are_store_fed_and_live_fed(tmp_path, family, codec, limit, method):
     world = shared_world(family, codec)
@@ -133,7 +133,8 @@ def test_ten_steps_stay_together_when_store_fed_and_live_fed(tmp_path):
     world = shared_world("vit", "f16")
     totals = {}
     for source in ("store", "live"):
-        running = train(config(world, tmp_path, source))
+        optim = OptimConfig("momentum", lr=2e-3)  # large steps, or Adam's, would make more of what float16 rounds away
+        running = train(config(world, tmp_path, source, optim=optim))
         lines = [line for line in read_metrics(running.run / "metrics.jsonl") if line["kind"] == "step"]
         assert len(lines) >= 10
         totals[source] = np.array([line["total"] for line in lines[:10]])

@@ -46,7 +46,7 @@ def assert_same_curves(config: TrainConfig, other: TrainConfig) -> None:
     assert len(mine) == len(theirs) == 9
     for a, b in zip(mine, theirs, strict=True):
         assert (a.pop("kind"), a["step"]) == (b.pop("kind"), b["step"])
-        assert a == pytest.approx(b, rel=1e-5)
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_two_processes_give_the_losses_of_one_when_they_share_a_batch(config, tmp_path):
@@ -60,7 +60,7 @@ def test_two_processes_give_the_losses_of_one_when_they_share_a_batch(config, tm
     assert lines(config, "start") == lines(alone, "start")
     weights, expected = (load_checkpoint(c.run / "last.pt").weights for c in (config, alone))
     for name, value in expected.items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_group_goes_on_to_the_bit_when_killed_and_resumed(config, tmp_path):

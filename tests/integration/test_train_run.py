@@ -69,7 +69,7 @@ def test_run_logs_every_term_when_trained(config, method, terms):
         assert 0 <= line["data_wait"] <= 1
     for epoch, line in enumerate(epochs):
         own = [step for step in steps if step["epoch"] == epoch]
-        assert line["total"] == pytest.approx(sum(step["total"] for step in own) / 3, rel=1e-6)
+        assert line["total"] == pytest.approx(sum(step["total"] for step in own) / 3, rel=1e-5)
         assert line["val_samples"] == 10
     assert result.history == tuple(epochs)
     assert result.last_top1 == epochs[-1]["top1"]
@@ -145,7 +145,7 @@ def test_student_sees_images_normalised_like_the_teachers_when_fed_from_a_store(
     running.losses(batch)
     info = open_store(config.store).manifest.teacher
     expected = (batch.pixels.numpy() / 255.0 - info.mean) / info.std
-    torch.testing.assert_close(seen[0].permute(0, 2, 3, 1).double(), torch.from_numpy(expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(seen[0].permute(0, 2, 3, 1).double(), torch.from_numpy(expected), rtol=0, atol=1e-5)
 
 
 def test_same_seed_gives_the_same_start_when_the_method_differs(config):

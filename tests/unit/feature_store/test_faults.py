@@ -24,7 +24,7 @@ from feature_store.manifest import TarInfo
 from feature_store.objects.local import LocalObjects
 
 LONG = os.environ.get("FAULT_CAMPAIGN") == "long"
-FLIPS, OBJECTS, KILLS = (1000, 10**6, 200) if LONG else (150, 30, 10)
+FLIPS, OBJECTS, KILLS = (1000, 10**6, 200) if LONG else (80, 20, 10)
 METADATA = ("metadata", "blocks", "index", "growth")
 
 
@@ -136,7 +136,7 @@ def test_swapped_objects_of_one_array_are_found_by_verify_and_never_read(sound):
         if one.as_posix().partition("/c/")[0] == two.as_posix().partition("/c/")[0]
         and one.read_bytes() != two.read_bytes()
     ]
-    chosen = pairs if LONG else random.Random(3).sample(pairs, 25)
+    chosen = pairs if LONG else random.Random(3).sample(pairs, 15)
     counts = Counter()
     for one, two in chosen:
         contents = one.read_bytes(), two.read_bytes()

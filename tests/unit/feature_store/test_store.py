@@ -160,7 +160,7 @@ def test_read_raises_when_two_shards_are_swapped(tmp_path):
         open_store(store.path).source().read([RowId(0, 3, 0)])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_flipped_bit_is_refused_or_harmless_wherever_it_is(tmp_path, data):
     """Every committed object and record: a flip either raises or leaves all values as they were."""

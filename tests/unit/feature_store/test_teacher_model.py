@@ -28,9 +28,9 @@ def test_teacher_gives_what_timm_gives_on_normalised_pixels(checkpoint):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (teacher.info.mean, teacher.info.std))
     images = (pixels.permute(0, 3, 1, 2) / 255 - mean) / std
     with torch.no_grad():
-        torch.testing.assert_close(output.logits, teacher.model(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output.logits, teacher.model(images), rtol=1e-3, atol=1e-4)
         features = teacher.model.forward_features(images).flatten(1, 2)
-    torch.testing.assert_close(output.taps["stage4"], features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.taps["stage4"], features, rtol=1e-3, atol=1e-4)
     assert {name: tuple(tap.shape[1:]) for name, tap in output.taps.items()} == teacher.tap_shapes
     assert teacher.later_blocks(output.taps["stage3"]).equal(output.taps["stage4"])
 

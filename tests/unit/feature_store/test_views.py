@@ -46,11 +46,11 @@ def test_views_are_the_same_bytes_when_made_by_another_process(digests):
     assert json.loads(done.stdout) == digests
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_views_are_the_same_bytes_when_worker_count_and_order_change(workers, digests):
     order = list(range(len(digests)))
     random.Random(workers).shuffle(order)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("forkserver").Pool(workers) as pool:
         crcs = pool.map(view_digests.digest, [view_digests.TASKS[i] for i in order], chunksize=5)
     assert dict(zip(order, crcs, strict=True)) == dict(enumerate(digests))
 

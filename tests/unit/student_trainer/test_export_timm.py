@@ -2,10 +2,12 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 
 from feature_store.errors import InputError, MismatchError
@@ -112,8 +114,23 @@ def test_onnx_gives_the_students_logits_when_run_with_another_batch_size(run, tm
     assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
+def write_other_network(_model, _arguments, path: str, **_) -> None:
+    """In place of torch.onnx.export: a network whose logits are zero."""
+    images, logits = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("images", ["batch", 3, 64, 64]), ("logits", ["batch", 7]))
+    )
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "zeros"], ["logits"]),
+    ]
+    zeros = numpy_helper.from_array(np.zeros((3 * 64 * 64, 7), np.float32), "zeros")
+    graph = helper.make_graph(nodes, "other", [images], [logits], [zeros])
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), path)
+
+
 def test_onnx_is_removed_when_it_gives_other_logits(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("student_trainer.export._run_onnx", lambda _, images: np.ones((len(images), 7), np.float32))
+    monkeypatch.setattr(torch.onnx, "export", write_other_network)
     with pytest.raises(MismatchError, match=r"logits of model.onnx.*was removed"):
         export(ExportConfig(run=run[0], out=tmp_path / "out", onnx=True))
     assert not (tmp_path / "out/model.onnx").exists()

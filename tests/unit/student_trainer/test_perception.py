@@ -207,18 +207,18 @@ def later():
     return split_teacher(model, depth=1)[1]
 
 
-def random_paths(later, batch: int = 2) -> tuple[dict[str, Tensor], Tensor]:
+def random_paths(later, batch: int = 2, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], Tensor]:
     shape = (batch, later.grid_tokens, later.info.input_dim)
-    paths = {view: torch.randn(shape) for view in ("original", "alternative")}
-    return paths, torch.randn(batch, later.info.prefix_tokens, later.info.input_dim)
+    paths = {view: torch.randn(shape, dtype=dtype) for view in ("original", "alternative")}
+    return paths, torch.randn(batch, later.info.prefix_tokens, later.info.input_dim, dtype=dtype)
 
 
 def test_perception_equals_one_pass_per_path_when_both_are_batched(later):
-    paths, prefix = random_paths(later)
+    paths, prefix = random_paths(later.double(), dtype=torch.float64)
     perceived = TeacherParameterPerception(later)(paths, prefix)
     assert list(perceived) == ["original", "alternative"]
     for view, x_BND in paths.items():
-        torch.testing.assert_close(perceived[view], later(x_BND, prefix), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(perceived[view], later(x_BND, prefix))
 
 
 def test_perception_runs_the_later_blocks_once_when_there_are_two_paths(later):

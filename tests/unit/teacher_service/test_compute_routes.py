@@ -59,7 +59,7 @@ def test_features_are_the_teachers_when_views_are_sent(client, teacher):
     expected = teacher(torch.from_numpy(pixels))
     assert arrays.keys() == {"stage4", "stage3_prefix", "logits"}
     for name, tap in (*((n, expected.taps[n]) for n in ("stage4", "stage3_prefix")), ("logits", expected.logits)):
-        np.testing.assert_allclose(arrays[name], tap.numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(arrays[name], tap.numpy(), rtol=1e-3, atol=1e-4)
     assert metadata["teacher"] == teacher.info.weights_sha256
     assert int(answer.headers["content-length"]) == len(answer.content)
 
@@ -84,7 +84,7 @@ def test_view_is_the_middle_or_the_one_asked_for_when_an_image_is_sent(client, t
     )
     arrays, _ = wire.decode(answer.content)
     expected = teacher(torch.from_numpy(view[None]))
-    np.testing.assert_allclose(arrays["stage4"], expected.taps["stage4"].numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(arrays["stage4"], expected.taps["stage4"].numpy(), rtol=1e-3, atol=1e-4)
 
 
 def bomb() -> bytes:

@@ -48,7 +48,7 @@ def test_forward_gives_what_the_teacher_gives_whatever_its_batch_size(
     assert arrays.keys() == {"stage4", "stage3", "logits"}
     for name, values in arrays.items():
         wanted = expected.logits if name == "logits" else expected.taps[name]
-        np.testing.assert_allclose(values, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(values, wanted, rtol=1e-3, atol=1e-4)
     assert waits.times().busy["forward"] > 0
 
 
@@ -62,7 +62,7 @@ def test_forward_halves_its_batches_for_good_when_memory_runs_out(
     arrays = forward(pixels).arrays()
     forward(pixels[:4])
 
-    np.testing.assert_allclose(arrays["stage4"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(arrays["stage4"], expected, rtol=1e-3, atol=1e-4)
     assert tried == [7, 4, 2, 2, 2, 1, 2, 2]
     assert forward.batch_size == 2
 
@@ -92,7 +92,7 @@ def test_forward_compiles_one_shape_when_the_last_batch_is_smaller(
 
     assert [each for each in shapes if each] == [[(4, 32, 32, 3)]]
     assert len(arrays["stage4"]) == len(arrays["logits"]) == 7
-    np.testing.assert_allclose(arrays["stage4"], expected.taps["stage4"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(arrays["stage4"], expected.taps["stage4"], rtol=1e-3, atol=1e-4)
 
 
 def test_preparing_for_a_gpu_keeps_the_teachers_numbers(teacher: Teacher, pixels: torch.Tensor) -> None:
@@ -105,7 +105,7 @@ def test_preparing_for_a_gpu_keeps_the_teachers_numbers(teacher: Teacher, pixels
     assert all(module.fused_attn for module in attention)
     convolution = teacher.model.patch_embed.proj.weight  # pyright: ignore[reportAttributeAccessIssue]
     assert convolution.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(teacher(pixels).taps["stage4"], expected.taps["stage4"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(teacher(pixels).taps["stage4"], expected.taps["stage4"], rtol=1e-3, atol=1e-4)
 
 
 def test_outputs_note_the_gpus_time_by_stage_when_its_events_have_happened() -> None:

@@ -184,7 +184,7 @@ PATHS = st.one_of(
 )
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PATHS)
 @example("../secret")
 @example("%2e%2e/secret")
@@ -210,7 +210,7 @@ RANGES = st.one_of(
 )
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(RANGES, st.sampled_from([SHARD, "zarr.json", "label/c/0"]))
 def test_no_range_gives_other_bytes_than_it_says(ask, store, header, path):
     whole = (store / path).read_bytes()
