@@ -10,7 +10,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
-from teacher_service.serving import problems
+from teacher_service.serving import batches, problems
 from teacher_service.serving.access_log import HEADER, AccessLogMiddleware
 from teacher_service.serving.auth import AuthMiddleware, scope_of
 from teacher_service.serving.browse import browse_router
@@ -96,7 +96,7 @@ async def refuse_unknown_parameters(request: Request) -> None:
     if unknown:
         accepted = ", ".join(sorted(known)) or "none"
         raise problems.Problem(
-            "invalid-request", f"query parameter {unknown[0]!r} is not known; this route has: {accepted}"
+            "invalid-request", f"query parameter {unknown[0][:100]!r} is not known; this route has: {accepted}"
         )
 
 
@@ -111,6 +111,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         components = schema.setdefault("components", {})
         components.setdefault("schemas", {})["ProblemDocument"] = problems.ProblemDocument.model_json_schema()
+        components["schemas"].update(batches.schema()["$defs"])
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         for path, operations in schema["paths"].items():
             for operation in operations.values():

@@ -17,8 +17,9 @@ from starlette.concurrency import run_in_threadpool
 from feature_store.sample import RowId
 from feature_store.store import Store
 from feature_store.summary import summarise
+from teacher_service.serving.batches import MAX_INT
 from teacher_service.serving.problems import Problem, documented
-from teacher_service.serving.routes_rows import MAX_INT, Served, Unit, View
+from teacher_service.serving.routes_rows import Served, Unit, View
 from teacher_service.serving.samples import TAP, Gallery, predictions
 from teacher_service.serving.service import Service
 

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from traceback import clear_frames
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -18,6 +19,7 @@ from teacher_service.serving.sendfile import FILES
 
 _logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Reader: TypeAlias = Callable[[], memoryview]
 Piece: TypeAlias = memoryview | list[FileSpan]
 """Bytes, or where files have them; those only for a server that sends files, see FILES."""
@@ -100,6 +102,23 @@ async def read_ahead(readers: Iterable[Reader]) -> AsyncGenerator[memoryview]:
     finally:
         if coming is not None:
             await asyncio.wait([coming])  # it reads from what is closed next
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What the work gives; cancels it when the client leaves, also while it waits for a thread.
+
+    Raises:
+        ClientDisconnect: It has left.
+    """
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:
