@@ -180,13 +180,14 @@ def _identity(teacher: Teacher) -> str:
 
 
 def _media_type(headers: Headers) -> str:
-    """Raises InputError for a body that is neither an image nor a frame."""
+    """Raises a Problem for a body that is neither an image nor a frame."""
     given = headers.get("content-type", "").partition(";")[0].strip().lower()
     if given == wire.MEDIA_TYPE or given.startswith("image/"):
         return given
-    raise InputError(
-        f"the body is {given or 'of no declared type'!r}; send an encoded image as image/jpeg, or views as "
-        f"{wire.MEDIA_TYPE}"
+    raise Problem(
+        "unsupported-media-type",
+        f"the body is {given or 'of no declared type'!r}, expected an image or a frame; send an encoded image as "
+        f"image/jpeg, or views as {wire.MEDIA_TYPE}",
     )
 
 

@@ -22,7 +22,7 @@ from teacher_service.serving.frames import require_rows, rows_response
 from teacher_service.serving.problems import Problem, documented
 from teacher_service.serving.sendfile import FILES
 from teacher_service.serving.service import Opened, Service, service_of
-from teacher_service.serving.streaming import unless_gone
+from teacher_service.serving.streaming import in_thread, unless_gone
 
 _SMALL_BODY = 16 << 10  # parsed by the event loop; a larger one would keep others waiting
 _ANSWER_VERSION = 1  # part of every ETag: another one whenever the same rows are sent as other bytes
@@ -125,7 +125,7 @@ def rows_router() -> APIRouter:
         def answer() -> Response:
             return rows_response(service, opened, _found(opened, [(key, view)]), names, decode)
 
-        return await unless_gone(request.receive, run_in_threadpool(answer))
+        return await in_thread(request.receive, answer)
 
     @router.post(
         "/v1/rows:batch",
@@ -137,17 +137,15 @@ def rows_router() -> APIRouter:
         """Many rows, in the order asked for; repeats are allowed."""
         opened = service.opened
         require_json(request.headers)
-        parse = partial(parse_batch, await request.body(), max_rows=service.config.limits.max_rows)
+        body = await request.body()
+        parse = partial(parse_batch, body, max_rows=service.config.limits.max_rows)
 
         async def parsed() -> BatchByRow | BatchByKey:
             async with parsing:
                 return await run_in_threadpool(parse)
 
-        async def answer() -> Response:
-            asked = parse() if len(parse.args[0]) <= _SMALL_BODY else await parsed()
-            return await run_in_threadpool(_batch_response, service, opened, asked, request)
-
-        return await unless_gone(request.receive, answer())
+        asked = parse() if len(body) <= _SMALL_BODY else await unless_gone(request.receive, parsed())
+        return await in_thread(request.receive, _batch_response, service, opened, asked, request)
 
     @router.get(
         "/v1/units/{unit}/views/{view}",
@@ -177,8 +175,7 @@ def rows_router() -> APIRouter:
             return same
         rows = [RowId(unit, position, view) for position in positions if position not in record.quarantined]
         headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
-        work = run_in_threadpool(rows_response, service, opened, rows, names, decode, headers)
-        return await unless_gone(request.receive, work)
+        return await in_thread(request.receive, rows_response, service, opened, rows, names, decode, headers)
 
     return router
 

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from traceback import clear_frames
 from typing import Any, TypeAlias, TypeVar
 
+from anyio.to_thread import current_default_thread_limiter
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -62,7 +63,7 @@ class StreamedResponse(Response):
         gone = asyncio.create_task(_disconnected(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            if scope["method"] != "HEAD":
+            if not scope.get("state", {}).get("head"):
                 async with aclosing(self._pieces) as pieces:
                     async for piece in pieces:
                         for message in _messages(piece):
@@ -104,8 +105,21 @@ async def read_ahead(readers: Iterable[Reader]) -> AsyncGenerator[memoryview]:
             await asyncio.wait([coming])  # it reads from what is closed next
 
 
+async def in_thread(receive: Receive, function: Callable[..., T], *args: Any) -> T:
+    """What a function gives that blocks; not called if the client leaves before a thread is free.
+
+    Raises:
+        ClientDisconnect: It has left.
+    """
+    work = run_in_threadpool(function, *args)
+    free = (
+        current_default_thread_limiter().available_tokens > 0
+    )  # then there is nothing to watch: threads run to an end
+    return await (work if free else unless_gone(receive, work))
+
+
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What the work gives; cancels it when the client leaves, also while it waits for a thread.
+    """What the work gives; cancels it when the client leaves.
 
     Raises:
         ClientDisconnect: It has left.
