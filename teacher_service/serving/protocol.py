@@ -1,6 +1,7 @@
 """uvicorn's HTTP protocol with limits on what one connection may cost, and with sending files."""
 
 import os
+import re
 import uuid
 from asyncio import TimerHandle, Transport
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ _HEAD_PIECE = 16 << 10  # most bytes of headers parsed before their number is lo
 _MAX_HEADERS = 256  # each costs far more than its bytes: 64 kB of "a:" would be megabytes
 _CHUNKED_PIECE = 512  # of a body whose end the parser alone can find: few requests fit behind it
 _PROBE_SECONDS = 1.0
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
@@ -82,7 +84,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._ended = self._is_answering and self.transport.get_extra_info("sslcontext") is None
         if self._ended:
             self.flow.full = True  # there is no more to be read
-            self.loop.call_later(_PROBE_SECONDS, self._probe)
+            self.loop.call_later(_PROBE_SECONDS, self._probe, self.cycle)
         return self._ended
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -145,7 +147,8 @@ class _LimitedProtocol(HttpToolsProtocol):
         while self._unparsed and not self._is_answering and not self.transport.is_closing():
             piece = bytes(self._unparsed[: self._parsed_at_once()])
             del self._unparsed[: len(piece)]
-            self._parse_piece(piece)
+            # The parser would take the body for another protocol.
+            self._parse_piece(_UPGRADE.sub(b"\r\nx-upgrade:", piece) if self._in_head else piece)
         if self.transport.is_closing():
             return
         was_full, self.flow.full = self.flow.full, self._ended or len(self._unparsed) > HIGH_WATER_LIMIT
@@ -237,13 +240,13 @@ class _LimitedProtocol(HttpToolsProtocol):
         lines = [b"HTTP/1.1 %d " % response.status_code, *(b"%s: %s" % header for header in response.raw_headers)]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
 
-    def _probe(self) -> None:
-        """Find out whether a client that ended its side still listens: only what is sent to it can tell."""
-        if self.transport.is_closing() or not self._is_answering:
+    def _probe(self, cycle: RequestResponseCycle) -> None:
+        """Find out whether a client that ended its side still waits: only what is sent to it can tell."""
+        if self.transport.is_closing():
             return
-        if not self.cycle.response_started and self.cycle.scope["http_version"] == "1.1":
+        if cycle is self.cycle and not cycle.response_started and cycle.scope["http_version"] == "1.1":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # which clients must look over, RFC 9110 15.2
-        self.loop.call_later(_PROBE_SECONDS, self._probe)
+        self.loop.call_later(_PROBE_SECONDS, self._probe, self.cycle)
 
 
 def serving_options(limits: Limits) -> dict[str, Any]:
