@@ -17,6 +17,7 @@ from feature_store.remote.objects import ServedObjects
 from feature_store.remote.service import Patience, Service
 from feature_store.remote.transport import Transport
 from feature_store.sample import addresses
+from feature_store.secret_files import read_secret_file
 from feature_store.store import Store, open_store_in
 
 if TYPE_CHECKING:
@@ -136,10 +137,10 @@ def read_token(file: Path) -> str:
     """The token in a file, without the line's end.
 
     Raises:
-        InputError: The file cannot be read or holds none.
+        InputError: The file cannot be read, is no regular file, everybody may write it, or it holds none.
     """
     try:
-        token = file.read_text().strip()
+        token = read_secret_file(file, shared=True).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--token-file {file} cannot be read: {error}") from error
     if not token:

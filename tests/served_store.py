@@ -93,6 +93,11 @@ class Answer:
         return document["type"].removeprefix("urn:scalekd-cache:problem:")
 
 
+def headers_of(named: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Headers by name, with a Host."""
+    return list({"host": "127.0.0.1", **{name.lower(): value for name, value in named.items()}}.items())
+
+
 class InProcess:
     """Asks an application as uvicorn would, without a socket: what is asked for is sent as it is."""
 
@@ -104,22 +109,25 @@ class InProcess:
         self,
         target: str,
         method: str = "GET",
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | list[tuple[str, str]] | None = None,
         body: bytes | list[bytes] = b"",
         json_body: Any = None,
     ) -> Answer:
+        """The answer; headers as a list are sent as they are, without a Host of its own."""
         if json_body is not None:
             body, headers = json.dumps(json_body).encode(), {"content-type": "application/json", **(headers or {})}
-        return self._runner.run(self.ask(target, method, headers or {}, body))
+        return self._runner.run(self.ask(target, method, {} if headers is None else headers, body))
 
-    async def ask(self, target: str, method: str, headers: Mapping[str, str], body: bytes | list[bytes]) -> Answer:
+    async def ask(
+        self, target: str, method: str, headers: Mapping[str, str] | list[tuple[str, str]], body: bytes | list[bytes]
+    ) -> Answer:
         raw_path, _, query = target.encode("latin-1").partition(b"?")
         chunks = [body] if isinstance(body, bytes) else list(body)
-        pairs = {"host": "127.0.0.1", **{name.lower(): value for name, value in headers.items()}}
+        pairs = headers if isinstance(headers, list) else headers_of(headers)
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
             "path": unquote(raw_path.decode("ascii")), "raw_path": raw_path, "query_string": query, "root_path": "",
-            "headers": [(name.encode(), value.encode("latin-1")) for name, value in pairs.items()],
+            "headers": [(name.encode(), value.encode("latin-1")) for name, value in pairs],
             "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "state": {},
         }  # fmt: skip
         sent: list[dict] = []

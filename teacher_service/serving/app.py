@@ -6,14 +6,17 @@ from contextlib import asynccontextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
-from teacher_service.serving import problems
+from feature_store.errors import CorruptStoreError
+from teacher_service.serving import batches, problems
 from teacher_service.serving.access_log import HEADER, AccessLogMiddleware
 from teacher_service.serving.auth import AuthMiddleware, scope_of
 from teacher_service.serving.browse import browse_router
+from teacher_service.serving.head import HeadMiddleware
+from teacher_service.serving.hosts import HostMiddleware
 from teacher_service.serving.limits import LimitsMiddleware
 from teacher_service.serving.page import page_router
 from teacher_service.serving.routes_operations import operations_router
@@ -62,6 +65,7 @@ def create_app(
     )  # fmt: skip
     app.state.service = service
     problems.install(app)
+    app.add_exception_handler(CorruptStoreError, _corrupt_store)
     browse = browse_router(Gallery(lambda: service.store, service.config.tars))
     for router in (operations_router(), page_router()):
         app.include_router(router)
@@ -76,13 +80,23 @@ def create_app(
         router = compute_router(service.live, max_body_bytes=service.config.limits.max_body_bytes)
         app.include_router(router, responses=_COMPUTE_PROBLEMS, dependencies=strict)
     # The last one added is the outermost.
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(LimitsMiddleware, limits=service.config.limits, large_bodies=large_bodies)
-    app.add_middleware(AuthMiddleware, tokens=tokens, loopback=service.config.loopback)
+    app.add_middleware(AuthMiddleware, tokens=tokens)
     if service.config.cors_origins:  # a browser asks without the token whether it may send one
         app.add_middleware(CORSMiddleware, allow_origins=service.config.cors_origins, **_CORS)
+    app.add_middleware(HostMiddleware, local_only=tokens is None and service.config.loopback)
     app.add_middleware(AccessLogMiddleware, metrics=service.metrics)
     app.openapi = lambda: _openapi(app)
     return app
+
+
+async def _corrupt_store(request: Request, error: Exception) -> Response:
+    """A store that was moved away is no damaged one: it must not be repaired."""
+    assert isinstance(error, CorruptStoreError)  # what it is installed for
+    away = await request.app.state.service.away()
+    problem = problems.Problem("not-ready", away) if away else problems.problem_of(error)
+    return problem.response(problems.request_id(request.scope))
 
 
 async def refuse_unknown_parameters(request: Request) -> None:
@@ -96,12 +110,19 @@ async def refuse_unknown_parameters(request: Request) -> None:
     if unknown:
         accepted = ", ".join(sorted(known)) or "none"
         raise problems.Problem(
-            "invalid-request", f"query parameter {unknown[0]!r} is not known; this route has: {accepted}"
+            "invalid-request", f"query parameter {unknown[0][:100]!r} is not known; this route has: {accepted}"
         )
 
 
 _COMPUTE_PROBLEMS = problems.documented(
-    "request-timeout", "too-large", "invalid-request", "overloaded", "not-ready", "resource", "deadline"
+    "request-timeout",
+    "too-large",
+    "unsupported-media-type",
+    "invalid-request",
+    "overloaded",
+    "not-ready",
+    "resource",
+    "deadline",
 )
 
 
@@ -111,6 +132,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         components = schema.setdefault("components", {})
         components.setdefault("schemas", {})["ProblemDocument"] = problems.ProblemDocument.model_json_schema()
+        components["schemas"].update(batches.schema()["$defs"])
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         for path, operations in schema["paths"].items():
             for operation in operations.values():
@@ -123,7 +145,7 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
     answers = operation["responses"]
     if "422" in answers and problems.MEDIA_TYPE not in answers["422"].get("content", {}):
         answers["422"] = problems.documented("invalid-request")[422]
-    more = ["headers-too-large", "internal"]
+    more = ["malformed", "headers-too-large", "internal"]
     scope = scope_of(path)
     if scope is not None:
         answers.setdefault("422", problems.documented("invalid-request")[422])

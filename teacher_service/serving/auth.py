@@ -1,7 +1,5 @@
 """Who may ask for what: everything needs a token with the path's scope, unless it is listed as public."""
 
-import ipaddress
-
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -43,12 +41,10 @@ class AuthMiddleware:
     Args:
         app: What answers the others.
         tokens: Known tokens; None if everybody may ask.
-        loopback: Whether only this machine can connect. Without tokens a page in a browser on this machine must not
-            reach the service under a name of its own (DNS rebinding), so that only local names are answered.
     """
 
-    def __init__(self, app: ASGIApp, *, tokens: TokenFile | None, loopback: bool) -> None:
-        self._app, self._tokens, self._loopback = app, tokens, loopback
+    def __init__(self, app: ASGIApp, *, tokens: TokenFile | None) -> None:
+        self._app, self._tokens = app, tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let the application."""
@@ -60,12 +56,8 @@ class AuthMiddleware:
         return await self._app(scope, receive, send)
 
     def _require(self, scope: Scope) -> None:
-        if self._tokens is None:
-            if self._loopback:
-                _require_local(Headers(scope=scope).get("host", ""))
-            return
         needed = scope_of(scope["path"])
-        if needed is None:
+        if self._tokens is None or needed is None:
             return
         kind, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not secret:
@@ -82,18 +74,3 @@ class AuthMiddleware:
             raise Problem(
                 "forbidden", f"token {token.name!r} lacks the scope {needed!r}; ask for one with it", headers=headers
             )
-
-
-def _require_local(host: str) -> None:
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-    name = name.removeprefix("[").removesuffix("]")
-    if name == "localhost":
-        return
-    try:
-        local = ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        local = False
-    if not local:
-        raise Problem(
-            "misdirected", "without tokens this service answers to localhost and loopback addresses only; use --tokens"
-        )

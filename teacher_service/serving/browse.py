@@ -2,7 +2,6 @@
 
 import io
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -16,9 +15,9 @@ from starlette.concurrency import run_in_threadpool
 
 from feature_store.sample import RowId
 from feature_store.store import Store
-from feature_store.summary import summarise
+from teacher_service.serving.batches import MAX_INT
 from teacher_service.serving.problems import Problem, documented
-from teacher_service.serving.routes_rows import MAX_INT, Served, Unit, View
+from teacher_service.serving.routes_rows import Served, Unit, View
 from teacher_service.serving.samples import TAP, Gallery, predictions
 from teacher_service.serving.service import Service
 
@@ -208,15 +207,15 @@ def browse_router(gallery: Gallery) -> APIRouter:
     @router.get("/quarantine", responses=documented("not-ready", "invalid-request"))
     def quarantine(service: Served, first: First = 0, count: Count = 100) -> Quarantine:
         """Samples that could not be used, and why."""
-        found = list(_quarantined(service.store))
-        return Quarantine(samples=found[first : first + count], total=len(found))
+        found = service.opened.summary["quarantined"]
+        return Quarantine(samples=[QuarantineEntry(**each) for each in found[first : first + count]], total=len(found))
 
     return router
 
 
 def _summary(service: Service, gallery: Gallery) -> Summary:
-    store = service.store
-    manifest, found = store.manifest, summarise(store)
+    opened = service.opened
+    manifest, found = opened.store.manifest, opened.summary
     teacher, policy = manifest.teacher, manifest.policy
     return Summary(
         teacher=teacher.name,
@@ -309,15 +308,6 @@ def _row(store: Store, gallery: Gallery, row: RowId) -> RowEntry:
             NeighbourEntry(**each.row._asdict(), key=each.key, similarity=each.similarity) for each in neighbours
         ],
     )
-
-
-def _quarantined(store: Store) -> Iterable[QuarantineEntry]:
-    for unit in store.committed.units:
-        if reasons := store.quarantined(unit):
-            keys = store.keys(unit)
-            for position, reason in sorted(reasons.items()):
-                tar = store.manifest.tars[unit].name
-                yield QuarantineEntry(tar=tar, position=position, key=keys[position], reason=reason)
 
 
 def _picture(pixels: np.ndarray) -> Response:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,6 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect
 
 from feature_store import wire
 from feature_store.errors import InputError
@@ -29,6 +28,7 @@ from teacher_service.serving.frames import FrameResponse
 from teacher_service.serving.live import LOGITS, LiveTeacher, Outputs
 from teacher_service.serving.problems import Problem, documented
 from teacher_service.serving.routes_rows import frame_answer
+from teacher_service.serving.streaming import unless_gone
 
 MAX_IMAGE_PIXELS = 64_000_000  # 0.2 GB as RGB; a larger image is far from anything a teacher sees
 TIMEOUT = 60.0
@@ -132,7 +132,7 @@ def compute_router(
         else:
             async with decoding:
                 pixels = await run_in_threadpool(_view_of_image, body, size, max_pixels, crop, flip)
-        outputs = await _unless_gone(request, live.batcher.compute(pixels, timeout=timeout))
+        outputs = await unless_gone(request.receive, live.batcher.compute(pixels, timeout=timeout))
         return FrameResponse(await run_in_threadpool(_frame, outputs, names, dtype, live.teacher))
 
     return router
@@ -179,36 +179,15 @@ def _identity(teacher: Teacher) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Outputs]) -> Outputs:
-    """What the work gives; cancels it when the client leaves.
-
-    Raises:
-        ClientDisconnect: It has left.
-    """
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        watching.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def _media_type(headers: Headers) -> str:
-    """Raises InputError for a body that is neither an image nor a frame."""
+    """Raises a Problem for a body that is neither an image nor a frame."""
     given = headers.get("content-type", "").partition(";")[0].strip().lower()
     if given == wire.MEDIA_TYPE or given.startswith("image/"):
         return given
-    raise InputError(
-        f"the body is {given or 'of no declared type'!r}; send an encoded image as image/jpeg, or views as "
-        f"{wire.MEDIA_TYPE}"
+    raise Problem(
+        "unsupported-media-type",
+        f"the body is {given or 'of no declared type'!r}, expected an image or a frame; send an encoded image as "
+        f"image/jpeg, or views as {wire.MEDIA_TYPE}",
     )
 
 

@@ -102,10 +102,19 @@ def _read(
     return wire.encode({**arrays, ROWS: addresses(rows)}, metadata_of(opened))
 
 
+def require_rows(most: int, rows: int) -> None:
+    """Refuse more rows than one answer may hold; ask before they are looked for.
+
+    Raises:
+        Problem: too-large.
+    """
+    if rows > most:
+        raise Problem("too-large", f"{rows:,} rows were asked for, at most {most:,} at once; ask for fewer")
+
+
 def _require_allowed(service: Service, rows: int, nbytes: int) -> None:
     limits = service.config.limits
-    if rows > limits.max_rows:
-        raise Problem("too-large", f"{rows:,} rows were asked for, at most {limits.max_rows:,} at once; ask for fewer")
+    require_rows(limits.max_rows, rows)
     if nbytes > limits.max_response_bytes:
         most = rows * limits.max_response_bytes // nbytes
         raise Problem(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ from teacher_service.serving.batcher import BusyError, DeadlineError, DeviceFaul
 MEDIA_TYPE = "application/problem+json"
 URN = "urn:scalekd-cache:problem:"
 RETRY_SECONDS = 1
+MOST_ERRORS = 10
+"""Errors of one problem: what is wrong with a body of megabytes is said in a few kilobytes."""
+_MOST_DETAIL, _MOST_WHERE = 2000, 100
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,9 @@ class Problem(HTTPException):
 
     def response(self, request_id: str) -> Response:
         """The answer."""
-        kind = KINDS[self.kind]
+        kind, detail = KINDS[self.kind], _shortened(self.detail, _MOST_DETAIL)
         body = {
-            "type": URN + self.kind, "title": kind.title, "status": kind.status, "detail": self.detail,
+            "type": URN + self.kind, "title": kind.title, "status": kind.status, "detail": detail,
             "request_id": request_id,
         }  # fmt: skip
         if self.errors is not None:
@@ -144,6 +147,25 @@ def problem_of(error: UserError) -> Problem:
         case ResourceError():
             return Problem("resource", str(error))
     return Problem("internal", "an error without a kind of its own; the service's log says more")
+
+
+def invalid_request(errors: Sequence[Mapping[str, Any]]) -> Problem:
+    """The problem of a request that pydantic refuses, with the first of its errors."""
+    found = [
+        {"where": [_shortened(str(part), _MOST_WHERE) for part in each["loc"]], "what": _shortened(each["msg"])}
+        for each in errors[:MOST_ERRORS]
+    ]
+    first = f"{'.'.join(found[0]['where'])}: {found[0]['what']}" if found else "the request is not valid"
+    more = f" (the first {len(found)} errors)" if len(errors) > len(found) else ""
+    return Problem("invalid-request", f"{first}{more}; see openapi.json", errors=found)
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    """Text that a client may have sent, at most so long once it is JSON, where a character takes up to 12 bytes."""
+    if len(json.dumps(text)) <= most + 2:
+        return text
+    kept = most if text[:most].isascii() and text[:most].isprintable() else most // 12
+    return f"{text[:kept]}..."
 
 
 def install(app: FastAPI) -> None:
@@ -190,15 +212,13 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 def _problem_of_framework(error: HTTPException, request: Request) -> Problem:
     kind = _OF_STATUS.get(error.status_code, "internal")
-    what = f"{request.method} {request.url.path}: {error.detail}"
-    return Problem(kind, f"{what}; see /openapi.json", headers=error.headers)
+    what = f"{request.method} {_shortened(request.scope['path'])}: {error.detail}"
+    return Problem(kind, f"{what}; see openapi.json", headers=error.headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found = [{"where": [str(part) for part in each["loc"]], "what": each["msg"]} for each in error.errors()]
-    first = f"{'.'.join(found[0]['where'])}: {found[0]['what']}" if found else "the request is not valid"
-    return Problem("invalid-request", f"{first}; see /openapi.json", errors=found).response(request_id(request.scope))
+    return invalid_request(error.errors()).response(request_id(request.scope))
 
 
 async def _user_error(request: Request, error: Exception) -> Response:

@@ -25,9 +25,9 @@ def operations_router() -> APIRouter:
 
     @router.get("/readyz", responses=documented("not-ready"))
     async def readyz(service: Served) -> Health:
-        """Whether to send requests here: not while loading or draining, nor after the device was lost."""
-        if service.not_ready:
-            raise Problem("not-ready", service.not_ready)
+        """Whether to send requests here: not while loading or draining, nor after the device or the store was lost."""
+        if reason := service.not_ready or await service.away():
+            raise Problem("not-ready", reason)
         return Health(status="ok")
 
     @router.get(

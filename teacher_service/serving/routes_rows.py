@@ -1,47 +1,41 @@
 """Routes of cached rows: one by key, a batch, a range of a unit; and what a client must know beforehand."""
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header, Path, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from feature_store import wire
 from feature_store.commits.record import CommitRecord
 from feature_store.errors import InputError
 from feature_store.sample import RowId
+from teacher_service.serving.batches import MAX_INT, BatchByKey, BatchByRow, parse_batch, require_json, schema
 from teacher_service.serving.conditions import not_modified
-from teacher_service.serving.frames import rows_response
+from teacher_service.serving.frames import require_rows, rows_response
 from teacher_service.serving.problems import Problem, documented
 from teacher_service.serving.sendfile import FILES
 from teacher_service.serving.service import Opened, Service, service_of
+from teacher_service.serving.streaming import in_thread, unless_gone
 
-MAX_INT = 2**31 - 1
-_MAX_ITEMS = 1 << 16
+_SMALL_BODY = 16 << 10  # parsed by the event loop; a larger one would keep others waiting
 _ANSWER_VERSION = 1  # part of every ETag: another one whenever the same rows are sent as other bytes
-
-
-def _number(value: Any) -> Any:
-    """JSON has one kind of number, 1.0 is an integer; but "1" and true are none."""
-    if isinstance(value, str | bool):
-        raise ValueError("expected a number")  # noqa: TRY004 - pydantic reports ValueError
-    return value
 
 
 Unit = Annotated[int, Path(ge=0, le=MAX_INT, description="Unit: index of its tar.", examples=[0])]
 View = Annotated[int, Path(ge=0, le=MAX_INT, description="View: index of the augmented crop.", examples=[0])]
-Index = Annotated[int, Field(strict=False, ge=0, le=MAX_INT), BeforeValidator(_number)]
 Taps = Annotated[
     str | None,
     Query(description="Taps to answer, comma separated; default all.", max_length=256, examples=["stage4"]),
 ]
 Decode = Annotated[bool, Query(description="Values; false for the codec's arrays as stored, which are smaller.")]
 Served = Annotated[Service, Depends(service_of)]
-_ARRAY = Field(strict=False)  # JSON has no tuples
 _BINARY = {"type": "string", "format": "binary"}
 
 
@@ -68,44 +62,13 @@ _READ = (
     "resource",
 )
 _ONE_PROBLEMS = documented("unknown-key", "quarantined", *_READ)
-_BATCH_PROBLEMS = documented("unknown-key", "quarantined", "malformed", "request-timeout", *_READ)
+_BATCH_PROBLEMS = documented(
+    "unknown-key", "quarantined", "malformed", "request-timeout", "unsupported-media-type", *_READ
+)
+_BATCH_BODY = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": {"oneOf": schema()["oneOf"]}}}}
+}
 _RANGE_PROBLEMS = documented(*_READ)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    taps: list[Annotated[str, Field(max_length=64)]] | None = Field(None, max_length=64, examples=[["stage4"]])
-    decode: bool = Field(True, description="Values; false for the codec's arrays as stored, which are smaller.")
-    check: bool = Field(
-        True,
-        description="False from a client that compares every array with its crc32c: the service may then send rows it "
-        "has not compared itself. A mismatch asked for again with true is answered by what is wrong.",
-    )
-
-
-class BatchByRow(_Strict):
-    """Rows by address, in any order."""
-
-    rows: list[Annotated[tuple[Index, Index, Index], _ARRAY]] = Field(
-        min_length=1, max_length=_MAX_ITEMS, description="Unit, position and view.", examples=[[[0, 0, 0], [0, 1, 0]]]
-    )
-
-
-class BatchByKey(_Strict):
-    """Rows by sample key and view, in any order."""
-
-    keys: list[Annotated[tuple[Annotated[str, Field(max_length=4096)], Index], _ARRAY]] = Field(
-        min_length=1, max_length=_MAX_ITEMS, description="Sample key and view.", examples=[[["n01440764_10026", 0]]]
-    )
-
-
-def _batch_kind(asked: Any) -> str:
-    return "keys" if isinstance(asked, dict) and "keys" in asked else "rows"
-
-
-Batch = Annotated[
-    Annotated[BatchByRow, Tag("rows")] | Annotated[BatchByKey, Tag("keys")], Discriminator(_batch_kind), Body()
-]
 
 
 class Committed(BaseModel):
@@ -133,6 +96,7 @@ class Described(BaseModel):
 def rows_router() -> APIRouter:
     """The routes."""
     router = APIRouter(tags=["cached rows"])
+    parsing = asyncio.Lock()  # of large bodies: objects of one take many times its bytes
 
     @router.get("/v1/manifest", responses=documented("not-ready"))
     async def manifest(service: Served) -> Described:
@@ -146,6 +110,7 @@ def rows_router() -> APIRouter:
     )
     async def row(
         service: Served,
+        request: Request,
         key: Annotated[
             str, Path(min_length=1, max_length=4096, description="Sample key.", examples=["n01440764_10026"])
         ],
@@ -156,26 +121,31 @@ def rows_router() -> APIRouter:
         """One row by sample key."""
         opened = service.opened
         names = _known(opened, None if taps is None else taps.split(","))
-        return await run_in_threadpool(
-            lambda: rows_response(service, opened, _found(opened, [(key, view)]), names, decode)
-        )
+
+        def answer() -> Response:
+            return rows_response(service, opened, _found(opened, [(key, view)]), names, decode)
+
+        return await in_thread(request.receive, answer)
 
     @router.post(
         "/v1/rows:batch",
         response_class=Response,
         responses=_ROWS | _BATCH_PROBLEMS,
+        openapi_extra=_BATCH_BODY,
     )
-    async def batch(service: Served, asked: Batch, request: Request) -> Response:
+    async def batch(service: Served, request: Request) -> Response:
         """Many rows, in the order asked for; repeats are allowed."""
         opened = service.opened
-        names = _known(opened, asked.taps)
-        check = asked.check or FILES not in request.scope.get("extensions", {})
+        require_json(request.headers)
+        body = await request.body()
+        parse = partial(parse_batch, body, max_rows=service.config.limits.max_rows)
 
-        def answer() -> Response:
-            rows = _found(opened, asked.keys) if isinstance(asked, BatchByKey) else _addressed(asked)
-            return rows_response(service, opened, rows, names, asked.decode, check=check)
+        async def parsed() -> BatchByRow | BatchByKey:
+            async with parsing:
+                return await run_in_threadpool(parse)
 
-        return await run_in_threadpool(answer)
+        asked = parse() if len(body) <= _SMALL_BODY else await unless_gone(request.receive, parsed())
+        return await in_thread(request.receive, _batch_response, service, opened, asked, request)
 
     @router.get(
         "/v1/units/{unit}/views/{view}",
@@ -184,6 +154,7 @@ def rows_router() -> APIRouter:
     )
     async def unit_range(
         service: Served,
+        request: Request,
         unit: Unit,
         view: View,
         start: Annotated[int, Query(ge=0, le=MAX_INT, description="First position.")] = 0,
@@ -197,12 +168,14 @@ def rows_router() -> APIRouter:
         names = _known(opened, None if taps is None else taps.split(","))
         record = _record(opened, unit, view)
         positions = range(start, min(start + count, record.samples))
+        left_out = sum(position in positions for position in record.quarantined)
+        require_rows(service.config.limits.max_rows, len(positions) - left_out)
         tag = _etag(opened, record, view, [unit, view, start, count, names, decode])
         if (same := not_modified(tag, if_none_match)) is not None:
             return same
         rows = [RowId(unit, position, view) for position in positions if position not in record.quarantined]
         headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
-        return await run_in_threadpool(rows_response, service, opened, rows, names, decode, headers)
+        return await in_thread(request.receive, rows_response, service, opened, rows, names, decode, headers)
 
     return router
 
@@ -226,19 +199,19 @@ def _described(service: Service, opened: Opened) -> Described:
     )
 
 
+def _batch_response(service: Service, opened: Opened, asked: BatchByRow | BatchByKey, request: Request) -> Response:
+    names = _known(opened, asked.taps)
+    check = asked.check or FILES not in request.scope.get("extensions", {})
+    rows = _found(opened, asked.keys) if isinstance(asked, BatchByKey) else [RowId(*row) for row in asked.rows]
+    return rows_response(service, opened, rows, names, asked.decode, check=check)
+
+
 def _found(opened: Opened, keys: Sequence[tuple[str, int]]) -> list[RowId]:
-    found: dict[int, RowId] = {}
-    for view in {view for _, view in keys}:
-        at = [index for index, (_, wanted) in enumerate(keys) if wanted == view]
-        try:
-            found.update(zip(at, opened.store.rows([keys[index][0] for index in at], view), strict=True))
-        except InputError as error:
-            raise Problem("unknown-key", str(error)) from error
-    return [found[index] for index in range(len(keys))]
-
-
-def _addressed(asked: BatchByRow) -> list[RowId]:
-    return [RowId(*row) for row in asked.rows]
+    try:
+        found = opened.store.rows([key for key, _ in keys], 0)
+    except InputError as error:
+        raise Problem("unknown-key", str(error)) from error
+    return [RowId(row.unit, row.position, view) for row, (_, view) in zip(found, keys, strict=True)]
 
 
 def _known(opened: Opened, taps: Sequence[str] | None) -> tuple[str, ...]:

@@ -7,9 +7,10 @@ from functools import partial
 import numpy as np
 
 from feature_store import wire
+from feature_store.errors import CorruptStoreError, ResourceError
 from feature_store.layout import crc32c, joined_crc32c
 from feature_store.sample import RowId, addresses
-from teacher_service.serving.service import Opened, Service
+from teacher_service.serving.service import Opened, Service, whereabouts
 from teacher_service.serving.streaming import Piece, read_ahead
 
 ROWS = "rows"
@@ -102,5 +103,10 @@ class RowStream:
     def _read(self, name: str, start: int, stop: int) -> memoryview:
         memory, empty = self._array(name, start, stop), self._empty[name]
         values = memory.view(empty.dtype).reshape(stop - start, *empty.shape[1:])
-        self._source.fill(self._rows[start:stop], {name: values})
+        try:
+            self._source.fill(self._rows[start:stop], {name: values})
+        except CorruptStoreError as error:
+            if away := whereabouts(self._source.objects):
+                raise ResourceError(away) from error
+            raise
         return memoryview(memory)

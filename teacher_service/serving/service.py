@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
@@ -15,10 +15,11 @@ from feature_store.commits import index as commit_index
 from feature_store.commits.record import FOLDER
 from feature_store.errors import ResourceError, UserError
 from feature_store.layout import ArraySpec, array_specs
-from feature_store.objects.local import open_objects
+from feature_store.objects.local import ObjectStore, open_objects
 from feature_store.reading.reader import ZarrSource
 from feature_store.skeleton import ROOT
 from feature_store.store import Store, open_store
+from feature_store.summary import summarise
 from teacher_service.serving.config import ServeConfig
 from teacher_service.serving.memory import ResponseMemory
 from teacher_service.serving.metrics import Metrics
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from teacher_service.serving.live import LiveTeacher  # imports torch
 
 _LOOK_SECONDS = 0.05
+_LOOK_LONGEST = 2.0
 _logger = logging.getLogger(__name__)
 
 
@@ -49,6 +51,11 @@ class Opened:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "specs", array_specs(self.store.manifest))
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What the store holds; of hundred thousands of tars it takes seconds, and many clients ask for it."""
+        return summarise(self.store)
 
     @cached_property
     def commit_index(self) -> bytes:
@@ -85,6 +92,7 @@ class Service:
         self.failure: UserError | None = None
         self._opened: Opened | None = None
         self._loading = threading.Lock()
+        self._looking: asyncio.Future[str] | None = None
 
     @property
     def opened(self) -> Opened:
@@ -112,6 +120,16 @@ class Service:
         if self._opened is None:
             return "the store is being opened"
         return self.live.not_ready if self.live is not None else ""
+
+    async def away(self) -> str:
+        """Why the store cannot be read where it was; empty if it is there. Looks once for all who ask meanwhile."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(asyncio.to_thread(whereabouts, self.store.objects))
+        try:
+            async with asyncio.timeout(_LOOK_LONGEST):
+                return await asyncio.shield(self._looking)
+        except TimeoutError:
+            return f"the store has not answered for {_LOOK_LONGEST:g} seconds; check its file system"
 
     def load(self) -> None:
         """Open the store, or open it again if it has changed; requests see the old one until the new one is whole.
@@ -184,6 +202,19 @@ class Service:
             if device.type == "cuda":
                 self.metrics.gpu_allocated.set(torch.cuda.memory_allocated(device))
                 self.metrics.gpu_reserved.set(torch.cuda.memory_reserved(device))
+
+
+def whereabouts(objects: ObjectStore) -> str:
+    """Why a store that was opened is not there any more; empty if it is."""
+    try:
+        objects.size(ROOT)
+    except (OSError, ResourceError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is out of reach"
+        return (
+            f"the store is not where it was opened ({reason}): it was moved, removed or unmounted, and not damaged; "
+            "bring it back"
+        )
+    return ""
 
 
 async def service_of(request: Request) -> Service:

@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from traceback import clear_frames
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+from anyio.to_thread import current_default_thread_limiter
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -18,6 +20,7 @@ from teacher_service.serving.sendfile import FILES
 
 _logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Reader: TypeAlias = Callable[[], memoryview]
 Piece: TypeAlias = memoryview | list[FileSpan]
 """Bytes, or where files have them; those only for a server that sends files, see FILES."""
@@ -60,7 +63,7 @@ class StreamedResponse(Response):
         gone = asyncio.create_task(_disconnected(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            if scope["method"] != "HEAD":
+            if not scope.get("state", {}).get("head"):
                 async with aclosing(self._pieces) as pieces:
                     async for piece in pieces:
                         for message in _messages(piece):
@@ -100,6 +103,36 @@ async def read_ahead(readers: Iterable[Reader]) -> AsyncGenerator[memoryview]:
     finally:
         if coming is not None:
             await asyncio.wait([coming])  # it reads from what is closed next
+
+
+async def in_thread(receive: Receive, function: Callable[..., T], *args: Any) -> T:
+    """What a function gives that blocks; not called if the client leaves before a thread is free.
+
+    Raises:
+        ClientDisconnect: It has left.
+    """
+    work = run_in_threadpool(function, *args)
+    free = (
+        current_default_thread_limiter().available_tokens > 0
+    )  # then there is nothing to watch: threads run to an end
+    return await (work if free else unless_gone(receive, work))
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What the work gives; cancels it when the client leaves.
+
+    Raises:
+        ClientDisconnect: It has left.
+    """
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from feature_store.errors import InputError, UserError
+from feature_store.secret_files import UntrustedFileError, read_secret_file
 
 Scope = Literal["read", "compute", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -72,10 +73,11 @@ def read_tokens(file: Path) -> tuple[Token, ...]:
     """Tokens of a file, one JSON object per line.
 
     Raises:
+        UntrustedFileError: It is no regular file, too large, or others may write it.
         InputError: It cannot be read, or a line is no token.
     """
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = read_secret_file(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the token file {file}: {error}; make one with `token create`") from error
     return tuple(_token(file, number, line) for number, line in enumerate(lines, 1) if line.strip())
@@ -84,8 +86,10 @@ def read_tokens(file: Path) -> tuple[Token, ...]:
 class TokenFile:
     """The tokens of a file as it is now: a line removed is a token revoked, without a restart.
 
+    A file that cannot be trusted any more, see read_secret_file, changes nothing: the tokens read before stay in force.
+
     Raises:
-        InputError: The file is not readable, or holds no token.
+        InputError: The file is not readable or not to be trusted, or holds no token.
     """
 
     def __init__(self, file: Path) -> None:
@@ -110,16 +114,18 @@ class TokenFile:
         self._stamp = stamp
         try:
             self._tokens = read_tokens(self._file)
+        except UntrustedFileError as error:
+            _logger.error("the tokens read before stay in force: %s", error)  # noqa: TRY400
         except UserError as error:  # half written, or gone: nobody is let in until it is whole
             self._tokens = ()
             _logger.error("no token is accepted: %s", error)  # noqa: TRY400 - the message says it all
 
-    def _changed(self) -> tuple[int, int, int]:
+    def _changed(self) -> tuple[int, ...]:
         try:
             status = self._file.stat()
         except OSError:
-            return 0, 0, 0
-        return status.st_mtime_ns, status.st_size, status.st_ino
+            return ()
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def _token(file: Path, number: int, line: str) -> Token:
@@ -128,7 +134,7 @@ def _token(file: Path, number: int, line: str) -> Token:
         token = Token(fields["name"], fields["sha256"], tuple(fields["scopes"]), fields["created"])
         if _SHA256.fullmatch(token.sha256) and _NAME.fullmatch(token.name) and set(token.scopes) <= set(SCOPES):
             return token
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise InputError(f"line {number} of {file} is no token; remove it, and make tokens with `token create` only")
 

@@ -13,10 +13,11 @@ from feature_store import blocks
 from feature_store.commits import index as commit_index
 from feature_store.commits.record import CommitRecord, record_place
 from feature_store.errors import CorruptStoreError, InputError, ResourceError, UncommittedError
-from feature_store.layout import ArraySpec, damaged
+from feature_store.layout import CRC_BYTES, ArraySpec, damaged
 from feature_store.objects.local import LocalObjects, ObjectStore
+from feature_store.skeleton import ROOT
 from teacher_service.serving.problems import Problem
-from teacher_service.serving.service import Opened
+from teacher_service.serving.service import Opened, whereabouts
 
 _PATH = re.compile(r"[A-Za-z0-9_.+-]{1,255}(/[A-Za-z0-9_.+-]{1,255}){0,15}")
 _METADATA = "zarr.json"
@@ -49,12 +50,25 @@ def find_object(opened: Opened, path: str) -> ServedObject:
     """
     if not _PATH.fullmatch(path) or any(part in (".", "..") for part in path.split("/")):
         raise _not_found()
-    if path == commit_index.PATH:
-        return _in_memory(opened.commit_index)
-    if path.rpartition("/")[2] == _METADATA or record_place(path) is not None or path.startswith(blocks.FOLDER):
+    if path in (ROOT, commit_index.PATH):  # megabytes for many tars, and the same for all who ask
+        return _in_memory(opened.state[0] if path == ROOT else opened.commit_index)
+    if path.rpartition("/")[2] == _METADATA or record_place(path) is not None:
         with closing(_open(opened.store.objects, path, missing=_not_found)) as file:
             return _in_memory(file.whole())
-    return _committed(opened, path)
+    return _block(opened, path) if path.startswith(blocks.FOLDER) else _committed(opened, path)
+
+
+def _block(opened: Opened, path: str) -> ServedObject:
+    """A tensor of the later blocks; its last bytes are the checksum of all."""
+    file = _open(opened.store.objects, path, missing=_not_found)
+    checksum = bytearray(min(CRC_BYTES, file.size))
+    try:
+        file.read_into(file.size - len(checksum), memoryview(checksum))
+    except BaseException:
+        file.close()
+        raise
+    tag = _quoted(repr((opened.store.manifest.blocks_sha256, path, file.size, bytes(checksum))).encode())
+    return ServedObject(file.size, tag, file.read_into, file.close)
 
 
 def _committed(opened: Opened, path: str) -> ServedObject:
@@ -171,5 +185,6 @@ def _open(objects: ObjectStore, path: str, missing: Callable[[], Problem]) -> _L
         return _LocalFile(objects.root, path) if isinstance(objects, LocalObjects) else _RemoteObject(objects, path)
     except OSError as error:
         if error.errno in _NOT_THERE:
-            raise missing() from error
+            away = whereabouts(objects)
+            raise (Problem("not-ready", away) if away else missing()) from error
         raise ResourceError(f"cannot open {path}: {os.strerror(error.errno or 0)}; check the service's disk") from error

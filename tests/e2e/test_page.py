@@ -4,8 +4,13 @@ The browser is a Chromium of the system, or Playwright's own (``python -m playwr
 """
 
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -14,6 +19,7 @@ from tiny_jobs import cache_config, noise_samples, write_tar
 from tiny_store import tiny_manifest, tiny_store, view_data
 from training_world import World, make_world
 
+from feature_store.client import connect
 from teacher_service.caching import cache
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -183,6 +189,82 @@ def test_page_asks_for_a_token_and_keeps_it_in_its_tab_when_the_service_needs_on
         expect(page.locator("#grid button")).to_have_count(14)
         assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
         assert not any(token in address for address in page.addresses)
+
+
+class StrippingProxy(BaseHTTPRequestHandler):
+    """Serves a service below a path, as Jupyter's proxy and nginx's locations do: the service does not see the path."""
+
+    service = ""
+    prefix = "/user/ada/proxy/8000"
+
+    def do_GET(self) -> None:
+        if not self.path.startswith(f"{self.prefix}/"):
+            return self.send_error(404)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+        request = Request(self.service + self.path.removeprefix(self.prefix), headers=headers)
+        try:
+            answer = urlopen(request, timeout=20)
+        except HTTPError as error:
+            answer = error
+        with answer:
+            body = answer.read()
+            self.send_response(answer.status)
+            for name in ("Content-Type", "Content-Security-Policy"):
+                if name in answer.headers:
+                    self.send_header(name, answer.headers[name])
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        return None
+
+    def log_message(self, *_) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def behind_a_prefix(service: str):
+    """The service's URL behind a proxy that strips a path."""
+    handler = type("Proxy", (StrippingProxy,), {"service": service})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
+        Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_port}{handler.prefix}"
+        proxy.shutdown()
+
+
+def test_page_works_when_it_is_behind_a_path_prefix(page, url):
+    with behind_a_prefix(url) as prefixed:
+        page.goto(f"{prefixed}/")
+        expect(page.locator("#grid button")).to_have_count(14)
+        expect(page.locator("#teacher")).to_have_text("test_vit")
+        page.locator("#grid button").nth(2).click()
+        expect(page.locator("#detail strong")).to_have_text("a002")
+        assert is_painted(page, "#detail figure:first-child img")
+        asked = {address for address in page.addresses if not address.startswith("blob:")}
+        assert {f"{prefixed}/", f"{prefixed}/page.css", f"{prefixed}/page.js"} < asked
+        assert all(address.startswith(f"{prefixed}/") for address in asked)
+    assert page.problems == []
+
+
+def test_page_keeps_tokens_of_services_apart_when_they_share_an_origin(page, world, tmp_path, capfd):
+    from teacher_service.cli import main
+
+    tokens = tmp_path / "tokens.jsonl"
+    main(["token", "create", "--name", "reader", "--file", str(tokens)])
+    token = capfd.readouterr().out.strip()
+    with running_service(world.store, "--tokens", str(tokens)) as running, behind_a_prefix(running.url) as prefixed:
+        page.goto(f"{prefixed}/page.css")  # of the same origin
+        page.evaluate("sessionStorage.setItem('token', 'of another service')")
+        page.goto(f"{prefixed}/")
+        expect(page.get_by_label("Access token")).to_be_focused()
+        expect(page.locator("#token-note")).not_to_contain_text("Refused")
+        page.get_by_label("Access token").fill(token)
+        page.get_by_label("Access token").press("Enter")
+        expect(page.locator("#grid button")).to_have_count(14)
+
+
+def test_client_reads_rows_when_the_service_is_behind_a_path_prefix(url):
+    with behind_a_prefix(url) as prefixed:
+        assert connect(prefixed).manifest.identity() == connect(url).manifest.identity()
 
 
 def test_page_follows_when_more_is_committed(page, tmp_path):

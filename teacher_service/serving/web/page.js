@@ -2,13 +2,14 @@
 
 const PAGE = 24, POLL = 2000, HISTORY = 60, STRIP = 400;
 const $ = (id) => document.getElementById(id);
+const TOKEN = `token ${location.pathname}`; // another service may be behind another path of the same origin
 const state = { unit: 0, view: 0, first: 0, total: 0, units: [], chosen: null, last: null, rates: [], summary: null };
 let listing = 0, looking = 0; // answers of an earlier choice are dropped
 
 class Refused extends Error {}
 
 async function ask(path, kind = "json") {
-  const token = sessionStorage.getItem("token");
+  const token = sessionStorage.getItem(TOKEN);
   const answer = await fetch(path, { headers: token ? { authorization: `Bearer ${token}` } : {}, cache: "no-store" });
   if (answer.ok) return kind === "json" ? answer.json() : answer.blob();
   const problem = await answer.json().catch(() => ({}));
@@ -44,8 +45,8 @@ function status(text, kind) { $("status").textContent = text; $("status").classN
 
 function failed(error) {
   if (error instanceof Refused) {
-    const had = sessionStorage.getItem("token");
-    sessionStorage.removeItem("token");
+    const had = sessionStorage.getItem(TOKEN);
+    sessionStorage.removeItem(TOKEN);
     $("token-form").hidden = false;
     $("main").hidden = true;
     $("token-note").textContent = had ? `Refused: ${error.message}` : "Kept in this tab until it is closed.";
@@ -72,7 +73,7 @@ async function picture(image, path) {
   }
 }
 
-const rowPath = (row) => `/v1/browse/units/${row.unit}/views/${row.view}/rows/${row.position}`;
+const rowPath = (row) => `v1/browse/units/${row.unit}/views/${row.view}/rows/${row.position}`;
 
 function showSummary(summary) {
   state.summary = summary;
@@ -105,7 +106,7 @@ function showSummary(summary) {
 async function allUnits() {
   const units = [];
   for (let total = 1; units.length < total;) {
-    const answer = await ask(`/v1/browse/units?first=${units.length}&count=500`);
+    const answer = await ask(`v1/browse/units?first=${units.length}&count=500`);
     if (!answer.units.length) break;
     units.push(...answer.units);
     total = answer.total;
@@ -182,7 +183,7 @@ async function showSamples() {
     $("previous").disabled = $("next").disabled = true;
     return;
   }
-  const answer = await ask(`/v1/browse/units/${state.unit}/samples?first=${state.first}&count=${PAGE}`);
+  const answer = await ask(`v1/browse/units/${state.unit}/samples?first=${state.first}&count=${PAGE}`);
   if (mine !== listing) return;
   state.total = answer.total;
   const last = Math.min(state.first + PAGE, answer.total);
@@ -243,7 +244,7 @@ function figure(path, caption, alt, className) {
 }
 
 async function showQuarantine() {
-  const found = await ask("/v1/browse/quarantine?count=200");
+  const found = await ask("v1/browse/quarantine?count=200");
   if (!found.total) return $("quarantine").replaceChildren(element("p", { className: "quiet" }, "None: every sample could be used."));
   const columns = ["tar", "position", "key", "reason"];
   const head = element("tr", {}, ...columns.map((name) => element("th", { scope: "col" }, name)));
@@ -255,7 +256,7 @@ async function showQuarantine() {
 }
 
 async function open() {
-  showSummary(await ask("/v1/browse/summary"));
+  showSummary(await ask("v1/browse/summary"));
   showUnits(await allUnits());
   $("token-form").hidden = true;
   $("main").hidden = false;
@@ -266,10 +267,10 @@ let opened = false, known = "";
 async function tick() {
   try {
     if (!document.hidden) {
-      const now = await ask("/v1/browse/activity");
+      const now = await ask("v1/browse/activity");
       const held = `${now.committed} of ${now.of_committed}`;
       if (!opened) { await open(); opened = true; } else if (held !== known) {
-        showSummary(await ask("/v1/browse/summary"));
+        showSummary(await ask("v1/browse/summary"));
         const others = showUnits(await allUnits());
         await Promise.all([showQuarantine(), others ? showSamples() : undefined]);
       }
@@ -287,7 +288,7 @@ async function tick() {
 const reload = () => showSamples().catch(failed);
 $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem("token", $("token").value.trim());
+  sessionStorage.setItem(TOKEN, $("token").value.trim());
   $("token").value = "";
   tick();
 });

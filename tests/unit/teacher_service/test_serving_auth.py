@@ -1,5 +1,7 @@
 import hmac
 import json
+import os
+import socket
 import stat
 from contextlib import closing
 
@@ -8,6 +10,7 @@ import timm
 from served_store import in_process, make_store, make_tokens
 from timm.data.config import resolve_model_data_config
 
+from feature_store.client import read_token
 from feature_store.errors import InputError, MismatchError
 from feature_store.teacher import model
 from teacher_service.cli import main
@@ -173,6 +176,141 @@ def test_token_file_without_tokens_is_refused(tmp_path):
     file.write_text("\n")
     with pytest.raises(InputError, match="holds no token"):
         TokenFile(file)
+
+
+def replace_by_fifo(file):
+    os.mkfifo(file)
+
+
+def replace_by_socket(file):
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(file))
+
+
+def replace_by_a_huge_file(file):
+    with file.open("wb") as out:
+        out.truncate(1 << 40)
+    file.chmod(0o600)
+
+
+def replace_by_a_file_of_mode(mode):
+    def replace_it(file):
+        create_token(file, "intruder", ("admin",))
+        file.chmod(mode)
+
+    return replace_it
+
+
+REPLACED = {
+    "a FIFO": replace_by_fifo,
+    "a link to a FIFO": lambda file: (os.mkfifo(f"{file}.fifo"), file.symlink_to(f"{file}.fifo")),
+    "a link to a device": lambda file: file.symlink_to("/dev/zero"),
+    "a link to a terminal": lambda file: file.symlink_to("/dev/tty"),
+    "a folder": lambda file: file.mkdir(),
+    "a socket": replace_by_socket,
+    "a huge file": replace_by_a_huge_file,
+    "a file for everybody": replace_by_a_file_of_mode(0o666),
+    "a file of its group": replace_by_a_file_of_mode(0o660),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_tokens_stay_in_force_when_their_file_is_replaced_by_what_is_not_to_be_trusted(serve, store, tmp_path, what):
+    file = tmp_path / "t"
+    secret = create_token(file, "first", ("read",))
+    ask = serve(store, tokens=file)
+    file.unlink()
+    REPLACED[what](file)
+    assert ask("/v1/manifest", headers=bearer(secret)).status == 200
+    assert ask("/livez").status == 200
+    with pytest.raises(InputError, match=r"is no regular file|bytes, expected tokens|others may write it"):
+        TokenFile(file)
+    with pytest.raises(InputError, match=r"is no regular file|bytes, expected tokens|others may write it"):
+        create_token(file, "second", ("read",))
+
+
+def test_tokens_stay_in_force_when_their_file_is_replaced_by_another_users(serve, store, tmp_path, monkeypatch):
+    file = tmp_path / "tokens.jsonl"
+    first = create_token(file, "first", ("read",))
+    ask = serve(store, tokens=file)
+    second = create_token(file, "second", ("read",))
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    monkeypatch.setattr(os, "fstat", with_owner(os.fstat, user + 2))
+    monkeypatch.setattr(os, "stat", with_owner(os.stat, user + 2))
+    assert ask("/v1/manifest", headers=bearer(first)).status == 200
+    assert ask("/v1/manifest", headers=bearer(second)).status == 401
+    with pytest.raises(InputError, match=f"belongs to user {user + 2}, expected user {user + 1} or root"):
+        TokenFile(file)
+
+
+def with_owner(stat_of, owner):
+    """A stat that gives every file to somebody."""
+
+    def stat_it(*args, **kwargs):
+        fields = list(stat_of(*args, **kwargs))
+        fields[stat.ST_UID] = owner
+        return os.stat_result(fields)
+
+    return stat_it
+
+
+def test_tokens_are_read_again_when_their_file_is_made_private_again(serve, store, tmp_path):
+    file = tmp_path / "tokens.jsonl"
+    first = create_token(file, "first", ("read",))
+    ask = serve(store, tokens=file)
+    second = create_token(file, "second", ("read",))
+    file.chmod(0o666)
+    assert ask("/v1/manifest", headers=bearer(second)).status == 401
+    file.chmod(0o600)
+    assert ask("/v1/manifest", headers=bearer(second)).status == 200
+    assert ask("/v1/manifest", headers=bearer(first)).status == 200
+
+
+def test_token_file_may_be_a_link_as_mounted_secrets_are(tmp_path):
+    create_token(tmp_path / "real", "first", ("read",))
+    (tmp_path / "link").symlink_to("real")
+    assert TokenFile(tmp_path / "link").find("x") is None
+
+
+def test_serve_refuses_a_token_file_that_others_may_write(tmp_path, store, capsys):
+    file = tmp_path / "tokens.jsonl"
+    create_token(file, "first", ("read",))
+    file.chmod(0o622)
+    assert main(["serve", "--store", str(store), "--tokens", str(file), "--port", "0"]) == 2
+    assert "has mode 0622: others may write it; run `chmod go-w`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["a FIFO", "a link to a device", "a folder", "a huge file", "a file for everybody"])
+def test_clients_token_file_is_refused_when_it_cannot_be_trusted(tmp_path, what):
+    REPLACED[what](tmp_path / "t")
+    with pytest.raises(InputError, match=r"is no regular file|bytes, expected tokens|others may write it"):
+        read_token(tmp_path / "t")
+
+
+def test_clients_token_file_may_be_its_groups(tmp_path):
+    (tmp_path / "t").write_text("skc_x\n")
+    (tmp_path / "t").chmod(0o664)
+    assert read_token(tmp_path / "t") == "skc_x"
+
+
+HOSTS = {
+    "none": [], "two": ["localhost", "localhost"], "two that differ": ["localhost", "evil.example"],
+    "two in one": ["localhost, evil.example"], "a path": ["localhost/x"], "a user": ["x@localhost"],
+    "a space": ["local host"], "a query": ["localhost?x"], "no ASCII": ["l\u00f6calhost"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hosts", HOSTS.values(), ids=HOSTS)
+@pytest.mark.parametrize("target", ["/v1/manifest", "/livez", "/", "/nothing"])
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_host_that_is_missing_doubled_or_malformed_is_refused(
+    serve, store, token_file, secrets, hosts, target, with_tokens
+):
+    ask = serve(store, tokens=token_file if with_tokens else None)
+    headers = [("host", host) for host in hosts] + [("authorization", f"Bearer {secrets['admin']}")]
+    answer = ask(target, headers=headers)
+    assert (answer.status, answer.problem) == (400, "malformed")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org", ""])

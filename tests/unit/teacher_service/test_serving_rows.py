@@ -1,15 +1,22 @@
+import asyncio
 import json
+import threading
 from contextlib import closing
 
 import numpy as np
 import pytest
+from anyio.to_thread import current_default_thread_limiter, run_sync
 from safetensors.numpy import load
 from served_store import COMMITTED_KEYS, QUARANTINED, UNCOMMITTED_UNIT, in_process, make_store
+from starlette.requests import ClientDisconnect
 
 from feature_store.blocks import blocks_sha256
 from feature_store.sample import RowId
 from feature_store.store import open_store
 from teacher_service.serving.config import Limits
+from teacher_service.serving.streaming import in_thread
+
+SHARD = "taps/stage4/c/0/0/0/0"
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +185,102 @@ def test_batch_of_no_json_is_a_problem(ask, body):
     assert answer.problem in ("malformed", "invalid-request")
 
 
+JSON = {"content-type": "application/json"}
+ENDLESS = "x" * 3_000_000
+WRONG_BODIES = {
+    "unknown names": b"{" + b",".join(b'"k%d":1' % i for i in range(300_000)) + b"}",
+    "rows of strings": b'{"rows":[' + b",".join([b'["a","b","c"]'] * 60_000) + b"]}",
+    "rows of strings at the end": b'{"rows":[' + b"[0,0,0]," * 60_000 + b",".join([b'["a"]'] * 5000) + b"]}",
+    "keys of numbers": b'{"keys":[' + b",".join([b"[1,1]"] * 60_000) + b"]}",
+    "one long name": json.dumps({ENDLESS: 1}).encode(),
+    "names that escapes make longer": json.dumps({"\U0001f600" * 90 + str(i): 1 for i in range(2000)}).encode(),
+    "one long key": json.dumps({"keys": [[ENDLESS, 0]]}).encode(),
+    "one long tap": json.dumps({"rows": [[0, 0, 0]], "taps": [ENDLESS]}).encode(),
+    "many taps": json.dumps({"rows": [[0, 0, 0]], "taps": ["stage9"] * 300_000}).encode(),
+    "a key of no row": json.dumps({"keys": [["\x01\U0001f600" * 400, 0]]}).encode(),
+    "deep": b'{"rows":' + b"[" * 500_000 + b"]" * 500_000 + b"}",
+    "many digits": b'{"rows":[[' + b"9" * 3_000_000 + b",0,0]]}",
+    "no JSON": b'{"rows":[' + b"[0,0,0]," * 400_000,
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BODIES)
+def test_batch_is_answered_by_one_short_problem_when_much_of_it_is_wrong(serve, store, name):
+    ask = serve(store.path, limits=Limits(max_rows=65_536))
+    answer = ask("/v1/rows:batch", "POST", JSON, WRONG_BODIES[name])
+    assert answer.problem in ("invalid-request", "malformed", "unknown-key"), answer
+    assert len(answer.body) < 10_000
+    assert len(answer.json().get("errors", [])) <= 10
+
+
+def test_batch_problem_names_the_first_ten_errors_when_there_are_more(serve, store):
+    ask = serve(store.path, limits=Limits(max_rows=65_536))
+    rows = [[0, 0, 0]] * 3000 + [["a", 0, 0]] * 3000
+    errors = ask("/v1/rows:batch", "POST", json_body={"rows": rows}).json()["errors"]
+    assert [error["where"][-2] for error in errors] == [str(3000 + at) for at in range(10)]
+    errors = ask("/v1/rows:batch", "POST", json_body={f"k{i}": 1 for i in range(50)}).json()["errors"]
+    assert {error["where"][-1] for error in errors} <= {"rows", *(f"k{i}" for i in range(10))}
+    assert len(errors) == 10
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        f"/{'a' * 60_000}",
+        f"/v1/rows/{'%01' * 1300}",
+        f"/v1/rows/u0-000?{'%01' * 20_000}=1",
+        f"/v1/zarr/{'%F0%9F%98%80' * 1000}",
+        f"/v1/rows/u0-000?taps={'%01' * 256}",
+        f"/v1/units/{'9' * 60_000}/views/0",
+        f"/v1/rows/u0-000?view={'1' * 60_000}",
+    ],
+    ids=["path", "key", "parameter", "object", "taps", "unit", "view"],
+)
+def test_problem_is_short_when_what_was_asked_for_is_long(ask, target):
+    answer = ask(target)
+    assert answer.problem
+    assert len(answer.body) < 10_000
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"keys": [["nothing", view] for view in range(65)]}, {"keys": [["u0-000", 0]] * 65}, {"rows": [["a", 0, 0]] * 65}],
+)
+def test_batch_of_too_many_rows_is_refused_before_they_are_looked_for(serve, store, asked):
+    ask = serve(store.path, limits=Limits(max_rows=64))
+    answer = ask("/v1/rows:batch", "POST", json_body=asked)
+    assert (answer.status, answer.problem) == (413, "too-large")
+
+
+def test_unit_range_is_refused_when_it_has_more_rows_than_one_answer(serve, store):
+    ask = serve(store.path, limits=Limits(max_rows=3))
+    assert ask("/v1/units/0/views/0?count=100").status == 200  # four positions, one of them quarantined
+    ask = serve(store.path, limits=Limits(max_rows=2))
+    assert ask("/v1/units/0/views/0?count=100").problem == "too-large"
+
+
+def test_batch_looks_its_keys_up_once_when_each_has_another_view(serve, store, monkeypatch):
+    ask = serve(store.path)
+    lookups, rows = [], type(store).rows
+    monkeypatch.setattr(
+        type(store), "rows", lambda self, keys, view: lookups.append(len(keys)) or rows(self, keys, view)
+    )
+    answer = ask("/v1/rows:batch", "POST", json_body={"keys": [["u0-000", view] for view in range(64)]})
+    assert answer.problem == "uncommitted"
+    assert lookups == [64]
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonx"])
+def test_batch_body_of_another_type_is_refused(ask, kind):
+    answer = ask("/v1/rows:batch", "POST", {"content-type": kind} if kind else {}, json.dumps({"rows": ROWS}).encode())
+    assert (answer.status, answer.problem) == (415, "unsupported-media-type")
+
+
+@pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/vnd.x+json"])
+def test_batch_body_is_taken_when_its_type_is_json(ask, store, kind):
+    assert_rows(ask("/v1/rows:batch", "POST", {"content-type": kind}, json.dumps({"rows": ROWS}).encode()), store, ROWS)
+
+
 def test_method_that_a_path_does_not_take_is_a_problem_that_names_those_it_does(ask):
     answer = ask("/v1/manifest", "DELETE")
     assert (answer.status, answer.problem, answer.headers["allow"]) == (405, "method-not-allowed", "GET")
@@ -234,3 +337,70 @@ def test_decoded_values_are_float32_when_codes_are_not_values(serve, tmp_path, t
     ask = serve(make_store(tmp_path, tiny_swin, tap_codec="int8"))
     assert ask("/v1/rows/u0-000").frame()[0]["stage4"].dtype == np.float32
     assert ask("/v1/rows/u0-000?decode=false").frame()[0]["stage4"].dtype == np.int8
+
+
+def test_head_is_answered_as_get_without_a_body_wherever_get_is(ask):
+    paths = ["/", "/page.js", "/openapi.json"]
+    for path, operations in ask.app.openapi()["paths"].items():
+        if "get" in operations:
+            paths.append(path.replace("{key}", "u0-000").replace("{path}", SHARD).replace("{unit}", "0"))
+    for path in paths:
+        target = path.replace("{view}", "0").replace("{position}", "0")
+        get, head = ask(target), ask(target, "HEAD")
+        assert (head.status, head.body) == (get.status, b""), target
+        assert head.headers["content-type"] == get.headers["content-type"], target
+        if target not in ("/metrics", "/v1/browse/activity"):  # their numbers grow
+            assert head.headers["content-length"] == get.headers["content-length"], target
+    assert ask("/v1/rows:batch", "HEAD").status == 405
+    assert ask("/v1/rows/nothing", "HEAD").status == 404
+
+
+def test_service_is_not_ready_and_advises_no_repair_when_its_store_is_gone(serve, tmp_path, tiny_swin):
+    path = make_store(tmp_path, tiny_swin)
+    ask = serve(path)
+    assert ask("/readyz").status == 200
+    path.rename(tmp_path / "elsewhere")
+    targets = ["/readyz", "/v1/rows/u0-000", "/v1/units/0/views/0?decode=false", f"/v1/zarr/{SHARD}",
+               "/v1/zarr/taps/stage4/zarr.json", "/v1/browse/units/0/views/0/rows/0"]  # fmt: skip
+    for target in targets:
+        answer = ask(target)
+        assert (answer.status, answer.problem) == (503, "not-ready"), target
+        assert "moved, removed or unmounted" in answer.json()["detail"]
+        assert "drop" not in answer.body.decode()
+        assert str(tmp_path) not in answer.body.decode()
+    assert ask("/livez").status == 200
+    (tmp_path / "elsewhere").rename(path)
+    assert ask("/readyz").status == 200
+    assert ask("/v1/rows/u0-000").status == 200
+
+
+def test_service_is_not_ready_when_its_store_is_an_empty_mount_point(serve, tmp_path, tiny_swin):
+    path = make_store(tmp_path, tiny_swin)
+    ask = serve(path)
+    path.rename(tmp_path / "elsewhere")
+    path.mkdir()
+    assert ask("/readyz").problem == "not-ready"
+    (path / "zarr.json").write_bytes((tmp_path / "elsewhere/zarr.json").read_bytes())
+    assert ask("/readyz").status == 200  # the store is there, and has lost an object
+    assert ask(f"/v1/zarr/{SHARD}").problem == "object-missing"
+
+
+def test_work_is_not_begun_when_its_client_leaves_while_it_waits_for_a_thread():
+    async def main():
+        free, begun = threading.Event(), []
+        limiter = current_default_thread_limiter()
+        busy = [asyncio.create_task(run_sync(free.wait)) for _ in range(int(limiter.total_tokens))]
+        while limiter.available_tokens:
+            await asyncio.sleep(0)
+
+        async def leave():
+            return {"type": "http.disconnect"}
+
+        with pytest.raises(ClientDisconnect):
+            await in_thread(leave, begun.append, 1)
+        free.set()
+        await asyncio.gather(*busy)
+        assert await in_thread(leave, lambda: 2) == 2  # a thread was free
+        return begun
+
+    assert asyncio.run(main()) == []
