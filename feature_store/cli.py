@@ -2,7 +2,6 @@
 
 import errno
 import json as json_module
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from feature_store.errors import CorruptStoreError, InputError, ResourceError, UserError
+from feature_store.processes import usable_cpus
 from feature_store.store import open_store
 from feature_store.summary import print_summary
 
@@ -41,7 +41,7 @@ def info(path: Annotated[str, tyro.conf.Positional], json: bool = False) -> None
 def verify(
     path: Annotated[str, tyro.conf.Positional],
     quick: bool = False,
-    workers: int = os.cpu_count() or 1,
+    workers: int = usable_cpus(),
     json: bool = False,
 ) -> None:
     """Check every record, object, checksum, row and key of a store; exit code 1 and a list if anything is wrong.
@@ -73,7 +73,7 @@ def repair(
     yes: bool = False,
     drop_damaged: bool = False,
     quick: bool = False,
-    workers: int = os.cpu_count() or 1,
+    workers: int = usable_cpus(),
     json: bool = False,
 ) -> None:
     """Say what interrupted writers left and which units to write again; with --yes delete and mend.

@@ -4,15 +4,13 @@ Shape legend: b samples of a batch, V views, H W pixels.
 """
 
 import math
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from multiprocessing import forkserver, get_context, parent_process, resource_tracker
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.context import ForkServerContext
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from feature_store.errors import ImageError, ResourceError, UserError
+from feature_store.processes import become_worker
 from feature_store.tars.tar import Tar
 from feature_store.views import (
     ViewParams,
@@ -280,13 +279,14 @@ def _shared(places: int, size: int) -> Tensor:
 def _context() -> ForkServerContext:
     """Workers are forked from a clean process: not from this one, whose threads, GPU and lock they would inherit.
 
-    They get no SIGTERM, which torchrun and Slurm send to every process: the job's own ends them when it is time.
+    They get no SIGTERM or SIGHUP, which torchrun, Slurm and terminals send to every process: the job ends them itself.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["teacher_service.caching"])
-    resource_tracker.ensure_running()  # the fork server starts it otherwise, and it would unblock the signal
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by what starts now
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited by what starts now
     try:
+        resource_tracker.ensure_running()  # the fork server starts it otherwise, and it would unblock SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -298,17 +298,8 @@ def _as_is(batch: Any) -> Any:
 
 
 def _become_worker(worker: int) -> None:
-    """Leave interrupts to the main process, and end without a word when it goes away."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of the terminal
+    become_worker()
     sys.excepthook = _report_unless_abandoned
-    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
-
-
-def _end_with_the_main_process() -> None:
-    """DataLoader's own watch is for the process that forked the worker, and the fork server outlives a killed job."""
-    if (main := parent_process()) is not None:
-        main.join()
-        os._exit(1)
 
 
 def _report_unless_abandoned(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

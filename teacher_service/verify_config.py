@@ -1,12 +1,12 @@
 """What a user can ask of ``verify``: a frozen configuration, read by tyro and by Python callers."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
 
 from feature_store.options import require
+from feature_store.processes import usable_cpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class VerifyConfig:
     sample: int = 64
     seed: int = 0
     batch_size: int = 32
-    workers: int = os.cpu_count() or 1
+    workers: int = usable_cpus()
     device: str = "auto"
     allow_pipe: bool = False
     scratch: Path | None = None

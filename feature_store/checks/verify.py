@@ -23,6 +23,7 @@ from feature_store.errors import UserError
 from feature_store.layout import array_specs
 from feature_store.manifest import Manifest
 from feature_store.objects.local import ObjectStore, open_objects
+from feature_store.processes import become_worker
 from feature_store.skeleton import ROOT, metadata
 
 ROOT_KEYS = {"zarr_format": 3, "node_type": "group"}
@@ -138,6 +139,7 @@ _worker: tuple[ObjectStore, Manifest]  # of a worker process
 
 def _start_worker(objects: ObjectStore, manifest: Manifest) -> None:
     global _worker
+    become_worker()
     _worker = objects, manifest
 
 

@@ -1,6 +1,5 @@
 """Reads many rows at once: neighbours in one request, several requests in flight, every row against its checksum."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ import numpy as np
 from feature_store.errors import CorruptStoreError
 from feature_store.layout import ArraySpec, crc32c, damaged, decode_row
 from feature_store.objects.local import IOV_MAX, ObjectStore
-from feature_store.processes import PerProcess
+from feature_store.processes import PerProcess, usable_cpus
 from feature_store.reading.cached_rows import RUN_BYTES, CachedRows, Runs
 from feature_store.reading.chunks import object_error, object_errors
 from feature_store.reading.row_tables import Located
 
 _ROWS_PER_REQUEST = IOV_MAX // 2  # each with the gap before it
-_CORES = os.cpu_count() or 2
+_CORES = usable_cpus()
 _ALONE_BYTES = 128 << 10  # of a run; several threads wait for each other at every call, and do better with RUN_BYTES
 _COLD = 4  # misses in a row after which the rest counts as missed: to ask is to start reading, out of order
 _Request: TypeAlias = "tuple[_Job, int, int]"

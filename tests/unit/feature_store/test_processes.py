@@ -1,0 +1,103 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import connection
+from pathlib import Path
+
+import pytest
+
+from feature_store import processes
+from feature_store.processes import become_worker, usable_cpus
+
+_PARENT = """
+import multiprocessing, sys, threading
+sys.path.insert(0, {folder!r})
+from test_processes import work
+if __name__ == "__main__":
+    context = multiprocessing.get_context({method!r})
+    workers = [context.Process(target=work, daemon=True) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    print(*(worker.pid for worker in workers), flush=True)
+    threading.Event().wait()
+"""
+
+
+def work():
+    become_worker()
+    print("working", flush=True)
+    time.sleep(600)
+
+
+def ended(pid: int) -> bool:
+    """Gone, or a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_worker_ends_when_its_parent_is_killed(tmp_path, method):
+    script = tmp_path / "parent.py"
+    script.write_text(_PARENT.format(folder=str(Path(__file__).parent), method=method))
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        lines = [parent.stdout.readline() for _ in range(3)]
+        pids = [int(pid) for line in lines if line != "working\n" for pid in line.split()]
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 30
+        while (alive := [pid for pid in pids if not ended(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(pids) == 2
+        assert not alive
+
+
+def ignored(results):
+    become_worker()
+    results.send([signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGHUP)])
+
+
+def test_worker_leaves_terminal_signals_to_its_parent_when_it_starts():
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=ignored, args=(sender,))
+    worker.start()
+    assert receiver.recv() == [True, True]
+    assert connection.wait([worker.sentinel], 30)
+    worker.join()
+    assert worker.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")
+def test_usable_cpus_counts_allowed_cores_when_the_machine_has_more():
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert usable_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({}, 8),
+    ],
+)
+def test_usable_cpus_follows_the_quota_when_a_container_has_one(tmp_path, monkeypatch, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(processes, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert usable_cpus() == expected
