@@ -156,7 +156,7 @@ def _connect(group: Group, backend: str, patience: timedelta) -> None:
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ResourceError(
             f"process {group.rank} of {group.size} (WORLD_SIZE) did not meet the others at {at} (MASTER_ADDR, "
-            f"MASTER_PORT) within {patience.total_seconds():.0f} seconds: {one_line(error)}; start all {group.size} of them, "
+            f"MASTER_PORT) within {patience.total_seconds():.0f} seconds: {one_line(error)}; start all of them, "
             "check the address, or unset WORLD_SIZE to train in one process"
         ) from error
 

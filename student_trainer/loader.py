@@ -1,10 +1,11 @@
 """Batches made ahead by worker processes."""
 
 import errno
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from student_trainer.data import Batch, ViewDataset
 
 STALLED_SECONDS = 1800.0  # a worker may fetch a tar of views from far away before its first batch
 _POLL_SECONDS = 5.0
+_QUEUES_BYTES = 1 << 20  # a page for each semaphore
 _SHARED_MEMORY = Path("/dev/shm")
 _REMEDY = (
     "make it larger (containers: docker run --shm-size=8g, or --ipc=host), or use fewer --workers (0 needs none) or a "
@@ -77,16 +79,25 @@ class BatchLoader:
             UserError: What kept a batch from being made.
             ResourceError: Memory or shared memory ran out, a worker died, or it hangs.
         """
-        with worker_failures_told():
-            iterator = iter(self._loader)
-            while (result := self._next(iterator)) is not None:
-                if isinstance(result, _Failure):
-                    raise result.error()
-                yield result
+        try:
+            with worker_failures_told():
+                if self._loader.num_workers:
+                    _require_room()
+                iterator = iter(self._loader)
+                while (result := self._next(iterator)) is not None:
+                    if isinstance(result, _Failure):
+                        raise result.error()
+                    yield result
+        except UserError:
+            self.close()  # torch's signal handler would raise for a dead worker again, wherever this process is
+            raise
 
     def close(self) -> None:
-        """End the workers: DataLoader does when nothing refers to it any more."""
-        del self._loader
+        """End the workers; DataLoader does when nothing refers to its iterator, and a traceback may for long."""
+        if (iterator := getattr(self._loader, "_iterator", None)) is not None:
+            with suppress(RuntimeError):  # of the signal handler, for a worker that is dead already
+                iterator._shutdown_workers()
+            self._loader._iterator = None
 
     def _next(self, iterator: "Iterator[Batch | _Failure]") -> "Batch | _Failure | None":
         """The next result, None at the end; DataLoader looks after its workers whenever a wait times out."""
@@ -94,6 +105,8 @@ class BatchLoader:
         while True:
             try:
                 return next(iterator, None)
+            except (ConnectionError, EOFError) as error:  # in the middle of handing a batch over
+                raise _died(error) from error
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader timed out"):
                     raise
@@ -115,15 +128,18 @@ def worker_failures_told() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise ResourceError(
-            f"a process that makes batches died: {one_line(error)}; see its own message above, if there is none the "
-            "system ended it for want of memory, or /dev/shm was full: use fewer --workers (0 for none) or a smaller "
-            "--batch-size"
-        ) from error
+        raise _died(error) from error
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
         raise ResourceError(f"workers cannot be started, {_room()}: {error}; {_REMEDY}") from error
+
+
+def _died(error: Exception) -> ResourceError:
+    return ResourceError(
+        f"a process that makes batches died: {one_line(error)}; see its own message above, if there is none the system "
+        "ended it for want of memory, or /dev/shm was full: use fewer --workers (0 for none) or a smaller --batch-size"
+    )
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,16 @@ def _share(batch: Batch) -> None:
 
 def _become_worker(worker: int) -> None:
     become_loader_worker()
+
+
+def _require_room() -> None:
+    """Refuse to start workers where not even their queues have room; DataLoader cannot clean up half of them.
+
+    Raises:
+        OSError: As the operating system would put it.
+    """
+    if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free < _QUEUES_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _room() -> str:
