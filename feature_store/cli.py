@@ -2,6 +2,10 @@
 
 import errno
 import json as json_module
+import os
+import select
+import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +22,8 @@ from feature_store.store import open_store
 from feature_store.summary import print_summary
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SHARED_MEMORY = Path("/dev/shm")  # semaphores and queues of worker processes lie there, without a file name in errors
+_LITTLE = 1 << 20
 
 app = tyro.extras.SubcommandApp()
 
@@ -181,23 +187,51 @@ def run(app: tyro.extras.SubcommandApp, prog: str, argv: Sequence[str] | None = 
         argv: Arguments after the program's name; None for the process's own.
 
     Returns:
-        0 done, 1 failed check, 2 wrong usage or input, 3 environment (disk, network, device), 130 interrupted.
+        0 done, 1 failed check, 2 wrong usage or input, 3 environment (disk, network, device), 130 interrupted, 141 the
+        reader of its output is gone.
     """
     try:
-        arguments = list(sys.argv[1:] if argv is None else argv)
+        code = _run(app, prog, list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _stdout_is_broken():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when the interpreter ends
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _run(app: tyro.extras.SubcommandApp, prog: str, arguments: list[str]) -> int:
+    try:
         _refuse_repeated_lists(arguments)
         app.cli(prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     except UserError as error:
         return _fail(prog, error)
     except OSError as error:
-        what = "the disk is full" if error.errno in DISK_FULL else "the operating system refused"
-        return _fail(prog, ResourceError(f"{what}: {error}; nothing committed was lost"))
+        if isinstance(error, BrokenPipeError) and _stdout_is_broken():
+            raise
+        return _fail(prog, ResourceError(f"{_refused(error)}: {error}; nothing committed was lost"))
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command resumes", file=sys.stderr)
+        print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except SystemExit as stop:  # tyro: 0 after --help, 2 after wrong usage
         return stop.code if isinstance(stop.code, int) else 2
     return 0
+
+
+def _stdout_is_broken() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as after ``| head``."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _refused(error: OSError) -> str:
+    if error.errno not in DISK_FULL:
+        return "the operating system refused"
+    if error.filename is None and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < _LITTLE:
+        return f"shared memory ({SHARED_MEMORY}) is full; in a container give it more with --shm-size"
+    return "the disk is full"
 
 
 def _refuse_repeated_lists(arguments: Sequence[str]) -> None:

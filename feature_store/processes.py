@@ -3,15 +3,19 @@
 import math
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import connection, parent_process
+from multiprocessing import connection, forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import TracebackType
 from typing import Generic, TypeVar
 
 CGROUPS = Path("/sys/fs/cgroup")
 _PARENT_POLL_SECONDS = 1.0
+_SHIELDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}  # what schedulers, torchrun and terminals send to all
 
 T = TypeVar("T")
 
@@ -27,6 +31,51 @@ def become_worker() -> None:
     if (parent := parent_process()) is not None:
         arguments = (parent.sentinel, os.getppid())
         threading.Thread(target=_end_with_parent, args=arguments, name="parent-watcher", daemon=True).start()
+
+
+def become_loader_worker() -> None:
+    """As become_worker, and SIGTERM counts only if the parent sent it: schedulers and torchrun send it to all.
+
+    The parent needs its workers until it has finished its step and saved its work.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)  # threads that start from here on block them too
+    become_worker()
+    sys.excepthook = _report_unless_abandoned
+    if (parent := parent_process()) is not None:
+        threading.Thread(target=_end_on_sigterm_of, args=(parent.pid,), name="sigterm-filter", daemon=True).start()
+
+
+def _report_unless_abandoned(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(
+        kind, ConnectionError
+    ):  # of multiprocessing's thread that hands memory over, once nobody takes it
+        sys.__excepthook__(kind, error, trace)
+
+
+def _end_on_sigterm_of(parent: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(1)
+
+
+def shielded_forkserver(preload: Sequence[str]) -> ForkServerContext:
+    """A fork server, started, that signals to a whole process group or job do not end; its owner's end does.
+
+    Workers are forked from a clean process: not from this one, whose threads, GPU and locks they would inherit.
+
+    Args:
+        preload: Modules that it imports once for all workers.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED - {signal.SIGTERM})  # inherited by what starts now
+    try:
+        resource_tracker.ensure_running()  # the fork server starts it otherwise, and it would unblock SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 def _end_with_parent(sentinel: int, started_by: int) -> None:

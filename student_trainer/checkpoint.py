@@ -1,6 +1,5 @@
 """Checkpoints of a run: written whole or not at all, read without running anything they contain."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from feature_store.errors import InputError, MismatchError, ResourceError
+from feature_store.files import replacing
 
 FORMAT = 2
 
@@ -19,8 +19,8 @@ _PLACES = frozenset(
 )
 # Options that cannot change a run's numbers.
 _FREE = frozenset(
-    {"run", "resume", "progress", "workers", "start_method", "log_every", "checkpoint_every", "check_all_pixels",
-     "scratch", "token_file", "tensorboard", "wandb", "report", "expect.teacher", "expect.policy",
+    {"run", "resume", "progress", "workers", "start_method", "log_every", "val_every", "checkpoint_every",
+     "check_all_pixels", "scratch", "token_file", "tensorboard", "wandb", "report", "expect.teacher", "expect.policy",
      "scalekd.checkpoint_later_blocks"}
 )  # fmt: skip
 
@@ -85,24 +85,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         ResourceError: The disk is full or refuses; the checkpoint that was there before stays.
     """
     fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with replacing(path, durable=True) as partial, partial.open("wb") as file:
             torch.save({"format": FORMAT, **fields, "progress": asdict(checkpoint.progress)}, file)
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch tells of a failed write by a RuntimeError
-        partial.unlink(missing_ok=True)
         raise ResourceError(
             f"checkpoint {path} cannot be written: {one_line(error)}; make room on the disk and run the same command "
             "with --resume, the checkpoint before this one is whole"
         ) from error
-    partial.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

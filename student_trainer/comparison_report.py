@@ -6,16 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
+from feature_store.files import write_text
 from student_trainer.comparison import Comparison, SettingResult
-from student_trainer.pages import page, plots_or_note, section, table, write_whole
+from student_trainer.pages import page, plots_or_note, section, table
 from student_trainer.plots import Curve, bars, curves
 
 
 def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True) -> None:
     """Write results.json and table.md, and with plots report.html too (matplotlib or not, see write_run_report)."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "results.json", json.dumps(asdict(comparison), indent=2, default=str) + "\n")
-    write_whole(folder / "table.md", markdown_table(comparison))
+    write_text(folder / "results.json", json.dumps(asdict(comparison), indent=2, default=str) + "\n")
+    write_text(folder / "table.md", markdown_table(comparison))
     if not plots:
         return
     caption = _caption(comparison)
@@ -26,7 +27,7 @@ def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True
     ]
     seeds = len({run.seed for setting in comparison.settings for run in setting.runs})
     lead = f"{len(comparison.settings)} settings, {seeds} seeds, compared with {comparison.baseline}"
-    write_whole(folder / "report.html", page(comparison.title, lead, body))
+    write_text(folder / "report.html", page(comparison.title, lead, body))
 
 
 def comparison_columns(comparison: Comparison) -> tuple[str, ...]:

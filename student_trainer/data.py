@@ -4,22 +4,22 @@ Shape legend: B rows of a batch, H W pixels of a view, N tokens, C channels, K c
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
-from feature_store.errors import ImageError, InputError, MismatchError, UncommittedError, UserError
+from feature_store.errors import ImageError, InputError, MismatchError, UncommittedError
 from feature_store.sample import RowId
 from feature_store.source import FeatureSource
 from feature_store.store import Store
 from feature_store.tars.tar import Tar, expand_tars
 from feature_store.teacher.dequantise import as_tensor
+from student_trainer.labels import require_label
 from student_trainer.materialised import UnitTar
 from student_trainer.replay import ViewSupplier
 
@@ -107,11 +107,8 @@ class ViewDataset(Dataset[Batch]):
 
     def _view(self, row: RowId) -> tuple[np.ndarray, int]:
         sample = self.views.read(self.tars[row.unit], row)
-        if self.num_classes is not None and not 0 <= sample.label < self.num_classes:
-            raise InputError(
-                f"label of sample {sample.key!r} in {self.tars[row.unit].name} is {sample.label}, expected "
-                f"0..{self.num_classes - 1}; raise --num-classes or mend the tar"
-            )
+        if self.num_classes is not None:
+            require_label(sample.label, self.num_classes, "", sample.key, self.tars[row.unit].name)
         pixels = self.views.pixels(row, sample)
         self.views.check(row, sample, pixels)
         return pixels, sample.label
@@ -132,73 +129,6 @@ class ViewDataset(Dataset[Batch]):
         logits = None if features.logits is None else torch.from_numpy(features.logits)
         parts = {tap: {"": values} for tap, values in features.taps.items()} | features.encoded
         return {tap: {name: as_tensor(part) for name, part in some.items()} for tap, some in parts.items()}, logits
-
-
-class BatchLoader:
-    """A DataLoader over batches of rows that hands a worker's user errors on as they are.
-
-    Its random generator is its own, so that iterating never advances the global one (exact resume).
-    """
-
-    def __init__(
-        self,
-        dataset: ViewDataset,
-        batches: Sampler[list[RowId]],
-        *,
-        workers: int = 0,
-        start_method: str = "forkserver",
-        pin: bool = False,
-    ) -> None:
-        """Set up the workers; they start with the first iteration and stay.
-
-        Args:
-            dataset: Makes a batch from rows.
-            batches: Which rows, batch by batch.
-            workers: Processes that make batches; 0 makes them in this process.
-            start_method: How workers start: ``fork``, ``forkserver`` or ``spawn``.
-            pin: Put batches into pinned memory, for copies to a GPU.
-        """
-        self._loader = DataLoader(
-            _Guarded(dataset),
-            batch_size=None,
-            sampler=batches,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            multiprocessing_context=start_method if workers else None,
-            pin_memory=pin,
-            generator=torch.Generator().manual_seed(0),
-        )
-
-    def __iter__(self) -> Iterator[Batch]:
-        for result in self._loader:
-            if isinstance(result, _Failure):
-                raise result.error()
-            yield result
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A user error on its way out of a worker; DataLoader itself would bury its message in a traceback."""
-
-    kind: type[UserError]
-    message: str
-    attributes: dict[str, Any]
-
-    def error(self) -> UserError:
-        error = self.kind.__new__(self.kind, self.message)
-        error.__dict__.update(self.attributes)
-        return error
-
-
-class _Guarded(Dataset["Batch | _Failure"]):
-    def __init__(self, dataset: ViewDataset) -> None:
-        self._dataset = dataset
-
-    def __getitem__(self, rows: Sequence[RowId]) -> "Batch | _Failure":
-        try:
-            return self._dataset[rows]
-        except UserError as error:
-            return _Failure(type(error), str(error), vars(error))
 
 
 def open_tars(patterns: Sequence[str], scratch: Path | None = None) -> list[Tar]:

@@ -1,7 +1,7 @@
 """The processes of one run: which one this is, and what they tell each other. Alone, it is a group of one."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,10 +13,13 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from feature_store.errors import InputError, ResourceError, UserError
+from student_trainer.checkpoint import one_line
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=2)  # the others wait while the main process validates
+JOIN = timedelta(minutes=2)  # processes of one run start within seconds of each other
+_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -81,35 +84,81 @@ class Group:
 
 def is_main_process() -> bool:
     """Whether this process is the one of its run that prints; also true without torchrun."""
-    return os.environ.get("RANK", "0") == "0"
+    return started_group().is_main
+
+
+def started_group() -> Group:
+    """The group that torchrun's environment variables say this process was started in; a group of one without them.
+
+    Raises:
+        InputError: Some of them are missing, or are no numbers that fit together.
+    """
+    given = {name: value for name in _VARIABLES if (value := os.environ.get(name, "").strip())}
+    size = _number(given, "WORLD_SIZE", 1) if "WORLD_SIZE" in given else 1
+    if size == 1:
+        return Group()
+    if missing := [name for name in _VARIABLES if name not in given]:
+        raise InputError(
+            f"the environment variable WORLD_SIZE is {size}, so this would be one of {size} processes, but these are "
+            f"not set: {', '.join(missing)}; start the run with torchrun, or unset WORLD_SIZE to train in one process"
+        )
+    _number(given, "MASTER_PORT", 1, 65535)
+    return Group(_number(given, "RANK", 0, size - 1), size, _number(given, "LOCAL_RANK", 0, size - 1))
+
+
+def _number(given: Mapping[str, str], name: str, least: int, most: int | None = None) -> int:
+    value = given[name]
+    if not value.isdecimal() or int(value) < least or (most is not None and int(value) > most):
+        expected = f"a whole number from {least}" + ("" if most is None else f" to {most}")
+        raise InputError(
+            f"the environment variable {name} is {value!r}, expected {expected}; start the run with torchrun, or unset "
+            "WORLD_SIZE to train in one process"
+        )
+    return int(value)
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Group]:
+def joined(device: str, patience: timedelta = JOIN) -> Iterator[Group]:
     """The group that torchrun started this process in; a group of one without torchrun.
 
     NCCL connects GPUs, Gloo CPUs.
 
     Args:
         device: ``--device``; ``cuda`` and ``auto`` give each process of a machine its own GPU.
+        patience: How long to wait for the others.
 
     Raises:
-        InputError: One particular GPU for several processes.
-        ResourceError: Fewer GPUs than processes on this machine.
+        InputError: One particular GPU for several processes, or torchrun's environment variables in part.
+        ResourceError: Fewer GPUs than processes on this machine, or the other processes cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield Group()
+    group = started_group()
+    if group.size == 1:
+        yield group
         return
-    group = Group(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
     on_gpu = _uses_gpus(device, group)
     if on_gpu:
         torch.cuda.set_device(group.local_rank)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    _connect(group, "nccl" if on_gpu else "gloo", patience)
     try:
         yield group
     finally:
         dist.destroy_process_group()
+
+
+def _connect(group: Group, backend: str, patience: timedelta) -> None:
+    """Meet the other processes where MASTER_ADDR and MASTER_PORT say."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", group.rank, group.size, timeout=patience))
+        store.set_timeout(_PATIENCE)
+        store = dist.PrefixStore("default_pg", store)
+        dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.size, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:  # of torch.distributed's own kinds, all of them RuntimeErrors
+        at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ResourceError(
+            f"process {group.rank} of {group.size} (WORLD_SIZE) did not meet the others at {at} (MASTER_ADDR, "
+            f"MASTER_PORT) within {patience.total_seconds():.0f} seconds: {one_line(error)}; start all of them, "
+            "check the address, or unset WORLD_SIZE to train in one process"
+        ) from error
 
 
 def _uses_gpus(device: str, group: Group) -> bool:

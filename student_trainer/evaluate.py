@@ -17,7 +17,8 @@ from feature_store.tars.tar import Tar
 from feature_store.views import view_policy
 from student_trainer.assemble import find_device
 from student_trainer.config import require
-from student_trainer.data import BatchLoader, ViewDataset, open_tars
+from student_trainer.data import ViewDataset, open_tars
+from student_trainer.loader import BatchLoader, worker_failures_told
 from student_trainer.replay import DrawnViews
 from student_trainer.trained import Preprocessing, load_student
 
@@ -100,11 +101,12 @@ class Evaluator:
         was_training = model.training
         model.eval()
         counts_KT, unreadable = torch.zeros(self._num_classes, 3, dtype=torch.int64), []
-        for batch in self._loader:
-            unreadable += batch.unreadable
-            if len(batch.labels):
-                logits = model(self._normalise(batch.pixels))
-                counts_KT.index_add_(0, batch.labels, _hits(logits, batch.labels.to(self._device)).cpu())
+        with worker_failures_told():
+            for batch in self._loader:
+                unreadable += batch.unreadable
+                if len(batch.labels):
+                    logits = model(self._normalise(batch.pixels))
+                    counts_KT.index_add_(0, batch.labels, _hits(logits, batch.labels.to(self._device)).cpu())
         model.train(was_training)
         samples, top1, top5 = counts_KT.sum(0).tolist()
         if not samples:
@@ -114,6 +116,10 @@ class Evaluator:
         return Accuracy(
             100 * top1 / samples, 100 * top5 / samples, samples, tuple(unreadable), per_class, class_samples
         )
+
+    def close(self) -> None:
+        """End the processes that make batches."""
+        self._loader.close()
 
 
 def _hits(logits_BK: Tensor, labels_B: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from feature_store.errors import InputError, MismatchError
+from feature_store.files import replacing
 from student_trainer.trained import Trained, load_student
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -56,8 +57,12 @@ def export(config: ExportConfig) -> list[Path]:
         model_args={k: v for k, v in trained.student.model_kwargs.items() if k != "num_classes"},
         safe_serialization=True,
     )
+    weights = config.out / "model.safetensors"
+    with replacing(weights) as partial:  # safetensors makes files that only their owner can read
+        weights.replace(partial)
     if config.backbone:
-        save_file(backbone_state(model), config.out / "backbone.safetensors")
+        with replacing(config.out / "backbone.safetensors") as partial:
+            save_file(backbone_state(model), partial)
     if config.onnx:
         _export_onnx(model, trained.preprocessing.input_size, config.out / "model.onnx")
     return sorted(config.out.iterdir())

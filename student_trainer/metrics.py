@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
@@ -12,6 +12,10 @@ from typing import Any, TextIO
 import torch
 
 from feature_store.errors import InputError
+from feature_store.files import write_text
+
+ACCURACY = ("top1", "top5", "val_samples", "val_unreadable")
+"""Of an epoch line of metrics.jsonl: what its validation gave."""
 
 
 class MetricsLog:
@@ -54,12 +58,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def rewind_metrics(path: Path, step: int) -> None:
-    """Drop every line later than a step: a run resumes from a checkpoint, which may be older than the log."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    rewound = path.with_name(path.name + ".partial")
-    rewound.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    rewound.replace(path)
+def rewind_metrics(path: Path, step: int, epoch: int) -> None:
+    """Drop every line later than a checkpoint, which may be older than the log.
+
+    Args:
+        path: The metrics file.
+        step: Optimizer steps done by then.
+        epoch: The epoch in progress then; its own line comes after its last step.
+    """
+    kept = [line for line in read_metrics(path) if line["step"] <= step and not _is_epoch_from(line, epoch)]
+    _rewrite(path, kept)
+
+
+def set_aside_accuracies(path: Path) -> None:
+    """Move accuracies into ``earlier_validation`` of their lines: those of other validation tars do not compare."""
+    lines = read_metrics(path)
+    for line in lines:
+        if accuracy := {name: line.pop(name) for name in ACCURACY if name in line}:
+            line["earlier_validation"] = accuracy
+    _rewrite(path, lines)
+
+
+def _is_epoch_from(line: Mapping[str, Any], epoch: int) -> bool:
+    return line["kind"] == "epoch" and line["epoch"] >= epoch
+
+
+def _rewrite(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 class Means:

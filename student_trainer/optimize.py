@@ -1,5 +1,6 @@
 """From a loss to new weights: optimizer, learning rate, loss scaling, clipping and the moving average."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -57,6 +58,14 @@ class Updates:
         self.scheduler.step_update(step)
         if self.ema is not None:
             self.ema.update(self._student, step)
+
+    def state_bytes(self) -> int:
+        """What this takes in a checkpoint, about: moments of each parameter, and the averaged weights."""
+        moments = sum(
+            (2 if "betas" in group else 1 if group.get("momentum") else 0) * _bytes(group["params"])
+            for group in self.optimizer.param_groups
+        )
+        return moments + (0 if self.ema is None else _bytes(self.ema.parameters()))
 
     def state_dict(self) -> dict[str, Any]:
         """The parts of a checkpoint that are kept here."""
@@ -122,3 +131,7 @@ def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps_per_epoch: i
     )
     assert scheduler is not None  # only for sched "none"
     return scheduler
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

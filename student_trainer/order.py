@@ -20,6 +20,7 @@ class EpochBatches(Sampler[list[RowId]]):
     a batch depends on neither.
 
     Attributes:
+        units: Positions to train on, one int array per unit.
         rows: Rows of an epoch, before the incomplete batch is dropped.
         num_views: Number of views V; None if every epoch has its own.
         rows_per_pass: Rows that a process has in memory at once: those of one of its pieces.
@@ -57,9 +58,9 @@ class EpochBatches(Sampler[list[RowId]]):
                 f"a batch of {batch_size} cannot be shared by {processes} processes in {accumulate} passes each; "
                 f"make --batch-size a multiple of {processes * accumulate}"
             )
-        self._units, self._seed = [np.asarray(unit, np.int64) for unit in units], seed
+        self.units, self._seed = [np.asarray(unit, np.int64) for unit in units], seed
         self._batch_size, self._shuffle_units, self.num_views = batch_size, shuffle_units, num_views
-        self.rows = sum(map(len, self._units))
+        self.rows = sum(map(len, self.units))
         if self.rows < batch_size:
             raise InputError(
                 f"{self.rows} samples do not fill one batch of {batch_size}; lower --batch-size or add samples"
@@ -92,11 +93,11 @@ class EpochBatches(Sampler[list[RowId]]):
     def epoch_rows(self, epoch: int) -> np.ndarray:
         """All (unit, position) pairs of an epoch in order, int64 [rows, 2]."""
         generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
-        order = generator.permutation(len(self._units))
+        order = generator.permutation(len(self.units))
         groups = [order[i : i + self._shuffle_units] for i in range(0, len(order), self._shuffle_units)]
         mixed = [np.concatenate([self._addresses(unit) for unit in group]) for group in groups]
         return np.concatenate([generator.permutation(rows) for rows in mixed])
 
     def _addresses(self, unit: int) -> np.ndarray:
-        positions = self._units[unit]
+        positions = self.units[unit]
         return np.stack([np.full_like(positions, unit), positions], axis=1)

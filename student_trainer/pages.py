@@ -41,10 +41,3 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = 
     above = f"<caption>{escape(caption)}</caption>" if caption else ""
     table = f"<table>{above}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
     return f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>'
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -5,8 +5,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from feature_store.files import write_text
 from student_trainer.metrics import read_metrics
-from student_trainer.pages import page, plots_or_note, section, words, write_whole
+from student_trainer.pages import page, plots_or_note, section, words
 from student_trainer.plots import curves
 from student_trainer.runs import read_description
 
@@ -38,7 +39,7 @@ def write_run_report(folder: Path) -> Path:
     ]
     asked = description["config"]
     path = folder / "report.html"
-    write_whole(path, page(f"Run {folder.name}", f"{asked['student']}, method {asked['method']}", body))
+    write_text(path, page(f"Run {folder.name}", f"{asked['student']}, method {asked['method']}", body))
     return path
 
 

@@ -1,16 +1,65 @@
 """A run's folder: what it was made from, and whether it may be started, continued or must be left alone."""
 
 import json
+import os
+import shutil
+import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from feature_store.errors import InputError
+from rich.filesize import decimal
+
+from feature_store.commits.locks import locked
+from feature_store.errors import InputError, MismatchError, ResourceError
+from feature_store.files import write_text
+from feature_store.objects.local import PARTIAL_SUFFIX
 from feature_store.versions import software_versions
-from student_trainer.checkpoint import Checkpoint, load_checkpoint, require_same_run
+from student_trainer.checkpoint import Checkpoint, load_checkpoint, require_same_run, save_checkpoint
 from student_trainer.config import TrainConfig, config_to_dict
-from student_trainer.metrics import rewind_metrics
+from student_trainer.metrics import rewind_metrics, set_aside_accuracies
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def reserved(run: Path) -> Iterator[None]:
+    """Within: this process alone writes the run's folder, which is made if need be.
+
+    Raises:
+        InputError: It is a file.
+        ResourceError: Another process writes it, or it cannot be made.
+    """
+    if run.exists() and not run.is_dir():
+        raise InputError(f"--run {run} already exists and is no folder; choose another one")
+    lock = run / _LOCK
+    with ExitStack() as held:
+        held.callback(_remove_if_empty, run)  # when the lock is gone
+        try:
+            held.enter_context(locked(lock, "it is locked"))
+            lock.write_text(f"process {os.getpid()} of {socket.gethostname()}")
+        except ResourceError as error:
+            raise ResourceError(
+                f"--run {run} is being written by {_holder(lock)}; wait until it ends, or choose another folder"
+            ) from error
+        except OSError as error:
+            raise ResourceError(f"--run {run} cannot be written: {error}; choose another folder") from error
+        yield
+
+
+def _holder(lock: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        if holder := lock.read_text().strip():
+            return holder
+    return "another process"
+
+
+def _remove_if_empty(run: Path) -> None:
+    with suppress(OSError):
+        run.rmdir()
 
 
 class RunFolder:
@@ -29,7 +78,9 @@ class RunFolder:
 
     @classmethod
     def open(cls, config: TrainConfig, inputs: Mapping[str, Any], resolved: Mapping[str, Any]) -> "RunFolder":
-        """Make the folder of a new run, or check that a run may continue in it.
+        """Make the folder of a new run, or check that a run may continue in it. It must be reserved.
+
+        Other validation tars, or none, do not change what is learned: an unfinished run continues with them.
 
         Args:
             config: What was asked for.
@@ -44,17 +95,18 @@ class RunFolder:
         description = {"config": config_to_dict(config), "inputs": dict(inputs)}
         described = config.run / "config.json"
         if config.resume and described.is_file():
-            require_same_run(read_description(described), description)
+            saved = read_description(described)
+            require_same_run(saved, {**description, "inputs": {**inputs, **_validation(saved["inputs"])}})
+            folder._remove_partials()
+            folder._change_validation(config, saved, inputs)
             return folder
-        partial = described.with_name(described.name + ".partial")
-        # all that is there of a run killed while it was begun
-        if config.run.exists() and (not config.run.is_dir() or set(config.run.iterdir()) - {partial}):
+        # a lock and partial files are all that is there of a run killed while it was begun
+        if any(path.name != _LOCK and path.suffix != PARTIAL_SUFFIX for path in config.run.iterdir()):
             step = "it holds no run to continue;" if config.resume else "add --resume to continue it, or"
             raise InputError(f"--run {config.run} already exists; {step} choose another folder")
-        config.run.mkdir(parents=True, exist_ok=True)
+        folder._remove_partials()
         versions = {**software_versions(), "git": _git_commit()}
-        partial.write_text(json.dumps({**description, "resolved": dict(resolved), "software": versions}, indent=2))
-        partial.replace(described)
+        folder._describe({**description, "resolved": dict(resolved), "software": versions})
         return folder
 
     def saved(self) -> Checkpoint | None:
@@ -64,7 +116,57 @@ class RunFolder:
     def rewind(self, checkpoint: Checkpoint | None) -> None:
         """Cut the metrics back to where the run resumes."""
         if self.metrics.is_file():
-            rewind_metrics(self.metrics, -1 if checkpoint is None else checkpoint.progress.step)
+            progress = None if checkpoint is None else checkpoint.progress
+            rewind_metrics(self.metrics, *((-1, 0) if progress is None else (progress.step, progress.epoch)))
+
+    def require_room(self, checkpoint_bytes: int) -> None:
+        """Refuse a disk without room for a checkpoint.
+
+        Raises:
+            ResourceError: There is less.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < checkpoint_bytes:
+            raise ResourceError(
+                f"a checkpoint of this run takes about {decimal(checkpoint_bytes)}, but the disk of --run {self.path} "
+                f"has {decimal(free)} free; make room, or choose another folder"
+            )
+
+    def _describe(self, description: Mapping[str, Any]) -> None:
+        write_text(self.path / "config.json", json.dumps(description, indent=2), durable=True)
+
+    def _remove_partials(self) -> None:
+        """What killed processes left: the folder is reserved, so nobody is writing them."""
+        for path in self.path.glob(f"*{PARTIAL_SUFFIX}"):
+            path.unlink(missing_ok=True)
+
+    def _change_validation(self, config: TrainConfig, saved: dict[str, Any], inputs: Mapping[str, Any]) -> None:
+        """Note other validation tars; accuracies on the earlier ones do not compare, so the best is chosen anew."""
+        if _validation(saved["inputs"]) == _validation(inputs):
+            return
+        checkpoint = self.saved()
+        finished = checkpoint is not None and checkpoint.progress.epoch >= config.epochs
+        if finished and not config.val_tars:
+            return
+        if finished:
+            raise MismatchError(
+                "inputs.val_tars",
+                where="the run",
+                expected=sorted(saved["inputs"]["val_tars"]),
+                got=sorted(inputs["val_tars"]),
+                remedy="the run is finished: measure it on other tars with `student-trainer evaluate`",
+            )
+        if config.val_tars and self.metrics.is_file():
+            set_aside_accuracies(self.metrics)
+        if config.val_tars and checkpoint is not None:
+            save_checkpoint(self.last, replace(checkpoint, progress=replace(checkpoint.progress, best_top1=None)))
+        changed = {"config": {**saved["config"], "val_tars": list(config.val_tars)}}
+        self._describe({**saved, **changed, "inputs": {**saved["inputs"], **_validation(inputs)}})
+
+
+def _validation(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's inputs is only validated on."""
+    return {"val_tars": inputs["val_tars"]}
 
 
 def read_description(path: Path) -> dict[str, Any]:

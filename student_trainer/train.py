@@ -2,9 +2,11 @@
 
 import math
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -13,18 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from feature_store.errors import InputError, ResourceError, UserError
+from feature_store.tars.tar import Tar
 from student_trainer.assemble import Parts, assemble
 from student_trainer.checkpoint import Checkpoint, Progress, one_line, rng_state, save_checkpoint, set_rng_state
 from student_trainer.config import TrainConfig
-from student_trainer.data import Batch, BatchLoader, open_tars
-from student_trainer.distributed import Group, data_parallel, gradients_shared, joined
+from student_trainer.data import Batch, open_tars
+from student_trainer.distributed import Group, data_parallel, gradients_shared, is_main_process, joined
 from student_trainer.evaluate import Accuracy, Evaluator
+from student_trainer.labels import require_labels
+from student_trainer.loader import BatchLoader, worker_failures_told
 from student_trainer.metrics import Means, MetricsLog, Pace, peak_memory, read_metrics
 from student_trainer.optimize import Updates
 from student_trainer.precision import repeatable
 from student_trainer.progress import RunProgress
 from student_trainer.report import write_run_report
-from student_trainer.runs import RunFolder
+from student_trainer.runs import RunFolder, reserved
+from student_trainer.stopping import Stop, Stopped, stop_on_signals
 from student_trainer.trackers import TrackedLog, open_log, require_trackers
 from student_trainer.trained import describe_student
 from student_trainer.trainee import ForwardPass
@@ -66,48 +72,62 @@ def train(config: TrainConfig) -> TrainResult:
         UserError: Things that do not fit together, data other than the store was made from, a loss that is not
             finite; the message says what to do.
     """
-    with joined(config.device) as group, repeatable(enabled=config.deterministic):
-        trainer = group.together(lambda: _prepare(config, group))
-        folder = group.from_main(lambda: RunFolder.open(config, trainer.parts.inputs, trainer.parts.resolved()))
-        checkpoint = group.together(folder.saved)
-        group.from_main(lambda: folder.rewind(checkpoint))
-        if checkpoint is not None:
-            group.together(lambda: trainer.restore(checkpoint))
-        with _log(config, folder, trainer) as log, _machine_failures_told():
-            trainer.run(folder, log)
-        if config.report:
-            group.from_main(lambda: write_run_report(folder.path))
-        return group.from_main(lambda: trainer.result(folder))
+    with stop_on_signals() as stop, ExitStack() as held:
+        try:
+            group = held.enter_context(joined(config.device))
+            held.enter_context(repeatable(enabled=config.deterministic))
+            with _machine_failures_told(stop):
+                return _train(config, group, stop, held)
+        except Stopped as stopped:
+            if is_main_process():
+                print(f"student-trainer: {stopped}", file=sys.stderr)
+            raise
 
 
-def _prepare(config: TrainConfig, group: Group) -> "Trainer":
+def _train(config: TrainConfig, group: Group, stop: Stop, held: ExitStack) -> TrainResult:
+    group.from_main(lambda: held.enter_context(reserved(config.run)))
+    trainer = group.together(lambda: _prepare(config, group, stop))
+    folder = group.from_main(lambda: RunFolder.open(config, trainer.parts.inputs, trainer.parts.resolved()))
+    checkpoint = group.together(folder.saved)
+    group.from_main(lambda: folder.rewind(checkpoint))
+    if checkpoint is not None:
+        group.together(lambda: trainer.restore(checkpoint))
+    with closing(trainer), _log(config, folder, trainer) as log:
+        trainer.run(folder, log)
+    if config.report:
+        group.from_main(lambda: write_run_report(folder.path))
+    return group.from_main(lambda: trainer.result(folder))
+
+
+def _prepare(config: TrainConfig, group: Group, stop: Stop) -> "Trainer":
     require_trackers(config)
     val_tars = open_tars(config.val_tars, config.scratch) if config.val_tars else []
-    return Trainer(config, assemble(config, val_tars, group))
+    parts = assemble(config, val_tars, group)
+    if group.is_main:
+        num_classes = parts.trainee.student.num_classes
+        require_labels(val_tars, num_classes, "--val-tars")
+        if not config.has_store:  # whose labels are checked already
+            tars = [tar for tar in parts.dataset.tars if isinstance(tar, Tar)]
+            require_labels(tars, num_classes, "--tars", parts.batches.units)
+    return Trainer(config, parts, stop)
 
 
 @contextmanager
-def _machine_failures_told() -> Iterator[None]:
-    """Within: what torch raises when memory runs out, or another process ends, is told as a user's error.
-
-    A worker's death can be raised anywhere, not only where its batch is waited for: torch tells of it by a signal.
-    """
+def _machine_failures_told(stop: Stop) -> Iterator[None]:
+    """Within: what torch raises when memory runs out, or another process ends, becomes a user's error."""
     try:
-        yield
+        with worker_failures_told():
+            yield
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"the GPU's memory is full: {one_line(error)}; start a run with a larger --accumulate, --amp bfloat16 or "
             "--scalekd.checkpoint-later-blocks"
         ) from error
     except RuntimeError as error:
-        if "gloo/transport" in str(error):  # a connection that was closed, reset or broken
-            raise ResourceError("another process of the run ended; its own message says why") from error
-        if not str(error).startswith("DataLoader worker"):
+        if "gloo/transport" not in str(error):  # a connection that was closed, reset or broken
             raise
-        raise ResourceError(
-            f"a process that makes batches died, perhaps for want of memory: {one_line(error)}; run the same command "
-            "with --resume and fewer --workers"
-        ) from error
+        stop.check()  # the others got the signal too
+        raise ResourceError("another process of the run ended; its own message says why") from error
 
 
 def _log(config: TrainConfig, folder: RunFolder, trainer: "Trainer") -> TrackedLog:
@@ -119,8 +139,9 @@ def _log(config: TrainConfig, folder: RunFolder, trainer: "Trainer") -> TrackedL
 class Trainer:
     """A run in memory: parts, updates, and how far it is."""
 
-    def __init__(self, config: TrainConfig, parts: Parts) -> None:
+    def __init__(self, config: TrainConfig, parts: Parts, stop: Stop | None = None) -> None:
         self.config, self.parts, self.progress, self.pace = config, parts, Progress(), Pace()
+        self._stop, self._told_to_stop = stop or Stop(), False
         self.student, self.loss, self.group = parts.trainee.student, parts.trainee.loss, parts.group
         self.updates = Updates(config, parts.trainee, parts.batches.per_epoch, parts.device)
         self.optimizer = self.updates.optimizer
@@ -139,16 +160,33 @@ class Trainer:
         )  # fmt: skip
 
     def run(self, folder: RunFolder, log: TrackedLog) -> None:
-        """All epochs that are left."""
+        """All epochs that are left.
+
+        Raises:
+            Stopped: A signal came; the run was saved after its last whole step.
+        """
         config, batches = self.config, self.parts.batches
         self._forward = data_parallel(self._forward, self.group)
+        self.group.from_main(lambda: folder.require_room(self._checkpoint_bytes()))
         log.write("start", self.progress.step, **self.parts.summary())
         total = config.epochs * batches.per_epoch
+        self._stop.raises = self.group.size == 1
         with RunProgress(enabled=config.progress and self.group.is_main, total=total, done=self.progress.step) as bar:
             bar.note(f"{config.run}: {self.parts.sentence()}")
-            while self.progress.epoch < config.epochs:
-                means = self._epoch(folder, log, bar)
-                self._end_epoch(means, folder, log, bar)
+            try:
+                while self.progress.epoch < config.epochs:
+                    means = self._epoch(folder, log, bar)
+                    self._end_epoch(means, folder, log, bar)
+            except Stopped as stopped:
+                self._write(folder.last)
+                at = f"epoch {min(self.progress.epoch + 1, config.epochs)} step {self.progress.step}"
+                raise Stopped(stopped.signal, f"stopped at {at}, saved; continue with --resume") from None
+
+    def close(self) -> None:
+        """End the processes that make batches."""
+        self._loader.close()
+        if self._evaluate is not None:
+            self._evaluate.close()
 
     def _epoch(self, folder: RunFolder, log: TrackedLog, bar: RunProgress) -> Means:
         """What is left of the epoch in progress."""
@@ -156,23 +194,46 @@ class Trainer:
         self.parts.batches.start(self.progress.epoch, self.progress.batch)
         self.parts.trainee.train()
         for pieces, waited in _timed(_in_groups(self._loader, self.config.accumulate)):
-            begun, lr = time.perf_counter(), self.updates.lr
-            terms = self.step(*pieces)
-            means.add(terms)
-            self._advance(means)
-            images = self.group.size * sum(len(batch.labels) for batch in pieces)
-            self.pace.add(images, waited, time.perf_counter() - begun)
-            self._report(pieces, terms, lr, log, bar)
-            if self._saves_now():
-                self._save(folder.last)
+            with self._stop.held():
+                begun, lr = time.perf_counter(), self.updates.lr
+                terms = self.step(*pieces)
+                means.add(terms)
+                self._advance(means)
+                images = self.group.size * sum(len(batch.labels) for batch in pieces)
+                self.pace.add(images, waited, time.perf_counter() - begun)
+                self._report(pieces, terms, lr, log, bar)
+                if self._saves_now():
+                    self._write(folder.last)
+            if self._told_to_stop:
+                raise Stopped(self._stop.signal or signal.SIGTERM)
         return means
 
     def _save(self, *paths: Path) -> None:
-        """Write the run as it is now; of several processes, the main one does."""
+        """Write the run as it is now; a signal waits until that is done."""
+        with self._stop.held():
+            self._write(*paths)
+
+    def _write(self, *paths: Path) -> None:
+        """Write the run; of several processes, the main one does."""
+        self._require_finite_weights()
         for path in paths:
             checkpoint = self.checkpoint()
             if self.group.is_main:
                 save_checkpoint(path, checkpoint)
+
+    def _require_finite_weights(self) -> None:
+        """Keep the checkpoint there is from being replaced by weights that nothing can be learned with any more."""
+        if all(weights.isfinite().all() for weights in self.parts.trainee.parameters()):
+            return
+        if not self.group.is_main:  # whose weights are the same
+            raise SystemExit(UserError.exit_code)
+        raise UserError(
+            f"weights are not finite after step {self.progress.step} (epoch {self.progress.epoch + 1}): not saved, the "
+            "checkpoint before this one stays; lower --optim.lr, set --optim.clip-grad, or use --amp off, in a new run"
+        )
+
+    def _checkpoint_bytes(self) -> int:
+        return sum(weights.nbytes for weights in self.parts.trainee.parameters()) + self.updates.state_bytes()
 
     def _report(
         self, pieces: Sequence[Batch], terms: dict[str, float], lr: float, log: TrackedLog, bar: RunProgress
@@ -229,7 +290,10 @@ class Trainer:
     def _values(self, terms: dict[str, Tensor], batch: Batch) -> dict[str, float]:
         """The terms as numbers, their mean over processes."""
         own = torch.stack([term.detach().float() for term in terms.values()])
-        values = dict(zip(terms, self.group.mean(own).tolist(), strict=True))
+        told = own.new_tensor([float(self._stop.signal is not None)])  # with them, so that all stop after one step
+        *means, told = self.group.mean(torch.cat([own, told])).tolist()
+        self._told_to_stop = told > 0
+        values = dict(zip(terms, means, strict=True))
         if not all(map(math.isfinite, values.values())):
             self._stop_at(dict(zip(terms, own.tolist(), strict=True)), batch)
         return values
@@ -279,7 +343,10 @@ class Trainer:
         epoch, values = self.progress.epoch, dict[str, Any](means.means())
         best, improved = self.progress.best_top1, False
         if self._validates(epoch):
+            self._save(folder.last)  # validation can fail, or be stopped, and the epoch's work must not be lost
             accuracy = self.group.from_main(self._accuracy)
+            if accuracy is None:
+                raise Stopped(self._stop.signal or signal.SIGTERM)
             values |= {"top1": accuracy.top1, "top5": accuracy.top5, "val_samples": accuracy.samples}
             values |= {"val_unreadable": list(accuracy.unreadable)}
             improved = best is None or accuracy.top1 > best
@@ -294,9 +361,14 @@ class Trainer:
         due = (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.epochs
         return due and bool(self.config.val_tars)
 
-    def _accuracy(self) -> Accuracy:
+    def _accuracy(self) -> Accuracy | None:
+        """None if a signal came meanwhile."""
         assert self._evaluate is not None  # the main process has one if there are validation tars
-        return self._evaluate(self.updates.validated)
+        try:
+            with self._stop.at_once():
+                return self._evaluate(self.updates.validated)
+        except Stopped:
+            return None
 
     def checkpoint(self) -> Checkpoint:
         """The run as it is now."""

@@ -4,15 +4,11 @@ Shape legend: b samples of a batch, V views, H W pixels.
 """
 
 import math
-import signal
-import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.context import ForkServerContext
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from feature_store.errors import ImageError, ResourceError, UserError
-from feature_store.processes import become_worker
+from feature_store.processes import become_loader_worker, shielded_forkserver
 from feature_store.tars.tar import Tar
 from feature_store.views import (
     ViewParams,
@@ -277,20 +273,7 @@ def _shared(places: int, size: int) -> Tensor:
 
 
 def _context() -> ForkServerContext:
-    """Workers are forked from a clean process: not from this one, whose threads, GPU and lock they would inherit.
-
-    They get no SIGTERM or SIGHUP, which torchrun, Slurm and terminals send to every process: the job ends them itself.
-    """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["teacher_service.caching"])
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited by what starts now
-    try:
-        resource_tracker.ensure_running()  # the fork server starts it otherwise, and it would unblock SIGTERM
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    return context
+    return shielded_forkserver(["teacher_service.caching"])
 
 
 def _as_is(batch: Any) -> Any:
@@ -298,10 +281,4 @@ def _as_is(batch: Any) -> Any:
 
 
 def _become_worker(worker: int) -> None:
-    become_worker()
-    sys.excepthook = _report_unless_abandoned
-
-
-def _report_unless_abandoned(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not issubclass(kind, ConnectionError):  # of the thread that hands tensors over
-        sys.__excepthook__(kind, error, trace)
+    become_loader_worker()

@@ -85,6 +85,17 @@ class Tar:
             InputError: No such position, or the file changed since it was indexed.
             ResourceError: The file cannot be read.
         """
+        label = self.label(position)
+        return TarSample(self.keys[position], self._read(*self._images[position].tolist()), label)
+
+    def label(self, position: int) -> int:
+        """Class index of the sample at a position, without its image.
+
+        Raises:
+            ImageError: See read.
+            InputError: See read.
+            ResourceError: See read.
+        """
         if not 0 <= position < len(self):
             raise InputError(f"tar {self.url} has no position {position}, expected 0 to {len(self) - 1}")
         if position in self._problems:
@@ -92,7 +103,7 @@ class Tar:
         label = self._read(*self._labels[position].tolist()).strip()
         if not label.isdigit() or len(label) > _MOST_DIGITS:
             raise ImageError(f"label is {label!r}, expected a class index in decimal digits")
-        return TarSample(self.keys[position], self._read(*self._images[position].tolist()), int(label))
+        return int(label)
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""

@@ -14,8 +14,9 @@ from feature_store.store import open_store
 from feature_store.teacher.model import Teacher, load_teacher
 from student_trainer.assemble import assemble
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
-from student_trainer.data import BatchLoader, ViewDataset, match_tars, open_tars, training_positions
+from student_trainer.data import ViewDataset, match_tars, open_tars, training_positions
 from student_trainer.live import LiveSource
+from student_trainer.loader import BatchLoader
 from student_trainer.metrics import read_metrics
 from student_trainer.replay import StoredViews
 from student_trainer.train import Trainer, train

@@ -20,8 +20,8 @@ from student_trainer.assemble import assemble
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, ViewsConfig
-from student_trainer.data import BatchLoader
 from student_trainer.evaluate import EvaluateConfig, evaluate
+from student_trainer.loader import BatchLoader
 from student_trainer.metrics import read_metrics
 from student_trainer.optimize import make_scheduler
 from student_trainer.replay import StoredViews

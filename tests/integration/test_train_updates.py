@@ -12,9 +12,9 @@ from feature_store.errors import InputError
 from student_trainer.assemble import assemble
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import OptimConfig, TrainConfig
-from student_trainer.data import BatchLoader
 from student_trainer.evaluate import EvaluateConfig, evaluate
 from student_trainer.export import ExportConfig, export
+from student_trainer.loader import BatchLoader
 from student_trainer.metrics import read_metrics
 from student_trainer.scalekd import ScaleKDConfig, ScaleKDLoss
 from student_trainer.train import Trainer, train

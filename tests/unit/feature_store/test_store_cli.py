@@ -1,8 +1,15 @@
+import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
+import pytest
 from tiny_store import tiny_store
 
+import feature_store.cli
 from feature_store.cli import main
 
 
@@ -49,3 +56,28 @@ def test_list_options_are_refused_when_given_twice(tmp_path, capsys):
     for options in (["--codecs", "f32", "--codecs", "f16"], ["--codecs=f32", "--codecs", "f16"]):
         assert main(["bench", str(store.objects.url), *options]) == 2
         assert "--codecs is given 2 times" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "STORE"], ["info", "STORE", "--json"]])
+def test_output_is_ended_without_a_word_when_its_reader_is_gone(tmp_path, arguments):
+    store = str(tiny_store(tmp_path / "s").path)
+    command = [sys.executable, "-m", "feature_store", *(argument.replace("STORE", store) for argument in arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode in (1, 141)  # 1: rich looks after what it prints
+
+
+def test_full_shared_memory_is_told_apart_from_a_full_disk_when_semaphores_find_no_room(monkeypatch, tmp_path, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(feature_store.cli, "open_store", full)
+    assert main(["info", str(tmp_path)]) == 3
+    assert "error: the disk is full: [Errno 28]" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    assert main(["info", str(tmp_path)]) == 3
+    assert (
+        "error: shared memory (/dev/shm) is full; in a container give it more with --shm-size"
+        in capsys.readouterr().err
+    )

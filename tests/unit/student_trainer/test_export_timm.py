@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -141,3 +142,13 @@ def test_export_says_what_to_install_when_onnx_is_absent(run, tmp_path, monkeypa
     with pytest.raises(InputError, match=r"--onnx needs onnxruntime; install with `pip install .\[onnx\]`"):
         export(ExportConfig(run=run[0], out=tmp_path / "out", onnx=True))
     assert not (tmp_path / "out").exists()
+
+
+def test_export_follows_the_umask_when_written(run, tmp_path):
+    before = os.umask(0o022)
+    try:
+        files = export(ExportConfig(run=run[0], out=tmp_path / "out", backbone=True))
+    finally:
+        os.umask(before)
+    assert [file.name for file in files] == ["backbone.safetensors", "config.json", "model.safetensors"]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o644}

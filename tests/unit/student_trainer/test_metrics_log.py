@@ -46,7 +46,7 @@ def test_log_is_refused_when_missing(tmp_path):
 def test_log_ends_at_the_checkpoint_when_rewound(path):
     with path.open("a") as file:
         file.write('{"kind": "step", "st')
-    rewind_metrics(path, 2)
+    rewind_metrics(path, 2, 1)
     assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
     assert path.read_text().endswith("}\n")
 
