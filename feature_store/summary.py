@@ -1,5 +1,6 @@
 """What a store holds, for people and programs."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
 def summarise(store: "Store") -> dict[str, Any]:
     """JSON summary: the manifest's claims and what commit records prove of them."""
     manifest, records = store.manifest, store.committed.records
+    described = replace(manifest, tars=()).to_dict()
     repeated = _repeated(store, records)
     return {
         "path": store.objects.url,
         "format_version": manifest.format_version,
         "fingerprint": manifest.fingerprint(),
-        "teacher": manifest.to_dict()["teacher"],
-        "split": manifest.to_dict()["split"],
-        "policy": manifest.to_dict()["policy"],
+        "teacher": described["teacher"],
+        "split": described["split"],
+        "policy": described["policy"],
         "seed": manifest.seed,
         "views": manifest.num_views,
         "view_encoding": manifest.view_encoding,
@@ -38,9 +40,7 @@ def summarise(store: "Store") -> dict[str, Any]:
         "units": len(manifest.tars),
         "capacity": manifest.capacity,
         "samples": sum(tar.samples for tar in manifest.tars),
-        "committed_units": sum(
-            store.committed_views(unit) == set(range(manifest.num_views)) for unit in range(len(manifest.tars))
-        ),
+        "committed_units": store.committed.complete_units,
         "committed_rows": sum((record.samples - len(record.quarantined)) * len(record.views) for record in records),
         "bytes": sum(total_bytes(record.objects) for record in records) - sum(proof.bytes for proof in repeated),
         "objects": sum(len(record.objects) for record in records) - len(repeated),
