@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, TypeAdapter
@@ -68,21 +68,30 @@ def blocks_sha256(tensors: Mapping[str, np.ndarray]) -> str:
 def _read(objects: ObjectStore, metadata: str) -> np.ndarray:
     folder = metadata.removesuffix(_METADATA)
     try:
-        described = load_json(objects.get(metadata).tobytes())
-        tensor = parse(_TENSOR, {name: described[name] for name in ("shape", "data_type", "fill_value")}, metadata)
-        dtype = np.dtype(tensor.data_type).newbyteorder("<")
-        if dtype.kind not in "biuf":
-            raise ValueError(f"data_type {tensor.data_type!r} is none of numbers")
-        spec = ArraySpec(folder, dtype, tensor.shape, False, False, np.array(tensor.fill_value, dtype))
-        if (nbytes := dtype.itemsize * prod(tensor.shape)) > _MOST_BYTES:
-            raise ValueError(f"shape {list(tensor.shape)} takes {nbytes:,} bytes, expected at most {_MOST_BYTES:,}")
+        spec = _spec(folder, load_json(objects.get(metadata).tobytes()))
     except (ValueError, KeyError, TypeError, OverflowError, InputError) as error:
         raise CorruptStoreError(f"{metadata} is damaged: {error}; {_REMEDY}") from error
-    path = "/".join([folder, "c", *("0" for _ in tensor.shape)])
+    path = "/".join([folder, "c", *("0" for _ in spec.row_shape)])
     try:
         raw = objects.get(path)
     except FileNotFoundError:  # zarr writes no chunk that holds nothing but the fill value
-        return np.full(tensor.shape, spec.fill, dtype)
+        return np.full(spec.row_shape, spec.fill, spec.dtype)
     if raw.nbytes != spec.row_bytes + CRC_BYTES or object_checksum(raw) != crc32c(raw[:-CRC_BYTES]):
         raise CorruptStoreError(f"the later blocks are damaged: the length or crc32c of {path} is wrong; {_REMEDY}")
     return np.require(decode_chunk(spec, raw, 1, path)[0], requirements="W")
+
+
+def _spec(folder: str, described: Any) -> ArraySpec:
+    """A tensor as an array of one row.
+
+    Raises:
+        InputError, ValueError, KeyError, TypeError, OverflowError: Its metadata makes no sense.
+    """
+    tensor = parse(_TENSOR, {name: described[name] for name in ("shape", "data_type", "fill_value")}, folder)
+    dtype = np.dtype(tensor.data_type).newbyteorder("<")
+    if dtype.kind not in "biuf":
+        raise ValueError(f"data_type is {tensor.data_type!r}, expected a kind of number")
+    spec = ArraySpec(folder, dtype, tensor.shape, False, False, np.array(tensor.fill_value, dtype))
+    if prod(tensor.shape) * dtype.itemsize > _MOST_BYTES:
+        raise ValueError(f"shape is {list(tensor.shape)}, expected at most {_MOST_BYTES:,} bytes")
+    return spec

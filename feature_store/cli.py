@@ -1,8 +1,9 @@
 """Command line of the store, and the wrapper all three command lines share."""
 
 import errno
-import json as json_module
+import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from feature_store.errors import CorruptStoreError, InputError, ResourceError, UserError
 from feature_store.store import open_store
 from feature_store.summary import print_summary
+from feature_store.terminal import Console, LogFormatter, say, say_json
 
+WRONG_USAGE = 2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = tyro.extras.SubcommandApp()
@@ -32,7 +34,7 @@ def info(path: Annotated[str, tyro.conf.Positional], json: bool = False) -> None
     """
     summary = open_store(path).info()
     if json:
-        print(json_module.dumps(summary, indent=2))
+        say_json(summary, indent=2)
     else:
         print_summary(summary, Console())
 
@@ -58,7 +60,7 @@ def verify(
     with unit_progress("verifying", quiet=json) as progress:
         report = verify(path, quick=quick, workers=workers, progress=progress)
     if json:
-        print(json_module.dumps(report.to_dict(), indent=2))
+        say_json(report.to_dict(), indent=2)
     else:
         print_report(report, Console())
     if report.findings:
@@ -94,7 +96,7 @@ def repair(
     with unit_progress("verifying", quiet=json) as progress:
         result = repair(path, apply=yes, drop_damaged=drop_damaged, quick=quick, workers=workers, progress=progress)
     if json:
-        print(json_module.dumps(result.to_dict(), indent=2))
+        say_json(result.to_dict(), indent=2)
     else:
         print_repair(result, Console())
 
@@ -122,7 +124,7 @@ def bench(
         raise InputError("bench measures codecs: add --codecs for all of them, or --codecs int8 int4 for some")
     report = bench_codecs(open_store(path), codecs, rows, seed)
     if json:
-        print(json_module.dumps(report, indent=2))
+        say_json(report, indent=2)
     else:
         print_codecs(report, Console())
 
@@ -154,9 +156,9 @@ def plot(
 
     files = plot(open_store(path), out, tars, tap=tap, rows=rows, thumbnails=thumbnails, seed=seed)
     if json:
-        print(json_module.dumps([str(file) for file in files], indent=2))
+        say_json([str(file) for file in files], indent=2)
     else:
-        print(f"wrote {', '.join(str(file) for file in files)}")
+        say(f"wrote {', '.join(str(file) for file in files)}")
 
 
 @contextmanager
@@ -186,18 +188,30 @@ def run(app: tyro.extras.SubcommandApp, prog: str, argv: Sequence[str] | None = 
     try:
         arguments = list(sys.argv[1:] if argv is None else argv)
         _refuse_repeated_lists(arguments)
-        app.cli(prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        if logging.lastResort is not None:  # where warnings go without a configuration of logs
+            logging.lastResort.setFormatter(LogFormatter())
+        app.cli(
+            prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff,), console_outputs=_are_printable(arguments)
+        )
     except UserError as error:
         return _fail(prog, error)
     except OSError as error:
         what = "the disk is full" if error.errno in DISK_FULL else "the operating system refused"
         return _fail(prog, ResourceError(f"{what}: {error}; nothing committed was lost"))
+    except MemoryError as error:
+        return _fail(prog, ResourceError(f"there is not enough memory: {error}; nothing committed was lost"))
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command resumes", file=sys.stderr)
+        say(f"{prog}: interrupted; the same command resumes", error=True)
         return 130
     except SystemExit as stop:  # tyro: 0 after --help, 2 after wrong usage
-        return stop.code if isinstance(stop.code, int) else 2
+        if stop.code == WRONG_USAGE and not _are_printable(arguments):  # tyro repeats arguments as they are
+            return _fail(prog, InputError(f"wrong usage: {shlex.join(arguments)}; see {prog} --help"))
+        return stop.code if isinstance(stop.code, int) else WRONG_USAGE
     return 0
+
+
+def _are_printable(arguments: Sequence[str]) -> bool:
+    return all(map(str.isprintable, arguments))
 
 
 def _refuse_repeated_lists(arguments: Sequence[str]) -> None:
@@ -209,7 +223,7 @@ def _refuse_repeated_lists(arguments: Sequence[str]) -> None:
 
 
 def _fail(prog: str, error: UserError) -> int:
-    print(f"{prog}: error: {error}", file=sys.stderr)
+    say(f"{prog}: error: {error}", *getattr(error, "__notes__", ()), error=True)
     return error.exit_code
 
 

@@ -178,8 +178,8 @@ def require_decodable(manifest: Manifest) -> None:
         for part in value.parts:
             if (size := part.dtype.itemsize * prod(part.row_shape)) > MOST_ROW_BYTES:
                 raise InputError(
-                    f"the store's manifest makes no sense: a row of {part_path(path, part)} has {size:,} bytes, expected "
-                    f"at most {MOST_ROW_BYTES:,}; it was not written by this format"
+                    f"the store's manifest makes no sense: a row of {part_path(path, part)} has {size:,} bytes, "
+                    f"expected at most {MOST_ROW_BYTES:,}; it was not written by this format"
                 )
         if value.codec.calibrated:
             _require_statistics(path, value)
@@ -193,8 +193,8 @@ def _require_statistics(path: str, value: ValueCodec) -> None:
         if numbers.shape != (channels,) or wrong.any():
             got = f"{len(numbers)} numbers" if not wrong.any() else f"{numbers[wrong][0]} at channel {wrong.argmax()}"
             raise InputError(
-                f"the store's manifest makes no sense: {name} in the statistics of {path} has {got}, expected {channels} "
-                f"finite {'positive ' if name == 'std' else ''}numbers of float32; it was not written by this format"
+                f"the store's manifest makes no sense: {name} in the statistics of {path} has {got}, expected "
+                f"{channels} finite {'positive ' if name == 'std' else ''}float32; it was not written by this format"
             )
 
 

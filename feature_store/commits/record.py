@@ -137,7 +137,9 @@ def decode_record(path: str, raw: bytes) -> CommitRecord:
         record = parse(_RECORD, body, f"commit record {path}")
     except UnknownFieldError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError) as error:
+    except InputError as error:
+        raise CorruptStoreError(f"{error}; {_REMEDY}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptStoreError(f"commit record {path} is damaged: {error}; {_REMEDY}") from error
     if record.path != path:
         raise CorruptStoreError(f"commit record {path} is misnamed: it is {record.path}; {_REMEDY}")

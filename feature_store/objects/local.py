@@ -152,7 +152,7 @@ class LocalObjects:
 
     def get(self, path: str) -> np.ndarray:
         """See ObjectStore.get."""
-        with _MissingFolderIsMissingFile(), open(open_regular(self._file(path)), "rb") as file:  # noqa: PTH123
+        with _MissingFolderIsMissingFile(), open(open_regular(self._file(path)), "rb") as file:
             return np.fromfile(file, np.uint8)
 
     def get_range(self, path: str, offset: int, length: int) -> np.ndarray:
