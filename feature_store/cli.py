@@ -1,9 +1,10 @@
 """Command line of the store, and the wrapper all three command lines share."""
 
 import errno
-import json as json_module
+import logging
 import os
 import select
+import shlex
 import shutil
 import signal
 import sys
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from feature_store.errors import CorruptStoreError, InputError, ResourceError, UserError
 from feature_store.processes import usable_cpus
 from feature_store.store import open_store
 from feature_store.summary import print_summary
+from feature_store.terminal import Console, LogFormatter, say, say_json
 
+WRONG_USAGE = 2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHARED_MEMORY = Path("/dev/shm")  # semaphores and queues of worker processes lie there, without a file name in errors
 _LITTLE = 1 << 20
@@ -38,7 +40,7 @@ def info(path: Annotated[str, tyro.conf.Positional], json: bool = False) -> None
     """
     summary = open_store(path).info()
     if json:
-        print(json_module.dumps(summary, indent=2))
+        say_json(summary, indent=2)
     else:
         print_summary(summary, Console())
 
@@ -64,7 +66,7 @@ def verify(
     with unit_progress("verifying", quiet=json) as progress:
         report = verify(path, quick=quick, workers=workers, progress=progress)
     if json:
-        print(json_module.dumps(report.to_dict(), indent=2))
+        say_json(report.to_dict(), indent=2)
     else:
         print_report(report, Console())
     if report.findings:
@@ -100,7 +102,7 @@ def repair(
     with unit_progress("verifying", quiet=json) as progress:
         result = repair(path, apply=yes, drop_damaged=drop_damaged, quick=quick, workers=workers, progress=progress)
     if json:
-        print(json_module.dumps(result.to_dict(), indent=2))
+        say_json(result.to_dict(), indent=2)
     else:
         print_repair(result, Console())
 
@@ -128,7 +130,7 @@ def bench(
         raise InputError("bench measures codecs: add --codecs for all of them, or --codecs int8 int4 for some")
     report = bench_codecs(open_store(path), codecs, rows, seed)
     if json:
-        print(json_module.dumps(report, indent=2))
+        say_json(report, indent=2)
     else:
         print_codecs(report, Console())
 
@@ -160,9 +162,9 @@ def plot(
 
     files = plot(open_store(path), out, tars, tap=tap, rows=rows, thumbnails=thumbnails, seed=seed)
     if json:
-        print(json_module.dumps([str(file) for file in files], indent=2))
+        say_json([str(file) for file in files], indent=2)
     else:
-        print(f"wrote {', '.join(str(file) for file in files)}")
+        say(f"wrote {', '.join(str(file) for file in files)}")
 
 
 @contextmanager
@@ -204,18 +206,26 @@ def run(app: tyro.extras.SubcommandApp, prog: str, argv: Sequence[str] | None = 
 def _run(app: tyro.extras.SubcommandApp, prog: str, arguments: list[str]) -> int:
     try:
         _refuse_repeated_lists(arguments)
-        app.cli(prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        if logging.lastResort is not None:  # where warnings go without a configuration of logs
+            logging.lastResort.setFormatter(LogFormatter())
+        app.cli(
+            prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff,), console_outputs=_are_printable(arguments)
+        )
     except UserError as error:
         return _fail(prog, error)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_broken():
             raise
         return _fail(prog, ResourceError(f"{_refused(error)}: {error}; nothing committed was lost"))
+    except MemoryError as error:
+        return _fail(prog, ResourceError(f"there is not enough memory: {error}; nothing committed was lost"))
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        say(f"{prog}: interrupted", error=True)
         return 130
     except SystemExit as stop:  # tyro: 0 after --help, 2 after wrong usage
-        return stop.code if isinstance(stop.code, int) else 2
+        if stop.code == WRONG_USAGE and not _are_printable(arguments):  # tyro repeats arguments as they are
+            return _fail(prog, InputError(f"wrong usage: {shlex.join(arguments)}; see {prog} --help"))
+        return stop.code if isinstance(stop.code, int) else WRONG_USAGE
     return 0
 
 
@@ -234,6 +244,10 @@ def _refused(error: OSError) -> str:
     return "the disk is full"
 
 
+def _are_printable(arguments: Sequence[str]) -> bool:
+    return all(map(str.isprintable, arguments))
+
+
 def _refuse_repeated_lists(arguments: Sequence[str]) -> None:
     """The last of several would count alone, and what the others list would be left out in silence."""
     names = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
@@ -243,7 +257,7 @@ def _refuse_repeated_lists(arguments: Sequence[str]) -> None:
 
 
 def _fail(prog: str, error: UserError) -> int:
-    print(f"{prog}: error: {error}", file=sys.stderr)
+    say(f"{prog}: error: {error}", *getattr(error, "__notes__", ()), error=True)
     return error.exit_code
 
 

@@ -2,7 +2,8 @@
 
 UserError                       exit 2 unless a subclass says otherwise
 ├── InputError                  an argument, file or image that cannot be used
-│   └── ImageError              one sample's image cannot be decoded (the sample is quarantined, not the run)
+│   ├── ImageError              one sample's image cannot be decoded (the sample is quarantined, not the run)
+│   └── UnknownFieldError       a field of a newer release in a manifest or commit record
 ├── MismatchError               two things that must agree do not; names the field, both values and the remedy
 ├── UncommittedError            a row that no commit record vouches for
 ├── CommittedError              a unit's views that another writer committed first
@@ -28,6 +29,10 @@ class InputError(UserError):
 
 class ImageError(InputError):
     """One image that cannot be decoded or used; its sample is quarantined under this reason."""
+
+
+class UnknownFieldError(InputError):
+    """A field that this build does not know: a newer release wrote it, which is no damage."""
 
 
 class MismatchError(UserError):

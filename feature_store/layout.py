@@ -177,13 +177,14 @@ def encode_chunk(spec: ArraySpec, values: np.ndarray, capacity: int) -> np.ndarr
     return _with_crc(padded)
 
 
-def decode_chunk(spec: ArraySpec, raw: np.ndarray, path: str) -> np.ndarray:
+def decode_chunk(spec: ArraySpec, raw: np.ndarray, capacity: int, path: str) -> np.ndarray:
     """Inverse of encode_chunk: [S, *row_shape].
 
     Raises:
-        CorruptStoreError: The checksum does not match.
+        CorruptStoreError: The checksum does not match, or the length is not that of S rows.
     """
-    return _checked(raw, path, "chunk").view(spec.dtype).reshape(-1, *spec.row_shape)
+    values = _checked(raw, path, "chunk", capacity * spec.row_bytes)
+    return values.view(spec.dtype).reshape(capacity, *spec.row_shape)
 
 
 class ShardBuilder:
@@ -248,13 +249,13 @@ def decode_row(spec: ArraySpec, stored: np.ndarray, out: np.ndarray, path: str) 
         raise CorruptStoreError(damaged(path, f"a row cannot be decompressed ({error})")) from error
 
 
-def decode_shard_index(raw: np.ndarray, path: str) -> np.ndarray:
+def decode_shard_index(raw: np.ndarray, capacity: int, path: str) -> np.ndarray:
     """Offsets and lengths [S, 2] from the last bytes of a shard.
 
     Raises:
-        CorruptStoreError: The checksum does not match.
+        CorruptStoreError: The checksum does not match, or the shard is shorter than its index.
     """
-    return _checked(raw, path, "shard index").view("<u8").reshape(-1, 2)
+    return _checked(raw, path, "shard index", capacity * 16).view("<u8").reshape(capacity, 2)
 
 
 def shard_index_bytes(capacity: int) -> int:
@@ -298,7 +299,9 @@ def _with_crc(values: np.ndarray) -> np.ndarray:
     return np.concatenate([payload, np.array([crc32c(payload)], "<u4").view(np.uint8)])
 
 
-def _checked(raw: np.ndarray, path: str, what: str) -> np.ndarray:
+def _checked(raw: np.ndarray, path: str, what: str, nbytes: int) -> np.ndarray:
     if raw.nbytes < CRC_BYTES or crc32c(raw[:-CRC_BYTES]) != object_checksum(raw):
         raise CorruptStoreError(damaged(path, f"the crc32c of its {what} does not match"))
+    if raw.nbytes != nbytes + CRC_BYTES:
+        raise CorruptStoreError(damaged(path, f"its {what} has {raw.nbytes - CRC_BYTES} bytes, expected {nbytes}"))
     return raw[:-CRC_BYTES]

@@ -4,13 +4,23 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from feature_store.errors import InputError, MismatchError
+from feature_store.parsing import STRICT, Count, Json, Natural, Number, Positive, Text, Unsigned64, parse, require_name
 from feature_store.views import ViewPolicy
 from feature_store.views.materialised import ENCODINGS, JPEG
 
 FORMAT_VERSION = 1
+MOST_PLACES = 2**26
+"""Units times views: a reader keeps four bytes for each."""
+
+_TapName = Annotated[Text, AfterValidator(require_name)]
+_Size = tuple[Count, Count]
+_Mean = tuple[Number, Number, Number]
+_Std = tuple[Positive, Positive, Positive]
 
 
 @dataclass(frozen=True)
@@ -28,19 +38,16 @@ class TeacherInfo:
         compute_dtype: dtype of the forward pass, e.g. ``float32`` or ``bfloat16`` (autocast).
     """
 
-    name: str
-    model_kwargs: dict[str, Any]
-    weights_sha256: str
-    input_size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    num_classes: int
-    compute_dtype: str
+    __pydantic_config__ = STRICT
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "TeacherInfo":
-        """Read the JSON form."""
-        return cls(**_tuples(data))
+    name: Text
+    model_kwargs: dict[Text, Json]
+    weights_sha256: Text
+    input_size: _Size
+    mean: _Mean
+    std: _Std
+    num_classes: Natural
+    compute_dtype: Text
 
 
 @dataclass(frozen=True)
@@ -58,19 +65,16 @@ class SplitInfo:
         prefix: Where those come from: ``none`` (there are none) or ``cached`` (tap ``stage3_prefix``).
     """
 
-    family: str
-    depth: int
-    input_dim: int
-    input_grid: tuple[int, int]
-    output_dim: int
-    output_grid: tuple[int, int]
-    prefix_tokens: int
-    prefix: str
+    __pydantic_config__ = STRICT
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "SplitInfo":
-        """Read the JSON form."""
-        return cls(**_tuples(data))
+    family: Text
+    depth: Natural
+    input_dim: Count
+    input_grid: _Size
+    output_dim: Count
+    output_grid: _Size
+    prefix_tokens: Natural
+    prefix: Text
 
 
 @dataclass(frozen=True)
@@ -84,19 +88,19 @@ class TapInfo:
         statistics: Numbers [C] the codec learnt from a first sample, by name; None if it needs none.
     """
 
-    tokens: int
-    channels: int
-    codec: str
-    statistics: dict[str, list[float]] | None = None
+    tokens: Count
+    channels: Count
+    codec: Text
+    statistics: dict[Text, list[Number]] | None = None
 
 
 @dataclass(frozen=True)
 class TarInfo:
     """One input tar = one unit. ``header_sha256`` covers member names and sizes, not contents."""
 
-    name: str
-    samples: int
-    header_sha256: str
+    name: Text
+    samples: Count
+    header_sha256: Text
 
 
 @dataclass(frozen=True)
@@ -124,25 +128,28 @@ class Manifest:
         format_version: Of FORMAT.md.
     """
 
+    __pydantic_config__ = STRICT
+
     teacher: TeacherInfo
     split: SplitInfo
-    blocks_sha256: str
-    taps: dict[str, TapInfo]
-    logits_codec: str | None
+    blocks_sha256: Text
+    taps: dict[_TapName, TapInfo]
+    logits_codec: Text | None
     policy: ViewPolicy
-    seed: int
-    num_views: int
+    seed: Unsigned64
+    num_views: Count
     tars: tuple[TarInfo, ...]
-    capacity: int
-    key_width: int
-    software: dict[str, str]
-    licence: str = ""
-    view_encoding: str | None = None
-    format_version: int = field(default=FORMAT_VERSION)
+    capacity: Annotated[Count, Field(le=2**24)]
+    key_width: Annotated[Count, Field(le=2**20)]
+    software: dict[Text, Text]
+    licence: Text = ""
+    view_encoding: Text | None = None
+    format_version: Natural = field(default=FORMAT_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, inverse of from_dict."""
-        data = json.loads(json.dumps(asdict(self)))
+        data = json.loads(json.dumps(asdict(replace(self, tars=()))))
+        data["tars"] = [dict(vars(tar)) for tar in self.tars]  # asdict takes seconds for many
         if self.view_encoding is None:
             del data["view_encoding"]
         return data
@@ -154,35 +161,24 @@ class Manifest:
         Raises:
             InputError: Written by an unknown format version, or a field is missing or unknown to this build.
         """
-        version = data.get("format_version")
-        if version != FORMAT_VERSION:
-            raise InputError(
-                f"store has format_version {version!r}, this build reads {FORMAT_VERSION}; "
-                "use the release that wrote it or write the store again"
-            )
+        require_version(data)
         encoding = data.get("view_encoding")
         if encoding not in ENCODINGS:
             raise InputError(
                 f"store has view_encoding {encoding!r}, this build knows {JPEG}; use the release that wrote it"
             )
-        try:
-            return cls(
-                teacher=TeacherInfo.from_dict(data["teacher"]),
-                split=SplitInfo.from_dict(data["split"]),
-                taps={name: TapInfo(**tap) for name, tap in data["taps"].items()},
-                policy=ViewPolicy.from_dict(data["policy"]),
-                tars=tuple(TarInfo(**tar) for tar in data["tars"]),
-                view_encoding=encoding,
-                **{name: data[name] for name in _PLAIN},
-            )
-        except (KeyError, TypeError) as error:
+        manifest = parse(_MANIFEST, data, "the store's manifest")
+        manifest.require_room()
+        if (places := len(manifest.tars) * manifest.num_views) > MOST_PLACES:
             raise InputError(
-                f"the store's manifest is incomplete: {error}; it was not written by this format"
-            ) from error
+                f"the store's manifest makes no sense: num_views {manifest.num_views} of {len(manifest.tars)} tars are "
+                f"{places:,} units of a view, expected at most {MOST_PLACES:,}; it was not written by this format"
+            )
+        return manifest
 
     def fingerprint(self) -> str:
         """sha256 of the manifest's canonical JSON: checks the root group's attributes."""
-        return _sha256(self.to_dict())
+        return fingerprint_of(self.to_dict())
 
     def identity(self) -> str:
         """sha256 of all that growth leaves as it is: names this store in logs and in its commit records."""
@@ -191,7 +187,7 @@ class Manifest:
     @cached_property
     def _identity(self) -> str:
         kept = replace(self, tars=()).to_dict()
-        return _sha256({name: value for name, value in kept.items() if name not in _GROWING})
+        return fingerprint_of({name: value for name, value in kept.items() if name not in _GROWING})
 
     def with_statistics_of(self, stored: "Manifest") -> "Manifest":
         """This manifest with the codec statistics a store already has: a job that goes on learns none of its own."""
@@ -282,18 +278,26 @@ _GROWING = ("num_views", "tars", "software", "licence")
 _KEEP = "use the settings the store was begun with, or another store"
 _ONLY_GROWS = "a store only grows: give its own tars first, in the same order, and at least its views"
 _NO_ROOM = "the new tars do not fit the room this store was made with; split them, or write another store"
-_PLAIN = (
-    "blocks_sha256", "logits_codec", "seed", "num_views", "capacity", "key_width", "software", "licence",
-    "format_version",
-)  # fmt: skip
+_MANIFEST = TypeAdapter(Manifest)
 
 
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+def require_version(data: Any) -> None:
+    """Refuse the JSON form of another format's manifest, whose other fields may mean anything.
+
+    Raises:
+        InputError: Written by an unknown format version.
+    """
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise InputError(
+            f"store has format_version {version!r}, this build reads {FORMAT_VERSION}; "
+            "use the release that wrote it or write the store again"
+        )
 
 
-def _sha256(value: dict[str, Any]) -> str:
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+def fingerprint_of(data: Any) -> str:
+    """sha256 of the canonical JSON of a manifest's JSON form."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

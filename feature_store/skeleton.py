@@ -1,6 +1,5 @@
 """The parts of a store that are there before any unit: groups, array metadata, manifest and later blocks."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,18 +12,32 @@ from zarr.storage import MemoryStore
 
 from feature_store import blocks
 from feature_store.codecs.encoding import ZSTD_LEVEL
+from feature_store.codecs.registry import require_decodable
 from feature_store.errors import CorruptStoreError, InputError
 from feature_store.layout import ArraySpec, array_specs
-from feature_store.manifest import Manifest
+from feature_store.manifest import Manifest, fingerprint_of, require_version
 from feature_store.objects.local import ObjectStore
+from feature_store.parsing import load_json
 
 ROOT = "zarr.json"
 
 
 def skeleton(manifest: Manifest, tensors: Mapping[str, ArrayLike]) -> dict[str, bytes]:
     """Objects of an empty store by path; the root, which makes it a store, comes last."""
+    objects = _without_root(manifest, tensors)
+    root: dict[str, Buffer] = {}
+    zarr.create_group(MemoryStore(root), attributes=manifest_attributes(manifest))
+    return {**objects, ROOT: root[ROOT].to_bytes()}
+
+
+def metadata(manifest: Manifest, tensors: Mapping[str, ArrayLike]) -> dict[str, bytes]:
+    """The groups' and arrays' own objects among those of skeleton, without the root."""
+    return {path: raw for path, raw in _without_root(manifest, tensors).items() if path.rpartition("/")[2] == ROOT}
+
+
+def _without_root(manifest: Manifest, tensors: Mapping[str, ArrayLike]) -> dict[str, bytes]:
     objects: dict[str, Buffer] = {}
-    root = zarr.create_group(MemoryStore(objects), attributes=manifest_attributes(manifest))
+    root = zarr.create_group(MemoryStore(objects))
     for spec in array_specs(manifest).values():
         _create_array(root, spec, manifest)
     # The names, because a web server cannot list them.
@@ -33,13 +46,8 @@ def skeleton(manifest: Manifest, tensors: Mapping[str, ArrayLike]) -> dict[str, 
         values = np.asarray(tensor)
         chunks = tuple(max(1, n) for n in values.shape)
         root.create_array(f"{blocks.FOLDER}{name}", data=values, chunks=chunks, compressors=[Crc32cCodec()])
-    root_object = objects.pop(ROOT)
-    return {path: value.to_bytes() for path, value in (*objects.items(), (ROOT, root_object))}
-
-
-def metadata(manifest: Manifest, tensors: Mapping[str, ArrayLike]) -> dict[str, bytes]:
-    """The groups' and arrays' own objects among those of skeleton."""
-    return {path: raw for path, raw in skeleton(manifest, tensors).items() if path.rpartition("/")[2] == ROOT}
+    del objects[ROOT]
+    return {path: value.to_bytes() for path, value in objects.items()}
 
 
 def read_manifest(objects: ObjectStore) -> Manifest:
@@ -57,13 +65,16 @@ def read_manifest(objects: ObjectStore) -> Manifest:
         ) from None
     where = f"{objects.url}/{ROOT}"
     try:
-        attributes = json.loads(raw)["attributes"]
+        attributes = load_json(raw)["attributes"]
         claimed, fingerprint = attributes["manifest"], attributes["manifest_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        require_version(claimed)
+        damaged = fingerprint_of(claimed) != fingerprint  # of what is there, also what a newer release added
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{where} holds no manifest ({error}): not a store of this format") from error
-    manifest = Manifest.from_dict(claimed)
-    if manifest.fingerprint() != fingerprint:
+    if damaged:
         raise CorruptStoreError(f"the manifest in {where} is damaged: its sha256 does not match; restore the file")
+    manifest = Manifest.from_dict(claimed)
+    require_decodable(manifest)
     return manifest
 
 

@@ -1,14 +1,16 @@
 """What a store holds, for people and programs."""
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from feature_store.commits.proofs import total_bytes
 from feature_store.commits.record import CommitRecord, ObjectProof
 from feature_store.layout import array_specs
+from feature_store.terminal import Console
 
 if TYPE_CHECKING:
     from feature_store.checks.repair import Repair
@@ -19,14 +21,15 @@ if TYPE_CHECKING:
 def summarise(store: "Store") -> dict[str, Any]:
     """JSON summary: the manifest's claims and what commit records prove of them."""
     manifest, records = store.manifest, store.committed.records
+    described = replace(manifest, tars=()).to_dict()
     repeated = _repeated(store, records)
     return {
         "path": store.objects.url,
         "format_version": manifest.format_version,
         "fingerprint": manifest.fingerprint(),
-        "teacher": manifest.to_dict()["teacher"],
-        "split": manifest.to_dict()["split"],
-        "policy": manifest.to_dict()["policy"],
+        "teacher": described["teacher"],
+        "split": described["split"],
+        "policy": described["policy"],
         "seed": manifest.seed,
         "views": manifest.num_views,
         "view_encoding": manifest.view_encoding,
@@ -38,13 +41,15 @@ def summarise(store: "Store") -> dict[str, Any]:
         "units": len(manifest.tars),
         "capacity": manifest.capacity,
         "samples": sum(tar.samples for tar in manifest.tars),
-        "committed_units": sum(
-            store.committed_views(unit) == set(range(manifest.num_views)) for unit in range(len(manifest.tars))
-        ),
+        "committed_units": store.committed.complete_units,
         "committed_rows": sum((record.samples - len(record.quarantined)) * len(record.views) for record in records),
         "bytes": sum(total_bytes(record.objects) for record in records) - sum(proof.bytes for proof in repeated),
         "objects": sum(len(record.objects) for record in records) - len(repeated),
-        "quarantined": [entry for unit in store.committed.units for entry in _quarantined(store, unit)],
+        "quarantined": [
+            entry
+            for unit in sorted({record.unit for record in records if record.quarantined})
+            for entry in _quarantined(store, unit)
+        ],
         "software": manifest.software,
         "licence": manifest.licence,
     }
@@ -77,7 +82,6 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     for entry in summary["quarantined"]:
         console.print(
             f"quarantined: {entry['tar']} #{entry['position']} {entry['key']}: {entry['reason']}",
-            markup=False,
         )
 
 
@@ -87,14 +91,13 @@ def print_report(report: "Report", console: Console) -> None:
     console.print(
         f"{report.store}: {report.units} units, {report.records} records, {report.objects:,} objects, "
         f"{decimal(report.bytes)}; compared {what}",
-        markup=False,
     )
     for finding in report.findings:
-        console.print(f"{_unit(finding.unit)} {finding.kind}: {finding.path}: {finding.message}", markup=False)
+        console.print(f"{_unit(finding.unit)} {finding.kind}: {finding.path}: {finding.message}")
     if report.foreign:
-        console.print(f"not of this format, no harm: {', '.join(report.foreign)}", markup=False)
+        console.print(f"not of this format, no harm: {', '.join(report.foreign)}")
     if report.missing_views:
-        console.print(f"still to be written: {len(report.missing_views)} units", markup=False)
+        console.print(f"still to be written: {len(report.missing_views)} units")
     console.print("sound" if not report.findings else f"{len(report.findings)} findings")
 
 
@@ -106,36 +109,31 @@ def print_repair(repair: "Repair", console: Console) -> None:
     kept = [path for path in repair.damaged if path not in repair.dropped]
     for what, paths in ((deleted, repair.leftovers), (mended, repair.metadata), (removed, repair.dropped)):
         for path in paths:
-            console.print(f"{what} {path}", markup=False)
+            console.print(f"{what} {path}")
     for path in kept:
-        console.print(f"damaged, kept: {path}; --drop-damaged removes it so that it is written again", markup=False)
+        console.print(f"damaged, kept: {path}; --drop-damaged removes it so that it is written again")
     for finding in repair.beyond_repair:
-        console.print(f"cannot be mended here: {finding.path}: {finding.message}", markup=False)
+        console.print(f"cannot be mended here: {finding.path}: {finding.message}")
     for unit, views in repair.redo.items():
-        console.print(f"write again: unit {unit}, views {', '.join(map(str, views))}", markup=False)
+        console.print(f"write again: unit {unit}, views {', '.join(map(str, views))}")
     if not repair.done:
-        console.print("nothing was changed; --yes does it", markup=False)
+        console.print("nothing was changed; --yes does it")
 
 
 def _unit(unit: int | None) -> str:
     return "store" if unit is None else f"unit {unit}"
 
 
-def _first_views(records: list[CommitRecord]) -> list[CommitRecord]:
-    return list({record.unit: record for record in reversed(records)}.values())[::-1]
-
-
 def _repeated(store: "Store", records: list[CommitRecord]) -> list[ObjectProof]:
     """Proofs of objects without views that an earlier record of the same unit gave already."""
-    first = {record.path for record in _first_views(records)}
     shared = [spec for spec in array_specs(store.manifest).values() if not spec.per_view]
-    later = [record for record in records if record.path not in first]
+    later = [record for before, record in pairwise(records) if before.unit == record.unit]
     return [record.proof(spec.object_path(record.unit)) for record in later for spec in shared]
 
 
 def _quarantined(store: "Store", unit: int) -> list[dict[str, Any]]:
     reasons = store.quarantined(unit)
-    keys, tar = store.keys(unit) if reasons else [], store.manifest.tars[unit].name
+    keys, tar = store.keys(unit), store.manifest.tars[unit].name
     return [
         {"unit": unit, "tar": tar, "position": position, "key": keys[position], "reason": reason}
         for position, reason in reasons.items()

@@ -258,7 +258,7 @@ def _encoded_blocks(
         some = positions[start : start + rows]
         adjacent = some[-1] - some[0] == len(some) - 1
         block = {k: array[some[0] : some[-1] + 1] if adjacent else array[some] for k, array in arrays.items()}
-        yield some, block if isinstance(values, dict) else value.encode(block[""])
+        yield some, block if isinstance(values, Mapping) else value.encode(block[""])
 
 
 def _require_shapes(manifest: Manifest, unit: int, first_view: int, data: UnitData) -> None:

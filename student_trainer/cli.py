@@ -1,6 +1,5 @@
 """Command line of the trainer: train, presets, evaluate, export, compare."""
 
-import json as json_module
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,11 +8,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from feature_store.cli import run
+from feature_store.terminal import Console, say, say_json
 from student_trainer.compare import CompareConfig
 from student_trainer.compare import compare as run_compare
 from student_trainer.comparison_report import comparison_columns, comparison_rows
@@ -116,7 +114,7 @@ def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")], json: bo
     _print_table(str(config.run or config.checkpoint), rows)
     _print_classes(accuracy)
     for line in accuracy.unreadable:
-        Console(stderr=True).print(f"unreadable: {line}", markup=False, highlight=False)
+        say(f"unreadable: {line}", error=True)
 
 
 @app.command
@@ -131,7 +129,7 @@ def export(config: Annotated[ExportConfig, tyro.conf.arg(name="")], json: bool =
     if json:
         _print_json({"files": files})
     else:
-        print("\n".join(files))
+        say(*files)
 
 
 @app.command
@@ -148,12 +146,12 @@ def compare(config: Annotated[CompareConfig, tyro.conf.arg(name="")], json: bool
         return
     table = Table()
     for i, column in enumerate(comparison_columns(comparison)):
-        table.add_column(escape(column), justify="right" if i else "left")
+        table.add_column(column, justify="right" if i else "left")
     for row in comparison_rows(comparison):
-        table.add_row(*map(escape, row))
-    print(comparison.title)
+        table.add_row(*row)
+    say(comparison.title)
     Console().print(table)
-    print(f"report: {config.folder / 'report.html'}")
+    say(f"report: {config.folder / 'report.html'}")
 
 
 def _print_classes(accuracy: Accuracy) -> None:
@@ -174,7 +172,7 @@ def _print_table(title: str, rows: dict[str, Any]) -> None:
     table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, str(value))
-    print(title)  # as a title of the table it would be broken to the table's width
+    say(title)  # as a title of the table it would be broken to the table's width
     Console().print(table)
 
 
@@ -188,7 +186,7 @@ def _print_presets() -> None:
 
 
 def _print_json(values: dict[str, Any]) -> None:
-    print(json_module.dumps(values, indent=2, default=str))
+    say_json(values, indent=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

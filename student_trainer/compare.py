@@ -11,12 +11,12 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tyro.conf import Positional
 
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.options import require
+from feature_store.terminal import Console
 from student_trainer.checkpoint import load_checkpoint, one_line, require_same_run, same_places
 from student_trainer.comparison import Comparison, compare_runs, read_run
 from student_trainer.comparison_report import write_comparison
@@ -189,10 +189,12 @@ def _outcome(future: "Future[UserError | None]") -> UserError | None:
 
 def _raise_failures(failed: Sequence[tuple[Run, UserError]], sweep: Sweep) -> None:
     if failed:
-        lines = "".join(f"\n  {run.setting}, seed {run.seed}: {error}" for run, error in failed)
-        raise UserError(
-            f"{len(failed)} of {len(sweep.runs)} runs failed; mend the sweep and run the same command again:{lines}"
+        failure = UserError(
+            f"{len(failed)} of {len(sweep.runs)} runs failed; fix the sweep and run the same command again:"
         )
+        for run, error in failed:
+            failure.add_note(f"  {run.setting}, seed {run.seed}: {error}")
+        raise failure
 
 
 class _RunsProgress:
@@ -208,14 +210,14 @@ class _RunsProgress:
         )  # fmt: skip
         self._task = self._bar.add_task("runs", total=total, completed=done)
         if enabled and done:
-            console.print(f"{done} of {total} runs were finished before", highlight=False)
+            console.print(f"{done} of {total} runs were finished before")
 
     def ended(self, run: Run, error: UserError | None) -> None:
         """One run more."""
         self._bar.update(self._task, advance=1)
         if self._enabled:
             outcome = "finished" if error is None else f"failed: {error}"
-            self._bar.console.print(f"{run.setting}, seed {run.seed}: {outcome}", highlight=False, markup=False)
+            self._bar.console.print(f"{run.setting}, seed {run.seed}: {outcome}")
 
     def __enter__(self) -> "_RunsProgress":
         self._bar.start()

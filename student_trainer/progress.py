@@ -1,7 +1,8 @@
 """Progress of a run on stderr: a bar with ETA on a terminal, a line per epoch elsewhere."""
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from feature_store.terminal import Console
 
 
 class RunProgress:
@@ -43,4 +44,4 @@ class RunProgress:
     def note(self, line: str) -> None:
         """A line that stays."""
         if self._enabled:
-            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._bar.console.print(line, soft_wrap=True)

@@ -5,11 +5,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from rich.console import Console
-
 from feature_store.commits.record import encode_record
 from feature_store.objects.local import LocalObjects
 from feature_store.store import Store, open_store
+from feature_store.terminal import Console
 from teacher_service.claims import preparing
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task, warm_up

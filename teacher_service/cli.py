@@ -1,6 +1,5 @@
 """Command line of the teacher's side: say what a cache will cost, write it, prove it, serve it."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
-from rich.console import Console
 
 from feature_store.cli import run, unit_progress
 from feature_store.errors import CorruptStoreError
+from feature_store.terminal import Console, say, say_json
 from teacher_service.config import CacheConfig, SharedPlanConfig
 from teacher_service.serving.config import ServeConfig
 from teacher_service.serving.tokens import Scope, create_token
-from teacher_service.tables import print_forecast, summary_text
+from teacher_service.tables import print_forecast, summary_lines
 from teacher_service.verify_config import VerifyConfig
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def plan(config: tyro.conf.OmitArgPrefixes[SharedPlanConfig]) -> None:
 
     result = forecast(config, config.processes)
     if config.json:
-        print(json.dumps(result.to_dict()))
+        say_json(result.to_dict())
     else:
         print_forecast(result, Console())
 
@@ -50,10 +49,16 @@ def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig]) -> None:
 
     stop = Stop()
     summary = run_cache(config, Console(stderr=True), stop=stop)
-    print(json.dumps(asdict(summary)) if config.json else summary_text(summary))
+    if config.json:
+        say_json(asdict(summary))
+    else:
+        say(*summary_lines(summary))
     if stop.is_set() and summary.units_left:
-        print(f"teacher-service: stopped with {summary.units_left} of {summary.units} units left; the same command "
-              "goes on with them", file=sys.stderr)  # fmt: skip
+        say(
+            f"teacher-service: stopped with {summary.units_left} of {summary.units} units left; the same command "
+            "goes on with them",
+            error=True,
+        )
         sys.exit(stop.exit_code)
 
 
@@ -65,7 +70,7 @@ def verify(config: tyro.conf.OmitArgPrefixes[VerifyConfig]) -> None:
     with unit_progress("comparing checksums", quiet=config.json) as progress:
         report = run_verify(config, progress)
     if config.json:
-        print(json.dumps(asdict(report)))
+        say_json(asdict(report))
     else:
         print_deep_report(report, Console())
     if not report.sound:
@@ -89,7 +94,7 @@ def create(name: str, scope: tuple[Scope, ...] = ("read",), file: Path = Path("t
         scope: What it is good for: read (cached rows and the store), compute (the live teacher), admin (everything).
         file: File of hashes, for ``serve --tokens``. Remove a line to revoke a token.
     """
-    print(create_token(file, name, scope))
+    say(create_token(file, name, scope))
 
 
 app.command(token, name="token", help="Make bearer tokens for serve.")
@@ -102,12 +107,10 @@ def print_deep_report(report: "DeepReport", console: Console) -> None:
     print_report(report.checksums, console)
     for each in report.mismatches:
         row = f"unit {each.unit} #{each.position} view {each.view} {each.key}"
-        console.print(f"{row}: {each.what}: {each.reason}", markup=False, soft_wrap=True)
+        console.print(f"{row}: {each.what}: {each.reason}", soft_wrap=True)
     worst = ", ".join(f"{path} {share:.0%}" for path, share in report.worst.items())
     if report.rows:
-        console.print(
-            f"{report.rows} rows computed anew; largest distance, of what is explained: {worst}", markup=False
-        )
+        console.print(f"{report.rows} rows computed anew; largest distance, of what is explained: {worst}")
 
 
 def verdict(report: "DeepReport") -> str:

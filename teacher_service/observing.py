@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
-from rich.console import Console
 
 from feature_store.errors import ResourceError
 from feature_store.manifest import Manifest
+from feature_store.terminal import Console
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task
 from teacher_service.pipeline import UnitDone
@@ -66,7 +66,7 @@ def observed(config: CacheConfig, console: Console, manifest: Manifest, tasks: S
         if config.metrics_port is not None:
             port = config.metrics_port and config.metrics_port + rank
             metrics = stack.enter_context(Metrics(config.metrics_host, port, manifest, tasks))
-            console.print(f"metrics: {metrics.url}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"metrics: {metrics.url}", soft_wrap=True)
             observers.append(metrics)
         shown = console if not rank else Console(quiet=True)
         yield Observers([*observers, stack.enter_context(Progress(shown, manifest, tasks))])

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from datetime import timedelta
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from feature_store.manifest import Manifest
+from feature_store.terminal import Console
 from teacher_service.decoding import Task
 from teacher_service.pipeline import UnitDone
 from teacher_service.waits import StageTimes
@@ -65,7 +65,7 @@ class Progress:
         self._images = max(self._images, self._committed)  # of other processes only commits are heard
         self._bar.update(self._task, units=self._units(), completed=self._images)
         if not self._console.is_terminal:
-            self._console.print(self._line(done), markup=False, highlight=False, soft_wrap=True)
+            self._console.print(self._line(done), soft_wrap=True)
 
     def _units_done(self) -> int:
         return len(self._manifest.tars) - len(self._left)

@@ -3,10 +3,11 @@
 import os
 import select
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from feature_store.terminal import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 8.0  # spot machines and schedulers give at least 10 between SIGTERM and SIGKILL
@@ -72,9 +73,9 @@ def _watch(reader: int, stop: Stop, grace: float) -> None:
     stop.signal = number
     stop.set()
     name = signal.Signals(number).name
-    print(f"{name}: finishing or abandoning the unit under way; once more to end at once", file=sys.stderr, flush=True)
+    say(f"{name}: finishing or abandoning the unit under way; once more to end at once", error=True)
     if _next(reader, grace) != _LEFT:
-        print(f"{name}: the unit under way is abandoned; {RESUME}", file=sys.stderr, flush=True)
+        say(f"{name}: the unit under way is abandoned; {RESUME}", error=True)
         os._exit(stop.exit_code)
 
 

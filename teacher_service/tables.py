@@ -3,9 +3,10 @@
 import math
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+
+from feature_store.terminal import Console
 
 if TYPE_CHECKING:
     from teacher_service.caching import CacheSummary
@@ -103,15 +104,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def summary_text(summary: "CacheSummary") -> str:
+def summary_lines(summary: "CacheSummary") -> list[str]:
     """A finished job, with what was predicted beside what was seen."""
     shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.stages.items())
     predicted = "" if summary.predicted_seconds is None else f", predicted {duration(summary.predicted_seconds)}"
-    return (
+    lines = [
         f"{summary.store}: {summary.units_written} units written, {summary.units_skipped} were there, "
         f"{summary.quarantined} samples quarantined; {summary.images:,} images in {summary.seconds:.1f} s{predicted} "
         f"({summary.images_per_second:,.1f} images/s, {summary.gpu_hours:.3g} GPU-hours), "
         f"{summary.teacher_seconds:.1f} s of it in the teacher; {decimal(summary.bytes_written)} written, predicted "
         f"{decimal(summary.predicted_bytes)}"
-        + (f"\nstages worked: {shares} of the time; bottleneck: {summary.bottleneck}" if shares else "")
-    )
+    ]
+    if shares:
+        lines.append(f"stages worked: {shares} of the time; bottleneck: {summary.bottleneck}")
+    return lines

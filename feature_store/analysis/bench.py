@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from feature_store.analysis.loss_terms import FEATURE_TERMS, Term, distillation, softmax, without_mean
@@ -16,6 +15,7 @@ from feature_store.codecs.registry import CODECS, ValueCodec, get_codec
 from feature_store.errors import InputError
 from feature_store.layout import coded_specs, decode_row, encode_row
 from feature_store.sample import RowId
+from feature_store.terminal import Console
 
 if TYPE_CHECKING:
     from feature_store.store import Store

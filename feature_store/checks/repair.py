@@ -35,7 +35,8 @@ class Repair:
         damaged: Commit records that vouch for what is damaged, and damaged ones: kept, unless dropping was asked for.
         dropped: Those that were (or would be) removed, so that their units are written again.
         redo: Units and views to write again with the same ``teacher-service cache`` command.
-        beyond_repair: What writing again does not mend: unreadable disks, repeated keys, the later blocks, the root.
+        beyond_repair: What writing again does not fix: unreadable disks, repeated keys, the later blocks, the root,
+            records of a newer release.
     """
 
     store: str
@@ -93,7 +94,8 @@ def repair(
         beyond_repair=[
             finding
             for finding in report.findings
-            if finding.kind in ("blocks", "unreadable", "keys") or (finding.kind == "metadata" and finding.path == ROOT)
+            if finding.kind in ("blocks", "unreadable", "keys", "newer")
+            or (finding.kind == "metadata" and finding.path == ROOT)
         ],
     )
     return _apply(objects, manifest, plan) if apply else plan

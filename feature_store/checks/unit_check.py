@@ -30,8 +30,8 @@ class Finding:
     """One thing that is wrong.
 
     Attributes:
-        kind: ``missing``, ``damaged``, ``unreadable`` (a unit's objects), ``record``, ``keys``, ``leftover``,
-            ``growth``, ``metadata``, ``blocks`` or ``index``.
+        kind: ``missing``, ``damaged``, ``unreadable`` (a unit's objects), ``record``, ``newer`` (a record of a newer
+            release), ``keys``, ``leftover``, ``growth``, ``metadata``, ``blocks`` or ``index``.
         path: Object it is about.
         message: What is wrong.
         unit: Unit it belongs to, if any.
@@ -130,7 +130,7 @@ class _UnitChecker:
         raw = self._get(record, path)
         if raw is None or not self._size(record, path, proof, len(raw)):
             return
-        whole = object_checksum(raw) == proof.crc32c
+        whole = len(raw) >= CRC_BYTES and object_checksum(raw) == proof.crc32c
         inside = self._inside(record, path, raw)
         if inside or not whole:
             outside = [] if whole else ["its crc32c is not the one in its commit record"]
@@ -153,7 +153,7 @@ class _UnitChecker:
         try:
             if spec.sharded:
                 return self._shard(spec, record, path, raw)
-            decode_chunk(spec, raw, path)
+            decode_chunk(spec, raw, self._manifest.capacity, path)
         except (CorruptStoreError, ValueError) as error:
             return [str(error)]
         return []
@@ -161,7 +161,7 @@ class _UnitChecker:
     def _shard(self, spec: ArraySpec, record: CommitRecord, path: str, raw: np.ndarray) -> list[str]:
         """Every row has its place, its bytes, its checksum in the shard, and the same one in the table beside it."""
         tail = shard_index_bytes(self._manifest.capacity)
-        index = decode_shard_index(raw[-tail:], path)
+        index = decode_shard_index(raw[-tail:], self._manifest.capacity, path)
         found = np.flatnonzero(index[:, 0] != MISSING_CHUNK)
         expected = np.setdiff1d(np.arange(record.samples), list(record.quarantined))
         if not np.array_equal(found, expected):
@@ -184,7 +184,8 @@ class _UnitChecker:
         view = int(path.partition("/c/")[2].partition("/")[0])
         beside = spec.checksums
         try:
-            return decode_chunk(beside, self._objects.get(beside.object_path(record.unit, view)), path)
+            raw = self._objects.get(beside.object_path(record.unit, view))
+            return decode_chunk(beside, raw, self._manifest.capacity, path)
         except (OSError, UserError, ValueError):
             return None
 
@@ -211,7 +212,7 @@ class _UnitChecker:
         spec = self._specs[name]
         path = spec.object_path(record.unit)
         try:
-            return decode_chunk(spec, self._objects.get(path), path)
+            return decode_chunk(spec, self._objects.get(path), self._manifest.capacity, path)
         except (OSError, UserError, ValueError):
             return None
 

@@ -19,14 +19,15 @@ from feature_store.commits.committed import CommittedRows, RecordProblem, load_s
 from feature_store.commits.leftovers import Places, find_leftovers, read_records
 from feature_store.commits.locks import is_held
 from feature_store.commits.record import CommitRecord
-from feature_store.errors import UserError
+from feature_store.errors import UnknownFieldError, UserError
 from feature_store.layout import array_specs
 from feature_store.manifest import Manifest
 from feature_store.objects.local import ObjectStore, open_objects
 from feature_store.processes import become_worker
+from feature_store.parsing import load_json
 from feature_store.skeleton import ROOT, metadata
 
-ROOT_KEYS = {"zarr_format": 3, "node_type": "group"}
+_ROOT = b'{"zarr_format": 3, "node_type": "group"}'  # its attributes are the manifest, which was read
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,12 @@ def verify(
         checks.append(check)
         progress(len(checks), len(units))
     tensors, about_blocks = _blocks(scan)
+    about_index, foreign_index = _index(scan)
     findings = [
         *_metadata(scan, tensors),
         *about_blocks,
         *_records(scan),
+        *about_index,
         *(finding for check in checks for finding in check.findings),
         *_repeated_keys(checks),
         *_leftovers(scan),
@@ -115,7 +118,7 @@ def verify(
         objects=sum(check.objects for check in checks),
         bytes=sum(check.bytes for check in checks),
         findings=findings,
-        foreign=_foreign(scan),
+        foreign=[*foreign_index, *_foreign(scan)],
         missing_views=committed.missing_views(),
     )
 
@@ -149,18 +152,20 @@ def _check_in_worker(records: Sequence[CommitRecord]) -> UnitCheck:
 
 def _metadata(scan: _Scan, tensors: Mapping[str, np.ndarray] | None) -> Iterator[Finding]:
     """Groups and arrays must be what the manifest, and the later blocks' tensors if known, make them."""
-    for path, expected in metadata(scan.manifest, tensors or {}).items():
+    for path, expected in {**metadata(scan.manifest, tensors or {}), ROOT: _ROOT}.items():
         if tensors is None and path.startswith(BLOCKS):
             continue
         try:
-            got = json.loads(scan.objects.get(path).tobytes())
+            got = load_json(scan.objects.get(path).tobytes())
         except FileNotFoundError:
             yield Finding("metadata", path, "it is missing; `feature-store repair --yes` writes it again")
             continue
         except (ValueError, OSError, UserError) as error:
             yield Finding("metadata", path, f"it cannot be read: {error}; `feature-store repair --yes` writes it again")
             continue
-        wanted = ROOT_KEYS if path == ROOT else json.loads(expected)
+        if not isinstance(got, dict):
+            got = {}
+        wanted = json.loads(expected)
         wrong = sorted(name for name in wanted if name not in got or got[name] != wanted[name])
         wrong += [] if path == ROOT else sorted(got.keys() - wanted.keys())
         if wrong == ["shape"] and _is_larger(got["shape"], wanted["shape"]):
@@ -193,24 +198,34 @@ def _blocks(scan: _Scan) -> tuple[dict[str, np.ndarray] | None, list[Finding]]:
 
 
 def _records(scan: _Scan) -> Iterator[Finding]:
-    """Records that cannot be believed, and an index that says other things than the records."""
+    """Records that cannot be believed."""
     for problem in scan.problems:
-        yield Finding("record", problem.path, str(problem.error), problem.unit)
+        kind = "newer" if isinstance(problem.error, UnknownFieldError) else "record"
+        yield Finding(kind, problem.path, str(problem.error), problem.unit)
+
+
+def _index(scan: _Scan) -> tuple[list[Finding], list[str]]:
+    """What is wrong with the commit index; its path if it is whole, but none of this store and format."""
     if commit_index.PATH not in scan.sizes:
-        return
+        return [], []
     remedy = "no harm, `feature-store repair --yes` writes it again"
     try:
-        index = commit_index.decode_index(scan.objects.get(commit_index.PATH).tobytes(), scan.manifest)
+        raw = scan.objects.get(commit_index.PATH).tobytes()
     except (OSError, UserError) as error:
-        yield Finding("index", commit_index.PATH, f"it cannot be read: {error}; {remedy}")
-        return
+        return [Finding("index", commit_index.PATH, f"it cannot be read: {error}; {remedy}")], []
+    if not commit_index.is_whole(raw):
+        return [Finding("index", commit_index.PATH, f"it is damaged; {remedy}")], []
+    index = commit_index.decode_index(raw, scan.manifest)
     if index is None:
-        yield Finding("index", commit_index.PATH, f"it is damaged or another store's; {remedy}")
-        return
-    truth = {record.path: record for record in scan.committed.records}
-    for line, path in enumerate(index.paths()):
-        if path in truth and index.columns["bytes"][line] == scan.sizes.get(path) and index.record(line) != truth[path]:
-            yield Finding("index", commit_index.PATH, f"it says other things than {path}; {remedy}", truth[path].unit)
+        return [], [commit_index.PATH]
+    lines = {path: line for line, path in enumerate(index.paths())}
+    return [
+        Finding("index", commit_index.PATH, f"it says other things than {record.path}; {remedy}", record.unit)
+        for record in scan.committed.records
+        if (line := lines.get(record.path)) is not None
+        and index.columns["bytes"][line] == scan.sizes.get(record.path)
+        and index.record(line) != record
+    ], []
 
 
 def _repeated_keys(checks: Iterable[UnitCheck]) -> Iterator[Finding]:

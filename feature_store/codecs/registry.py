@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
@@ -18,6 +19,8 @@ DEFAULT_TAP_CODEC = "int8"
 """The smallest whose error of every loss term is at most 1e-3, see docs/decisions/0004-default-codec.md."""
 
 DEFAULT_LOGITS_CODEC = "f16"
+
+MOST_ROW_BYTES = 1 << 30
 
 CODECS: dict[str, Codec] = {
     codec.name: codec
@@ -164,7 +167,39 @@ def require_calibrated(manifest: Manifest) -> None:
         )
 
 
+def require_decodable(manifest: Manifest) -> None:
+    """Refuse a manifest whose values could not be decoded, or not held in memory.
+
+    Raises:
+        InputError: A codec that is unknown or does not fit its value, statistics that are missing or make no sense,
+            or a row larger than a gigabyte.
+    """
+    for path, value in value_codecs(manifest).items():
+        for part in value.parts:
+            if (size := part.dtype.itemsize * prod(part.row_shape)) > MOST_ROW_BYTES:
+                raise InputError(
+                    f"the store's manifest makes no sense: a row of {part_path(path, part)} has {size:,} bytes, "
+                    f"expected at most {MOST_ROW_BYTES:,}; it was not written by this format"
+                )
+        if value.codec.calibrated:
+            _require_statistics(path, value)
+
+
+def _require_statistics(path: str, value: ValueCodec) -> None:
+    channels = value.shape[-1]
+    for name in ("mean", "std"):
+        numbers = (value.statistics or {}).get(name, np.empty(0, np.float32))
+        wrong = ~np.isfinite(numbers) | ((numbers <= 0) if name == "std" else False)
+        if numbers.shape != (channels,) or wrong.any():
+            got = f"{len(numbers)} numbers" if not wrong.any() else f"{numbers[wrong][0]} at channel {wrong.argmax()}"
+            raise InputError(
+                f"the store's manifest makes no sense: {name} in the statistics of {path} has {got}, expected "
+                f"{channels} finite {'positive ' if name == 'std' else ''}float32; it was not written by this format"
+            )
+
+
 def _arrays(statistics: Mapping[str, list[float]] | None) -> Statistics | None:
     if statistics is None:
         return None
-    return {name: np.array(values, np.float32) for name, values in statistics.items()}
+    with np.errstate(over="ignore"):  # require_decodable refuses what is infinite then
+        return {name: np.array(values, np.float32) for name, values in statistics.items()}

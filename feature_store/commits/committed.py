@@ -1,5 +1,6 @@
 """Which rows of a store may be read: what its commit records vouch for."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from feature_store.manifest import Manifest
 from feature_store.objects.local import ObjectStore
 from feature_store.sample import RowId
 from feature_store.skeleton import read_manifest
+
+_logger = logging.getLogger(__name__)
 
 _NONE = -1
 _BATCH = 512
@@ -96,6 +99,11 @@ class CommittedRows:
         return np.flatnonzero((self._lines != _NONE).any(axis=1)).tolist()
 
     @property
+    def complete_units(self) -> int:
+        """How many units have all of their views committed."""
+        return int(np.count_nonzero((self._lines != _NONE).all(axis=1)))
+
+    @property
     def places(self) -> int:
         """How many units times views are committed."""
         return int(np.count_nonzero(self._lines != _NONE))
@@ -108,10 +116,10 @@ class CommittedRows:
 
     def missing_views(self) -> dict[int, list[int]]:
         """Views that are not committed, by unit, where there are any."""
-        return {
-            int(unit): np.flatnonzero(self._lines[unit] == _NONE).tolist()
-            for unit in np.flatnonzero((self._lines == _NONE).any(axis=1))
-        }
+        units, views = np.nonzero(self._lines == _NONE)
+        some, starts = np.unique(units, return_index=True)
+        parts = np.split(views, starts[1:]) if len(some) else []
+        return {unit: part.tolist() for unit, part in zip(some.tolist(), parts, strict=True)}
 
     def record(self, unit: int, view: int) -> CommitRecord:
         """The record that vouches for a unit's view.
@@ -240,7 +248,7 @@ def _read(objects: ObjectStore, path: str) -> CommitRecord | UserError | None:
         return decode_record(path, objects.get(path).tobytes())
     except FileNotFoundError:
         return None
-    except CorruptStoreError as error:
+    except UserError as error:
         return error
 
 
@@ -248,4 +256,7 @@ def _read_index(objects: ObjectStore, manifest: Manifest) -> CommitIndex | None:
     try:
         return commit_index.decode_index(objects.get(commit_index.PATH).tobytes(), manifest)
     except FileNotFoundError:
+        return None
+    except CorruptStoreError as error:
+        _logger.warning("%s is ignored, the records are read instead: %s", commit_index.PATH, error)
         return None

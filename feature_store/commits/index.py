@@ -7,22 +7,47 @@ believed only about records that exist in the length it says. See FORMAT.md.
 import hashlib
 import io
 import json
+import logging
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 
 from feature_store.commits.proofs import PackedProofs, ProofOrder
 from feature_store.commits.record import FOLDER, CommitRecord, record_path
 from feature_store.layout import crc32c
 from feature_store.manifest import Manifest
 from feature_store.objects.local import ObjectStore
+from feature_store.parsing import STRICT, Natural, Text, load_json, parse
+
+_logger = logging.getLogger(__name__)
 
 PATH = f"{FOLDER}index"
 _COLUMNS = {"unit": "<u4", "first_view": "<u4", "last_view": "<u4", "bytes": "<u4", "software": "<u4"}
 _PROOFS = {"sizes": "<u8", "checksums": "<u4"}
 _CRC_BYTES = 4
+
+_Position = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What an index says of itself; see FORMAT.md."""
+
+    __pydantic_config__ = STRICT
+
+    store: Text
+    arrays: list[Text]
+    units: Natural
+    tars_sha256: Text
+    quarantined: dict[_Position, dict[_Position, Text]]
+    software: list[dict[Text, Text]]
+
+
+_HEAD = TypeAdapter(_Head)
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,11 @@ class CommitIndex:
 
     def __len__(self) -> int:
         return len(self.columns["unit"])
+
+    @property
+    def objects(self) -> int:
+        """How many objects its records vouch for, and so the length of proofs."""
+        return int(self._starts[-1])
 
     def paths(self) -> list[str]:
         """Path of each record."""
@@ -123,33 +153,69 @@ def build_index(manifest: Manifest, records: Sequence[tuple[CommitRecord, int]])
     )
 
 
-def decode_index(raw: bytes, manifest: Manifest) -> CommitIndex | None:
-    """Inverse of CommitIndex.encode; None if it is damaged, another store's, or not about these tars."""
+def is_whole(raw: bytes) -> bool:
+    """Whether an index ends with the crc32c of the rest: what it holds may still be anything."""
     payload, checksum = raw[:-_CRC_BYTES], raw[-_CRC_BYTES:]
-    if not payload or crc32c(payload) != int.from_bytes(checksum, "little"):
+    return bool(payload) and crc32c(payload) == int.from_bytes(checksum, "little")
+
+
+def decode_index(raw: bytes, manifest: Manifest) -> CommitIndex | None:
+    """Inverse of CommitIndex.encode; None if it is damaged or no index of this store, which is logged."""
+    if not is_whole(raw):
         return None
+    try:
+        return _decode(raw[:-_CRC_BYTES], manifest)
+    except Exception as error:  # noqa: BLE001 - zip and npy files of any content fail in any way; it is only a cache
+        _logger.warning("%s is ignored, the records are read instead: %s", PATH, error)
+        return None
+
+
+def _decode(payload: bytes, manifest: Manifest) -> CommitIndex:
+    """A whole index.
+
+    Raises:
+        Exception: Of any kind, if it is not an index of this store.
+    """
+    _require_no_bomb(payload)
     with np.load(io.BytesIO(payload), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    head: dict[str, Any] = json.loads(arrays["head"].tobytes())
-    if head["units"] > len(manifest.tars) or arrays["last_view"].max(initial=0) >= manifest.num_views:
-        return None
-    expected = {
-        "store": manifest.identity(),
-        "arrays": ProofOrder(manifest).arrays,
-        "tars_sha256": _tars_sha256(manifest, head["units"]),
+        arrays = {name: file[name] for name in ("head", *_COLUMNS, *_PROOFS)}
+    head = parse(_HEAD, load_json(arrays.pop("head").tobytes()), "its head")
+    if head.store != manifest.identity() or head.tars_sha256 != _tars_sha256(manifest, head.units):
+        raise ValueError("it is another store's, or about tars this one does not have")
+    if head.arrays != ProofOrder(manifest).arrays:
+        raise ValueError("it is about other arrays than the store has")
+    columns, proofs = ({name: arrays[name] for name in group} for group in (_COLUMNS, _PROOFS))
+    for name, dtype in {**_COLUMNS, **_PROOFS}.items():
+        if arrays[name].dtype != dtype or arrays[name].ndim != 1:
+            raise ValueError(f"its column {name} is {arrays[name].dtype} {list(arrays[name].shape)}, expected {dtype}")
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ValueError("its columns differ in length")
+    bounds = {
+        "unit": min(head.units, len(manifest.tars)),
+        "last_view": manifest.num_views,
+        "software": len(head.software),
     }
-    if any(head[name] != value for name, value in expected.items()):
-        return None
-    return CommitIndex(
-        manifest,
-        {name: arrays[name] for name in _COLUMNS},
-        {name: arrays[name] for name in _PROOFS},
-        {
-            int(line): {int(position): reason for position, reason in reasons.items()}
-            for line, reasons in head["quarantined"].items()
-        },
-        head["software"],
-    )
+    for name, bound in bounds.items():
+        if len(columns[name]) and columns[name].max() >= bound:
+            raise ValueError(f"its column {name} has {columns[name].max()}, expected less than {bound}")
+    if (columns["first_view"] > columns["last_view"]).any():
+        raise ValueError("it has a record whose last view comes before its first")
+    index = CommitIndex(manifest, columns, proofs, head.quarantined, head.software)
+    for name, proof in proofs.items():
+        if len(proof) != index.objects:
+            raise ValueError(f"its column {name} has {len(proof)} entries, expected {index.objects}")
+    for line, reasons in head.quarantined.items():
+        if max(reasons, default=0) >= manifest.tars[columns["unit"][line]].samples:
+            raise ValueError(f"it has a quarantined position {max(reasons)} beyond its tar")
+    return index
+
+
+def _require_no_bomb(payload: bytes) -> None:
+    """Members are stored as they are, so they take no more memory than the object itself."""
+    with zipfile.ZipFile(io.BytesIO(payload)) as file:
+        members = file.infolist()
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > len(payload):
+        raise ValueError("it has compressed members")
 
 
 def write_index(objects: ObjectStore, manifest: Manifest, records: Sequence[CommitRecord]) -> int:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import IO
 
 from feature_store.errors import ResourceError
-from feature_store.objects.local import LocalObjects, ObjectStore
+from feature_store.objects.local import LocalObjects, ObjectStore, open_regular
 
 FOLDER = ".locks/"
 _TRIES = 100
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_APPEND  # reading as well: opening a FIFO for writing alone fails or blocks
 
 
 @contextmanager
@@ -64,9 +65,9 @@ def _opened(path: Path) -> IO[str]:
     for _ in range(_TRIES):
         with suppress(FileNotFoundError, FileExistsError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("a")
+            return os.fdopen(open_regular(path, _CREATE), "a")
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a")
+    return os.fdopen(open_regular(path, _CREATE), "a")
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
@@ -81,7 +82,7 @@ def is_held(objects: ObjectStore, unit: int | None) -> bool:
     if not isinstance(objects, LocalObjects):
         return False
     try:
-        with (objects.root / FOLDER / lock_name(unit)).open("rb") as file:
+        with os.fdopen(open_regular(objects.root / FOLDER / lock_name(unit)), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

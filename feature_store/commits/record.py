@@ -4,12 +4,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
-from feature_store.errors import CommittedError, CorruptStoreError, MismatchError
+from pydantic import Field, TypeAdapter
+
+from feature_store.errors import CommittedError, CorruptStoreError, InputError, MismatchError, UnknownFieldError
 from feature_store.layout import crc32c
 from feature_store.manifest import Manifest
 from feature_store.objects.local import ObjectStore
+from feature_store.parsing import STRICT, Count, Natural, Text, Unsigned32, load_json, parse
 
 FOLDER = "commits/"
 _REMEDY = "`feature-store repair --yes --drop-damaged` removes it, then `teacher-service cache` writes that unit again"
@@ -20,8 +23,8 @@ _NAME = re.compile(r"u(\d{5,})-v(\d+)-(\d+)\.json")
 class ObjectProof:
     """Length of one written object, and the crc32c it ends with (see ``feature_store.layout.object_checksum``)."""
 
-    bytes: int
-    crc32c: int
+    bytes: Natural
+    crc32c: Unsigned32
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,18 @@ class CommitRecord:
         software: Versions of what wrote it.
     """
 
-    store: str
-    unit: int
-    first_view: int
-    last_view: int
-    tar: str
-    tar_sha256: str
-    samples: int
-    quarantined: dict[int, str]
-    objects: Mapping[str, ObjectProof]
-    software: dict[str, str]
+    __pydantic_config__ = STRICT
+
+    store: Text
+    unit: Natural
+    first_view: Natural
+    last_view: Natural
+    tar: Text
+    tar_sha256: Text
+    samples: Count
+    quarantined: dict[Annotated[int, Field(ge=0)], Text]
+    objects: Mapping[Text, ObjectProof]
+    software: dict[Text, Text]
 
     @property
     def path(self) -> str:
@@ -96,6 +101,9 @@ class CommitRecord:
         return MismatchError(f"{field} of {self.path}", expected=expected, got=got, where="the manifest", remedy=remedy)
 
 
+_RECORD = TypeAdapter(CommitRecord)
+
+
 def record_path(unit: int, first_view: int, last_view: int) -> str:
     """Path of a commit record."""
     return f"{FOLDER}u{unit:05d}-v{first_view}-{last_view}.json"
@@ -119,19 +127,27 @@ def decode_record(path: str, raw: bytes) -> CommitRecord:
     """Inverse of encode_record.
 
     Raises:
-        CorruptStoreError: Damaged, or not the record of its path.
+        CorruptStoreError: Damaged, nonsense, or not the record of its path.
+        UnknownFieldError: Written by a newer release.
     """
     try:
-        body = json.loads(raw)
+        body = load_json(raw)
         if body.pop("record_crc32c") != crc32c(_canonical(body)):
             raise CorruptStoreError(f"commit record {path} is damaged: its checksum does not match; {_REMEDY}")
-        body["quarantined"] = {int(position): reason for position, reason in body["quarantined"].items()}
-        body["objects"] = {name: ObjectProof(**proof) for name, proof in body["objects"].items()}
-        record = CommitRecord(**body)
+        record = parse(_RECORD, body, f"commit record {path}")
+    except UnknownFieldError:
+        raise
+    except InputError as error:
+        raise CorruptStoreError(f"{error}; {_REMEDY}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptStoreError(f"commit record {path} is damaged: {error}; {_REMEDY}") from error
     if record.path != path:
         raise CorruptStoreError(f"commit record {path} is misnamed: it is {record.path}; {_REMEDY}")
+    if beyond := [position for position in record.quarantined if position >= record.samples]:
+        raise CorruptStoreError(
+            f"commit record {path} makes no sense: quarantined position {beyond[0]} of {record.samples} samples; "
+            f"{_REMEDY}"
+        )
     return record
 
 

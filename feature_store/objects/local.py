@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from feature_store.errors import InputError
+from feature_store.errors import CorruptStoreError, InputError
 
 PARTIAL_SUFFIX = ".partial"
 # Buffers of one preadv or pwritev; Linux takes no more.
@@ -25,6 +26,8 @@ _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # 0: not Linux
 # Written at once, then left to the disk: what takes smaller steps waits for it every now and then, for long.
 _WRITE_BEHIND = 32 << 20
 _skipped = memoryview(bytearray(_LOCAL_GAP))
+# What opening a socket, a device without driver, a directory (for writing) or a circle of links fails with.
+_SPECIAL_FILE = (errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ELOOP)
 
 Buffer: TypeAlias = bytes | memoryview | np.ndarray
 
@@ -149,8 +152,8 @@ class LocalObjects:
 
     def get(self, path: str) -> np.ndarray:
         """See ObjectStore.get."""
-        with _MissingFolderIsMissingFile():
-            return np.fromfile(self.root / path, np.uint8)
+        with _MissingFolderIsMissingFile(), open(open_regular(self._file(path)), "rb") as file:
+            return np.fromfile(file, np.uint8)
 
     def get_range(self, path: str, offset: int, length: int) -> np.ndarray:
         """See ObjectStore.get_range."""
@@ -177,7 +180,7 @@ class LocalObjects:
     def size(self, path: str) -> int:
         """See ObjectStore.size."""
         with _MissingFolderIsMissingFile():
-            return (self.root / path).stat().st_size
+            return os.stat(self._file(path)).st_size  # noqa: PTH116
 
     def list(self, prefix: str = "") -> list[str]:
         """See ObjectStore.list."""
@@ -202,12 +205,12 @@ class LocalObjects:
                         folders.append(path)
                     elif path.startswith(prefix):
                         with suppress(FileNotFoundError):  # renamed or removed since
-                            found[path] = entry.stat().st_size
+                            found[path] = _size(entry)
         return found
 
     def put(self, path: str, payload: Buffer | Iterable[Buffer], *, new: bool = False) -> None:
         """See ObjectStore.put."""
-        target = self.root / path
+        target = Path(self._file(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL_SUFFIX}")
         try:
@@ -229,13 +232,16 @@ class LocalObjects:
     def delete(self, path: str) -> None:
         """See ObjectStore.delete."""
         with _MissingFolderIsMissingFile():
-            (self.root / path).unlink()
+            Path(self._file(path)).unlink()
         self._files.close(path)
 
     def forget(self, path: str) -> bool:
         """See ObjectStore.forget: there is no nearer copy, but a file replaced since is opened anew."""
         self._files.close(path)
         return False
+
+    def _file(self, path: str) -> str:
+        return file_below(self.url, path)
 
 
 def open_objects(url: str | Path, *, cache_dir: str | Path | None = None, cache_bytes: int = 0) -> ObjectStore:
@@ -268,6 +274,50 @@ def open_objects(url: str | Path, *, cache_dir: str | Path | None = None, cache_
     return CachedObjects(remote, Path(cache_dir), cache_bytes)
 
 
+def file_below(folder: str, path: str) -> str:
+    """The file of an object.
+
+    Raises:
+        CorruptStoreError: The path leaves the folder. Paths may come from a store's own metadata and records.
+    """
+    if "\0" in path or not path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise CorruptStoreError(
+            f"{folder} refers to an object {path!r}, expected a path inside the store; restore the store from a copy"
+        )
+    return f"{folder}/{path}"
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file; a FIFO, socket or device of that name never blocks and is refused.
+
+    Args:
+        path: The file.
+        flags: Of ``os.open``.
+
+    Returns:
+        Its descriptor.
+
+    Raises:
+        FileNotFoundError: There is none.
+        CorruptStoreError: It is something else than a regular file.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in _SPECIAL_FILE:
+            raise not_regular(path, error.strerror) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise not_regular(path, "not a regular file")
+    return descriptor
+
+
+def not_regular(path: str | Path, what: str) -> CorruptStoreError:
+    """A FIFO, socket, device, directory or circle of links where an object should be."""
+    return CorruptStoreError(f"{path} cannot be an object: {what}, expected a regular file; restore it from a copy")
+
+
 def buffers_of(payload: Buffer | Iterable[Buffer]) -> Iterator[memoryview]:
     """A payload as flat byte views."""
     parts = [payload] if isinstance(payload, bytes | memoryview | np.ndarray) else payload
@@ -298,6 +348,15 @@ def sync_directories(root: Path, paths: Iterable[str]) -> None:
         list(pool.map(_sync_directory, folders))
 
 
+def _size(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat().st_size
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return entry.stat(follow_symlinks=False).st_size  # opening it says what is wrong
+
+
 def _sync_directory(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -310,7 +369,7 @@ class OpenFile:
     """An open file; closed when the last reader lets go of it, so that another thread may still be reading."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = open_regular(path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -333,7 +392,7 @@ class _OpenFiles:
         file = self._files.get(path)
         if file is None:
             with _MissingFolderIsMissingFile():
-                file = self._files[path] = OpenFile(f"{self._folder}/{path}")
+                file = self._files[path] = OpenFile(file_below(self._folder, path))
             while len(self._files) > self._limit:
                 with suppress(KeyError):  # another thread was faster
                     self._files.popitem(last=False)

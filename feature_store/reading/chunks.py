@@ -8,6 +8,7 @@ import numpy as np
 from feature_store.commits.record import CommitRecord
 from feature_store.errors import CorruptStoreError, ResourceError
 from feature_store.layout import (
+    CRC_BYTES,
     ArraySpec,
     damaged,
     decode_chunk,
@@ -54,16 +55,18 @@ class ObjectReader:
         if len(raw) != proof.bytes:
             raise _wrong_length(path, len(raw), proof.bytes)
         _require_checksum(raw, path, record)
-        return decode_chunk(spec, raw, path)
+        return decode_chunk(spec, raw, self.capacity, path)
 
     def _index(self, record: CommitRecord, path: str) -> np.ndarray:
         expected, length = record.proof(path).bytes, shard_index_bytes(self.capacity)
+        if expected < length:
+            raise CorruptStoreError(damaged(path, f"it has {expected} bytes, its index alone takes {length}"))
         with object_errors(path):
             raw = self.objects.get_range(path, expected - length, length + 1)  # one more, to see that it ends there
             if len(raw) != length:
                 raise _wrong_length(path, self.objects.size(path), expected)
         _require_checksum(raw, path, record)
-        return decode_shard_index(raw, path)
+        return decode_shard_index(raw, self.capacity, path)
 
     def _again_from_origin(self, path: str, read: Callable[[], np.ndarray]) -> np.ndarray:
         """A damaged copy in a cache is not a damaged object."""
@@ -94,7 +97,7 @@ def object_error(path: str, error: OSError | EOFError) -> CorruptStoreError | Re
 
 
 def _require_checksum(raw: np.ndarray, path: str, record: CommitRecord) -> None:
-    if object_checksum(raw) != record.proof(path).crc32c:
+    if len(raw) < CRC_BYTES or object_checksum(raw) != record.proof(path).crc32c:
         raise CorruptStoreError(damaged(path, f"its crc32c is not the one in {record.path}"))
 
 

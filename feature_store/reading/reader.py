@@ -9,7 +9,7 @@ import numpy as np
 from feature_store.codecs.registry import ValueCodec, value_codecs
 from feature_store.commits.committed import CommittedRows
 from feature_store.errors import CorruptStoreError, InputError, UncommittedError
-from feature_store.layout import ArraySpec, coded_specs, damaged
+from feature_store.layout import ArraySpec, coded_specs, damaged, shard_index_bytes
 from feature_store.manifest import Manifest
 from feature_store.objects.local import ObjectStore
 from feature_store.processes import PerProcess
@@ -255,7 +255,8 @@ class ZarrSource:
         readable[list(record.quarantined)] = False
         checksums = self._reader.chunk(spec.checksums, record, view)
         path, index = spec.object_path(unit, view), self._reader.index(spec, record, view)
-        return shard_table(spec, path, index, checksums, readable)
+        nbytes = record.proof(path).bytes - shard_index_bytes(self.manifest.capacity)
+        return shard_table(spec, path, nbytes, index, checksums, readable)
 
 
 class _Tables:

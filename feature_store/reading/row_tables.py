@@ -141,18 +141,20 @@ def _joined(parts: list[Located]) -> Located:
 
 
 def shard_table(
-    spec: ArraySpec, path: str, index: np.ndarray, checksums: np.ndarray, readable: np.ndarray
+    spec: ArraySpec, path: str, nbytes: int, index: np.ndarray, checksums: np.ndarray, readable: np.ndarray
 ) -> ShardTable:
     """Table of one shard.
 
     Args:
         spec: The array.
         path: The shard's.
+        nbytes: Its bytes before the index, which all rows lie in.
         index: The shard's index, uint64 [S, 2].
         checksums: Its rows' crc32c, uint32 [S].
         readable: Whether the commit record vouches for each position, bool [S]; the others get no row.
     """
-    offsets, lengths = index.astype(np.int64).T
-    lengths = lengths - CRC_BYTES
+    starts, lengths = index.T
+    inside = (lengths <= nbytes) & (starts <= nbytes - np.minimum(lengths, nbytes))
+    offsets, lengths = starts.astype(np.int64), lengths.astype(np.int64) - CRC_BYTES
     fits = lengths > 0 if spec.zstd else lengths == spec.row_bytes
-    return ShardTable(path, np.where(readable & fits, offsets, NO_ROW), lengths, checksums)
+    return ShardTable(path, np.where(readable & inside & fits, offsets, NO_ROW), lengths, checksums)

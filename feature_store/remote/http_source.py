@@ -160,7 +160,8 @@ class HttpSource:
                 "POST", "/v1/rows:batch", hasty, media_type="application/json", out=out, again=careful
             )
         except InputError:  # what is wrong for another store may be right for the one that was opened
-            self._require_store(self.service.json("/v1/manifest").get("identity"))
+            described = self.service.json("/v1/manifest")
+            self._require_store(described.get("identity") if isinstance(described, dict) else None)
             raise
         self._require_store(strings.get("store"))
         for name in out:

@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from feature_store import wire
 from feature_store.errors import InputError, MismatchError, WireError
 from feature_store.manifest import SplitInfo, TeacherInfo
+from feature_store.parsing import parse
 from feature_store.remote.service import Service, at_once
 from feature_store.sample import RowId
 from feature_store.source import FeatureBatch
@@ -54,7 +56,8 @@ class RemoteLiveSource:
         described = service.json("/v1/teacher")
         self.service, self.seconds = service, 0.0
         try:
-            self.info, self.split = TeacherInfo.from_dict(described["teacher"]), SplitInfo.from_dict(described["split"])
+            self.info = parse(TypeAdapter(TeacherInfo), described["teacher"], f"the teacher of {service.url}")
+            self.split = parse(TypeAdapter(SplitInfo), described["split"], f"the split of {service.url}")
             self._shapes = {str(name): tuple(map(int, shape)) for name, shape in described["taps"].items()}
             self._max_rows, self._identity = _positive(described["max_batch"]), str(described["identity"])
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from feature_store.errors import InputError
+from feature_store.parsing import Natural, Number, Text
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,22 @@ class ViewPolicy:
         InputError: A value is of the wrong kind or out of range.
     """
 
-    name: str
-    size: tuple[int, int]
-    crop: str = "random"
-    interpolation: str = "bicubic"
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    crop_pct: float = 0.875
-    flip: float = 0.5
-    num_ops: int = 0
-    op_probability: float = 0.5
-    level: float = 0.0
-    max_level: float = 10.0
-    level_std: float = 0.5
-    erase: float = 0.0
-    erase_area: tuple[float, float] = (0.02, 1 / 3)
-    erase_ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    name: Text
+    size: tuple[Natural, Natural]
+    crop: Text = "random"
+    interpolation: Text = "bicubic"
+    scale: tuple[Number, Number] = (0.08, 1.0)
+    ratio: tuple[Number, Number] = (3 / 4, 4 / 3)
+    crop_pct: Number = 0.875
+    flip: Number = 0.5
+    num_ops: Natural = 0
+    op_probability: Number = 0.5
+    level: Number = 0.0
+    max_level: Number = 10.0
+    level_std: Number = 0.5
+    erase: Number = 0.0
+    erase_area: tuple[Number, Number] = (0.02, 1 / 3)
+    erase_ratio: tuple[Number, Number] = (0.3, 1 / 0.3)
 
     def __post_init__(self) -> None:
         for name, (is_valid, expected) in _RULES.items():

@@ -1,6 +1,5 @@
 """``python -m student_trainer.downstream detection|segmentation``: fine-tune an exported backbone."""
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from feature_store.cli import run
+from feature_store.terminal import say_json
 from student_trainer.downstream.detection import DetectionConfig, train_detector
 from student_trainer.downstream.segmentation import SegmentationConfig, train_segmenter
 
@@ -21,7 +21,7 @@ def detection(config: Annotated[DetectionConfig, tyro.conf.arg(name="")]) -> Non
     Args:
         config: The run.
     """
-    print(json.dumps(train_detector(config), indent=2))
+    say_json(train_detector(config), indent=2)
 
 
 @app.command
@@ -31,7 +31,7 @@ def segmentation(config: Annotated[SegmentationConfig, tyro.conf.arg(name="")]) 
     Args:
         config: The run.
     """
-    print(json.dumps(train_segmenter(config), indent=2))
+    say_json(train_segmenter(config), indent=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

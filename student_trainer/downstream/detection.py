@@ -14,6 +14,7 @@ from torchvision.models.detection import MaskRCNN
 
 from feature_store.errors import InputError, MismatchError, UserError
 from feature_store.options import require
+from feature_store.terminal import say
 from student_trainer.assemble import find_device
 from student_trainer.downstream.backbone import Backbone, fpn_backbone, load_backbone
 from student_trainer.downstream.coco import CocoInstances, Target, average_precision, require_pycocotools
@@ -119,7 +120,7 @@ def train_detector(config: DetectionConfig) -> dict[str, float]:
             losses.append(train_step(model, optimizer, images, targets, device))
             step += 1
         torch.save(model.state_dict(), config.out / "model.pt")
-        print(f"epoch {epoch + 1}/{config.epochs}: loss {sum(losses) / len(losses):.4f}", flush=True)
+        say(f"epoch {epoch + 1}/{config.epochs}: loss {sum(losses) / len(losses):.4f}")
     result = {"loss": sum(losses) / len(losses)}
     if validation is not None:
         result |= evaluate_detector(model, validation, device)

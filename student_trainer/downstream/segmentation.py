@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from feature_store.errors import InputError, UserError
 from feature_store.options import require
+from feature_store.terminal import say
 from feature_store.views import decode_image
 from student_trainer.assemble import find_device
 from student_trainer.downstream.backbone import Backbone, TimmPyramid, load_backbone
@@ -222,7 +223,7 @@ def train_segmenter(config: SegmentationConfig) -> dict[str, float]:
                 group["lr"] = config.rate(len(losses))
             losses.append(train_step(model, optimizer, images.to(device), labels.to(device)))
             if len(losses) % 50 == 0:
-                print(f"step {len(losses)}/{config.steps}: loss {sum(losses[-50:]) / 50:.4f}", flush=True)
+                say(f"step {len(losses)}/{config.steps}: loss {sum(losses[-50:]) / 50:.4f}")
             if len(losses) == config.steps:
                 break
     config.out.mkdir(parents=True, exist_ok=True)

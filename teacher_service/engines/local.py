@@ -9,8 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
-from rich.console import Console
-
+from feature_store.terminal import Console
 from teacher_service.claims import Claims, lock_folder
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task

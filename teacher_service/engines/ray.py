@@ -12,10 +12,9 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, cast
 
-from rich.console import Console
-
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.store import open_store
+from feature_store.terminal import Console
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task
 from teacher_service.handout import Handout

@@ -1,6 +1,5 @@
 """The outermost layer: gives every request its id, counts it, and writes one JSON line about it."""
 
-import json
 import logging
 import re
 import time
@@ -11,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from feature_store.terminal import json_text
 from teacher_service.serving.metrics import Metrics
 from teacher_service.serving.problems import Problem
 from teacher_service.serving.sendfile import FILES
@@ -77,7 +77,7 @@ class AccessLogMiddleware:
             "complete": request.complete,
         }
         level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
-        self._logger.log(level, "%s", json.dumps(line))
+        self._logger.log(level, "%s", json_text(line))
 
 
 class _Request:

@@ -1,6 +1,5 @@
 """Runs the application under uvicorn: one process, or several workers, until a signal ends them gracefully."""
 
-import json
 import logging.config
 import math
 import multiprocessing
@@ -25,6 +24,7 @@ import uvicorn
 from feature_store.errors import InputError, MismatchError, ResourceError, UserError
 from feature_store.objects.local import open_objects
 from feature_store.skeleton import read_manifest
+from feature_store.terminal import LogFormatter, say, say_json
 from teacher_service.serving.access_log import LOGGER
 from teacher_service.serving.app import create_app
 from teacher_service.serving.config import ServeConfig
@@ -79,7 +79,7 @@ def listening(config: ServeConfig) -> Iterator[socket.socket]:
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if family == socket.AF_INET6 else host
         scheme = "https" if config.tls_cert else "http"
-        print(json.dumps({"url": f"{scheme}://{host}:{port}", "pid": os.getpid()}), flush=True)
+        say_json({"url": f"{scheme}://{host}:{port}", "pid": os.getpid()})
         yield listener
 
 
@@ -214,7 +214,7 @@ def _work(config: ServeConfig, listener: socket.socket) -> None:
     try:
         serve_alone(config, listener)
     except UserError as error:
-        print(f"teacher-service: error: {error}", file=sys.stderr)
+        say(f"teacher-service: error: {error}", error=True)
         sys.exit(error.exit_code)
 
 
@@ -226,8 +226,8 @@ def _configure_logs() -> None:
             "version": 1,
             "disable_existing_loggers": False,
             "formatters": {
-                "plain": {"format": "%(message)s"},
-                "full": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"},
+                "plain": {"()": LogFormatter},
+                "full": {"()": LogFormatter, "fmt": "%(asctime)s %(levelname)s %(name)s: %(message)s"},
             },
             "handlers": {
                 "stdout": {**stream, "stream": "ext://sys.stdout", "formatter": "plain"},

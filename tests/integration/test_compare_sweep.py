@@ -157,7 +157,7 @@ def test_unfinished_run_goes_on_where_it_stopped_when_the_sweep_is_repeated(tmp_
 def test_other_runs_finish_when_one_fails(tmp_path, capsys):
     (tmp_path / "s.yaml").write_text("{settings: {good: {}, bad: {optim: {lr: 1e30, opt: momentum}}}, seeds: [0]}")
     config = CompareConfig(sweep=tmp_path / "s.yaml", out=tmp_path / "out", set=changes(method="none", epochs=2))
-    with pytest.raises(UserError, match=r"1 of 2 runs failed; mend the sweep.*\n  bad, seed 0: the loss is not finite"):
+    with pytest.raises(UserError, match=r"1 of 2 runs failed; fix the sweep.*\n  bad, seed 0: the loss is not finite"):
         compare(config)
     saved = json.loads((tmp_path / "out/results.json").read_text())
     assert [len(row["runs"]) for row in saved["settings"]] == [1, 0]

@@ -101,7 +101,7 @@ def test_decode_chunk_refuses_when_any_bit_flips(byte, bit):
     raw = encode_chunk(spec, np.arange(3), 5)
     raw[byte] ^= 1 << bit
     with pytest.raises(CorruptStoreError, match="crc32c"):
-        decode_chunk(spec, raw, "label/c/0")
+        decode_chunk(spec, raw, 5, "label/c/0")
 
 
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=12), st.integers(1, 40))

@@ -45,7 +45,7 @@ def test_require_equal_lets_other_software_versions_pass():
 def test_from_dict_refuses_when_a_field_is_missing():
     data = tiny_manifest().to_dict()
     del data["seed"]
-    with pytest.raises(InputError, match="incomplete: 'seed'"):
+    with pytest.raises(InputError, match="field 'seed' is missing"):
         Manifest.from_dict(data)
 
 
