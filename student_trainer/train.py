@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.tars.tar import Tar
+from feature_store.terminal import say
 from student_trainer.assemble import Parts, assemble
 from student_trainer.checkpoint import Checkpoint, Progress, one_line, rng_state, save_checkpoint, set_rng_state
 from student_trainer.config import TrainConfig
@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> TrainResult:
                 return _train(config, group, stop, held)
         except Stopped as stopped:
             if is_main_process():
-                print(f"student-trainer: {stopped}", file=sys.stderr)
+                say(f"student-trainer: {stopped}", error=True)
             raise
 
 

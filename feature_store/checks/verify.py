@@ -23,8 +23,8 @@ from feature_store.errors import UnknownFieldError, UserError
 from feature_store.layout import array_specs
 from feature_store.manifest import Manifest
 from feature_store.objects.local import ObjectStore, open_objects
-from feature_store.processes import become_worker
 from feature_store.parsing import load_json
+from feature_store.processes import become_worker
 from feature_store.skeleton import ROOT, metadata
 
 _ROOT = b'{"zarr_format": 3, "node_type": "group"}'  # its attributes are the manifest, which was read
