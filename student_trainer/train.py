@@ -228,8 +228,8 @@ class Trainer:
         if not self.group.is_main:  # whose weights are the same
             raise SystemExit(UserError.exit_code)
         raise UserError(
-            f"weights are not finite after step {self.progress.step} (epoch {self.progress.epoch + 1}): not saved, the "
-            "checkpoint before this one stays; lower --optim.lr, set --optim.clip-grad, or use --amp off, in a new run"
+            f"weights are not finite after step {self.progress.step}: not saved, the checkpoint before this one stays; "
+            "lower --optim.lr, set --optim.clip-grad, or use --amp off, in a new run"
         )
 
     def _checkpoint_bytes(self) -> int:

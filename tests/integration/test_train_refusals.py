@@ -3,8 +3,10 @@
 import io
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +34,9 @@ from feature_store.errors import (
 )
 from feature_store.tars.tar import Tar
 from feature_store.views import decode_image, view_policy
+from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, ViewsConfig
+from student_trainer.optimize import Updates
 from student_trainer.scalekd import ScaleKDConfig
 from student_trainer.train import train
 
@@ -261,3 +265,60 @@ def test_store_with_other_view_size_sets_the_students_input_when_read(config, tm
 )
 def test_option_is_refused_when_it_cannot_be_used(config, change, kind, message):
     refused(replace(config, **change), kind, message)
+
+
+def relabelled(path: Path, label: Callable[[int], str], count: int = 10) -> str:
+    content = samples(count, seed=3, prefix="v")
+    for number, sample in enumerate(content):
+        sample["cls"] = label(number)
+    return write_tar(path, content)
+
+
+def test_validation_tars_are_refused_before_training_when_their_labels_count_from_one(config, tmp_path):
+    tar = relabelled(tmp_path / "val.tar", lambda i: str(i % 4 + 1))
+    refused(
+        replace(config, val_tars=(*shared_world().val_tars, tar)),
+        InputError,
+        rf"^--val-tars: label of sample 'v003' in {tar} is 4, expected 0..3 \(are labels counted from one\?\); raise",
+    )
+
+
+def test_training_tars_are_refused_before_training_when_a_label_has_no_class(config, tmp_path):
+    tar = relabelled(tmp_path / "train.tar", lambda i: "7" if i == 9 else "0")
+    config = replace(config, tars=(tar,), store=None, method="none", views=ViewsConfig(size=SIZE), num_classes=4)
+    refused(config, InputError, rf"^--tars: label of sample 'v009' in {tar} is 7, expected 0..3; raise --num-classes")
+    keys = tmp_path / "keys"
+    keys.write_text("".join(f"v{i:03d}\n" for i in range(9)))
+    assert train(replace(config, keys_file=keys)).steps == 1
+
+
+def test_run_is_refused_when_its_disk_has_no_room_for_a_checkpoint(config, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000, total=2_000))
+    with pytest.raises(
+        ResourceError, match=rf"takes about \d.* MB, but the disk of --run {config.run} has 1.0 kB free"
+    ):
+        train(config)
+
+
+def test_run_is_refused_when_its_folder_cannot_be_made(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(
+        replace(config, run=tmp_path / "file" / "run"), ResourceError, r"--run .*/file/run cannot be written: .*choose"
+    )
+    with pytest.raises(InputError, match=r"--run .*file already exists and is no folder; choose another one"):
+        train(replace(config, run=tmp_path / "file"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(config, monkeypatch):
+    config = replace(config, epochs=3)
+    apply = Updates.apply
+
+    def spoil(self, step: int) -> None:
+        apply(self, step)
+        if step == 6:  # the last one of the second epoch
+            self.optimizer.param_groups[0]["params"][0].data[0] = float("nan")
+
+    monkeypatch.setattr(Updates, "apply", spoil)
+    with pytest.raises(UserError, match=r"weights are not finite after step 6: not saved, the checkpoint"):
+        train(config)
+    assert load_checkpoint(config.run / "last.pt").progress.step == 3

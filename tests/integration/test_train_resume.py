@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from process_runs import kill, run_alone, start_group, wait_for_lines
-from training_world import TIMING, shared_world, train_config
+from training_world import TIMING, samples, shared_world, train_config, write_tar
 
 from feature_store import Store, open_store
 from feature_store.errors import InputError, MismatchError, UncommittedError
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
+from student_trainer.evaluate import Evaluator
 from student_trainer.metrics import read_metrics
 from student_trainer.scalekd import ScaleKDConfig
 from student_trainer.train import Trainer, train
@@ -198,7 +199,6 @@ def test_run_is_refused_when_its_folder_exists_and_resume_is_not_asked(config):
         ({"batch_size": 4}, r"config.batch_size differs: the run has 8, got 4; resume with the settings"),
         ({"optim": OptimConfig(lr=1e-3)}, r"config.optim.warmup_epochs differs: the run has 1, got 0"),
         ({"scalekd": ScaleKDConfig(tpp=False)}, r"config.scalekd.tpp differs: the run has True, got False"),
-        ({"val_tars": ()}, r"inputs.val_tars(.val-0.tar)? differs"),
     ],
 )
 def test_run_is_refused_when_resumed_with_other_settings(config, change, message):
@@ -247,3 +247,70 @@ def test_run_is_refused_when_its_checkpoint_is_of_another_model(config):
     (config.run / "config.json").write_text(json.dumps(saved))
     with pytest.raises(InputError, match=r"the checkpoint does not fit the run: .*; resume with the versions"):
         train(replace(config, epochs=1, resume=True, student="test_vit2"))
+
+
+@pytest.fixture
+def other_val(tmp_path) -> tuple[str]:
+    return (write_tar(tmp_path / "other-val.tar", samples(6, seed=9, prefix="w")),)
+
+
+def failing_validation(monkeypatch, at: int) -> None:
+    """Validation fails at the at-th time."""
+    validate, times = Evaluator.__call__, []
+
+    def fail(self, model):
+        times.append(1)
+        if len(times) == at:
+            raise InputError("none of 10 validation images can be read")
+        return validate(self, model)
+
+    monkeypatch.setattr(Evaluator, "__call__", fail)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_run_keeps_the_epoch_and_goes_on_to_the_bit_when_validation_fails(config, tmp_path, monkeypatch, at):
+    train(replace(config, run=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        failing_validation(patch, at)
+        with pytest.raises(InputError, match="none of 10"):
+            train(config)
+    assert load_checkpoint(config.run / "last.pt").progress.step == 3 * at
+    train(replace(config, resume=True))
+    assert_equal_runs(config.run, tmp_path / "whole")
+
+
+def test_run_goes_on_without_validation_when_it_failed(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        failing_validation(patch, 2)
+        with pytest.raises(InputError, match="none of 10"):
+            train(config)
+    best = (config.run / "best.pt").read_bytes()
+    result = train(replace(config, resume=True, val_tars=()))
+    assert ["top1" in line for line in result.history] == [True, False, False]
+    assert (config.run / "best.pt").read_bytes() == best
+    assert json.loads((config.run / "config.json").read_text())["inputs"]["val_tars"] == {}
+    assert train(replace(config, resume=True, val_tars=())).steps == 9
+
+
+def test_run_chooses_its_best_anew_when_it_goes_on_with_other_validation_tars(config, other_val, monkeypatch):
+    with monkeypatch.context() as patch:
+        failing_validation(patch, 2)
+        with pytest.raises(InputError, match="none of 10"):
+            train(config)
+    result = train(replace(config, resume=True, val_tars=other_val))
+    first, *rest = result.history
+    assert first["earlier_validation"]["val_samples"] == 10
+    assert "top1" not in first
+    assert [line["val_samples"] for line in rest] == [6, 6]
+    assert result.best_top1 == max(line["top1"] for line in rest)
+    assert load_checkpoint(config.run / "best.pt").progress.epoch > 1
+    assert train(replace(config, resume=True, val_tars=other_val)).best_top1 == result.best_top1
+
+
+def test_finished_run_is_refused_when_resumed_with_other_validation_tars(config, other_val):
+    result = train(replace(config, epochs=1))
+    with pytest.raises(
+        MismatchError, match=r"inputs.val_tars differs: .*the run is finished: .*student-trainer evaluate"
+    ):
+        train(replace(config, epochs=1, resume=True, val_tars=other_val))
+    assert train(replace(config, epochs=1, resume=True, val_tars=())).best_top1 == result.best_top1
