@@ -1,6 +1,7 @@
-"""Option types that the command lines share."""
+"""Option types and checks that the command lines share."""
 
 import json
+import os
 from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
@@ -38,3 +39,14 @@ def require(condition: bool, option: str, got: object, expected: str) -> None:
     """
     if not condition:
         raise InputError(f"{option} is {got}, expected {expected}")
+
+
+def environment_number(name: str, default: int) -> int:
+    """A whole number from an environment variable; the default where it is unset or empty.
+
+    Raises:
+        InputError: It is something else.
+    """
+    value = os.environ.get(name, "").strip()
+    require(not value or value.isdecimal(), f"the environment variable {name}", repr(value), "a whole number; unset it")
+    return int(value or default)

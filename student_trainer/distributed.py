@@ -148,9 +148,9 @@ def joined(device: str, patience: timedelta = JOIN) -> Iterator[Group]:
 def _connect(group: Group, backend: str, patience: timedelta) -> None:
     """Meet the other processes where MASTER_ADDR and MASTER_PORT say."""
     try:
-        store, _, _ = next(dist.rendezvous("env://", group.rank, group.size, timeout=patience))
+        store, _, _ = next(dist.rendezvous("env://", group.rank, group.size, timeout=patience))  # pyright: ignore[reportPrivateImportUsage]
         store.set_timeout(_PATIENCE)
-        store = dist.PrefixStore("default_pg", store)
+        store = dist.PrefixStore("default_pg", store)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:  # of torch.distributed's own kinds, all of them RuntimeErrors
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -1,12 +1,12 @@
 """The cache job: tars through the frozen teacher into a store, unit by unit, resumable after any interruption."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from feature_store.commits.record import encode_record
 from feature_store.objects.local import LocalObjects
+from feature_store.options import environment_number
 from feature_store.store import Store, open_store
 from feature_store.terminal import Console
 from teacher_service.claims import preparing
@@ -37,7 +37,7 @@ class CacheSummary:
         seconds: Seconds of this run.
         predicted_seconds: What the timed sample said; None without --time-samples.
         images_per_second: View images per second of this run.
-        gpu_hours: Hours of its devices, from the first batch to the last commit, added up.
+        device_hours: Hours of its devices, from the first batch to the last commit, added up.
         bytes_written: Bytes of the units this run committed.
         predicted_bytes: What the plan says of them.
         stages: Share of its time each stage worked, 0..1.
@@ -56,7 +56,7 @@ class CacheSummary:
     seconds: float
     predicted_seconds: float | None
     images_per_second: float
-    gpu_hours: float
+    device_hours: float
     bytes_written: int
     predicted_bytes: int
     stages: dict[str, float]
@@ -77,7 +77,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
         MismatchError: The store was begun with other settings; names the field.
         ResourceError: Disk full, weights that cannot be fetched, a device that gave up.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's, which time their samples at once
+    processes = max(1, environment_number("WORLD_SIZE", 1))  # torchrun's, which time their samples at once
     predicted = forecast(config, processes).seconds if config.time_samples else None
     started = time.perf_counter()
     warm_up(config.workers)
@@ -103,7 +103,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
         seconds=seconds,
         predicted_seconds=predicted,
         images_per_second=report.images / seconds,
-        gpu_hours=report.times.available.get("forward", 0.0) / 3600,
+        device_hours=report.times.available.get("forward", 0.0) / 3600,
         bytes_written=sum(_bytes(store, task) for task in report.committed),
         predicted_bytes=remaining_bytes(store.manifest, _views(report.committed)),
         stages={stage: report.times.share(stage) for stage in report.times.available},

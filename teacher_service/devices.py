@@ -1,10 +1,9 @@
 """The device a teacher runs on, by name."""
 
-import os
-
 import torch
 
 from feature_store.errors import ResourceError
+from feature_store.options import environment_number
 
 
 def find_device(name: str) -> torch.device:
@@ -15,7 +14,7 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus) if gpus else torch.device("cpu")
+        return torch.device("cuda", environment_number("LOCAL_RANK", 0) % gpus) if gpus else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

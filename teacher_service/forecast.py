@@ -32,7 +32,7 @@ class ViewCost:
         views: Views per sample.
         total_bytes: Of the finished store.
         fits: Whether that fits on the disk.
-        gpu_hours: Of the pass that writes it.
+        device_hours: Of the pass that writes it.
         break_even_epochs: See Timing.
         break_even_students: By epochs of each student's schedule, see Timing.
     """
@@ -40,7 +40,7 @@ class ViewCost:
     views: int
     total_bytes: int
     fits: bool
-    gpu_hours: float | None
+    device_hours: float | None
     break_even_epochs: float | None
     break_even_students: dict[int, float] | None
 
@@ -55,9 +55,9 @@ class Forecast:
         view_counts: Costs by number of views.
         processes: Processes that share the job, each with a device and cores like the ones that were timed.
         seconds: Of what is left of the job; None where nothing was measured.
-        gpu_hours: The same in hours of all their devices.
+        device_hours: The same in hours of all their devices.
         write_rate: Bytes per second they then write together: nothing says that their disk can.
-        online_gpu_hours_per_epoch: The teacher's in each epoch of a student that has it in its training loop.
+        online_device_hours_per_epoch: The teacher's in each epoch of a student that has it in its training loop.
         timing: What was measured.
     """
 
@@ -66,9 +66,9 @@ class Forecast:
     view_counts: tuple[ViewCost, ...]
     processes: int
     seconds: float | None
-    gpu_hours: float | None
+    device_hours: float | None
     write_rate: float | None
-    online_gpu_hours_per_epoch: float | None
+    online_device_hours_per_epoch: float | None
     timing: Timing | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,9 +101,9 @@ def forecast(config: TimedPlanConfig, processes: int = 1) -> Forecast:
         view_counts=tuple(_view_costs(manifest, outline, config, plan, timing)),
         processes=processes,
         seconds=seconds,
-        gpu_hours=None if seconds is None else processes * seconds / 3600,
+        device_hours=None if seconds is None else processes * seconds / 3600,
         write_rate=None if seconds is None else plan.remaining_bytes / seconds,
-        online_gpu_hours_per_epoch=None if timing is None else plan.samples * timing.busy["forward"] / 3600,
+        online_device_hours_per_epoch=None if timing is None else plan.samples * timing.busy["forward"] / 3600,
         timing=timing,
     )
 
@@ -128,10 +128,10 @@ def _view_costs(
     costs = []
     for views in sorted({*VIEW_COUNTS, plan.views}):
         total = _total(replace(manifest, num_views=views), outline, config)
-        measured = {"gpu_hours": None, "break_even_epochs": None, "break_even_students": None}
+        measured = {"device_hours": None, "break_even_epochs": None, "break_even_students": None}
         if timing is not None:
             measured = {
-                "gpu_hours": timing.seconds(plan.samples * views, views) / 3600,
+                "device_hours": timing.seconds(plan.samples * views, views) / 3600,
                 "break_even_epochs": timing.break_even_epochs(views),
                 "break_even_students": {epochs: timing.break_even_students(views, epochs) for epochs in EPOCHS},
             }

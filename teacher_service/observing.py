@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 
 from feature_store.errors import ResourceError
 from feature_store.manifest import Manifest
+from feature_store.options import environment_number
 from feature_store.terminal import Console
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task
@@ -58,7 +59,7 @@ def observed(config: CacheConfig, console: Console, manifest: Manifest, tasks: S
     Raises:
         ResourceError: The log cannot be written or the port cannot be had.
     """
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank = environment_number("LOCAL_RANK", 0)
     observers: list[Observer] = []
     with ExitStack() as stack:
         if config.log_jsonl is not None:

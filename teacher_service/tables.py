@@ -86,10 +86,10 @@ def views_table(forecast: "Forecast") -> Table:
         table.add_column(title)
     for cost in forecast.view_counts:
         cells = [f"{cost.views}", decimal(cost.total_bytes) + ("" if cost.fits else ", does not fit")]
-        if cost.gpu_hours is not None and cost.break_even_epochs is not None:
+        if cost.device_hours is not None and cost.break_even_epochs is not None:
             students = (cost.break_even_students or {}).items()
             cells += [
-                duration(3600 * cost.gpu_hours),
+                duration(3600 * cost.device_hours),
                 f"{cost.break_even_epochs:,.1f}",
                 ", ".join(f"{epochs} epochs: {max(1, math.ceil(count))}" for epochs, count in students),
             ]
@@ -111,7 +111,7 @@ def summary_lines(summary: "CacheSummary") -> list[str]:
     lines = [
         f"{summary.store}: {summary.units_written} units written, {summary.units_skipped} were there, "
         f"{summary.quarantined} samples quarantined; {summary.images:,} images in {summary.seconds:.1f} s{predicted} "
-        f"({summary.images_per_second:,.1f} images/s, {summary.gpu_hours:.3g} GPU-hours), "
+        f"({summary.images_per_second:,.1f} images/s, {summary.device_hours:.3g} device-hours), "
         f"{summary.teacher_seconds:.1f} s of it in the teacher; {decimal(summary.bytes_written)} written, predicted "
         f"{decimal(summary.predicted_bytes)}"
     ]

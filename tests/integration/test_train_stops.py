@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from process_runs import run_group, start_group, wait_for_lines
-from training_world import shared_world
+from training_world import TIMING, shared_world, train_config
 
 import student_trainer.train
 from feature_store.errors import ResourceError
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.data import ViewDataset
 from student_trainer.evaluate import EvaluateConfig, Evaluator, evaluate
 from student_trainer.metrics import read_metrics
 from student_trainer.runs import reserved
@@ -28,17 +29,14 @@ from student_trainer.train import Trainer, train
 # Python 3.12 and later warn of fork under threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
-TIMING = {"images_per_second", "data_wait", "seconds_per_step", "teacher_seconds", "memory"}
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 138}
 
 
 def config_of(run: Path) -> TrainConfig:
     """Three epochs of three steps, each step with random numbers of its own."""
-    world = shared_world()
-    return TrainConfig(
-        run=run, student="test_vit", student_kwargs={"drop_path_rate": 0.3, "depth": 2}, tars=world.tars,
-        val_tars=world.val_tars, store=world.store, epochs=3, batch_size=8, workers=0, log_every=1, report=False,
-        optim=OptimConfig(lr=1e-3), device="cpu", progress=False,
+    return train_config(
+        run, student="test_vit", student_kwargs={"drop_path_rate": 0.3, "depth": 2}, val_tars=shared_world().val_tars,
+        epochs=3, optim=OptimConfig(lr=1e-3), device="cpu",
     )  # fmt: skip
 
 
@@ -81,7 +79,7 @@ def signalled(monkeypatch, owner: object, name: str, at: int, send: Callable[[],
     monkeypatch.setattr(owner, name, sending)
 
 
-def stopped(config: TrainConfig, capfd) -> tuple[int, str]:
+def stopped(config: TrainConfig, capfd) -> tuple[object, str]:
     """Exit code and last line of a run that stops."""
     with pytest.raises(SystemExit) as ended:
         train(config)
@@ -107,8 +105,8 @@ def test_run_finishes_its_step_and_goes_on_to_the_bit_when_signalled(config, who
 @pytest.mark.parametrize(
     ("owner", "name", "at", "step"),
     [
-        (student_trainer.data.ViewDataset, "__getitem__", 1, 0),  # waiting for the first batch
-        (student_trainer.data.ViewDataset, "__getitem__", 2, 1),
+        (ViewDataset, "__getitem__", 1, 0),  # waiting for the first batch
+        (ViewDataset, "__getitem__", 2, 1),
         (Evaluator, "__call__", 1, 3),
         (student_trainer.train, "save_checkpoint", 2, 3),  # at the end of the first epoch, after validation
     ],

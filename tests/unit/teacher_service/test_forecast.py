@@ -48,8 +48,8 @@ def test_forecast_counts_prefix_tokens_as_a_plan_does(tmp_path: Path, tiny_vit: 
 def test_forecast_has_no_times_when_nothing_is_measured(config: TimedPlanConfig) -> None:
     found = forecast(config)
 
-    assert (found.seconds, found.gpu_hours, found.online_gpu_hours_per_epoch, found.timing) == (None,) * 4
-    assert all(cost.gpu_hours is None and cost.break_even_epochs is None for cost in found.view_counts)
+    assert (found.seconds, found.device_hours, found.online_device_hours_per_epoch, found.timing) == (None,) * 4
+    assert all(cost.device_hours is None and cost.break_even_epochs is None for cost in found.view_counts)
 
 
 def test_forecast_counts_time_and_break_even_from_what_was_measured(
@@ -60,10 +60,10 @@ def test_forecast_counts_time_and_break_even_from_what_was_measured(
     found = forecast(replace(config, time_samples=6))
 
     assert found.seconds == pytest.approx(2 + 1 + 51 * 3 * 1.0)
-    assert found.gpu_hours == pytest.approx((2 + 1 + 51 * 3) / 3600)
-    assert found.online_gpu_hours_per_epoch == pytest.approx(51 * 0.5 / 3600)
+    assert found.device_hours == pytest.approx((2 + 1 + 51 * 3) / 3600)
+    assert found.online_device_hours_per_epoch == pytest.approx(51 * 0.5 / 3600)
     (eight,) = [cost for cost in found.view_counts if cost.views == 8]
-    assert eight.gpu_hours == pytest.approx((2 + 1 + 51 * 8) / 3600)
+    assert eight.device_hours == pytest.approx((2 + 1 + 51 * 8) / 3600)
     assert eight.break_even_epochs == pytest.approx(16)  # the writer takes twice as long as the teacher
     assert eight.break_even_students == {100: pytest.approx(0.16), 300: pytest.approx(16 / 300)}
 
@@ -78,7 +78,7 @@ def test_forecast_divides_whole_units_when_processes_share_the_job(
     found = forecast(job, processes)
 
     assert found.seconds == pytest.approx(2 + 1 + 20 * 3 * 1.0 * share)
-    assert found.gpu_hours == pytest.approx(processes * found.seconds / 3600)
+    assert found.device_hours == pytest.approx(processes * found.seconds / 3600)
     assert found.write_rate == pytest.approx(found.plan.remaining_bytes / found.seconds)
     assert found.view_counts == forecast(job).view_counts
 

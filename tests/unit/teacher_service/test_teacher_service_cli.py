@@ -98,7 +98,7 @@ def test_cli_cache_logs_and_shows_what_was_predicted_beside_what_was_seen(
     assert end["bytes_written"] == sum(event["bytes"] for event in events[1:3]) + _record_bytes(tmp_path / "store")
     assert end["bytes_written"] == pytest.approx(end["predicted_bytes"], rel=0.03)
     assert "metrics: http://127.0.0.1:" in err
-    for words in ("predicted", "GPU-hours", "stages worked: ", "bottleneck: "):
+    for words in ("predicted", "device-hours", "stages worked: ", "bottleneck: "):
         assert words in out
 
     assert main(command[:-6]) == 0
