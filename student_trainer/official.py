@@ -42,6 +42,7 @@ _VIT = (
     (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
     (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
     (r"^ln1\.", "norm."),
+    (r"^ln2\.", "fc_norm."),  # after pooling: EVA
     (r"^head\.(layers\.head|fc)\.", "head."),
 )
 _Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
@@ -99,8 +100,8 @@ def load_vit(timm_model: nn.Module, official_state: State) -> None:
     The released models normalise with eps 1e-6, as timm's do by default.
 
     Args:
-        timm_model: The timm model of the same architecture, with its final norm before pooling
-            (``global_pool="token"``).
+        timm_model: The timm model of the same architecture: with its final norm before pooling (``global_pool="token"``),
+            or after it (``fc_norm``) as EVA's.
         official_state: As for load_swin.
 
     Raises:
