@@ -134,7 +134,9 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
     units = training_positions(tars, store=store, keys=keys)
     teacher = _live_teacher(config, store, device) if config.source == "live" else None
     manifest = None if store is None else store.manifest
-    info, split = (teacher.info, teacher.split) if teacher else (manifest and manifest.teacher, manifest and manifest.split)
+    info, split = (
+        (teacher.info, teacher.split) if teacher else (manifest and manifest.teacher, manifest and manifest.split)
+    )
     require_expected(config, _policy(config, store), info, split)
     kd_off = _lacks_logits(config, store, teacher)
     if kd_off:

@@ -123,9 +123,7 @@ def _groups(config: OptimConfig, trainee: Trainee) -> list[dict[str, Any]]:
         decays = decay_positions if name in positions else config.decay_all or not spared
         groups[decays].append(leaf)
     free, decayed = groups
-    return [
-        group for group in ({"params": free, "weight_decay": 0.0}, {"params": decayed}) if group["params"]
-    ]
+    return [group for group in ({"params": free, "weight_decay": 0.0}, {"params": decayed}) if group["params"]]
 
 
 def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:

@@ -41,14 +41,14 @@ _EVA_ALPHAS: dict[str, Any] = {"alphas_stage3": (0.016, 0.008), "alphas_stage4":
 
 _PER_STEP = {"rate is updated after warm-up": "released: per epoch; here: per step; no measurable effect"}
 _EVAL_MODE = {
-    "teacher mode while training": "released: train mode, so that drop path acts in the teacher; here: eval mode, because "
-    "its features are computed once and should be its own"
+    "teacher mode while training": "released: train mode, in which drop path acts; here: eval mode; its features are "
+    "computed once and should be its own"
 }
 _OPENCV = {
     name: "released: OpenCV's bilinear filter, not antialiased; here: Pillow's, antialiased; views are Pillow's to the bit"
     for name in ("crop interpolation", "test interpolation")
 }
-_MIXER_EPS = {"norm eps of the student": "released: 1e-5; here: timm's 1e-6, so that exports are timm's architecture"}
+_MIXER_EPS = {"norm eps of the student": "released: 1e-5; here: 1e-6; exports stay timm's own architecture"}
 
 
 def _batch(readme: int, here: int, why: str) -> dict[str, str]:
@@ -181,7 +181,12 @@ _ALL = (
         SWIN_L,
         "mixer_b16_224",
         A3,
-        {**_EVAL_MODE, **_PER_STEP, **_MIXER_EPS},
+        {
+            **_EVAL_MODE,
+            **_PER_STEP,
+            **_MIXER_EPS,
+            "sync BN of the student": "released: on; here: off; the student has no BatchNorm",
+        },
         ScaleKDConfig(heads_stage3=8, heads_stage4=8),
         {"student_kwargs": {"drop_path_rate": 0.1}},
         Published(76.44, 81.96),
