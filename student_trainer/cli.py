@@ -80,7 +80,7 @@ def presets(
 
     Args:
         name: The preset to print.
-        cache_command: Print the line to cache its teacher's features with; put your tars and a folder for TARS and STORE.
+        cache_command: Print the line that caches its teacher's features; replace TARS and STORE by your own.
         json: Print the list as JSON.
     """
     if cache_command:

@@ -12,7 +12,6 @@ from feature_store.options import JsonObject, require
 from feature_store.views import PolicyName
 from student_trainer.scalekd import ScaleKDConfig
 
-
 # Set by the command's own --preset, not an option of its own.
 _Recorded = Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress, tyro.conf.arg(name="recorded-preset")]
 
@@ -270,7 +269,7 @@ class TrainConfig:
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "--ema-decay", self.ema_decay, "between 0 and 1")
         if self.ema_decay is None and not self.ema_eval:
             raise InputError(
-                "--no-ema-eval is for runs that keep an average; leave it out (presets: --ema-eval), or give --ema-decay"
+                "--no-ema-eval is for runs that keep an average; leave it out (presets: --ema-eval) or give --ema-decay"
             )
         require(
             self.batch_size % self.accumulate == 0,

@@ -30,8 +30,8 @@ def require_expected(
                 where="the run",
                 expected=expected,
                 got=got,
-                remedy=f"`student-trainer presets {config.preset or 'NAME'} --cache-command` prints how to cache what is "
-                f"expected; or give --expect.{_flag(option)} None to train with this one all the same",
+                remedy=f"`student-trainer presets {config.preset or 'NAME'} --cache-command` prints how to cache what "
+                f"is expected; or give --expect.{option.replace('_', '-')} None to train with this one all the same",
             )
 
 
@@ -52,7 +52,3 @@ def _compared(
         for name in expected:
             if name != "name":  # a label, without influence on the pixels
                 yield "policy", f"policy.{name}", expected[name], got[name]
-
-
-def _flag(option: str) -> str:
-    return option.replace("_", "-")

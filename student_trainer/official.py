@@ -100,8 +100,8 @@ def load_vit(timm_model: nn.Module, official_state: State) -> None:
     The released models normalise with eps 1e-6, as timm's do by default.
 
     Args:
-        timm_model: The timm model of the same architecture: with its final norm before pooling (``global_pool="token"``),
-            or after it (``fc_norm``) as EVA's.
+        timm_model: The timm model of the same architecture, with its final norm before pooling
+            (``global_pool="token"``), or after it as EVA's (``fc_norm``).
         official_state: As for load_swin.
 
     Raises:

@@ -97,7 +97,7 @@ class Student(nn.Module):
         return {f"model.{name}" for name in names}
 
     def _final_map(self, features: Any, stage4_BCHW: Tensor) -> Tensor:
-        """Final features, tokens [B, P + N, C] or a map, as a map; the stage's own where a network ends in no such map."""
+        """Final features, tokens [B, P + N, C] or a map, as a map; the stage's own if a network ends in neither."""
         H, W = stage4_BCHW.shape[2:]
         ndim = features.ndim if isinstance(features, Tensor) else 0
         if ndim == 3 and features.shape[1] >= H * W:
@@ -142,8 +142,8 @@ def _find_stages(model: nn.Module, name: str, asked: tuple[int, int] | None) -> 
     if asked is not None:
         if not 0 <= asked[0] < asked[1] < depth:
             raise InputError(
-                f"--student-stages is {asked[0]} {asked[1]}, expected two rising indices from 0 to {depth - 1}: student "
-                f"{name!r} has {depth} stages, of reductions {_listed(reductions)}"
+                f"--student-stages is {asked[0]} {asked[1]}, expected two rising indices from 0 to {depth - 1}: "
+                f"student {name!r} has {depth} stages, of reductions {_listed(reductions)}"
             )
         return depth, list(asked)
     if len(set(reductions)) == 1:
@@ -152,8 +152,9 @@ def _find_stages(model: nn.Module, name: str, asked: tuple[int, int] | None) -> 
     found = {reduction: index for index, reduction in enumerate(reductions)}  # the last one of each
     if not (16 in found and found[16] < found.get(32, -1)):
         raise InputError(
-            f"student {name!r} has stages of reductions {_listed(reductions)}, expected 16 and then 32 among them; choose "
-            f"another student, or two of its stages 0 to {depth - 1} with --student-stages, e.g. {depth - 2} {depth - 1}"
+            f"student {name!r} has stages of reductions {_listed(reductions)}, expected 16 and then 32 among them; "
+            f"choose another student, or two of its stages 0 to {depth - 1} with --student-stages, "
+            f"e.g. {depth - 2} {depth - 1}"
         )
     return depth, [found[16], found[32]]
 

@@ -1,7 +1,7 @@
 """Every released pair of teacher and student.
 
-Settings are those of the released configs, all at one commit; ``Preset.differs`` lists what still is not. Heads of 8 and
-8 are the default of the released loss. The V1d stem of the advanced ResNet-50 is timm's ``resnet50d``. The L/14 teacher
+Settings are those of the released configs, all at one commit; ``Preset.differs`` lists the exceptions. Heads of 8 and 8
+are the default of the released loss. The V1d stem of the advanced ResNet-50 is timm's ``resnet50d``. The L/14 teacher
 runs at 224 pixels, i.e. on a grid of 16 x 16, which is why its Mixer and ViT students have patches of 14; the paper's
 88.58 % for it are at 196 pixels.
 """
@@ -44,10 +44,10 @@ _EVAL_MODE = {
     "teacher mode while training": "released: train mode, in which drop path acts; here: eval mode; its features are "
     "computed once and should be its own"
 }
-_OPENCV = {
-    name: "released: OpenCV's bilinear filter, not antialiased; here: Pillow's, antialiased; views are Pillow's to the bit"
-    for name in ("crop interpolation", "test interpolation")
-}
+_OPENCV = dict.fromkeys(
+    ("crop interpolation", "test interpolation"),
+    "released: OpenCV's bilinear filter, not antialiased; here: Pillow's, antialiased; views are Pillow's to the bit",
+)
 _MIXER_EPS = {"norm eps of the student": "released: 1e-5; here: 1e-6; exports stay timm's own architecture"}
 
 

@@ -75,7 +75,7 @@ class Preset:
         schedule: How the student is trained.
         differs: What still differs from the released config: by setting, the released value, ours, and why.
         scalekd: The distillation loss.
-        options: Options of TrainConfig that are the pair's own: task, label smoothing...; they rule over the schedule's.
+        options: Options of TrainConfig that are the pair's own: task, crop_pct...; they rule over the schedule's.
         published: The paper's accuracies, where it gives them.
     """
 

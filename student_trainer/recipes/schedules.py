@@ -1,8 +1,9 @@
 """The five released schedules: T1 and T2 (traditional), A1, A2 and A3 (advanced).
 
-Rates are written down for the batch size they were released for; ``OptimConfig.at`` scales them with the real one. That
-is this project's rule: the released code uses its rates as written at any batch. SGD and AdamW scale in proportion; LAMB
-with the square root, as timm's training script does, because its step is already normalised by the weights' norm.
+Rates are written down for the batch size they were released for; ``OptimConfig.at`` scales them with the real one.
+That is this project's rule: the released code uses its rates as written at any batch. SGD and AdamW scale in
+proportion; LAMB with the square root, as in timm's training script, because its step is already normalised by the
+weights' norm.
 """
 
 from dataclasses import dataclass, field

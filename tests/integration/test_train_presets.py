@@ -73,8 +73,12 @@ def test_preset_trains_when_given_its_teachers_store(worlds, tmp_path, monkeypat
     assert main(line(preset, worlds(policy), tmp_path / "run", student, *more)) == 0
     steps = [entry for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if entry["kind"] == "step"]
     assert [entry["step"] for entry in steps] == [1, 2, 3]
-    expected = {"rrc_flip": (torch.optim.SGD, 0.1 * 8 / 256), "a1": (Lamb, 1.25e-3 * (8 / 2048) ** 0.5),
-                "a2": (torch.optim.AdamW, 1e-6 * 8 / 1024), "a3": (torch.optim.AdamW, 7e-10 * 8 / 1536)}[policy]  # fmt: skip
+    expected = {
+        "rrc_flip": (torch.optim.SGD, 0.1 * 8 / 256),
+        "a1": (Lamb, 1.25e-3 * (8 / 2048) ** 0.5),
+        "a2": (torch.optim.AdamW, 1e-6 * 8 / 1024),
+        "a3": (torch.optim.AdamW, 7e-10 * 8 / 1536),
+    }[policy]
     assert isinstance(optimizers[0], expected[0])
     assert steps[0]["lr"] == pytest.approx(expected[1])
     checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
@@ -89,8 +93,8 @@ def test_preset_refuses_a_store_of_another_teacher_unless_told(worlds, tmp_path,
     assert main(arguments) == 2
     assert capsys.readouterr().err.strip() == (
         "student-trainer: error: expect.teacher differs: the run has 'swin_large_patch4_window7_224', got "
-        "'swin_small_patch4_window7_224'; `student-trainer presets adv-swin_l-resnet50 --cache-command` prints how to cache "
-        "what is expected; or give --expect.teacher None to train with this one all the same"
+        "'swin_small_patch4_window7_224'; `student-trainer presets adv-swin_l-resnet50 --cache-command` prints how to "
+        "cache what is expected; or give --expect.teacher None to train with this one all the same"
     )
     assert main([*arguments, "--expect.teacher", "None"]) == 2
     assert "expect.policy.interpolation differs: the run has 'bicubic', got 'bilinear'" in capsys.readouterr().err

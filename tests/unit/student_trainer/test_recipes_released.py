@@ -1,8 +1,9 @@
-"""Every preset against the released configs, field by field; values of ours are read off what a run would be made of."""
+"""Every preset against the released configs, field by field; ours are read off what a run would be made of."""
 
 import json
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def of_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> dict[s
     for step in range(config.epochs * STEPS + 1):
         scheduler.step_update(step)
         rates.append(optimizer.param_groups[0]["lr"])
-    rising = [after > before for before, after in zip(rates, rates[1:], strict=False)]
+    rising = [after > before for before, after in pairwise(rates)]
     warmup = rising.index(False)
     settings = {"learning rate": max(rates), "schedule": config.optim.sched, "warm-up epochs": warmup / STEPS}
     if warmup:
@@ -259,9 +260,9 @@ def in_words(module: str, model: Any) -> str:
 def same(released: Any, ours: Any) -> bool:
     if isinstance(released, list) and isinstance(ours, list):
         return len(released) == len(ours) and all(map(same, released, ours))
-    return type(ours) is type(released) and ours == released if isinstance(released, bool | str) or released is None else (
-        ours == pytest.approx(released, rel=1e-6, abs=0)
-    )  # fmt: skip
+    if released is None or isinstance(released, bool | str):
+        return ours is released or (isinstance(released, str) and ours == released)
+    return ours == pytest.approx(released, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
