@@ -47,7 +47,7 @@ def test_every_difference_of_a_preset_has_a_row_when_the_page_lists_them():
 
 def test_eva_snippet_resamples_positions_when_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    thin = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    thin = {"embed_dim": 16, "depth": 2, "num_heads": 2}
     converted = timm.create_model("eva_large_patch14_196", **thin)
     save_file(converted.state_dict(), "vit.safetensors")
     run(SNIPPETS[2], f'name, arguments = "eva_large_patch14_196", {thin!r}')
