@@ -86,7 +86,7 @@ def presets(
     if cache_command:
         if name is None:
             raise InputError("--cache-command prints one preset's line; name the preset")
-        print(PRESETS[name].cache_command())
+        say(PRESETS[name].cache_command())
     elif name is not None:
         preset = PRESETS[name]
         settings = config_to_dict(preset.config())
