@@ -24,14 +24,16 @@ def preset_flops(preset: Preset) -> dict[str, Any]:
     config = preset_config(PRESETS, preset.name, run=Path("-"), tars=("-",), store=Path("-"))
     with torch.device("meta"):
         model = build_model(preset.teacher.name, preset.teacher.model_kwargs).eval()
-        _, later_blocks = split_teacher(model.requires_grad_(False))
+        _, later_blocks = split_teacher(
+            model.requires_grad_(False), preset.teacher.depth, drop_prefix=preset.teacher.drop_prefix
+        )
         split = later_blocks.info
         forward = ForwardPass(
             build_trainee(config, CLASSES, (SIZE, SIZE), later_blocks), config.task, config.label_smoothing
         )
         images, labels = torch.empty(2, 3, SIZE, SIZE), torch.zeros(2, dtype=torch.int64)
         taps = {"stage4": torch.empty(2, split.output_grid[0] * split.output_grid[1], split.output_dim)}
-        if split.prefix_tokens:
+        if split.prefix == "cached":
             taps["stage3_prefix"] = torch.empty(2, split.prefix_tokens, split.input_dim)
         logits = torch.empty(2, CLASSES)
         teacher = count_flops(lambda: model(images))

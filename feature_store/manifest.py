@@ -61,8 +61,9 @@ class SplitInfo:
         input_grid: (H, W) of the stage-3 output.
         output_dim: Channels of the final feature map.
         output_grid: (H, W) of the final feature map.
-        prefix_tokens: Number of class and register tokens the later blocks need beside the grid.
-        prefix: Where those come from: ``none`` (there are none) or ``cached`` (tap ``stage3_prefix``).
+        prefix_tokens: Number of class and register tokens beside the grid in the teacher's own pass.
+        prefix: What students run the later blocks with: ``none`` (the teacher has no prefix tokens), ``cached`` (its
+            own, from tap ``stage3_prefix``) or ``dropped`` (grid tokens alone, although the teacher has some).
     """
 
     __pydantic_config__ = STRICT
@@ -75,6 +76,11 @@ class SplitInfo:
     output_grid: _Size
     prefix_tokens: Natural
     prefix: Text
+
+    @property
+    def drops_prefix(self) -> bool:
+        """Whether students run the later blocks on grid tokens alone, although the teacher has prefix tokens."""
+        return self.prefix == "dropped"
 
 
 @dataclass(frozen=True)

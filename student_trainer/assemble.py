@@ -30,6 +30,7 @@ from student_trainer.data import (
     training_positions,
 )
 from student_trainer.distributed import Group, synchronise_batchnorm
+from student_trainer.expectations import require_expected
 from student_trainer.live import LiveSource, require_same_teacher
 from student_trainer.materialised import MaterialisedViews, UnitTar, require_view_tars, stored_units
 from student_trainer.order import EpochBatches
@@ -40,6 +41,7 @@ from student_trainer.trained import Preprocessing
 from student_trainer.trainee import Trainee
 
 ALONE = Group()
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,11 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
     tars = _tars(config, store)
     units = training_positions(tars, store=store, keys=keys)
     teacher = _live_teacher(config, store, device) if config.source == "live" else None
-    _require_expected(config, store, teacher)
+    manifest = None if store is None else store.manifest
+    info, split = (
+        (teacher.info, teacher.split) if teacher else (manifest and manifest.teacher, manifest and manifest.split)
+    )
+    require_expected(config, _policy(config, store), info, split)
     kd_off = _lacks_logits(config, store, teacher)
     if kd_off:
         config = replace(config, scalekd=replace(config.scalekd, kd_alpha=None))
@@ -142,9 +148,7 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
     dataset = ViewDataset(tars, views, num_classes=num_classes, source=source, taps=taps)
     later_blocks = _later_blocks(config, store, teacher, device)
     torch.manual_seed(config.seed)  # from here on, so that building a live teacher does not shift the weights
-    trainee = build_trainee(config, num_classes, views.size, later_blocks)
-    if config.sync_bn:
-        synchronise_batchnorm(trainee, group, device)
+    trainee = build_trainee(config, num_classes, views.size, later_blocks, group, device)
     return Parts(
         device=device,
         trainee=trainee.to(device),
@@ -179,11 +183,25 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
 
 
 def build_trainee(
-    config: TrainConfig, num_classes: int, view_size: tuple[int, int], later_blocks: LaterBlocks | None
+    config: TrainConfig,
+    num_classes: int,
+    view_size: tuple[int, int],
+    later_blocks: LaterBlocks | None,
+    group: Group = ALONE,
+    device: torch.device = _CPU,
 ) -> Trainee:
-    """Student and loss with fresh weights; dims, grids and heads follow from the student and the later blocks."""
-    student = Student(config.student, num_classes, view_size, config.student_kwargs)
-    return Trainee(student, _loss(config, student, later_blocks))
+    """Student and loss with fresh weights; dims, grids and heads follow from the student and the later blocks.
+
+    The released code synchronises the student's BatchNorm only, and not that of the projectors.
+
+    Raises:
+        InputError: A student that cannot be used, or synchronised BatchNorm where torch has none.
+    """
+    student = Student(config.student, num_classes, view_size, config.student_kwargs, config.student_stages)
+    loss = _loss(config, student, later_blocks)
+    if config.sync_bn:
+        synchronise_batchnorm(student, group, device)
+    return Trainee(student, loss)
 
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -222,29 +240,15 @@ def _live_teacher(config: TrainConfig, store: Store | None, device: torch.device
         pretrained=asked.pretrained,
         model_kwargs=asked.model_kwargs or (manifest.teacher.model_kwargs if manifest else {}),
         depth=asked.depth or (manifest.split.depth if manifest else None),
+        drop_prefix=(
+            asked.drop_prefix if asked.drop_prefix is not None else bool(manifest and manifest.split.drops_prefix)
+        ),
         compute_dtype=asked.compute_dtype or (manifest.teacher.compute_dtype if manifest else "float32"),
         device=device,
     )
     if manifest is not None:
         require_same_teacher(manifest, teacher.info, teacher.split)
     return teacher
-
-
-def _require_expected(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> None:
-    """Refuse features of another teacher, or of other views, than a preset is for."""
-    info = teacher.info if teacher is not None else store.manifest.teacher if store is not None else None
-    for field, expected, got, remedy in (
-        ("teacher", config.expect.teacher, info and info.name.split(".")[0], "use a store of that teacher"),
-        ("policy", config.expect.policy, _policy(config, store).name, "use a store with views of that policy"),
-    ):
-        if expected is not None and got is not None and expected != got:
-            raise MismatchError(
-                f"expect.{field}",
-                where="the run",
-                expected=expected,
-                got=got,
-                remedy=f"{remedy}, or give --expect.{field} None to train with this one all the same",
-            )
 
 
 def _needed_taps(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> tuple[str, ...]:

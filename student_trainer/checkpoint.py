@@ -20,7 +20,7 @@ _PLACES = frozenset(
 # Options that cannot change a run's numbers.
 _FREE = frozenset(
     {"run", "resume", "progress", "workers", "start_method", "log_every", "val_every", "checkpoint_every",
-     "check_all_pixels", "scratch", "token_file", "tensorboard", "wandb", "report", "expect.teacher", "expect.policy",
+     "check_all_pixels", "scratch", "token_file", "tensorboard", "wandb", "report", "preset",
      "scalekd.checkpoint_later_blocks"}
 )  # fmt: skip
 
@@ -61,6 +61,7 @@ class Checkpoint:
         rng: Random state per device kind, of every process.
         ema: State dict of the timm model with averaged weights; None if none are kept.
         scaler: State dict of float16's gradient scaler; empty for other dtypes.
+        ema_eval: Whether the averaged weights are those to use.
     """
 
     student: dict[str, Any]
@@ -71,11 +72,12 @@ class Checkpoint:
     rng: Sequence[dict[str, Any]]
     ema: dict[str, Any] | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
+    ema_eval: bool = True
 
     @property
     def trained(self) -> dict[str, Any]:
-        """The weights to use: the averaged ones if the run keeps any, which are those it validates."""
-        return self.weights if self.ema is None else self.ema
+        """The weights to use, which are those the run validates: averaged ones if it keeps and evaluates any."""
+        return self.ema if self.ema is not None and self.ema_eval else self.weights
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -113,6 +115,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path} has checkpoint format {found!r}, this build reads {FORMAT}; use the release that wrote it"
         )
     try:
+        saved.setdefault("ema_eval", True)  # not in checkpoints from before there was a choice
         fields = {name: saved[name] for name in Checkpoint.__dataclass_fields__}
         return Checkpoint(**{**fields, "progress": Progress(**fields["progress"])})
     except (KeyError, TypeError) as error:
@@ -154,7 +157,7 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
     for section in ("config", "inputs"):
         before, now = _flat(saved[section]), _flat(current[section])
         for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name) and not (section == "config" and name in _FREE | _PLACES):
+            if before.get(name) != now.get(name) and not (section == "config" and _is_free(name)):
                 raise MismatchError(
                     f"{section}.{name}",
                     where="the run",
@@ -168,6 +171,10 @@ def same_places(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
     """Whether two configs read the same of the same places, so that their inputs need not be compared."""
     before, now = _flat(saved), _flat(current)
     return all(before.get(name) == now.get(name) for name in _PLACES)
+
+
+def _is_free(name: str) -> bool:
+    return name in _FREE | _PLACES or name.partition(".")[0] == "expect"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ import tyro
 from rich.table import Table
 
 from feature_store.cli import run
+from feature_store.errors import InputError
 from feature_store.terminal import Console, say, say_json
 from student_trainer.compare import CompareConfig
 from student_trainer.compare import compare as run_compare
@@ -51,7 +52,7 @@ def train(
         json: Print the result as JSON on stdout.
     """
     if print_config:
-        _print_json({"preset": preset, **config_to_dict(config)})
+        _print_json(config_to_dict(config))
         return
     result = run_train(config)
     if not is_main_process():
@@ -72,16 +73,26 @@ def train(
 
 
 @app.command
-def presets(name: Annotated[PresetName | None, tyro.conf.Positional] = None, json: bool = False) -> None:
+def presets(
+    name: Annotated[PresetName | None, tyro.conf.Positional] = None, cache_command: bool = False, json: bool = False
+) -> None:
     """List the released pairs of teacher and student, or print one's settings as JSON.
 
     Args:
         name: The preset to print.
+        cache_command: Print the line that caches its teacher's features; replace TARS and STORE by your own.
         json: Print the list as JSON.
     """
-    if name is not None:
-        settings = config_to_dict(PRESETS[name].config())
-        _print_json({key: value for key, value in settings.items() if key not in ("run", "tars")})
+    if cache_command:
+        if name is None:
+            raise InputError("--cache-command prints one preset's line; name the preset")
+        say(PRESETS[name].cache_command())
+    elif name is not None:
+        preset = PRESETS[name]
+        settings = config_to_dict(preset.config())
+        settings = {key: value for key, value in settings.items() if key not in ("run", "tars")}
+        about = {"source": asdict(preset.source), "differs": dict(preset.differs), "teacher": asdict(preset.teacher)}
+        _print_json({**settings, **about, "cache_command": preset.cache_command()})
     elif json:
         _print_json({"presets": preset_rows()})
     else:
@@ -178,7 +189,7 @@ def _print_table(title: str, rows: dict[str, Any]) -> None:
 
 def _print_presets() -> None:
     table = Table(title="presets, with the paper's ImageNet-1K top-1", title_justify="left")
-    for column in ("preset", "teacher", "schedule", "views", "paper"):
+    for column in ("preset", "teacher", "size", "schedule", "paper"):
         table.add_column(column, no_wrap=column != "teacher", overflow="fold")
     for row in preset_rows():
         table.add_row(*(str(row[str(column.header)]) for column in table.columns))

@@ -3,13 +3,17 @@
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from feature_store.errors import InputError
 from feature_store.options import JsonObject, require
+from feature_store.views import PolicyName
 from student_trainer.scalekd import ScaleKDConfig
+
+# Set by the command's own --preset, not an option of its own.
+_Recorded = Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress, tyro.conf.arg(name="recorded-preset")]
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class TeacherConfig:
         pretrained: Without a checkpoint: fetch timm's weights for this name. Off: random weights, for tests.
         model_kwargs: Extra arguments of timm.create_model, as JSON; default the store's.
         depth: Number of later blocks of a plain ViT; default the store's, or the last quarter.
+        drop_prefix: Run them on grid tokens alone for the student; default as the store says, or off.
         compute_dtype: dtype of its forward pass (autocast below float32); default the store's, or float32.
     """
 
@@ -30,6 +35,7 @@ class TeacherConfig:
     pretrained: bool = True
     model_kwargs: JsonObject = field(default_factory=dict)
     depth: int | None = None
+    drop_prefix: bool | None = None
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
@@ -38,13 +44,13 @@ class ViewsConfig:
     """Views of a run without a store; with one, its own are replayed.
 
     Attributes:
-        policy: What views are drawn from (rrc_flip: schedules T1 and T2).
+        policy: What views are drawn from (rrc_flip: schedules T1 and T2; a1, a2 and a3: A1, A2 and A3).
         size: Height and width of a view, in pixels.
         seed: Seed of the views.
         count: Views per sample, used in turn; default a new one every epoch.
     """
 
-    policy: Literal["rrc_flip", "a1", "a2", "center"] = "rrc_flip"
+    policy: PolicyName = "rrc_flip"
     size: int = 224
     seed: int = 0
     count: int | None = None
@@ -62,11 +68,19 @@ class ExpectConfig:
 
     Attributes:
         teacher: timm architecture of the teacher; its pretrained tag does not count.
-        policy: View policy its views were drawn from.
+        model_kwargs: Extra arguments of timm.create_model it was built with, as JSON.
+        input_size: Height and width of its views, in pixels.
+        depth: Number of its later blocks.
+        prefix: What students run the later blocks with, beside grid tokens.
+        policy: View policy its views were drawn from; every field is compared but the label.
     """
 
     teacher: str | None = None
-    policy: str | None = None
+    model_kwargs: JsonObject | None = None
+    input_size: tuple[int, int] | None = None
+    depth: int | None = None
+    prefix: Literal["none", "cached", "dropped"] | None = None
+    policy: PolicyName | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ class OptimConfig:
         lr_scale: How they grow with batch_size / lr_batch: in proportion, or with its square root.
         weight_decay: Weight decay.
         decay_all: Apply weight decay to norms, biases and position embeddings too, as schedules T1, T2 and A1 do.
+        decay_positions: Apply weight decay to the projectors' position embeddings; default as decay_all says.
         momentum: Momentum of optimizers that have one.
         clip_grad: Largest gradient norm; default no clipping.
         sched: Cosine from the end of warm-up to min_lr, or steps of decay_rate every decay_epochs.
@@ -97,6 +112,7 @@ class OptimConfig:
     lr_scale: Literal["linear", "sqrt"] = "linear"
     weight_decay: float = 0.05
     decay_all: bool = False
+    decay_positions: bool | None = None
     momentum: float = 0.9
     clip_grad: float | None = None
     sched: Literal["cosine", "step"] = "cosine"
@@ -138,6 +154,7 @@ class TrainConfig:
     Attributes:
         run: Folder of the run: config.json, metrics.jsonl, last.pt, best.pt.
         student: timm model name.
+        preset: Name of the preset that these settings were begun from, for the record; see preset_config.
         tars: Training tars: paths, brace patterns, URLs; with a store, those it was written from.
         views_from: In place of tars: folder or URL of the store's materialised views (what --views-out was).
         store: Store of the teacher's features: a directory, or a URL (s3://, gs://, http(s)://).
@@ -147,6 +164,8 @@ class TrainConfig:
             cached rows; or live+http://host:port, its live teacher. A service brings its own store.
         token_file: File with the service's bearer token; default the environment variable FEATURE_STORE_TOKEN.
         student_kwargs: Extra arguments of timm.create_model for the student, as JSON.
+        student_stages: Indices of the student's stages 3 and 4 in timm's feature_info; default those at reductions 16
+            and 32, or by depth in networks of one resolution.
         num_classes: Classes of the student; default the teacher's, or the largest label in the store + 1.
         keys_file: Train on the samples listed here only, one key per line.
         num_views: Use the store's first views only; default all. Epoch e uses view e mod this.
@@ -164,9 +183,9 @@ class TrainConfig:
         optim: Optimizer and schedule.
         amp: Autocast of student and loss; float16 scales the loss to keep small gradients.
         compile: torch.compile student and loss.
-        ema_decay: Also keep a moving average of the student's weights with this decay; it is what is validated and
-            exported then.
-        sync_bn: BatchNorm statistics over all processes rather than each one's own samples; needs GPUs.
+        ema_decay: Also keep a moving average of the student's weights with this decay.
+        ema_eval: Validate, choose as best and export the averaged weights. Off: the raw ones; checkpoints keep both.
+        sync_bn: The student's BatchNorm statistics over all processes rather than each one's own samples; needs GPUs.
         deterministic: Only algorithms that repeat to the bit, also on GPUs; slower there.
         device: Where the student runs, e.g. cuda:1; auto takes a GPU if there is one. Under torchrun: cuda or cpu.
         workers: Processes that make batches; 0 makes them in this process.
@@ -187,6 +206,7 @@ class TrainConfig:
 
     run: Path
     student: str
+    preset: _Recorded = None
     tars: tuple[str, ...] = ()
     views_from: str | None = None
     store: str | Path | None = None
@@ -195,6 +215,7 @@ class TrainConfig:
     source: str = "store"
     token_file: Path | None = None
     student_kwargs: JsonObject = field(default_factory=dict)
+    student_stages: tuple[int, int] | None = None
     num_classes: int | None = None
     keys_file: Path | None = None
     num_views: int | None = None
@@ -212,6 +233,7 @@ class TrainConfig:
     amp: Literal["off", "bfloat16", "float16"] = "off"
     compile: bool = False
     ema_decay: float | None = None
+    ema_eval: bool = True
     sync_bn: bool = False
     deterministic: bool = False
     device: str = "auto"
@@ -245,6 +267,10 @@ class TrainConfig:
         require(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "0 to below 1")
         require(0 < self.crop_pct <= 1, "--crop-pct", self.crop_pct, "above 0, at most 1")
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "--ema-decay", self.ema_decay, "between 0 and 1")
+        if self.ema_decay is None and not self.ema_eval:
+            raise InputError(
+                "--no-ema-eval is for runs that keep an average; leave it out (presets: --ema-eval) or give --ema-decay"
+            )
         require(
             self.batch_size % self.accumulate == 0,
             "--accumulate", self.accumulate, f"a divisor of --batch-size {self.batch_size}",

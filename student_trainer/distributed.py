@@ -177,20 +177,20 @@ def _uses_gpus(device: str, group: Group) -> bool:
     return True
 
 
-def synchronise_batchnorm(module: nn.Module, group: Group, device: torch.device) -> nn.Module:
-    """The module with BatchNorm over the samples of all processes; as it is in a group of one.
+def synchronise_batchnorm(student: nn.Module, group: Group, device: torch.device) -> nn.Module:
+    """The student with BatchNorm over the samples of all processes; as it is in a group of one.
 
     Raises:
         InputError: Several processes on CPUs, where torch cannot do this.
     """
     if group.size == 1:
-        return module
+        return student
     if device.type != "cuda":
         raise InputError(
             "--sync-bn with several processes needs GPUs, torch has no CPU version of it; "
             "use one process, or leave it out (presets: --no-sync-bn)"
         )
-    return convert_sync_batchnorm(module)
+    return convert_sync_batchnorm(student)
 
 
 def data_parallel(module: nn.Module, group: Group) -> nn.Module:

@@ -42,6 +42,7 @@ _VIT = (
     (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
     (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
     (r"^ln1\.", "norm."),
+    (r"^ln2\.", "fc_norm."),  # after pooling: EVA
     (r"^head\.(layers\.head|fc)\.", "head."),
 )
 _Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
@@ -100,7 +101,7 @@ def load_vit(timm_model: nn.Module, official_state: State) -> None:
 
     Args:
         timm_model: The timm model of the same architecture, with its final norm before pooling
-            (``global_pool="token"``).
+            (``global_pool="token"``), or after it as EVA's (``fc_norm``).
         official_state: As for load_swin.
 
     Raises:

@@ -32,6 +32,7 @@ class Updates:
         self.scheduler = make_scheduler(config, self.optimizer, steps_per_epoch)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         self.ema = None if config.ema_decay is None else ModelEmaV3(self._student, decay=config.ema_decay)
+        self._evaluates_ema = config.ema_eval
 
     @property
     def lr(self) -> float:
@@ -40,8 +41,8 @@ class Updates:
 
     @property
     def validated(self) -> nn.Module:
-        """The timm model with the weights to use: averaged ones if any are kept."""
-        return self._student if self.ema is None else self.ema.module
+        """The timm model with the weights to use: averaged ones if any are kept and evaluated."""
+        return self.ema.module if self.ema is not None and self._evaluates_ema else self._student
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients."""
@@ -97,7 +98,7 @@ def make_optimizer(config: OptimConfig, trainee: Trainee) -> Optimizer:
     """
     try:
         optimizer = create_optimizer_v2(
-            trainee.parameters() if config.decay_all else trainee,  # timm spares some only of a module
+            _groups(config, trainee),  # pyright: ignore[reportArgumentType] - groups are fine
             opt=config.opt,
             lr=config.lr,
             weight_decay=config.weight_decay,
@@ -110,6 +111,19 @@ def make_optimizer(config: OptimConfig, trainee: Trainee) -> Optimizer:
     if getattr(optimizer, "is_second_order", False):
         raise InputError(f"--optim.opt {config.opt!r} needs derivatives of gradients; choose one that does not")
     return optimizer
+
+
+def _groups(config: OptimConfig, trainee: Trainee) -> list[dict[str, Any]]:
+    """The parameters without weight decay, then those with it."""
+    positions, named = trainee.projector_positions(), trainee.no_weight_decay()
+    decay_positions = config.decay_all if config.decay_positions is None else config.decay_positions
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, leaf in trainee.named_parameters():
+        spared = leaf.ndim <= 1 or name.endswith(".bias") or name in named  # timm's rule
+        decays = decay_positions if name in positions else config.decay_all or not spared
+        groups[decays].append(leaf)
+    free, decayed = groups
+    return [group for group in ({"params": free, "weight_decay": 0.0}, {"params": decayed}) if group["params"]]
 
 
 def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:

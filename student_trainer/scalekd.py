@@ -34,7 +34,7 @@ class ScaleKDConfig:
         windows: Rows and columns of attention windows in every projector.
         heads_stage3: Attention heads of the stage-3 projectors; None: inferred, see default_heads.
         heads_stage4: Attention heads of the stage-4 projectors; None: inferred.
-        norm: Norm in the projectors: ``batch``, or ``layer`` for ConvNeXt students.
+        norm: Norm in the projectors: ``batch``, or ``layer`` as released for Swin-T.
         tpp: Teacher parameter perception, i.e. the stage-3 path. Off: its projectors, its two terms and with
             them F3 drop out, and the stage-4 projectors use learned queries.
         dual_view: The alternative view path. Off: only the original one is left.

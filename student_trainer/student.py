@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 from feature_store.errors import InputError
 from feature_store.teacher.model import build_model
-from student_trainer import mixers  # noqa: F401 - timm then knows them by name
+from student_trainer import networks  # noqa: F401 - timm then knows them by name
 
 _START = ("pretrained", "pretrained_cfg_overlay", "checkpoint_path")  # where timm takes the first weights from
 
@@ -32,12 +33,15 @@ class StudentOutput(NamedTuple):
 class Student(nn.Module):
     """A timm model with its stages 3 and 4 found, their widths and grids measured by a dry forward pass.
 
-    Networks whose resolution falls (CNN, Swin, ConvNeXt...) give the maps of their last two stages, at
-    reductions 16 and 32. Networks of one resolution (plain ViT, Mixer) give the output of the block at three
-    quarters of the depth and that of the last block after the final norm, without prefix tokens.
+    Taps of the released code, from docs/migrate.md: networks whose resolution falls (CNN, Swin, ConvNeXt...) give their
+    last maps at reductions 16 and 32. Plain ViTs give the block at three quarters of the depth and the last one,
+    without prefix tokens; Mixers the third block from the end and the last one. Where stage 4 is the network's last
+    stage, F4 is its final feature map, after its own last norm if it has one over the map; in Mixers it is the last
+    block's output before that norm.
 
     Attributes:
         name: timm model name.
+        stages: Indices of stages 3 and 4 in timm's ``feature_info``, as they were asked for; None: found as above.
         model: The timm model, the only thing that has weights.
         model_kwargs: Every argument that builds the same architecture again, untrained, with ``timm.create_model``.
         num_classes: K.
@@ -52,6 +56,7 @@ class Student(nn.Module):
         num_classes: int,
         input_size: tuple[int, int],
         model_kwargs: Mapping[str, Any] | None = None,
+        stages: tuple[int, int] | None = None,
     ) -> None:
         """Build the student.
 
@@ -61,27 +66,29 @@ class Student(nn.Module):
             input_size: Height and width of the training views, in pixels.
             model_kwargs: Extra arguments of ``timm.create_model``; ``pretrained`` starts from timm's own weights,
                 ``checkpoint_path`` from a file's.
+            stages: Indices of stages 3 and 4 in timm's ``feature_info``; default found by reduction or depth.
 
         Raises:
-            InputError: Unknown name, impossible arguments, or a model without two stages to distil into.
+            InputError: Unknown name, impossible arguments, or a model without the two stages to distil into.
         """
         super().__init__()
-        self.name, self.num_classes, self.input_size = name, num_classes, input_size
+        self.name, self.num_classes, self.input_size, self.stages = name, num_classes, input_size, stages
         kwargs = {**_size_kwargs(name, input_size), **(model_kwargs or {}), "num_classes": num_classes}
         start = {key: kwargs.pop(key) for key in _START if key in kwargs}
         pretrained = start.pop("pretrained", False)
         self.model_kwargs = kwargs
         self.model = build_model(name, {**kwargs, **start}, pretrained=pretrained)
-        self._plain, self._stages = _find_stages(self.model, name)
+        depth, self._taps = _find_stages(self.model, name, stages)
+        self._ends_in_final_map = self._taps[1] == depth - 1 and not isinstance(self.model, MlpMixer)
         maps = self._dry_forward()
         self.dims = maps[0].shape[1], maps[1].shape[1]
         self.grids = _grid(maps[0]), _grid(maps[1])
 
     def forward(self, images_BCHW: Tensor) -> StudentOutput:
         """Maps and logits of normalised images."""
-        features, (stage3, stage4) = self.model.forward_intermediates(images_BCHW, indices=self._stages)  # pyright: ignore[reportCallIssue]
-        if self._plain:
-            stage4 = self._as_grid(features, like=stage3)
+        features, (stage3, stage4) = self.model.forward_intermediates(images_BCHW, indices=self._taps)  # pyright: ignore[reportCallIssue]
+        if self._ends_in_final_map:
+            stage4 = self._final_map(features, stage4)
         return StudentOutput((stage3, stage4), self.model.forward_head(features))  # pyright: ignore[reportCallIssue]
 
     def no_weight_decay(self) -> set[str]:
@@ -89,12 +96,16 @@ class Student(nn.Module):
         names = getattr(self.model, "no_weight_decay", set)()
         return {f"model.{name}" for name in names}
 
-    def _as_grid(self, features: Tensor, like: Tensor) -> Tensor:
-        """Final features, tokens [B, P + N, C] or already a map, as a map of the same grid as ``like``."""
-        if features.ndim == 4:
-            return features
-        tokens_BNC = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
-        return tokens_BNC.transpose(1, 2).unflatten(2, like.shape[2:])
+    def _final_map(self, features: Any, stage4_BCHW: Tensor) -> Tensor:
+        """Final features, tokens [B, P + N, C] or a map, as a map; the stage's own if a network ends in neither."""
+        H, W = stage4_BCHW.shape[2:]
+        ndim = features.ndim if isinstance(features, Tensor) else 0
+        if ndim == 3 and features.shape[1] >= H * W:
+            return features[:, -H * W :].transpose(1, 2).unflatten(2, (H, W))
+        if ndim == 4:
+            map_BCHW = features.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "") == "NHWC" else features
+            return map_BCHW if map_BCHW.shape[2:] == (H, W) else stage4_BCHW
+        return stage4_BCHW
 
     @torch.no_grad()
     def _dry_forward(self) -> tuple[Tensor, Tensor]:
@@ -118,8 +129,8 @@ def _size_kwargs(name: str, input_size: tuple[int, int]) -> dict[str, Any]:
     return {"img_size": tuple(input_size)} if config is not None and config.fixed_input_size else {}
 
 
-def _find_stages(model: nn.Module, name: str) -> tuple[bool, list[int]]:
-    """Whether the network keeps one resolution, and the indices of stages 3 and 4 for forward_intermediates."""
+def _find_stages(model: nn.Module, name: str, asked: tuple[int, int] | None) -> tuple[int, list[int]]:
+    """Number of stages or blocks that forward_intermediates knows, and the indices of stages 3 and 4 among them."""
     info: Sequence[Mapping[str, Any]] = list(getattr(model, "feature_info", []))
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head") or len(info) < 2:
         raise InputError(
@@ -127,10 +138,29 @@ def _find_stages(model: nn.Module, name: str) -> tuple[bool, list[int]]:
             "feature_info, forward_intermediates and forward_head, such as resnet50, swin_tiny_patch4_window7_224 "
             "or vit_small_patch16_224"
         )
-    depth = len(info)
-    if len({stage["reduction"] for stage in info}) == 1:
-        return True, [max(3 * depth // 4, 1) - 1, depth - 1]
-    return False, [depth - 2, depth - 1]
+    depth, reductions = len(info), [stage["reduction"] for stage in info]
+    if asked is not None:
+        if not 0 <= asked[0] < asked[1] < depth:
+            raise InputError(
+                f"--student-stages is {asked[0]} {asked[1]}, expected two rising indices from 0 to {depth - 1}: "
+                f"student {name!r} has {depth} stages, of reductions {_listed(reductions)}"
+            )
+        return depth, list(asked)
+    if len(set(reductions)) == 1:
+        third = max(depth - 3, 0) if isinstance(model, MlpMixer) else max(3 * depth // 4, 1) - 1
+        return depth, [third, depth - 1]
+    found = {reduction: index for index, reduction in enumerate(reductions)}  # the last one of each
+    if not (16 in found and found[16] < found.get(32, -1)):
+        raise InputError(
+            f"student {name!r} has stages of reductions {_listed(reductions)}, expected 16 and then 32 among them; "
+            f"choose another student, or two of its stages 0 to {depth - 1} with --student-stages, "
+            f"e.g. {depth - 2} {depth - 1}"
+        )
+    return depth, [found[16], found[32]]
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _grid(map_BCHW: Tensor) -> tuple[int, int]:

@@ -378,6 +378,7 @@ class Trainer:
             loss=self.loss.state_dict(),
             progress=self.progress,
             rng=self.group.gather(rng_state()),
+            ema_eval=self.config.ema_eval,
             **self.updates.state_dict(),
         )
 

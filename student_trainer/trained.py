@@ -70,6 +70,7 @@ def describe_student(student: Student, preprocessing: Preprocessing) -> dict[str
     return {
         "name": student.name,
         "model_kwargs": dict(student.model_kwargs),
+        "stages": student.stages,
         "preprocessing": asdict(preprocessing),
     }
 
@@ -77,7 +78,7 @@ def describe_student(student: Student, preprocessing: Preprocessing) -> dict[str
 def load_student(path: Path) -> Trained:
     """Build the student of a checkpoint file, or of a run's folder (its best checkpoint if there is one).
 
-    It has the averaged weights if the run keeps any.
+    It has the averaged weights if the run keeps any and evaluates them.
 
     Raises:
         InputError: No such checkpoint, or a damaged one.
@@ -89,7 +90,7 @@ def load_student(path: Path) -> Trained:
     preprocessing = Preprocessing(**described["preprocessing"])
     kwargs = dict(described["model_kwargs"])
     num_classes = kwargs.pop("num_classes")
-    student = Student(described["name"], num_classes, preprocessing.input_size, kwargs)
+    student = Student(described["name"], num_classes, preprocessing.input_size, kwargs, described.get("stages"))
     try:
         student.model.load_state_dict(checkpoint.trained)
     except RuntimeError as error:

@@ -17,9 +17,12 @@ class Trainee(nn.Module):
         self.student, self.loss = student, loss
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters free of weight decay besides norms and biases: position embeddings and the like."""
-        positions = {f"loss.{name}" for name, _ in self.loss.named_parameters() if name.endswith("position")}
-        return positions | {f"student.{name}" for name in self.student.no_weight_decay()}
+        """The student's parameters free of weight decay besides norms and biases: position embeddings and the like."""
+        return {f"student.{name}" for name in self.student.no_weight_decay()}
+
+    def projector_positions(self) -> set[str]:
+        """The projectors' position embeddings."""
+        return {f"loss.{name}" for name, _ in self.loss.named_parameters() if name.endswith("position")}
 
 
 class ForwardPass(nn.Module):

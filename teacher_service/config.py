@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from feature_store.codecs.registry import DEFAULT_LOGITS_CODEC, DEFAULT_TAP_CODEC, get_codec
 from feature_store.options import JsonObject, require
+from feature_store.views import PolicyName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,10 @@ class PlanConfig:
         store: Where the store is or would be written: a directory or a bucket's URL (s3://, gs://).
         model_kwargs: Extra arguments of timm.create_model, as JSON.
         depth: Number of later blocks of a plain ViT; default its last quarter.
+        drop_prefix: Let students run a plain ViT's later blocks on grid tokens alone, as the released EVA configs do.
+            Off: with the teacher's own class and register tokens, which are stored.
         views: Augmented views per sample.
-        policy: What views are drawn from (rrc_flip: schedules T1 and T2).
+        policy: What views are drawn from (rrc_flip: schedules T1 and T2; a1, a2 and a3: A1, A2 and A3).
         policy_options: Fields of the view policy to set differently, as JSON, e.g. '{"flip": 0}'.
         seed: Seed of the views.
         views_out: Folder or URL (s3://, gs://) to write each view to as a JPEG in webdataset tars, v<view>/u<unit>.tar;
@@ -42,8 +45,9 @@ class PlanConfig:
     store: str | Path = Path("store")
     model_kwargs: JsonObject = field(default_factory=dict)
     depth: int | None = None
+    drop_prefix: bool = False
     views: int = 1
-    policy: Literal["rrc_flip", "a1", "a2", "center"] = "rrc_flip"
+    policy: PolicyName = "rrc_flip"
     policy_options: JsonObject = field(default_factory=dict)
     seed: int = 0
     views_out: str | None = None

@@ -129,7 +129,7 @@ def outline_teacher(config: PlanConfig) -> TeacherOutline:
     """
     with torch.device("meta"):
         model = build_model(config.teacher, config.model_kwargs)
-    _, later_blocks = split_teacher(model, config.depth)
+    _, later_blocks = split_teacher(model, config.depth, drop_prefix=config.drop_prefix)
     info = teacher_info(model, config.teacher, config.model_kwargs, "float32", sha256="")
     tensors = (*later_blocks.parameters(), *later_blocks.buffers())
     return TeacherOutline(info, later_blocks.info, tuple(tensor.nbytes for tensor in tensors))

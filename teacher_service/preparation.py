@@ -116,6 +116,7 @@ def load_job_teacher(config: CacheConfig) -> Teacher:
         checkpoint=config.checkpoint,
         model_kwargs=config.model_kwargs,
         depth=config.depth,
+        drop_prefix=config.drop_prefix,
         compute_dtype=config.compute_dtype,
         device=find_device(config.device),
     )

@@ -124,6 +124,7 @@ def measure(config: TimedPlanConfig, tars: Sequence[Tar]) -> Timing:
         pretrained=False,
         model_kwargs=config.model_kwargs,
         depth=config.depth,
+        drop_prefix=config.drop_prefix,
         compute_dtype=config.compute_dtype,
         device=find_device(config.device),
     )

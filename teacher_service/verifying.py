@@ -141,6 +141,7 @@ def _same_teacher(config: VerifyConfig, manifest: Manifest) -> Teacher:
         checkpoint=config.checkpoint,
         model_kwargs=theirs.model_kwargs,
         depth=manifest.split.depth,
+        drop_prefix=manifest.split.drops_prefix,
         compute_dtype=theirs.compute_dtype,
         device=find_device(config.device),
     )

@@ -50,7 +50,7 @@ def build_later_blocks(
         )
     with torch.device("meta"):
         model = build_model(manifest.teacher.name, manifest.teacher.model_kwargs)
-        _, later_blocks = split_teacher(model, manifest.split.depth)
+        _, later_blocks = split_teacher(model, manifest.split.depth, drop_prefix=manifest.split.drops_prefix)
     if later_blocks.info != manifest.split:
         raise MismatchError(
             "split",

@@ -4,7 +4,7 @@ A new family is one more entry of ``FAMILIES``.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,26 +81,45 @@ class Family:
     Attributes:
         model: The class, subclasses included.
         cut: From a model and a depth (None: the default) to its later part.
+        can_drop_prefix: Whether its blocks also run on grid tokens alone: nothing they take beside tokens is laid out
+            for prefix tokens.
     """
 
     model: type[nn.Module]
     cut: Callable[[Any, int | None], Cut]
+    can_drop_prefix: bool = False
 
 
-def cut_model(model: nn.Module, depth: int | None) -> Cut:
+def cut_model(model: nn.Module, depth: int | None, *, drop_prefix: bool = False) -> Cut:
     """The later part of a model of any known family.
 
     Raises:
-        InputError: An unknown family, or a depth it cannot have.
+        InputError: An unknown family, a depth it cannot have, or no prefix tokens that could be dropped.
     """
     for family in FAMILIES:
         if isinstance(model, family.model):
-            return family.cut(model, depth)
+            cut = family.cut(model, depth)
+            return _without_prefix(cut, family) if drop_prefix else cut
     known = ", ".join(family.model.__name__ for family in FAMILIES)
     raise InputError(
         f"cannot split a {type(model).__name__}: expected one of timm's {known}; "
         "choose a teacher such as swin_*, vit_*, deit_*, beit_*, beitv2_*, eva_*, eva02_*, vit_*_dinov2 or vit_*_dinov3"
     )
+
+
+def _without_prefix(cut: Cut, family: Family) -> Cut:
+    if not cut.info.prefix_tokens:
+        raise InputError(
+            f"the later blocks of this {cut.info.family} teacher take no prefix tokens that could be dropped; "
+            "leave out drop_prefix"
+        )
+    if not family.can_drop_prefix:
+        able = ", ".join(family.model.__name__ for family in FAMILIES if family.can_drop_prefix)
+        raise InputError(
+            f"the later blocks of a {family.model.__name__} cannot run without its prefix tokens: their positions are "
+            f"laid out for all tokens; drop_prefix is for timm's {able}"
+        )
+    return replace(cut, info=replace(cut.info, prefix="dropped"))
 
 
 def _cut_swin(model: Any, depth: int | None) -> Cut:
@@ -183,7 +202,7 @@ def _hw(size: Any) -> tuple[int, int]:
 
 FAMILIES = (
     Family(SwinTransformer, _cut_swin),
-    Family(VisionTransformer, _tokens("vit", _nothing)),
+    Family(VisionTransformer, _tokens("vit", _nothing), can_drop_prefix=True),
     Family(Beit, _tokens("beit", _shared_position_bias)),
     Family(Eva, _tokens("eva", _rotary_embedding)),
 )

@@ -29,7 +29,7 @@ class TeacherOutput:
 
     Attributes:
         taps: [B, N, C] per tap: ``stage4`` (F^t, grid tokens after the final norm), ``stage3`` (grid tokens at the
-            split) and, for teachers with prefix tokens, ``stage3_prefix``.
+            split) and, where the later blocks need prefix tokens, ``stage3_prefix``.
         logits: [B, classes], or None for a teacher without a classifier.
     """
 
@@ -50,11 +50,13 @@ class Teacher(nn.Module):
     _mean: Tensor
     _std: Tensor
 
-    def __init__(self, model: nn.Module, info: TeacherInfo, depth: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, info: TeacherInfo, depth: int | None = None, *, drop_prefix: bool = False
+    ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         self.info = info
-        self.early_stages, self.later_blocks = split_teacher(model, depth)
+        self.early_stages, self.later_blocks = split_teacher(model, depth, drop_prefix=drop_prefix)
         self.split = self.later_blocks.info
         self.tap_shapes = tap_shapes(self.split)
         self.register_buffer("_mean", _pixel_scale(info.mean), persistent=False)
@@ -90,7 +92,7 @@ class Teacher(nn.Module):
         if stage3.ndim == 4:  # Swin's grids
             stage3, features = stage3.flatten(1, 2), features.flatten(1, 2)
         taps = {"stage4": features[:, prefix:], "stage3": stage3[:, prefix:]}
-        if prefix:
+        if "stage3_prefix" in self.tap_shapes:
             taps["stage3_prefix"] = stage3[:, :prefix]
         return {name: tap.float() for name, tap in taps.items()}
 
@@ -107,6 +109,7 @@ def load_teacher(
     pretrained: bool = True,
     model_kwargs: Mapping[str, Any] | None = None,
     depth: int | None = None,
+    drop_prefix: bool = False,
     compute_dtype: str = "float32",
     device: str | torch.device = "cpu",
 ) -> Teacher:
@@ -118,6 +121,7 @@ def load_teacher(
         pretrained: Fetch timm's own weights for this name.
         model_kwargs: Extra arguments of ``timm.create_model``.
         depth: Number of later blocks of a plain ViT, see split_teacher.
+        drop_prefix: Students run them on grid tokens alone, see split_teacher.
         compute_dtype: float32, or bfloat16/float16 by autocast.
         device: Where the teacher runs.
 
@@ -131,7 +135,7 @@ def load_teacher(
     if checkpoint is not None:
         _load_checkpoint(model, name, checkpoint)
     info = teacher_info(model, name, model_kwargs, compute_dtype, weights_sha256(model.state_dict()))
-    return Teacher(model, info, depth).to(device)
+    return Teacher(model, info, depth, drop_prefix=drop_prefix).to(device)
 
 
 def build_model(name: str, model_kwargs: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> nn.Module:
@@ -214,7 +218,7 @@ def tap_shapes(split: Any) -> dict[str, tuple[int, int]]:
     """(N, C) of every tap a teacher with this split can give."""
     grid3, grid4 = (height * width for height, width in (split.input_grid, split.output_grid))
     shapes = {"stage4": (grid4, split.output_dim), "stage3": (grid3, split.input_dim)}
-    if split.prefix_tokens:
+    if split.prefix == "cached":
         shapes["stage3_prefix"] = (split.prefix_tokens, split.input_dim)
     return shapes
 

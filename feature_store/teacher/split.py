@@ -57,8 +57,8 @@ class LaterBlocks(nn.Module):
         Args:
             x: Grid tokens [B, N, D]; or timm's own layout, i.e. what EarlyStages returns ([B, H, W, D] for
                 Swin, [B, P + N, D] for all others).
-            prefix_BPD: The teacher's own prefix tokens at the split, needed when x holds grid tokens only
-                and the teacher has any.
+            prefix_BPD: The teacher's own prefix tokens at the split, needed when x holds grid tokens only,
+                the teacher has any, and the split does not drop them.
 
         Returns:
             The same layout as x: grid tokens for grid tokens (F^t), timm's layout for timm's layout, then
@@ -80,8 +80,11 @@ class LaterBlocks(nn.Module):
     def _forward_tokens(self, x: Tensor, prefix_BPD: Tensor | None) -> Tensor:
         prefix = self.info.prefix_tokens
         if prefix_BPD is None:
-            self._require_tokens(x, self.grid_tokens + prefix)
+            alone = self.info.drops_prefix and x.shape[1] == self.grid_tokens
+            self._require_tokens(x, self.grid_tokens + (0 if alone else prefix))
             return self._run(x)
+        if self.info.drops_prefix:
+            raise InputError("these later blocks run on grid tokens alone (prefix: dropped); leave out prefix_BPD")
         self._require_tokens(x, self.grid_tokens)
         if prefix_BPD.shape != (x.shape[0], prefix, x.shape[2]):
             raise InputError(
@@ -115,7 +118,9 @@ class LaterBlocks(nn.Module):
             )
 
 
-def split_teacher(model: nn.Module, depth: int | None = None) -> tuple[EarlyStages, LaterBlocks]:
+def split_teacher(
+    model: nn.Module, depth: int | None = None, *, drop_prefix: bool = False
+) -> tuple[EarlyStages, LaterBlocks]:
     """Cut a timm model at its stage-3 output.
 
     Args:
@@ -123,14 +128,16 @@ def split_teacher(model: nn.Module, depth: int | None = None) -> tuple[EarlyStag
             positions are made from them. Its later part is frozen by the cut.
         depth: Number of blocks in the later part; default the last quarter. Swin is always cut before the patch
             merging of its last stage: P = ``norm(layers[3](x))``.
+        drop_prefix: Students run the later blocks of a VisionTransformer on grid tokens alone, as the released EVA
+            configs do; default with the teacher's own prefix tokens.
 
     Returns:
         Early stages and later blocks; ``later(early(x))`` is bitwise ``model.forward_features(x)`` in eval mode.
 
     Raises:
-        InputError: Not a family that can be cut, or an impossible depth.
+        InputError: Not a family that can be cut, an impossible depth, or no prefix tokens that could be dropped.
     """
-    cut = cut_model(model, depth)
+    cut = cut_model(model, depth, drop_prefix=drop_prefix)
     return EarlyStages(_trunk(model, cut)), LaterBlocks(cut)
 
 

@@ -4,10 +4,11 @@ from feature_store.views.draws import ViewParams, draw_view
 from feature_store.views.images import decode_image
 from feature_store.views.materialised import decode_view, encode_view, replay_view, view_tar
 from feature_store.views.pixels import apply_view, check_pixels, pixel_crc
-from feature_store.views.policies import POLICIES, ViewPolicy, view_policy
+from feature_store.views.policies import POLICIES, PolicyName, ViewPolicy, view_policy
 
 __all__ = [
     "POLICIES",
+    "PolicyName",
     "ViewParams",
     "ViewPolicy",
     "apply_view",

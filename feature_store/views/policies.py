@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from feature_store.errors import InputError
 from feature_store.parsing import Natural, Number, Text
@@ -130,11 +130,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "erase_ratio": _RATIO_RANGE,
 }
 
-# The released schedules' augmentations (T1 and T2; A1; A2) and the one for evaluation.
+PolicyName = Literal["rrc_flip", "a1", "a2", "a3", "center"]
+
+# The released schedules' augmentations (T1 and T2; A1; A2; A3) and the one for evaluation.
 POLICIES: dict[str, dict[str, Any]] = {
     "rrc_flip": {"interpolation": "bilinear"},
     "a1": {"num_ops": 2, "level": 7.0, "max_level": 8.0, "erase": 0.25},
     "a2": {"num_ops": 2, "level": 9.0, "max_level": 10.0, "erase": 0.25},
+    "a3": {"num_ops": 2, "level": 12.0, "max_level": 15.0, "erase": 0.25},
     "center": {"crop": "center", "flip": 0.0},
 }
 
@@ -143,7 +146,7 @@ def view_policy(name: str, size: int | tuple[int, int], **overrides: Any) -> Vie
     """A named policy for views of a size.
 
     Args:
-        name: ``rrc_flip`` (T1, T2), ``a1``, ``a2`` or ``center`` (evaluation).
+        name: ``rrc_flip`` (T1, T2), ``a1``, ``a2``, ``a3`` or ``center`` (evaluation).
         size: Side or (H, W) of a view, in pixels.
         **overrides: Fields of ViewPolicy to set differently.
 

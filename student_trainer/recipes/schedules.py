@@ -1,13 +1,15 @@
-"""The four released schedules: T1 and T2 (traditional), A1 and A2 (advanced).
+"""The five released schedules: T1 and T2 (traditional), A1, A2 and A3 (advanced).
 
-Rates are written down for the released batch size; ``OptimConfig.at`` scales them with the real one. SGD and AdamW
-scale in proportion, as the released code's runner does; LAMB with the square root, as timm's training script does,
-because its step is already normalised by the weights' norm.
+Rates are written down for the batch size they were released for; ``OptimConfig.at`` scales them with the real one.
+That is this project's rule: the released code uses its rates as written at any batch. SGD and AdamW scale in
+proportion; LAMB with the square root, as in timm's training script, because its step is already normalised by the
+weights' norm.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from feature_store.views import PolicyName
 from student_trainer.config import OptimConfig
 
 
@@ -16,7 +18,7 @@ class Schedule:
     """How a student is trained, whatever the pair.
 
     Attributes:
-        name: T1, T2, A1 or A2.
+        name: T1, T2, A1, A2 or A3.
         policy: View policy to cache with, ``teacher-service cache --policy``.
         epochs: Passes over the samples.
         batch_size: Samples per step that the rates are for.
@@ -25,7 +27,7 @@ class Schedule:
     """
 
     name: str
-    policy: str
+    policy: PolicyName
     epochs: int
     batch_size: int
     optim: OptimConfig
@@ -88,6 +90,25 @@ A2 = Schedule(
         warmup_epochs=20,
         warmup_lr=1e-6,
     ),
-    more={"ema_decay": 1 - 1e-4},
+    more={"ema_decay": 1 - 1e-4, "label_smoothing": 0.1},
 )
-SCHEDULES = {schedule.name: schedule for schedule in (T1, T2, A1, A2)}
+A3 = Schedule(
+    name="A3",
+    policy="a3",
+    epochs=300,
+    batch_size=1536,
+    optim=OptimConfig(
+        opt="adamw",
+        lr=7e-4,
+        lr_batch=1536,
+        weight_decay=0.067,
+        decay_all=True,
+        decay_positions=False,
+        clip_grad=1.0,
+        sched="cosine",
+        min_lr=0.0,
+        warmup_epochs=20,
+        warmup_lr=1e-6 * 7e-4,
+    ),
+)
+SCHEDULES = {schedule.name: schedule for schedule in (T1, T2, A1, A2, A3)}

@@ -162,6 +162,7 @@ def _load_teacher(config: ServeConfig) -> "Teacher":
         checkpoint=config.checkpoint,
         model_kwargs=stored.model_kwargs,
         depth=manifest.split.depth,
+        drop_prefix=manifest.split.drops_prefix,
         compute_dtype=stored.compute_dtype,
         device=find_device(config.device),
     )

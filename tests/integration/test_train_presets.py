@@ -12,6 +12,7 @@ from feature_store.views import view_policy
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main
 from student_trainer.metrics import read_metrics
+from student_trainer.recipes import PRESETS
 from student_trainer.train import Trainer
 
 THIN_SWIN = {
@@ -22,6 +23,7 @@ WORLDS = {  # view policy -> teacher
     "rrc_flip": "swin_small_patch4_window7_224",
     "a1": "swin_large_patch4_window7_224",
     "a2": "swin_large_patch4_window7_224",
+    "a3": "swin_large_patch4_window7_224",
 }
 
 
@@ -39,9 +41,11 @@ def worlds(tmp_path_factory):
 
 
 def line(preset: str, world: World, run: Path, student: dict, *more: str) -> list[str]:
+    kwargs = {**PRESETS[preset].options.get("student_kwargs", {}), **student}
     return [
         "train", "--preset", preset, "--run", str(run), "--tars", *world.tars, "--store", str(world.store),
-        "--student-kwargs", json.dumps(student), "--epochs", "1", "--batch-size", "8", "--log-every", "1",
+        "--expect.model-kwargs", "None", "--expect.input-size", "None",  # the thinned teacher's
+        "--student-kwargs", json.dumps(kwargs), "--epochs", "1", "--batch-size", "8", "--log-every", "1",
         "--workers", "0", "--no-progress", "--no-report", *more,
     ]  # fmt: skip
 
@@ -53,7 +57,11 @@ CASES = {
     "adv-swin_l-resnet50": ("a1", THIN_RESNET, HEADS),
     "adv-swin_l-vit_s16": ("a2", {"depth": 4, "embed_dim": 48, "num_heads": 2}, ()),
     "adv-swin_l-convnext_t": ("a2", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}, ()),
-}
+    "adv-swin_l-swin_t": (
+        "a2", {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2}, HEADS,
+    ),
+    "adv-swin_l-mixer_s16": ("a3", {}, ()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", CASES)
@@ -65,11 +73,18 @@ def test_preset_trains_when_given_its_teachers_store(worlds, tmp_path, monkeypat
     assert main(line(preset, worlds(policy), tmp_path / "run", student, *more)) == 0
     steps = [entry for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if entry["kind"] == "step"]
     assert [entry["step"] for entry in steps] == [1, 2, 3]
-    expected = {"rrc_flip": (torch.optim.SGD, 0.1 * 8 / 256), "a1": (Lamb, 1.25e-3 * (8 / 2048) ** 0.5),
-                "a2": (torch.optim.AdamW, 1e-6 * 8 / 1024)}[policy]  # fmt: skip
+    expected = {
+        "rrc_flip": (torch.optim.SGD, 0.1 * 8 / 256),
+        "a1": (Lamb, 1.25e-3 * (8 / 2048) ** 0.5),
+        "a2": (torch.optim.AdamW, 1e-6 * 8 / 1024),
+        "a3": (torch.optim.AdamW, 7e-10 * 8 / 1536),
+    }[policy]
     assert isinstance(optimizers[0], expected[0])
     assert steps[0]["lr"] == pytest.approx(expected[1])
-    assert (load_checkpoint(tmp_path / "run" / "last.pt").ema is not None) == (policy == "a2")
+    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (checkpoint.ema is not None) == (policy in ("a2", "a3"))
+    assert (checkpoint.trained is checkpoint.ema) == (policy == "a2")  # mixer_s16 keeps an average and uses raw weights
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["preset"] == preset
 
 
 def test_preset_refuses_a_store_of_another_teacher_unless_told(worlds, tmp_path, capsys):
@@ -78,10 +93,10 @@ def test_preset_refuses_a_store_of_another_teacher_unless_told(worlds, tmp_path,
     assert main(arguments) == 2
     assert capsys.readouterr().err.strip() == (
         "student-trainer: error: expect.teacher differs: the run has 'swin_large_patch4_window7_224', got "
-        "'swin_small_patch4_window7_224'; use a store of that teacher, or give --expect.teacher None to train with "
-        "this one all the same"
+        "'swin_small_patch4_window7_224'; `student-trainer presets adv-swin_l-resnet50 --cache-command` prints how to "
+        "cache what is expected; or give --expect.teacher None to train with this one all the same"
     )
     assert main([*arguments, "--expect.teacher", "None"]) == 2
-    assert "expect.policy differs: the run has 'a1', got 'rrc_flip'; use a store with views" in capsys.readouterr().err
+    assert "expect.policy.interpolation differs: the run has 'bicubic', got 'bilinear'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main([*arguments, "--expect.teacher", "None", "--expect.policy", "None"]) == 0

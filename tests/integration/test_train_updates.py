@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from training_world import shared_world, train_config
 
 from feature_store.errors import InputError
@@ -82,6 +83,19 @@ def test_average_follows_the_students_weights_when_kept(config):
     average = trainer.updates.validated.state_dict()[name]
     torch.testing.assert_close(average, 0.75 * seen[0] + 0.25 * seen[1])  # it starts at the first step's weights
     assert not torch.equal(average, seen[1])
+
+
+def test_raw_weights_are_validated_and_exported_when_the_average_is_only_kept(config, tmp_path):
+    world = shared_world()
+    config = replace(config, val_tars=world.val_tars, ema_decay=0.5, ema_eval=False, epochs=1)
+    result = train(config)
+    saved = load_checkpoint(config.run / "last.pt")
+    assert not torch.equal(saved.ema["head.weight"], saved.weights["head.weight"])
+    last = EvaluateConfig(checkpoint=config.run / "last.pt", tars=world.val_tars, workers=0)
+    assert evaluate(last).accuracy.top1 == result.last_top1
+    export(ExportConfig(run=config.run / "last.pt", out=tmp_path / "out"))
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(exported["head.weight"], saved.weights["head.weight"])
 
 
 class _NoMeans:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from typing import get_args
 
 import pytest
 
 from feature_store.errors import InputError
-from feature_store.views import POLICIES, ViewPolicy, view_policy
+from feature_store.views import POLICIES, PolicyName, ViewPolicy, view_policy
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -16,10 +17,11 @@ def test_policy_survives_json_when_written_and_read(name):
 
 
 def test_view_policy_gives_released_schedules_when_named():
-    rrc_flip, a1, a2, center = (view_policy(name, 224) for name in ("rrc_flip", "a1", "a2", "center"))
+    rrc_flip, a1, a2, a3, center = (view_policy(name, 224) for name in ("rrc_flip", "a1", "a2", "a3", "center"))
     assert (rrc_flip.interpolation, rrc_flip.num_ops, rrc_flip.erase, rrc_flip.flip) == ("bilinear", 0, 0, 0.5)
     assert (a1.interpolation, a1.num_ops, a1.level, a1.max_level, a1.erase) == ("bicubic", 2, 7, 8, 0.25)
     assert (a2.interpolation, a2.num_ops, a2.level, a2.max_level, a2.erase) == ("bicubic", 2, 9, 10, 0.25)
+    assert a3 == dataclasses.replace(a2, name="a3", level=12, max_level=15)
     assert (a1.level_std, a1.op_probability, a1.erase_area) == (0.5, 0.5, (0.02, 1 / 3))
     assert (center.crop, center.flip, center.num_ops, center.erase) == ("center", 0, 0, 0)
     assert a1.size == (224, 224)
@@ -30,8 +32,12 @@ def test_view_policy_takes_overrides_when_given():
 
 
 def test_view_policy_refuses_when_name_is_unknown():
-    with pytest.raises(InputError, match="'a3' is unknown, expected one of rrc_flip, a1, a2, center"):
-        view_policy("a3", 224)
+    with pytest.raises(InputError, match="'a4' is unknown, expected one of rrc_flip, a1, a2, a3, center"):
+        view_policy("a4", 224)
+
+
+def test_policy_names_are_those_of_the_policies_when_listed_for_options():
+    assert get_args(PolicyName) == tuple(POLICIES)
 
 
 def test_from_dict_refuses_when_field_is_unknown():

@@ -19,9 +19,9 @@ SWIN = {"img_size": 32, "patch_size": 2, "window_size": 2, "depths": (1, 1, 2, 2
 TEACHERS = {"swin_tiny_patch4_window7_224": SWIN, "test_vit": {"num_classes": 5}}
 
 
-def make(path, name="swin_tiny_patch4_window7_224", kwargs=SWIN, seed=0, depth=None):
+def make(path, name="swin_tiny_patch4_window7_224", kwargs=SWIN, seed=0, depth=None, drop_prefix=False):
     torch.manual_seed(seed)
-    teacher = load_teacher(name, pretrained=False, model_kwargs=kwargs, depth=depth)
+    teacher = load_teacher(name, pretrained=False, model_kwargs=kwargs, depth=depth, drop_prefix=drop_prefix)
     blocks = bundle_state(teacher.later_blocks)
     tokens, channels = teacher.tap_shapes["stage4"]
     manifest = dataclasses.replace(
@@ -109,3 +109,21 @@ def test_loading_later_blocks_takes_memory_for_them_alone(tmp_path):
     assert megabytes["blocks_weights"] < megabytes["teacher_weights"] / 20
     assert megabytes["teacher"] > megabytes["teacher_weights"] * 0.8
     assert megabytes["blocks"] < megabytes["teacher"] / 3
+
+
+def test_later_blocks_from_the_store_run_on_grid_tokens_alone_when_it_drops_the_prefix(tmp_path):
+    teacher, store = make(tmp_path / "s", "test_vit", {"num_classes": 5}, drop_prefix=True)
+    assert teacher.tap_shapes.keys() == teacher(torch.zeros(1, 160, 160, 3, dtype=torch.uint8)).taps.keys()
+    assert teacher.tap_shapes.keys() == {"stage4", "stage3"}
+    reloaded, tokens = open_store(store.path).later_blocks(), torch.randn(2, 100, 64)
+    assert reloaded.info == store.manifest.split == teacher.split
+    assert reloaded.info.drops_prefix
+    assert reloaded(tokens).equal(teacher.later_blocks(tokens))
+
+
+def test_manifest_of_a_dropped_prefix_differs_in_the_splits_prefix_alone(tmp_path):
+    _, dropped = make(tmp_path / "a", "test_vit", {"num_classes": 5}, drop_prefix=True)
+    _, cached = make(tmp_path / "b", "test_vit", {"num_classes": 5})
+    mine, other = dropped.manifest.to_dict(), cached.manifest.to_dict()
+    assert (mine["split"].pop("prefix"), other["split"].pop("prefix")) == ("dropped", "cached")
+    assert mine == other

@@ -248,3 +248,9 @@ def test_load_refuses_when_the_teacher_does_not_take_rgb():
 def test_load_refuses_when_the_teacher_has_logits_for_each_token():
     with pytest.raises(InputError, match="test_vit with global_pool '' has logits for each token; leave it out"):
         load_teacher("test_vit", pretrained=False, model_kwargs={"global_pool": ""})
+
+
+@pytest.mark.parametrize("name", ["beitv2", "eva02", "dinov3"])
+def test_split_refuses_to_drop_the_prefix_when_positions_are_laid_out_for_all_tokens(name):
+    with pytest.raises(InputError, match=r"cannot run without its prefix tokens.*is for timm's VisionTransformer"):
+        split_teacher(tiny_model(name), drop_prefix=True)

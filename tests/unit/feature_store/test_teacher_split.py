@@ -102,3 +102,34 @@ def test_later_blocks_refuse_when_tokens_or_prefix_do_not_fit():
         later(stage3[:, 1:])
     with pytest.raises(InputError, match=r"prefix tokens have shape \(2, 2, 64\), expected \(2, 1, 64\)"):
         later(stage3[:, 1:], stage3[:, :2])
+
+
+@pytest.mark.parametrize("name", ["vit_class_token", "vit_registers", "deit_distilled"])
+def test_later_blocks_run_on_grid_tokens_alone_when_the_prefix_is_dropped(name):
+    model, images = teacher(name)
+    early, later = split_teacher(model, 2, drop_prefix=True)
+    prefix = later.info.prefix_tokens
+    assert (prefix > 0, later.info.prefix) == (True, "dropped")
+    with torch.no_grad():
+        stage3 = early(images)
+        alone = expected = stage3[:, prefix:]
+        for block in model.blocks[-2:]:
+            expected = block(expected)
+        assert torch.equal(later(alone), model.norm(expected))
+        assert torch.equal(later(stage3), model.forward_features(images))  # the teacher's own pass keeps them
+
+
+def test_later_blocks_refuse_prefix_tokens_when_they_are_dropped():
+    model, images = teacher("vit_class_token")
+    early, later = split_teacher(model, drop_prefix=True)
+    stage3 = early(images)
+    with pytest.raises(InputError, match="grid tokens alone .*leave out prefix_BPD"):
+        later(stage3[:, 1:], stage3[:, :1])
+    with pytest.raises(InputError, match=r"take \[B, 101, 64\], got \(2, 99, 64\)"):
+        later(stage3[:, 2:])
+
+
+@pytest.mark.parametrize("name", ["swin", "vit_no_prefix"])
+def test_split_refuses_to_drop_a_prefix_when_there_is_none(name):
+    with pytest.raises(InputError, match="take no prefix tokens that could be dropped"):
+        split_teacher(teacher(name)[0], drop_prefix=True)

@@ -87,3 +87,8 @@ def test_config_is_plain_json_when_saved():
     assert json.loads(json.dumps(saved)) == saved
     assert saved["store"] == "s"
     assert saved["optim"]["lr"] == 1e-3
+
+
+def test_raw_evaluation_is_refused_when_no_average_is_kept():
+    with pytest.raises(InputError, match=r"--no-ema-eval is for runs that keep an average; .* or give --ema-decay"):
+        TrainConfig(run=Path("r"), student="test_vit", tars=("a.tar",), method="none", ema_eval=False)

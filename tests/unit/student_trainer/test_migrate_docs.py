@@ -1,5 +1,6 @@
 """docs/migrate.md: its snippets run, on small models in place of the large ones, and its presets exist."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import timm
 import torch
 from golden_files import arguments, golden, swin, under
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import feature_store
 from feature_store.teacher import split_teacher
@@ -27,9 +28,33 @@ def run(snippet: str, settings: str) -> dict:
     return names
 
 
-def test_every_preset_has_a_row_when_the_page_lists_configs():
-    listed = re.findall(r"^\| `\S+\.py` \| `(\S+)` \|$", PAGE, re.MULTILINE)
-    assert sorted(listed) == sorted(PRESETS)
+def test_every_preset_has_its_config_when_the_page_lists_them():
+    rows = re.findall(r"^\| `(\S+\.py)` \| (kept|deleted) \| `(\S+)` \|$", PAGE, re.MULTILINE)
+    assert {preset: f"configs/distillers/{file}" for file, _, preset in rows} == {
+        name: preset.source.file for name, preset in PRESETS.items()
+    }
+    released = json.loads((Path(__file__).parent / "data" / "released_settings.json").read_text())["presets"]
+    assert {preset: kept == "kept" for _, kept, preset in rows} == {
+        name: preset["at_head"] for name, preset in released.items()
+    }
+
+
+def test_every_difference_of_a_preset_has_a_row_when_the_page_lists_them():
+    rows = re.findall(r"^\| ([^|`]+) \| [^|]+ \| [^|]+ \| [^|]+ \|$", PAGE, re.MULTILINE)
+    listed = {setting.strip() for row in rows for setting in row.split(",")} - {"setting", "---"}
+    assert listed == {setting for preset in PRESETS.values() for setting in preset.differs}
+
+
+def test_eva_snippet_resamples_positions_when_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    thin = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    converted = timm.create_model("eva_large_patch14_196", **thin)
+    save_file(converted.state_dict(), "vit.safetensors")
+    run(SNIPPETS[2], f'name, arguments = "eva_large_patch14_196", {thin!r}')
+    model = timm.create_model("eva_large_patch14_196", img_size=224, **thin)
+    model.load_state_dict(load_file("eva-224.safetensors"))
+    assert model.pos_embed.shape == (1, 257, 16)
+    assert torch.equal(model.head.weight, converted.head.weight)
 
 
 @pytest.mark.golden
@@ -76,7 +101,7 @@ def test_projector_snippet_fills_all_four_when_run(tmp_path, monkeypatch, fixtur
     s3, s4 = args["s3"], args["s4"]
     dims, grids = (s3["student_dims"], s4["student_dims"]), (tuple(s3["pos_hw"]), tuple(s4["pos_hw"]))
     heads = f"ScaleKDConfig(heads_stage3={s3['num_heads']}, heads_stage4={s4['num_heads']})"
-    loss = run(SNIPPETS[2], f"dims, grids, config = {dims}, {grids}, {heads}")["loss"]
+    loss = run(SNIPPETS[3], f"dims, grids, config = {dims}, {grids}, {heads}")["loss"]
     for stage, official_stage in ((loss.stage3, "s3"), (loss.stage4, "s4")):
         for view, number in (("original", 0), ("alternative", 1)):
             expected = caps[f"{official_stage}/projector_{number}/pos_embed"]
@@ -84,4 +109,4 @@ def test_projector_snippet_fills_all_four_when_run(tmp_path, monkeypatch, fixtur
 
 
 def test_every_snippet_is_run_when_the_page_grows():
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4

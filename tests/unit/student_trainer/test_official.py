@@ -189,6 +189,32 @@ def test_load_vit_takes_the_classifier_when_both_have_one():
     assert torch.equal(model.blocks[3].mlp.fc2.weight, state["layers.3.ffn.layers.1.weight"])
 
 
+def official_eva(model: VisionTransformer) -> dict[str, torch.Tensor]:
+    """A timm model's weights under the names of the released EVA teacher, whose norm follows the pooling."""
+    names = {
+        "patch_embed.proj.": "patch_embed.projection.", "blocks.": "layers.", ".norm1.": ".ln1.", ".norm2.": ".ln2.",
+        ".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1.", "fc_norm.": "ln2.",
+    }  # fmt: skip
+    state = {}
+    for name, leaf in model.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        state[name.replace("head.", "head.fc.") if name.startswith("head.") else f"backbone.{name}"] = leaf
+    return state
+
+
+def test_load_vit_fills_the_norm_after_pooling_when_the_teacher_is_eva():
+    shape = {"img_size": 28, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    released, model = (timm.create_model("eva_large_patch14_196", **shape) for _ in range(2))
+    with torch.no_grad():
+        for leaf in released.parameters():
+            leaf.normal_()
+    state = official_eva(released)
+    assert "backbone.ln2.weight" in state
+    load_vit(model, {f"teacher.{name}": leaf for name, leaf in state.items()})
+    assert all(torch.equal(leaf, released.state_dict()[name]) for name, leaf in model.state_dict().items())
+
+
 def test_load_vit_refuses_when_the_model_is_not_a_transformer():
     with pytest.raises(InputError, match="has no place in this Linear"):
         load_vit(nn.Linear(2, 2), under(golden("tpp_vit"), "param/"))

@@ -45,7 +45,7 @@ def signature(callable_: Callable) -> str:
         (Store.rows, "(self, keys, view)"),
         (Store.later_blocks, "(self, device='cpu')"),
         (Store.info, "(self)"),
-        (teacher.split_teacher, "(model, depth=None)"),
+        (teacher.split_teacher, "(model, depth=None, *, drop_prefix=False)"),
         (views.draw_view, "(policy, seed, key, view, source_size)"),
         (views.apply_view, "(image, params, size, *, out=None)"),
     ],

