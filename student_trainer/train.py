@@ -272,7 +272,7 @@ class Trainer:
         values: list[dict[str, float]] = []
         for batch in pieces:
             if not len(batch.labels):
-                raise InputError(f"no image of a batch can be read: {'; '.join(batch.unreadable[:3])}; mend the tars")
+                raise InputError(f"no image of a batch can be read: {'; '.join(batch.unreadable[:3])}; fix the tars")
             with gradients_shared(self._forward, now=batch is pieces[-1]):
                 terms = self.losses(batch)
                 values.append(self._values(terms, batch))
