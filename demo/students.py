@@ -1,4 +1,4 @@
-"""The same student trained ten times over: five methods, with few labels and with all."""
+"""One student trained in five ways, with few labels and with all."""
 
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence

@@ -8,6 +8,7 @@ UserError                       exit 2 unless a subclass says otherwise
 ├── UncommittedError            a row that no commit record vouches for
 ├── CommittedError              a unit's views that another writer committed first
 ├── QuarantinedError            a row whose sample was quarantined when the store was written
+├── FailedError                 the command ran, but what it was to check or make failed         exit 1
 ├── CorruptStoreError           committed bytes are missing or damaged                          exit 1
 └── ResourceError               disk, network or device gave up                                 exit 3
     └── WireError               a body from another machine is cut, damaged or no frame
@@ -65,6 +66,12 @@ class CommittedError(UserError):
 
 class QuarantinedError(UserError):
     """A row was asked for whose sample was quarantined when the store was written."""
+
+
+class FailedError(UserError):
+    """The command ran, but what it was to check or make failed: a result that means nothing, runs of a sweep."""
+
+    exit_code = 1
 
 
 class CorruptStoreError(UserError):

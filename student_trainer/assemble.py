@@ -1,6 +1,5 @@
 """What a run is made of: data, teacher features, student and loss, built from its config and checked together."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,29 +9,23 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
-from feature_store.client import Client, connect, read_token
+from feature_store.client import Client
 from feature_store.codecs.registry import value_codecs
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.source import FeatureSource
-from feature_store.store import Store, open_store
+from feature_store.store import Store
 from feature_store.tars.tar import Tar
 from feature_store.teacher import LaterBlocks
 from feature_store.teacher.dequantise import Dequantiser
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import ViewPolicy, view_policy
 from student_trainer.config import TrainConfig
-from student_trainer.data import (
-    ViewDataset,
-    match_tars,
-    open_tars,
-    read_keys,
-    require_views,
-    training_positions,
-)
+from student_trainer.data import ViewDataset
 from student_trainer.distributed import Group, synchronise_batchnorm
 from student_trainer.expectations import require_expected
+from student_trainer.inputs import open_inputs
 from student_trainer.live import LiveSource, require_same_teacher
-from student_trainer.materialised import MaterialisedViews, UnitTar, require_view_tars, stored_units
+from student_trainer.materialised import MaterialisedViews
 from student_trainer.order import EpochBatches
 from student_trainer.replay import DrawnViews, StoredViews, ViewSupplier
 from student_trainer.scalekd import TaskLoss, build_loss
@@ -124,15 +117,9 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
         UserError: Whatever does not fit together, see the functions below.
     """
     device = find_device(config.device, group.local_rank)
-    service = None if config.service_url is None else connect(config.service_url, _token(config))
-    store = service.store if service is not None else None if config.store is None else open_store(config.store)
-    keys = None if config.keys_file is None else read_keys(config.keys_file)
-    num_views = config.views.count if store is None else config.num_views or store.manifest.num_views
-    if store is not None and num_views is not None:
-        require_views(store, num_views)
-    tars = _tars(config, store)
-    units = training_positions(tars, store=store, keys=keys)
-    teacher = _live_teacher(config, store, device) if config.source == "live" else None
+    inputs = open_inputs(config)
+    store = inputs.store
+    teacher = live_teacher(config, store, device) if config.source == "live" else None
     manifest = None if store is None else store.manifest
     info, split = (
         (teacher.info, teacher.split) if teacher else (manifest and manifest.teacher, manifest and manifest.split)
@@ -144,8 +131,8 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
     taps = _needed_taps(config, store, teacher)
     num_classes = _num_classes(config, store, teacher)
     views = _views(config, store, teacher)
-    source = _source(config, store, service, taps)
-    dataset = ViewDataset(tars, views, num_classes=num_classes, source=source, taps=taps)
+    source = _source(config, store, inputs.service, taps)
+    dataset = ViewDataset(inputs.tars, views, num_classes=num_classes, source=source, taps=taps)
     later_blocks = _later_blocks(config, store, teacher, device)
     torch.manual_seed(config.seed)  # from here on, so that building a live teacher does not shift the weights
     trainee = build_trainee(config, num_classes, views.size, later_blocks, group, device)
@@ -154,28 +141,22 @@ def assemble(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = A
         trainee=trainee.to(device),
         dataset=dataset,
         batches=EpochBatches(
-            units,
+            inputs.units,
             batch_size=config.batch_size,
             seed=config.seed,
             shuffle_units=config.shuffle_units,
-            num_views=num_views,
+            num_views=inputs.num_views,
             accumulate=config.accumulate,
             rank=group.rank,
             processes=group.size,
         ),
-        live=None if teacher is None else LiveSource(teacher, dataset, units),
+        live=None if teacher is None else LiveSource(teacher, dataset, inputs.units),
         decoders=_decoders(config, store, taps),
         taps=taps,
         preprocessing=_preprocessing(config, store, teacher, trainee.student),
         val_tars=tuple(val_tars),
-        quarantined=sum(len(store.quarantined(unit)) for unit in range(len(tars))) if store else 0,
-        inputs={
-            "features": _kind_of_features(config),
-            "views": num_views,
-            "samples": _digest(units),
-            **_inputs(store, teacher, tars, val_tars, keys),
-            "processes": group.size,
-        },
+        quarantined=sum(len(store.quarantined(unit)) for unit in range(len(inputs.tars))) if store else 0,
+        inputs=inputs.identity(config, val_tars, teacher and teacher.info.weights_sha256, group.size),
         group=group,
         kd_off=kd_off,
         store_fingerprint=None if store is None else store.manifest.fingerprint(),
@@ -230,7 +211,7 @@ def find_device(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
-def _live_teacher(config: TrainConfig, store: Store | None, device: torch.device) -> Teacher:
+def live_teacher(config: TrainConfig, store: Store | None, device: torch.device) -> Teacher:
     """The live teacher; with a store, the store's own or none."""
     asked, manifest = config.teacher, None if store is None else store.manifest
     name = asked.name or (manifest.teacher.name if manifest else "")
@@ -272,17 +253,6 @@ def _source(
     source = service.live(taps)
     require_same_teacher(store.manifest, source.info, source.split)
     return source
-
-
-def _kind_of_features(config: TrainConfig) -> str:
-    """Cached rows are the same wherever they come from; what is computed anew is so on one machine at best."""
-    if config.method == "none":
-        return "none"
-    return "cached" if not config.is_live else "live" if config.service_url is None else "live, by a service"
-
-
-def _token(config: TrainConfig) -> str | None:
-    return None if config.token_file is None else read_token(config.token_file)
 
 
 def _decoders(config: TrainConfig, store: Store | None, taps: Sequence[str]) -> dict[str, Dequantiser]:
@@ -342,15 +312,6 @@ def _largest_label(store: Store | None) -> int | None:
     return max(int(np.max(store.labels(unit), initial=-1)) for unit in range(len(store.manifest.tars)))
 
 
-def _tars(config: TrainConfig, store: Store | None) -> Sequence[UnitTar]:
-    """What views are made of, unit by unit; of a store with materialised views only what it says of its source."""
-    if config.views_from is not None and store is not None:
-        require_view_tars(store, config.views_from, config.num_views or store.manifest.num_views)
-        return stored_units(store, config.views_from)
-    tars = open_tars(config.tars, config.scratch)
-    return tars if store is None else match_tars(store, tars)
-
-
 def _views(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> ViewSupplier:
     if store is not None:
         units_in_memory = 2 * config.shuffle_units  # a batch may reach into the next group
@@ -400,27 +361,3 @@ def _preprocessing(
         interpolation=_policy(config, store).interpolation,
         crop_pct=config.crop_pct,
     )
-
-
-def _digest(units: Sequence[np.ndarray]) -> str:
-    """Of which samples are trained on; quarantined ones may have been mended since."""
-    digest = hashlib.sha256()
-    for positions in units:
-        digest.update(len(positions).to_bytes(8, "little") + positions.tobytes())
-    return digest.hexdigest()
-
-
-def _inputs(
-    store: Store | None,
-    teacher: Teacher | None,
-    tars: Sequence[UnitTar],
-    val_tars: Sequence[Tar],
-    keys: frozenset[str] | None,
-) -> dict[str, Any]:
-    return {
-        "store": None if store is None else store.manifest.identity(),  # it may have grown since
-        "live_teacher": None if teacher is None else teacher.info.weights_sha256,
-        "keys": None if keys is None else hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest(),
-        "tars": {tar.name: tar.header_sha256 for tar in tars},
-        "val_tars": {tar.name: tar.header_sha256 for tar in val_tars},
-    }

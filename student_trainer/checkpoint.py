@@ -9,14 +9,16 @@ import torch
 
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.files import replacing
+from feature_store.teacher.weights import read_file
 
 FORMAT = 2
 
 # Options that say where something lies, or how much of it is used: what comes of them is compared instead, see a run's
 # inputs.
 _PLACES = frozenset(
-    {"store", "source", "tars", "views_from", "val_tars", "keys_file", "num_views", "teacher.checkpoint"}
-)
+    {"store", "source", "tars", "views_from", "val_tars", "keys_file", "num_views", "teacher.checkpoint",
+     "student_kwargs.checkpoint_path"}
+)  # fmt: skip
 # Options that cannot change a run's numbers.
 _FREE = frozenset(
     {"run", "resume", "progress", "workers", "start_method", "log_every", "val_every", "checkpoint_every",
@@ -103,13 +105,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         InputError: Missing, damaged, or not a checkpoint of this trainer.
     """
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"checkpoint {path} does not exist; give the folder or a .pt file of a training run")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["format"]
-    except Exception as error:  # a damaged file makes torch raise nearly anything
-        raise _not_a_checkpoint(path, error) from error
+        saved = read_file(path)
+    except InputError as error:
+        raise _not_a_checkpoint(path, "it " + str(error).removeprefix(f"checkpoint {path} ")) from error
+    found = saved.get("format") if isinstance(saved, dict) else None
+    if found is None:
+        raise _not_a_checkpoint(path, "it has no format number; give the run's folder, or its best.pt or last.pt")
     if found != FORMAT:
         raise InputError(
             f"{path} has checkpoint format {found!r}, this build reads {FORMAT}; use the release that wrote it"
@@ -119,14 +123,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         fields = {name: saved[name] for name in Checkpoint.__dataclass_fields__}
         return Checkpoint(**{**fields, "progress": Progress(**fields["progress"])})
     except (KeyError, TypeError) as error:
-        raise _not_a_checkpoint(path, error) from error
+        raise _not_a_checkpoint(path, f"it is incomplete: {one_line(error)}; use the release that wrote it") from error
 
 
-def _not_a_checkpoint(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is not a checkpoint of student-trainer, or is damaged: {one_line(error)}")
+def _not_a_checkpoint(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} is not a checkpoint of student-trainer: {reason}")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error of another library says, short enough for a message of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
@@ -165,12 +169,6 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
                     got=now.get(name),
                     remedy="resume with the settings and data the run was started with, or choose another --run",
                 )
-
-
-def same_places(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
-    """Whether two configs read the same of the same places, so that their inputs need not be compared."""
-    before, now = _flat(saved), _flat(current)
-    return all(before.get(name) == now.get(name) for name in _PLACES)
 
 
 def _is_free(name: str) -> bool:

@@ -46,8 +46,8 @@ def train(
 
     Args:
         config: The run.
-        preset: Start from a released pair's settings, see `student-trainer presets`; every option given beside it
-            rules over them.
+        preset: Start from a released pair's settings, see `student-trainer presets`; options on the command
+            line override it.
         print_config: Print the settings as JSON and do nothing.
         json: Print the result as JSON on stdout.
     """

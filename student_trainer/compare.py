@@ -1,29 +1,32 @@
 """Runs every setting of a sweep with every seed, and writes what they show; finished runs are not run again."""
 
-import multiprocessing
+import json
 import os
-import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from multiprocessing.queues import Queue
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tyro.conf import Positional
 
-from feature_store.errors import InputError, ResourceError, UserError
+from feature_store.errors import FailedError, InputError, ResourceError, UserError
 from feature_store.options import require
+from feature_store.processes import usable_cpus
 from feature_store.terminal import Console
-from student_trainer.checkpoint import load_checkpoint, one_line, require_same_run, same_places
+from student_trainer.assemble import live_teacher
+from student_trainer.checkpoint import require_same_run
 from student_trainer.comparison import Comparison, compare_runs, read_run
 from student_trainer.comparison_report import write_comparison
 from student_trainer.config import TrainConfig, config_to_dict
+from student_trainer.data import open_tars
+from student_trainer.inputs import open_inputs
+from student_trainer.run_processes import attempt, run_in_processes
 from student_trainer.runs import RunFolder, read_description
 from student_trainer.sweep import Run, Sweep, read_sweep
-from student_trainer.train import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +86,20 @@ def compare(config: CompareConfig) -> Comparison:
     the others.
 
     Raises:
-        UserError: The sweep cannot be used; or runs failed, after the others were finished and written.
+        FailedError: Runs failed; the others were finished and written first.
+        UserError: The sweep cannot be used.
     """
     gpus = _visible_names(config.gpus)
     sweep = read_sweep(config.sweep, config.folder, config.set, config.seeds)
-    open_runs = [run for run in sweep.runs if not is_finished(run.config)]
+    inputs_now = InputsNow()
+    open_runs = [run for run in sweep.runs if not is_finished(run.config, inputs_now)]
     results = [read_run(run, sweep.score) for run in sweep.runs if run not in open_runs]
     failed: list[tuple[Run, UserError]] = []
-    with _RunsProgress(config, done=len(results), total=len(sweep.runs)) as progress:
-        for run, error in _run_all(open_runs, config, gpus):
+    with (
+        _RunsProgress(config, done=len(results), total=len(sweep.runs)) as progress,
+        closing(_run_all(open_runs, config, gpus)) as ended,
+    ):
+        for run, error in ended:
             if error is None:
                 results.append(read_run(run, sweep.score))
                 write_comparison(config.folder, compare_runs(sweep, results, config.confidence), plots=False)
@@ -104,21 +112,55 @@ def compare(config: CompareConfig) -> Comparison:
     return comparison
 
 
-def is_finished(config: TrainConfig) -> bool:
-    """Whether a run's folder holds all its epochs, made with these settings from the same places.
+def is_finished(config: TrainConfig, inputs_now: "InputsNow | None" = None) -> bool:
+    """Whether a run's folder holds all its epochs, made with these settings from what the paths hold now.
 
-    Of data that lies elsewhere now, only ``train`` can say whether it is the same.
+    A run whose inputs cannot be read, or are others now, counts as unfinished: ``train`` says why it cannot go on.
+
+    Args:
+        config: The run.
+        inputs_now: Shared by the runs of a sweep, so that what they read alike is read once.
 
     Raises:
         MismatchError: The folder holds a run with other settings.
     """
     folder = RunFolder(config.run)
-    described = folder.path / "config.json"
-    if not described.is_file() or not folder.last.is_file():
+    if not folder.description.is_file():
         return False
-    saved, asked = read_description(described), config_to_dict(config)
+    saved, asked = read_description(folder.description), config_to_dict(config)
     require_same_run(saved, {"config": asked, "inputs": saved["inputs"]})
-    return same_places(saved["config"], asked) and load_checkpoint(folder.last).progress.epoch >= config.epochs
+    if not folder.finished.is_file():
+        return False
+    try:
+        require_same_run(saved, {"config": asked, "inputs": (inputs_now or InputsNow())(config)})
+    except UserError:
+        return False
+    return True
+
+
+class InputsNow:
+    """Identities of what runs read; a tar set is indexed once, and settings that only differ by seed are read once."""
+
+    def __init__(self) -> None:
+        self._open_tars = cache(open_tars)
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, config: TrainConfig) -> dict[str, Any]:
+        """What ``train`` would save as the run's inputs.
+
+        Raises:
+            UserError: Something cannot be read, or does not fit together.
+        """
+        key = json.dumps(config_to_dict(replace(config, run=Path(), seed=0)), sort_keys=True)
+        if key not in self._known:
+            self._known[key] = self._read(config)
+        return self._known[key]
+
+    def _read(self, config: TrainConfig) -> dict[str, Any]:
+        inputs = open_inputs(config, self._open_tars)
+        teacher = live_teacher(config, inputs.store, torch.device("cpu")) if config.source == "live" else None
+        val_tars = self._open_tars(config.val_tars, config.scratch)
+        return inputs.identity(config, val_tars, teacher and teacher.info.weights_sha256)
 
 
 def _visible_names(gpus: Sequence[int]) -> list[str]:
@@ -136,60 +178,25 @@ def _visible_names(gpus: Sequence[int]) -> list[str]:
 
 def _run_all(
     runs: Sequence[Run], config: CompareConfig, visible_gpus: Sequence[str]
-) -> Iterator[tuple[Run, UserError | None]]:
+) -> Generator[tuple[Run, UserError | None]]:
     """Each run as it ends, with why it failed if it did."""
     if config.in_this_process:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         for run in runs:
-            yield run, _try(replace(run.config, progress=run.config.progress and config.progress))
+            yield run, attempt(replace(run.config, progress=run.config.progress and config.progress))
         return
     at_a_time = len(visible_gpus) or config.processes
-    spawn = multiprocessing.get_context("spawn")
-    gpus = spawn.Queue()
-    for gpu in visible_gpus:
-        gpus.put(gpu)
-    threads = config.threads or max(1, (os.cpu_count() or 1) // at_a_time)
-    setup = (gpus if visible_gpus else None, threads)
-    with ProcessPoolExecutor(at_a_time, spawn, initializer=_set_up_process, initargs=setup) as pool:
-        futures = {pool.submit(_try, replace(run.config, progress=False)): run for run in runs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], _outcome(future)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _try(config: TrainConfig) -> UserError | None:
-    try:
-        train(config)
-    except UserError as error:
-        return error
-    except Exception as error:  # noqa: BLE001 - too little memory, say; the other runs may have enough
-        traceback.print_exc()
-        return UserError(f"{type(error).__name__}: {one_line(error)}; the traceback is above")
-    return None
-
-
-def _set_up_process(gpus: "Queue[str] | None", threads: int) -> None:
-    """Give a process its GPU, before anything touches CUDA, and its share of the cores."""
-    if gpus is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
-    torch.set_num_threads(threads)
-
-
-def _outcome(future: "Future[UserError | None]") -> UserError | None:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise ResourceError(
-            "a process of the sweep was killed, perhaps for want of memory; lower --processes, the same command resumes"
-        ) from error
+    threads = config.threads or max(1, usable_cpus() // at_a_time)
+    asked = [replace(run.config, progress=False) for run in runs]
+    with closing(run_in_processes(asked, visible_gpus or [None] * at_a_time, threads)) as ended:
+        for index, error in ended:
+            yield runs[index], error
 
 
 def _raise_failures(failed: Sequence[tuple[Run, UserError]], sweep: Sweep) -> None:
     if failed:
-        failure = UserError(
+        failure = FailedError(
             f"{len(failed)} of {len(sweep.runs)} runs failed; fix the sweep and run the same command again:"
         )
         for run, error in failed:

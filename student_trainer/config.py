@@ -198,7 +198,8 @@ class TrainConfig:
         wandb: Also log to this project of Weights & Biases.
         report: Write report.html when the run ends. Off: leave it out.
         checkpoint_every: Also write last.pt every this many steps; 0: after each epoch only.
-        check_all_pixels: Check the CRC of every view of a store, not only of each unit's first rows.
+        check_all_pixels: Check the CRC of every view of a store. Off: of each unit's first 8 only, which saves 1 to 2 %
+            of the time that workers take to make views.
         scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
         resume: Continue the run in its folder.
         progress: Show progress on stderr. Off: none.
@@ -247,7 +248,7 @@ class TrainConfig:
     wandb: str | None = None
     report: bool = True
     checkpoint_every: int = 0
-    check_all_pixels: bool = False
+    check_all_pixels: bool = True
     scratch: Path | None = None
     resume: bool = False
     progress: bool = True
@@ -326,8 +327,10 @@ class TrainConfig:
             raise InputError("--views options are for runs without --store, whose own views are replayed")
         if not self.has_store and self.num_views is not None:
             raise InputError("--num-views limits a store's views; without --store use --views.count")
-        if not self.has_store and self.check_all_pixels:
-            raise InputError("--check-all-pixels checks replayed views; without --store there is nothing to check")
+        if not self.has_store and not self.check_all_pixels:
+            raise InputError(
+                "--no-check-all-pixels is for replayed views; without --store none are checked, leave it out"
+            )
 
 
 _SCHEMES = ("http://", "https://")

@@ -8,16 +8,17 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Sampler
 from torch.utils.flop_counter import FlopCounterMode
 
-from feature_store.errors import InputError
+from feature_store.errors import FailedError, InputError
 from feature_store.sample import RowId
 from feature_store.tars.tar import Tar
 from feature_store.views import view_policy
 from student_trainer.assemble import find_device
 from student_trainer.config import require
-from student_trainer.data import ViewDataset, open_tars
+from student_trainer.data import Batch, ViewDataset, open_tars
 from student_trainer.loader import BatchLoader, worker_failures_told
 from student_trainer.replay import DrawnViews
 from student_trainer.trained import Preprocessing, load_student
@@ -89,6 +90,7 @@ class Evaluator:
         self._loader = BatchLoader(
             dataset, batches, workers=workers, start_method=start_method, pin=device.type == "cuda"
         )
+        self._tars = tars
         self._normalise, self._device, self._num_classes = preprocessing.normaliser(device), device, num_classes
 
     @torch.no_grad()
@@ -97,20 +99,29 @@ class Evaluator:
 
         Raises:
             InputError: No sample could be read.
+            FailedError: Logits are NaN or infinite, or none of them tells any class from another.
         """
         was_training = model.training
         model.eval()
         counts_KT, unreadable = torch.zeros(self._num_classes, 3, dtype=torch.int64), []
+        tells_apart = self._num_classes == 1
         with worker_failures_told():
             for batch in self._loader:
                 unreadable += batch.unreadable
                 if len(batch.labels):
                     logits = model(self._normalise(batch.pixels))
+                    self._require_finite(logits, batch)
+                    tells_apart = tells_apart or bool((logits != logits[:, :1]).any())
                     counts_KT.index_add_(0, batch.labels, _hits(logits, batch.labels.to(self._device)).cpu())
         model.train(was_training)
         samples, top1, top5 = counts_KT.sum(0).tolist()
         if not samples:
             raise InputError(f"none of {len(unreadable)} validation images can be read, first: {unreadable[0]}")
+        if not tells_apart:
+            raise FailedError(
+                f"the student gives all {self._num_classes} classes the same logit, for each of {samples} images: an "
+                "accuracy would mean nothing; look at its training loss, or use another checkpoint"
+            )
         per_class = tuple(100 * right / count if count else None for count, right, _ in counts_KT.tolist())
         class_samples = tuple(counts_KT[:, 0].tolist())
         return Accuracy(
@@ -120,6 +131,17 @@ class Evaluator:
     def close(self) -> None:
         """End the processes that make batches."""
         self._loader.close()
+
+    def _require_finite(self, logits_BK: Tensor, batch: Batch) -> None:
+        bad = (~logits_BK.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            row = batch.row_ids()[bad[0]]
+            tar = self._tars[row.unit]
+            raise FailedError(
+                f"the student's logits are NaN or infinite for {len(bad)} of {len(logits_BK)} images of a batch, first "
+                f"{tar.name}/{tar.keys[row.position]}: an accuracy would mean nothing; use an earlier checkpoint, or "
+                "train with a lower --optim.lr"
+            )
 
 
 def _hits(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
@@ -185,6 +207,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     Raises:
         InputError: No checkpoint, no readable sample, or a label out of range.
+        FailedError: The student's weights or logits are not finite, or its logits all equal.
     """
     source = config.run or config.checkpoint
     assert source is not None  # EvaluateConfig saw to it
@@ -218,9 +241,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 @torch.no_grad()
 def count_flops(model: nn.Module, images_BCHW: Tensor) -> int:
-    """Floating-point operations of one forward pass in eval mode, multiply-adds as two; element-wise ones left out."""
+    """Floating-point operations of one forward pass in eval mode, multiply-adds as two; element-wise ones left out.
+
+    Attention is run as plain matrix products: torch's counter does not know the fused kernel of CPUs.
+    """
     was_training = model.training
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(images_BCHW)
     model.train(was_training)
     return counter.get_total_flops()

@@ -1,5 +1,8 @@
 """A trained student as plain timm weights: projectors dropped, nothing of this project needed to load them."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +14,7 @@ from torch import nn
 
 from feature_store.errors import InputError, MismatchError
 from feature_store.files import replacing
+from student_trainer.checkpoint import one_line
 from student_trainer.trained import Trained, load_student
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -42,7 +46,10 @@ def export(config: ExportConfig) -> list[Path]:
         The files written.
 
     Raises:
-        InputError: The folder exists and is not empty, there is no checkpoint, or onnx is not installed.
+        InputError: The folder exists and is not empty, there is no checkpoint, onnx is not installed, or torch cannot
+            export this model to it.
+        FailedError: The student's weights are not finite.
+        MismatchError: model.onnx gives other logits than the student.
     """
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise InputError(f"--out {config.out} already exists; choose another folder or remove it")
@@ -64,7 +71,7 @@ def export(config: ExportConfig) -> list[Path]:
         with replacing(config.out / "backbone.safetensors") as partial:
             save_file(backbone_state(model), partial)
     if config.onnx:
-        _export_onnx(model, trained.preprocessing.input_size, config.out / "model.onnx")
+        _export_onnx(model, trained.student.name, trained.preprocessing.input_size, config.out / "model.onnx")
     return sorted(config.out.iterdir())
 
 
@@ -95,34 +102,63 @@ def _require_onnx() -> None:
         raise InputError(f"--onnx needs {', '.join(absent)}; install with `pip install .[onnx]`")
 
 
-def _export_onnx(model: nn.Module, input_size: tuple[int, int], path: Path) -> None:
-    """Write model.onnx with a free batch axis, and hold its logits against torch's."""
+def _export_onnx(model: nn.Module, name: str, input_size: tuple[int, int], path: Path) -> None:
+    """Write model.onnx with a free batch axis, and hold its logits against torch's.
+
+    Raises:
+        InputError: torch cannot export this model.
+        MismatchError: The exported model gives other logits.
+    """
     images = torch.randn(2, 3, *input_size, generator=torch.Generator().manual_seed(0))
-    batch = torch.export.Dim("batch", min=1)
-    torch.onnx.export(
-        model,
-        (images,),
-        str(path),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: batch},),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
     with torch.no_grad():
         expected = model(images)
-    got = torch.from_numpy(_run_onnx(path, images))
-    difference = (got - expected).abs().max().item()
-    if difference > 1e-3 * max(1.0, expected.abs().max().item()):
-        path.unlink()
-        raise MismatchError(
-            "logits of model.onnx",
-            where="torch",
-            expected=expected[0, :3].tolist(),
-            got=got[0, :3].tolist(),
-            remedy="model.onnx was removed; try another version of torch or onnxruntime",
+    with replacing(path) as partial:
+        try:
+            _write_onnx(model, images, partial)
+            got = torch.from_numpy(_run_onnx(partial, images))
+        except Exception as error:  # torch's exporter and onnxruntime raise nearly anything
+            reason = one_line(error.__cause__ or error)
+            raise InputError(
+                f"--onnx: torch {torch.__version__} cannot export {name} to ONNX ({reason}); "
+                f"the other files in {path.parent} are whole: use them, or try another version of torch and onnxscript"
+            ) from error
+        difference = (got - expected).abs().max().item()
+        if not difference <= 1e-3 * max(1.0, expected.abs().max().item()):
+            raise MismatchError(
+                "logits of model.onnx",
+                where="torch",
+                expected=expected[0, :3].tolist(),
+                got=got[0, :3].tolist(),
+                remedy="model.onnx was removed; try another version of torch or onnxruntime",
+            )
+
+
+def _write_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    with _plain_attention(model), warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(
+            model,
+            (images,),
+            str(path),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
         )
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Within: attention as matrix products; torch's exporter fails at the fused kernel in BEiT, Hiera and MaxViT."""
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        vars(module)["fused_attn"] = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            vars(module)["fused_attn"] = True
 
 
 def _run_onnx(path: Path, images: torch.Tensor):

@@ -1,4 +1,4 @@
-"""LiveSource: the teacher in the training process, the online baseline a store is measured against."""
+"""LiveSource: teacher features computed in the training process, from each batch's pixels."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,10 @@ from student_trainer.data import ViewDataset
 
 
 class LiveSource:
-    """FeatureSource that computes each batch's features from its pixels.
+    """FeatureSource that computes each batch's features from its pixels, float32 values on the CPU.
+
+    Features pass through CPU memory, and pixels go to the GPU once more for the student; a cache job's fused attention
+    is not used. A step is slower by that than one written for a live teacher alone.
 
     Attributes:
         teacher: The frozen teacher.

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from feature_store.errors import InputError
+from feature_store.teacher.weights import read_weights
 from student_trainer.projector import CrossAttentionProjector
 
-State = Mapping[str, Any]  # tensors by name, or such a mapping under the key "state_dict"
+State = Mapping[str, Any] | Path  # tensors by name, such a mapping under the key "state_dict", or a file of either
 
 _PROJECTOR = {  # our module -> the released one
     "position": "pos_embed",
@@ -178,6 +180,7 @@ def _rename(name: str, rules: _Rules) -> str:
 
 def _unnested(state: State) -> dict[str, Tensor]:
     """The tensors by name, out of a checkpoint's ``state_dict`` and without DataParallel's ``module.``."""
+    state = read_weights(state) if isinstance(state, Path) else state
     while isinstance(inner := state.get("state_dict"), Mapping):
         state = inner
     return {name.removeprefix("module."): torch.as_tensor(leaf) for name, leaf in state.items()}

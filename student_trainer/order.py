@@ -1,4 +1,4 @@
-"""In which order rows are trained on: a pure function of seed and epoch, so that a run can resume anywhere."""
+"""Epoch order of rows: a pure function of seed and epoch, resumable at any batch."""
 
 from collections.abc import Iterator, Sequence
 

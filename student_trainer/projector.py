@@ -153,8 +153,8 @@ class CrossAttentionProjector(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(scale * Q K^T) V over the last two axes.
 
-    Half precision takes torch's fused kernels. Wider dtypes take the plain formula: the fused CPU kernel's float32
-    rounding moves the projectors' gradients by 1.2e-5 of their maximum, the plain one's by less than 1e-5.
+    Half precision takes torch's fused kernels. Wider dtypes take the plain formula, whose float32 rounding is smaller
+    than that of the fused CPU kernel; how far both are from float64 depends on the processor.
     """
     if q.dtype in (torch.float16, torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)

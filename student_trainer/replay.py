@@ -11,7 +11,7 @@ from feature_store.store import Store
 from feature_store.tars.tar import Tar, TarSample
 from feature_store.views import ViewParams, ViewPolicy, apply_view, check_pixels, decode_image, draw_view, replay_view
 
-CHECKED_ROWS = 8  # rows at the start of every unit and view whose pixels are always checked
+CHECKED_ROWS = 8  # rows at the start of every unit and view whose pixels are checked even if not all are
 
 
 class ViewSupplier(Protocol):
@@ -62,12 +62,13 @@ class StoredViews:
 
     skips_unreadable = False  # what the teacher's pass could not read is quarantined and never asked for
 
-    def __init__(self, store: Store, *, check_all: bool = False, units_in_memory: int = 16) -> None:
+    def __init__(self, store: Store, *, check_all: bool = True, units_in_memory: int = 16) -> None:
         """Replay a store.
 
         Args:
             store: The store.
-            check_all: Check the pixels of every row, not only of the first CHECKED_ROWS of each unit and view.
+            check_all: Check the pixels of every row; otherwise of the first CHECKED_ROWS of each unit and view. A CRC
+                takes 0.05 ms, making a 224-pixel view 2 to 4.
             units_in_memory: Units whose parameters are kept; should cover the units that are shuffled together.
         """
         self.size, self._encoding = store.manifest.policy.size, store.manifest.view_encoding
@@ -95,7 +96,7 @@ class StoredViews:
         return params
 
     def check(self, row: RowId, sample: TarSample, pixels: np.ndarray) -> None:
-        """Compare the label and, for the first rows of each unit and view or for all, the CRC of the pixels."""
+        """Compare the label and the CRC of the pixels."""
         unit = self._unit(row)
         if sample.label != unit.labels[row.position]:
             raise MismatchError(

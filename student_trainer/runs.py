@@ -18,7 +18,7 @@ from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.files import write_text
 from feature_store.objects.local import PARTIAL_SUFFIX
 from feature_store.versions import software_versions
-from student_trainer.checkpoint import Checkpoint, load_checkpoint, require_same_run, save_checkpoint
+from student_trainer.checkpoint import Checkpoint, Progress, load_checkpoint, require_same_run, save_checkpoint
 from student_trainer.config import TrainConfig, config_to_dict
 from student_trainer.metrics import rewind_metrics, set_aside_accuracies
 
@@ -70,11 +70,14 @@ class RunFolder:
         metrics: metrics.jsonl.
         last: last.pt, where the run resumes.
         best: best.pt, the epoch with the best validation accuracy; absent without validation.
+        finished: finished.json, written when all epochs are done.
+        description: config.json: settings, inputs, versions.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics, self.last, self.best = path / "metrics.jsonl", path / "last.pt", path / "best.pt"
+        self.finished, self.description = path / "finished.json", path / "config.json"
 
     @classmethod
     def open(cls, config: TrainConfig, inputs: Mapping[str, Any], resolved: Mapping[str, Any]) -> "RunFolder":
@@ -93,7 +96,7 @@ class RunFolder:
         """
         folder = cls(config.run)
         description = {"config": config_to_dict(config), "inputs": dict(inputs)}
-        described = config.run / "config.json"
+        described = folder.description
         if config.resume and described.is_file():
             saved = read_description(described)
             require_same_run(saved, {**description, "inputs": {**inputs, **_validation(saved["inputs"])}})
@@ -114,10 +117,15 @@ class RunFolder:
         return load_checkpoint(self.last) if self.last.is_file() else None
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
-        """Cut the metrics back to where the run resumes."""
+        """Cut the metrics back to where the run resumes, which is unfinished from here on."""
+        self.finished.unlink(missing_ok=True)
         if self.metrics.is_file():
             progress = None if checkpoint is None else checkpoint.progress
             rewind_metrics(self.metrics, *((-1, 0) if progress is None else (progress.step, progress.epoch)))
+
+    def finish(self, progress: Progress) -> None:
+        """Note that all epochs are done: a small file, so that nobody has to read a checkpoint to know it."""
+        write_text(self.finished, json.dumps({"epochs": progress.epoch, "steps": progress.step}))
 
     def require_room(self, checkpoint_bytes: int) -> None:
         """Refuse a disk without room for a checkpoint.
@@ -133,7 +141,7 @@ class RunFolder:
             )
 
     def _describe(self, description: Mapping[str, Any]) -> None:
-        write_text(self.path / "config.json", json.dumps(description, indent=2), durable=True)
+        write_text(self.description, json.dumps(description, indent=2), durable=True)
 
     def _remove_partials(self) -> None:
         """What killed processes left: the folder is reserved, so nobody is writing them."""
@@ -145,7 +153,7 @@ class RunFolder:
         if _validation(saved["inputs"]) == _validation(inputs):
             return
         checkpoint = self.saved()
-        finished = checkpoint is not None and checkpoint.progress.epoch >= config.epochs
+        finished = self.finished.is_file() or (checkpoint is not None and checkpoint.progress.epoch >= config.epochs)
         if finished and not config.val_tars:
             return
         if finished:

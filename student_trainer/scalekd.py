@@ -155,7 +155,7 @@ class ScaleKDLoss(nn.Module):
     def without_idle_paths(self) -> "ScaleKDLoss":
         """Compute nothing for terms of weight 0, and drop projectors that reach no other; the total stays the same.
 
-        The released code computes them all the same, and so does a loss as it is built.
+        The released code computes these terms too.
         """
         for view, weight in zip(VIEW_LOSSES, self.config.alphas_stage4, strict=True):
             if weight == 0 and view in self.stage4:

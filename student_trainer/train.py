@@ -94,6 +94,7 @@ def _train(config: TrainConfig, group: Group, stop: Stop, held: ExitStack) -> Tr
         group.together(lambda: trainer.restore(checkpoint))
     with closing(trainer), _log(config, folder, trainer) as log:
         trainer.run(folder, log)
+    group.from_main(lambda: folder.finish(trainer.progress))
     if config.report:
         group.from_main(lambda: write_run_report(folder.path))
     return group.from_main(lambda: trainer.result(folder))
@@ -271,7 +272,7 @@ class Trainer:
         values: list[dict[str, float]] = []
         for batch in pieces:
             if not len(batch.labels):
-                raise InputError(f"no image of a batch can be read: {'; '.join(batch.unreadable[:3])}; mend the tars")
+                raise InputError(f"no image of a batch can be read: {'; '.join(batch.unreadable[:3])}; fix the tars")
             with gradients_shared(self._forward, now=batch is pieces[-1]):
                 terms = self.losses(batch)
                 values.append(self._values(terms, batch))

@@ -1,4 +1,4 @@
-"""A student out of a checkpoint, with all it needs to see images as it did in training."""
+"""Trained students and their preprocessing, loaded from checkpoints."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feature_store.errors import InputError
+from feature_store.errors import FailedError, InputError
 from feature_store.teacher.model import normalise
+from feature_store.teacher.weights import not_finite
 from student_trainer.checkpoint import load_checkpoint, one_line
 from student_trainer.student import Student
 
@@ -82,6 +83,7 @@ def load_student(path: Path) -> Trained:
 
     Raises:
         InputError: No such checkpoint, or a damaged one.
+        FailedError: Its weights are not finite: the training diverged.
     """
     if path.is_dir():
         path = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), path / "last.pt")
@@ -98,4 +100,9 @@ def load_student(path: Path) -> Trained:
             f"{path} does not fit timm's {student.name} any more: {one_line(error)}; "
             "use the timm version the run was made with"
         ) from error
+    if broken := not_finite(student.model):
+        raise FailedError(
+            f"{path} holds NaN or infinite values in {len(broken)} tensors, first {broken[0]}: the training diverged; "
+            "use an earlier checkpoint, or train again with a lower --optim.lr"
+        )
     return Trained(student, preprocessing, num_classes)

@@ -3,6 +3,7 @@
 Nothing is ever extracted, so a member's name is a key and never a path.
 """
 
+import hashlib
 import os
 import weakref
 from collections import deque
@@ -21,6 +22,7 @@ from feature_store.tars.urls import expand_tars, local_tar, tar_name
 __all__ = ["Tar", "TarSample", "expand_tars"]
 
 _MOST_OPEN = 64  # files of a process; a data set has more tars than many systems let a process open
+_TAIL = 64  # bytes at an image's end: JPEG's last coded block, PNG's checksum; beside the next header, so cheap to read
 _MOST_DIGITS = 18  # of a label: what an int64 holds for certain
 
 
@@ -104,6 +106,21 @@ class Tar:
         if not label.isdigit() or len(label) > _MOST_DIGITS:
             raise ImageError(f"label is {label!r}, expected a class index in decimal digits")
         return int(label)
+
+    def content_sha256(self) -> str:
+        """Hash over headers, labels and image endings: differs for tars whose members only have equal names and sizes.
+
+        Raises:
+            InputError: The file changed since it was indexed.
+            ResourceError: The file cannot be read.
+        """
+        digest = hashlib.sha256(self.header_sha256.encode())
+        for position, (image, label) in enumerate(zip(self._images.tolist(), self._labels.tolist(), strict=True)):
+            if position not in self._problems:
+                offset, size = image
+                tail = min(size, _TAIL)
+                digest.update(self._read(*label) + b"\n" + self._read(offset + size - tail, tail))
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from feature_store.errors import InputError, ResourceError
 from feature_store.manifest import TeacherInfo
 from feature_store.teacher.split import split_teacher
+from feature_store.teacher.weights import CONVERT, explain_model_source, not_finite, python_objects, read_weights
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -145,13 +146,16 @@ def build_model(name: str, model_kwargs: Mapping[str, Any] | None = None, *, pre
         InputError: Unknown name or impossible arguments.
         ResourceError: The pretrained weights could not be fetched.
     """
+    if name.partition(":")[0] in ("hf-hub", "hf_hub", "local-dir"):
+        raise InputError(explain_model_source(name))
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
         raise InputError(f"timm {timm.__version__} knows no model {name!r}; {hint}")
     kwargs = dict(model_kwargs or {})
+    checkpoint = kwargs.pop("checkpoint_path", None)
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ResourceError(
@@ -159,14 +163,22 @@ def build_model(name: str, model_kwargs: Mapping[str, Any] | None = None, *, pre
             "check the network or pass a local file with --checkpoint"
         ) from error
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        if "weights_only" in str(error):  # torch's text explains how to switch the guard off
+            raise InputError(f"the weights file of {name!r} {python_objects(error)}; {CONVERT}") from error
         raise InputError(f"timm cannot build {name!r} with {kwargs}: {error}") from error
+    if checkpoint:
+        _load_checkpoint(model, name, Path(checkpoint))
+    return model
 
 
 def _load_checkpoint(model: nn.Module, name: str, checkpoint: Path) -> None:
-    if not checkpoint.is_file():
-        raise InputError(f"checkpoint {checkpoint} is not a file; pass a safetensors or torch file of {name}")
+    as_numpy = checkpoint.suffix.lower() in (".npz", ".npy") and checkpoint.is_file()  # JAX's, per model in timm
+    weights = {} if as_numpy else read_weights(checkpoint)
     try:
-        load_checkpoint(model, str(checkpoint), strict=True, weights_only=True)
+        if as_numpy:
+            load_checkpoint(model, str(checkpoint))
+        else:
+            model.load_state_dict(weights)
     except Exception as error:  # whatever a damaged or foreign file makes the readers raise
         # torch names every key, a large model has hundreds
         lines = [shorten(line.strip(" \t:."), 200, placeholder=" ...") for line in str(error).splitlines()[:4]]
@@ -175,6 +187,11 @@ def _load_checkpoint(model: nn.Module, name: str, checkpoint: Path) -> None:
             f"checkpoint {checkpoint} does not fit {name}: {reason}; "
             "check the model name and --model-kwargs (num_classes, img_size...)"
         ) from error
+    if broken := not_finite(model):
+        raise InputError(
+            f"checkpoint {checkpoint} has NaN or infinite values in {len(broken)} tensors, first {broken[0]}; "
+            "give one from before the training diverged"
+        )
 
 
 def teacher_info(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import queue
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,9 @@ from training_world import samples, shared_world, write_tar
 from feature_store.errors import MismatchError, ResourceError, UserError
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main
-from student_trainer.compare import CompareConfig, _set_up_process, _visible_names, compare, is_finished
+from student_trainer.compare import CompareConfig, _visible_names, compare, is_finished
 from student_trainer.metrics import read_metrics
+from student_trainer.run_processes import take_share
 from student_trainer.sweep import read_sweep
 from student_trainer.train import Trainer
 
@@ -74,7 +74,7 @@ def test_task_loss_is_unweighted_when_methods_are_compared(ablation):
 
 def test_finished_runs_are_left_alone_when_the_sweep_is_repeated(ablation, monkeypatch):
     config, found = ablation
-    monkeypatch.setattr("student_trainer.compare.train", lambda config: pytest.fail(f"ran {config.run} again"))
+    monkeypatch.setattr("student_trainer.run_processes.train", lambda config: pytest.fail(f"ran {config.run} again"))
     assert compare(config) == found
 
 
@@ -202,10 +202,9 @@ def test_parallel_runs_give_what_sequential_ones_do_when_processes_are_asked_for
 
 def test_each_process_sees_one_gpu_when_gpus_are_listed(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    threads, gpus = torch.get_num_threads(), queue.Queue()
-    gpus.put("3")
+    threads = torch.get_num_threads()
     try:
-        _set_up_process(gpus, 1)
+        take_share("3", 1)
         assert (os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads()) == ("3", 1)
     finally:
         torch.set_num_threads(threads)

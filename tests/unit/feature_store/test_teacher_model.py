@@ -95,11 +95,6 @@ def test_load_refuses_when_arguments_are_impossible():
 def test_load_refuses_when_checkpoint_does_not_fit(checkpoint, tmp_path):
     with pytest.raises(InputError, match=r"does not fit.*size mismatch"):
         load(checkpoint=checkpoint, model_kwargs={**SWIN, "num_classes": 7})
-    (tmp_path / "junk.safetensors").write_bytes(b"not weights")
-    with pytest.raises(InputError, match="does not fit"):
-        load(checkpoint=tmp_path / "junk.safetensors")
-    with pytest.raises(InputError, match="is not a file"):
-        load(checkpoint=tmp_path / "absent.pt")
 
 
 def test_load_names_some_keys_only_when_all_of_a_checkpoints_differ(checkpoint):
@@ -116,7 +111,7 @@ def test_load_never_unpickles_code(tmp_path):
             return (open, (str(tmp_path / "pwned"), "w"))
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match="does not fit"):
+    with pytest.raises(InputError, match=r"evil.pt holds Python objects beside tensors \(\S*open\)"):
         load(checkpoint=tmp_path / "evil.pt")
     assert not (tmp_path / "pwned").exists()
 

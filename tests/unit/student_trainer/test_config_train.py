@@ -29,7 +29,7 @@ GOOD = TrainConfig(run=Path("r"), student="test_resnet", tars=("a.tar",), store=
         ({"teacher": TeacherConfig(name="vit")}, "--teacher options are for --source live"),
         ({"views": ViewsConfig(size=32)}, "--views options are for runs without --store"),
         ({"store": None, "method": "none", "num_views": 2}, "--num-views limits a store's views"),
-        ({"store": None, "method": "none", "check_all_pixels": True}, "--check-all-pixels checks replayed views"),
+        ({"store": None, "method": "none", "check_all_pixels": False}, "--no-check-all-pixels is for replayed"),
     ],
 )
 def test_config_is_refused_when_it_cannot_work(change, message):

@@ -1,9 +1,10 @@
 import pytest
+import timm
 import torch
 from torch import nn
 from training_world import samples, write_tar
 
-from feature_store.errors import InputError
+from feature_store.errors import FailedError, InputError
 from feature_store.tars.tar import Tar
 from student_trainer.evaluate import EvaluateConfig, Evaluator, count_flops, forward_speed
 from student_trainer.trained import Normaliser, Preprocessing
@@ -118,3 +119,51 @@ def test_forward_speed_is_images_over_median_seconds_when_passes_differ(monkeypa
     clock = iter([0.0, 9.0, 0.0, 1.0, 0.0, 2.0, 0.0, 4.0])  # warm-up, then passes of 1, 2 and 4 seconds
     monkeypatch.setattr("student_trainer.evaluate.time.perf_counter", lambda: next(clock))
     assert forward_speed(nn.Identity(), torch.zeros(10, 1), passes=3) == 5.0
+
+
+@pytest.mark.parametrize(("name", "flops"), [("vit_small_patch16_224", 9.20e9), ("deit_tiny_patch16_224", 2.51e9)])
+def test_flops_hold_attention_when_the_device_fuses_it(name, flops):
+    model = timm.create_model(name)
+    counted = count_flops(model, torch.zeros(1, 3, 224, 224))
+    assert counted == pytest.approx(flops, rel=2e-3)
+    assert counted == count_flops(model.to("meta"), torch.zeros(1, 3, 224, 224, device="meta"))
+
+
+class Broken(ByColour):
+    """Gives a value in place of some logits, for the images of one colour."""
+
+    def __init__(self, value: float, label: int = 1) -> None:
+        super().__init__()
+        self.value, self.label = value, label
+
+    def forward(self, images_BCHW):
+        logits = super().forward(images_BCHW)
+        logits[logits.argmax(dim=1) == self.label, 2] = self.value
+        return logits
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_evaluation_fails_naming_an_image_when_logits_are_not_finite(tars, value):
+    with pytest.raises(
+        FailedError, match=r"NaN or infinite for 1 of 3 images of a batch, first val.tar/v001: "
+    ) as caught:
+        evaluator(tars)(Broken(value))
+    assert caught.value.exit_code == 1
+
+
+def test_evaluation_fails_when_all_logits_are_equal(tars):
+    class Constant(nn.Module):
+        def forward(self, images_BCHW):
+            return torch.full((len(images_BCHW), 8), 0.25)
+
+    with pytest.raises(FailedError, match="gives all 8 classes the same logit, for each of 8 images"):
+        evaluator(tars)(Constant())
+
+
+def test_evaluation_counts_when_there_is_one_class_only(tmp_path):
+    class One(nn.Module):
+        def forward(self, images_BCHW):
+            return images_BCHW.new_ones(len(images_BCHW), 1)
+
+    tar = Tar.open(write_tar(tmp_path / "one.tar", [{**s, "cls": "0"} for s in samples(3, seed=3)]))
+    assert evaluator([tar], classes=1)(One()).top1 == 100.0

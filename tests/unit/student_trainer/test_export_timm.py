@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from feature_store.errors import InputError, MismatchError
 from student_trainer.checkpoint import Checkpoint, Progress, load_checkpoint, rng_state, save_checkpoint
+from student_trainer.cli import main
 from student_trainer.export import ExportConfig, export
 from student_trainer.student import Student
 from student_trainer.trained import Preprocessing, describe_student, load_student
@@ -98,6 +99,19 @@ def test_checkpoint_is_refused_when_its_weights_do_not_fit_the_model(run):
         load_student(folder)
 
 
+@pytest.mark.parametrize("command", ["export", "evaluate"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_student_is_refused_by_name_when_its_weights_are_not_finite(run, tmp_path, capsys, command, value):
+    folder, student = run
+    name = next(name for name, _ in student.model.named_parameters())
+    student.model.get_parameter(name).data.flatten()[0] = value
+    save(folder / "last.pt", student)
+    options = {"export": ["--out", str(tmp_path / "out")], "evaluate": ["--tars", "val.tar"]}[command]
+    assert main([command, "--run", str(folder), *options]) == 1
+    assert f"last.pt holds NaN or infinite values in 1 tensors, first {name}: the training" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_export_is_refused_when_the_folder_is_not_empty(run):
     folder, _ = run
     with pytest.raises(InputError, match=r"--out .*run already exists; choose another folder"):
@@ -152,3 +166,23 @@ def test_export_follows_the_umask_when_written(run, tmp_path):
         os.umask(before)
     assert [file.name for file in files] == ["backbone.safetensors", "config.json", "model.safetensors"]
     assert {file.stat().st_mode & 0o777 for file in files} == {0o644}
+
+
+BEIT = ("beit_base_patch16_224", {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3})
+
+
+def test_onnx_gives_the_students_logits_when_its_attention_is_fused(tmp_path):
+    save(tmp_path / "last.pt", Student(BEIT[0], 7, HOW.input_size, BEIT[1]))
+    export(ExportConfig(run=tmp_path / "last.pt", out=tmp_path / "out", onnx=True))  # compares the logits itself
+    assert (tmp_path / "out/model.onnx").is_file()
+
+
+def test_onnx_is_refused_in_one_line_when_torch_cannot_export_the_model(run, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("Failed\nlong text") from ValueError("no function for aten::odd\n at line 3")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    assert main(["export", "--run", str(run[0]), "--out", str(tmp_path / "out"), "--onnx"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"cannot export {run[1].name} to ONNX (no function for aten::odd at line 3); the other files in" in line
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]

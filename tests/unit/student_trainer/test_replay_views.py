@@ -46,17 +46,18 @@ def test_stored_views_never_draw_when_replayed(store, tar, monkeypatch):
     replay(StoredViews(store), tar, RowId(0, 0, 0))
 
 
-@pytest.mark.parametrize(("position", "check_all", "caught"), [
-    (0, False, True), (CHECKED_ROWS - 1, False, True), (CHECKED_ROWS, False, False), (CHECKED_ROWS, True, True),
+@pytest.mark.parametrize(("position", "checks", "caught"), [
+    (0, {"check_all": False}, True), (CHECKED_ROWS - 1, {"check_all": False}, True),
+    (CHECKED_ROWS, {"check_all": False}, False), (CHECKED_ROWS, {}, True), (13, {}, True),
 ])  # fmt: skip
-def test_stored_views_catch_changed_pixels_when_the_row_is_checked(store, tar, position, check_all, caught):
-    views, row = StoredViews(store, check_all=check_all), RowId(0, position, 1)
+def test_stored_views_catch_changed_pixels_when_the_row_is_checked(store, tar, position, checks, caught):
+    views, row = StoredViews(store, **checks), RowId(0, position, 1)
     sample, pixels = replay(views, tar, row)
     pixels[3, 5, 1] ^= 1
     if not caught:
         views.check(row, sample, pixels)
         return
-    with pytest.raises(MismatchError, match=r"pixels of sample 'a00\d', view 1 differs.*CRC-32.*Pillow"):
+    with pytest.raises(MismatchError, match=r"pixels of sample 'a0\d\d', view 1 differs.*CRC-32.*Pillow"):
         views.check(row, sample, pixels)
 
 
