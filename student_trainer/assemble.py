@@ -15,7 +15,7 @@ from feature_store.codecs.registry import value_codecs
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.source import FeatureSource
 from feature_store.store import Store, open_store
-from feature_store.tars.tar import Tar
+from feature_store.tars.tar import Tar, open_tars, tar_notes
 from feature_store.teacher import LaterBlocks
 from feature_store.teacher.dequantise import Dequantiser
 from feature_store.teacher.model import Teacher, load_teacher
@@ -24,7 +24,6 @@ from student_trainer.config import TrainConfig
 from student_trainer.data import (
     ViewDataset,
     match_tars,
-    open_tars,
     read_keys,
     require_views,
     training_positions,
@@ -94,6 +93,10 @@ class Parts:
         views = f"{self.batches.num_views} views" if self.batches.num_views else "a new view every epoch"
         samples = f"{self.batches.rows} samples from {len(self.dataset.tars)} tars{left_out}, {views}, on {self.device}"
         return f"{samples}; KD is off: the teacher has no classifier" if self.kd_off else samples
+
+    def notes(self) -> list[str]:
+        """What the user should know of the tars."""
+        return tar_notes([tar for tar in (*self.dataset.tars, *self.val_tars) if isinstance(tar, Tar)])
 
     def resolved(self) -> dict[str, Any]:
         """What the config left open."""
@@ -343,7 +346,7 @@ def _tars(config: TrainConfig, store: Store | None) -> Sequence[UnitTar]:
     if config.views_from is not None and store is not None:
         require_view_tars(store, config.views_from, config.num_views or store.manifest.num_views)
         return stored_units(store, config.views_from)
-    tars = open_tars(config.tars, config.scratch)
+    tars = open_tars(config.tars, config)
     return tars if store is None else match_tars(store, tars)
 
 
@@ -417,6 +420,14 @@ def _inputs(
         "store": None if store is None else store.manifest.identity(),  # it may have grown since
         "live_teacher": None if teacher is None else teacher.info.weights_sha256,
         "keys": None if keys is None else hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest(),
-        "tars": {tar.name: tar.header_sha256 for tar in tars},
-        "val_tars": {tar.name: tar.header_sha256 for tar in val_tars},
+        "tars": _hashes(tars),
+        "val_tars": _hashes(val_tars),
     }
+
+
+def _hashes(tars: Sequence[UnitTar]) -> dict[str, str]:
+    """Header hashes by name; those of tars of one name after each other, in unit order."""
+    hashes: dict[str, str] = {}
+    for tar in tars:
+        hashes[tar.name] = f"{hashes[tar.name]} {tar.header_sha256}" if tar.name in hashes else tar.header_sha256
+    return hashes

@@ -9,6 +9,7 @@ import tyro
 
 from feature_store.errors import InputError
 from feature_store.options import JsonObject, require
+from feature_store.tars.options import TarOptions
 from student_trainer.scalekd import ScaleKDConfig
 
 
@@ -132,7 +133,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(TarOptions):
     """One training run.
 
     Attributes:
@@ -180,7 +181,6 @@ class TrainConfig:
         report: Write report.html when the run ends. Off: leave it out.
         checkpoint_every: Also write last.pt every this many steps; 0: after each epoch only.
         check_all_pixels: Check the CRC of every view of a store, not only of each unit's first rows.
-        scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
         resume: Continue the run in its folder.
         progress: Show progress on stderr. Off: none.
     """
@@ -226,7 +226,6 @@ class TrainConfig:
     report: bool = True
     checkpoint_every: int = 0
     check_all_pixels: bool = False
-    scratch: Path | None = None
     resume: bool = False
     progress: bool = True
 
