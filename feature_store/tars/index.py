@@ -20,7 +20,7 @@ _SHOWN = 8  # members listed in a sample's problem
 _NAMED = 3  # files named in a note
 
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset's tar_file_iterator skips
-_LITTER = re.compile(  # what systems leave in folders: .DS_Store, ._name of macOS's tar, .nfs0001
+HIDDEN_FILES = re.compile(  # what systems leave in folders: .DS_Store, ._name of macOS's tar, .nfs0001
     r"(^|.*/)(\.[^/]*\Z|Thumbs\.db\Z|desktop\.ini\Z|(__MACOSX|\.AppleDouble|\.ipynb_checkpoints|@eaDir)/)", re.DOTALL
 )
 
@@ -75,8 +75,8 @@ def index_tar(url: str, path: Path) -> TarIndex:
 def _of_samples(headers: Headers) -> tuple[list[Member], list[str]]:
     """The members that belong to samples, and what to say of the others."""
     members = [member for member in headers.members if not _is_meta(member.name)]
-    hidden = [member.name for member in members if _LITTER.match(member.name)]
-    members = [member for member in members if not _LITTER.match(member.name)]
+    hidden = [member.name for member in members if HIDDEN_FILES.match(member.name)]
+    members = [member for member in members if not HIDDEN_FILES.match(member.name)]
     keyless = [member.name for member in members if base_plus_ext(member.name)[0] is None]
     notes = [
         _counted(names, what)

@@ -93,7 +93,8 @@ def _hub_request(url: str) -> Request:
 
 
 def _refused(url: str, error: HTTPError) -> InputError | ResourceError:
-    answer = f"tar {url} cannot be fetched: the server answered {error.code} {error.reason}"
+    phrase = http.client.responses.get(error.code, "")  # the server's own words are not for a terminal
+    answer = f"tar {url} cannot be fetched: the server answered {error.code} {phrase}".rstrip()
     if error.code >= 500 or error.code in _TRY_AGAIN:
         return UnreachableError(f"{answer}; try again later")
     if error.code in (401, 403, 407):

@@ -1,0 +1,136 @@
+"""Every command that opens tars takes the same ones: of equal names, from a program, with a long temporary folder."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from app_transport import TestClient, service_app
+from tiny_jobs import TinyTeacher, noise_samples, write_tar
+
+from feature_store import open_store
+from feature_store.cli import main as store_main
+from student_trainer.cli import main as trainer_main
+from teacher_service.cli import main as teacher_main
+
+SMALL = ("--workers", "0", "--batch-size", "4")
+
+
+def _cache(teacher: TinyTeacher, store: Path, *arguments: str) -> int:
+    given = [*teacher.arguments, "--checkpoint", str(teacher.checkpoint), "--store", str(store), "--tap-codec", "f16"]
+    return teacher_main(["cache", *given, *SMALL, *arguments])
+
+
+def _train(run: Path, *arguments: str) -> int:
+    return trainer_main(
+        ["train", "--run", str(run), "--student", "test_resnet", "--method", "none", "--epochs", "1", "--device", "cpu",
+         "--no-report", "--no-progress", *SMALL, *arguments]
+    )  # fmt: skip
+
+
+def test_every_command_takes_tars_of_one_name_when_a_store_was_written_from_them(
+    tmp_path: Path, tiny_swin: TinyTeacher
+) -> None:
+    tars = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        tars.append(write_tar(tmp_path / name / "00000.tar", noise_samples(name, 4, ord(name))))
+    store, run = tmp_path / "store", tmp_path / "run"
+    assert _cache(tiny_swin, store, *tars) == 0
+    tars = tars[::-1]
+
+    assert _train(run, "--store", str(store), "--tars", *tars, "--val-tars", *tars) == 0
+    assert _train(run, "--store", str(store), "--tars", *tars, "--val-tars", *tars, "--resume") == 0
+    assert trainer_main(["evaluate", "--run", str(run), "--device", "cpu", *SMALL, "--tars", *tars]) == 0
+    assert teacher_main(["verify", *tars, "--store", str(store), "--checkpoint", str(tiny_swin.checkpoint)]) == 0
+    assert store_main(["plot", str(store), "--out", str(tmp_path / "plots"), "--tars", *tars]) == 0
+    client = TestClient(service_app(str(store), tars=tuple(tars)), base_url="http://localhost")
+    assert [client.get(f"/v1/browse/units/{unit}/views/0/rows/0/view.png").status_code for unit in (0, 1)] == [200, 200]
+
+
+def test_every_command_takes_a_program_when_it_is_allowed(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = f"pipe:cat {write_tar(tmp_path / 'a.tar', noise_samples('a', 8))}"
+    allowed = ("--allow-pipe", "--scratch", str(tmp_path / "scratch"))
+    store, run = str(tmp_path / "store"), str(tmp_path / "run")
+    assert _cache(tiny_swin, tmp_path / "store", tar, *allowed) == 0
+
+    commands = {
+        "train": lambda *more: _train(Path(run), "--store", store, "--tars", tar, "--val-tars", tar, *more),
+        "evaluate": lambda *more: trainer_main(
+            ["evaluate", "--run", run, "--device", "cpu", *SMALL, "--tars", tar, *more]
+        ),
+        "verify": lambda *more: teacher_main(
+            ["verify", tar, "--store", store, "--checkpoint", str(tiny_swin.checkpoint), *more]
+        ),
+        "plot": lambda *more: store_main(["plot", store, "--out", str(tmp_path / "plots"), "--tars", tar, *more]),
+    }
+    for name, command in commands.items():
+        capsys.readouterr()
+        assert command() == 2, name
+        assert "give --allow-pipe" in capsys.readouterr().err, name
+        assert command(*allowed) == 0, name
+    app = service_app(store, tars=(tar,), allow_pipe=True, scratch=tmp_path / "scratch")
+    view = TestClient(app, base_url="http://localhost").get("/v1/browse/units/0/views/0/rows/0/view.png")
+    assert view.status_code == 200
+
+
+def test_train_takes_a_store_when_an_earlier_version_gave_a_hidden_file_a_place(
+    tmp_path: Path, tiny_swin: TinyTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = {"__key__": "d/", "DS_Store": b"x"}
+    tar = write_tar(tmp_path / "a.tar", [hidden, *noise_samples("d/a", 8)])
+    with monkeypatch.context() as patch:
+        patch.setattr("feature_store.tars.index.HIDDEN_FILES", re.compile("(?!)"))
+        assert _cache(tiny_swin, tmp_path / "store", tar) == 0
+    assert open_store(tmp_path / "store").keys(0)[0] == "d/"
+
+    assert _train(tmp_path / "run", "--store", str(tmp_path / "store"), "--tars", tar) == 0
+
+
+def test_cache_says_before_the_teacher_is_loaded_that_no_sample_can_be_used(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = write_tar(tmp_path / "a.tar", [{"__key__": "a", "png": b"no image", "cls": b"1"}])
+    for command in ("plan", "cache"):
+        argv = [command, tar, *tiny_swin.arguments, "--store", str(tmp_path / "store")]
+        more = ["--checkpoint", str(tmp_path / "missing.safetensors")] if command == "cache" else []
+        assert teacher_main([*argv, *more]) == 2
+        assert "none of the 1 samples of 1 tars can be used" in capsys.readouterr().err
+
+
+def test_plan_counts_the_samples_that_cannot_be_used(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [*noise_samples("a", 3), {"__key__": "b", "png": b"x"}]
+    assert teacher_main(["plan", write_tar(tmp_path / "a.tar", samples), *tiny_swin.arguments]) == 0
+    assert "1 of 4 samples cannot be used; the first, 'b' of" in capsys.readouterr().out
+
+
+def test_cache_and_train_run_when_the_temporary_folder_has_a_long_name(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
+    long = tmp_path / ("job" * 40)
+    long.mkdir()
+    tar, store = write_tar(tmp_path / "a.tar", noise_samples("a", 8)), str(tmp_path / "store")
+    program = (
+        "import sys\n"
+        "from teacher_service.cli import main as teacher\n"
+        "from student_trainer.cli import main as trainer\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit({'teacher': teacher, 'trainer': trainer}[sys.argv[1]](sys.argv[2:]))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    cache = ["teacher", "cache", tar, *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint), "--store", store]
+    train = ["trainer", "train", "--run", str(tmp_path / "run"), "--student", "test_resnet", "--method", "none",
+             "--epochs", "1", "--no-report", "--no-progress", "--store", store, "--tars", tar]  # fmt: skip
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    for arguments in (cache, train):
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "program.py"), *arguments, "--workers", "1", "--batch-size", "4",
+             "--device", "cpu"],
+            env=os.environ | {"TMPDIR": str(long), "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
