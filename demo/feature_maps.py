@@ -15,8 +15,9 @@ from sklearn.decomposition import PCA
 
 from demo.plots import Theme, png, themed
 from feature_store import RowId, Store
+from feature_store.tars.tar import open_tars
 from feature_store.teacher.model import load_teacher
-from student_trainer.data import ViewDataset, match_tars, open_tars
+from student_trainer.data import ViewDataset, match_tars
 from student_trainer.replay import StoredViews
 
 _FITTED_SAMPLES = 64  # of the first tar, all views: what the colours are fitted on

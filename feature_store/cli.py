@@ -20,6 +20,7 @@ from feature_store.errors import CorruptStoreError, InputError, ResourceError, U
 from feature_store.processes import usable_cpus
 from feature_store.store import open_store
 from feature_store.summary import print_summary
+from feature_store.tars.options import DEFAULT, TarOptions
 from feature_store.terminal import Console, LogFormatter, say, say_json
 
 WRONG_USAGE = 2
@@ -144,6 +145,7 @@ def plot(
     rows: int = 256,
     thumbnails: int = 8,
     seed: int = 0,
+    tar_options: tyro.conf.OmitArgPrefixes[TarOptions] = DEFAULT,
     json: bool = False,
 ) -> None:
     """Draw a store's features by frequency, by channel and beside their views: PNG files and one HTML page.
@@ -151,16 +153,18 @@ def plot(
     Args:
         path: The store: a directory or URL.
         out: Folder for the files.
-        tars: The store's tars: paths, brace patterns, URLs. Needed for thumbnails of views, which are replayed.
+        tars: The store's tars: paths, patterns, URLs. Needed for thumbnails of views, which are replayed.
         tap: What to draw: stage4 or stage3.
         rows: Rows to average over.
         thumbnails: Views to show.
         seed: Chooses rows and views.
+        tar_options: How tars are opened.
         json: Print the files as JSON.
     """
     from feature_store.analysis.plots import plot
 
-    files = plot(open_store(path), out, tars, tap=tap, rows=rows, thumbnails=thumbnails, seed=seed)
+    store = open_store(path)
+    files = plot(store, out, tars, tap=tap, rows=rows, thumbnails=thumbnails, seed=seed, tar_options=tar_options)
     if json:
         say_json([str(file) for file in files], indent=2)
     else:

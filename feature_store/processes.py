@@ -4,20 +4,26 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import connection, forkserver, get_context, parent_process, resource_tracker
+from multiprocessing import connection, forkserver, get_context, parent_process, resource_tracker, util
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
+
+from feature_store.errors import ResourceError
 
 CGROUPS = Path("/sys/fs/cgroup")
 _PARENT_POLL_SECONDS = 1.0
 _SHIELDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}  # what schedulers, torchrun and terminals send to all
 
 T = TypeVar("T")
+
+_LONGEST_TMPDIR = 103 - len("/pymp-12345678/listener-12345678")  # an AF_UNIX path ends after 103 bytes on macOS
+_SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def become_worker() -> None:
@@ -66,6 +72,7 @@ def shielded_forkserver(preload: Sequence[str]) -> ForkServerContext:
     Args:
         preload: Modules that it imports once for all workers.
     """
+    shorten_socket_paths()
     context = get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED - {signal.SIGTERM})  # inherited by what starts now
@@ -135,3 +142,27 @@ class PerProcess(Generic[T]):
         if made is None or made[0] != os.getpid():
             made = self._made = (os.getpid(), self._make())
         return made[1]
+
+
+def shorten_socket_paths() -> None:
+    """Keep multiprocessing's sockets out of a temporary folder whose name is too long for them.
+
+    To be called before worker processes are made, which inherit the folder.
+
+    Raises:
+        ResourceError: No shorter folder can be written.
+    """
+    own = tempfile.gettempdir()
+    if len(os.fsencode(own)) <= _LONGEST_TMPDIR:
+        return
+    short = next((folder for folder in _SHORT if os.access(folder, os.W_OK | os.X_OK)), None)
+    if short is None:
+        raise ResourceError(
+            f"the temporary folder {own} has {len(os.fsencode(own))} bytes in its name, and sockets between processes "
+            f"take at most {_LONGEST_TMPDIR}; set TMPDIR to a shorter one, or use --workers 0"
+        )
+    tempfile.tempdir = short
+    try:
+        util.get_temp_dir()  # makes the folder once per process, and removes it in the end
+    finally:
+        tempfile.tempdir = own

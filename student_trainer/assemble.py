@@ -14,7 +14,7 @@ from feature_store.codecs.registry import value_codecs
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.source import FeatureSource
 from feature_store.store import Store
-from feature_store.tars.tar import Tar
+from feature_store.tars.tar import Tar, tar_notes
 from feature_store.teacher import LaterBlocks
 from feature_store.teacher.dequantise import Dequantiser
 from feature_store.teacher.model import Teacher, load_teacher
@@ -89,6 +89,10 @@ class Parts:
         views = f"{self.batches.num_views} views" if self.batches.num_views else "a new view every epoch"
         samples = f"{self.batches.rows} samples from {len(self.dataset.tars)} tars{left_out}, {views}, on {self.device}"
         return f"{samples}; KD is off: the teacher has no classifier" if self.kd_off else samples
+
+    def notes(self) -> list[str]:
+        """What the user should know of the tars."""
+        return tar_notes([tar for tar in (*self.dataset.tars, *self.val_tars) if isinstance(tar, Tar)])
 
     def resolved(self) -> dict[str, Any]:
         """What the config left open."""

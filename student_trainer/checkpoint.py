@@ -22,7 +22,7 @@ _PLACES = frozenset(
 # Options that cannot change a run's numbers.
 _FREE = frozenset(
     {"run", "resume", "progress", "workers", "start_method", "log_every", "val_every", "checkpoint_every",
-     "check_all_pixels", "scratch", "token_file", "tensorboard", "wandb", "report", "preset",
+     "check_all_pixels", "scratch", "allow_pipe", "token_file", "tensorboard", "wandb", "report", "preset",
      "scalekd.checkpoint_later_blocks"}
 )  # fmt: skip
 

@@ -124,8 +124,8 @@ def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")], json: bo
     }
     _print_table(str(config.run or config.checkpoint), rows)
     _print_classes(accuracy)
-    for line in accuracy.unreadable:
-        say(f"unreadable: {line}", error=True)
+    for line in (*evaluation.notes, *(f"unreadable: {line}" for line in accuracy.unreadable)):
+        say(line, error=True)
 
 
 @app.command

@@ -16,13 +16,14 @@ from tyro.conf import Positional
 from feature_store.errors import FailedError, InputError, ResourceError, UserError
 from feature_store.options import require
 from feature_store.processes import usable_cpus
+from feature_store.tars.options import TarOptions
+from feature_store.tars.tar import Tar, open_tars
 from feature_store.terminal import Console
 from student_trainer.assemble import live_teacher
 from student_trainer.checkpoint import require_same_run
 from student_trainer.comparison import Comparison, compare_runs, read_run
 from student_trainer.comparison_report import write_comparison
 from student_trainer.config import TrainConfig, config_to_dict
-from student_trainer.data import open_tars
 from student_trainer.inputs import open_inputs
 from student_trainer.run_processes import attempt, run_in_processes
 from student_trainer.runs import RunFolder, read_description
@@ -142,7 +143,7 @@ class InputsNow:
     """Identities of what runs read; a tar set is indexed once, and settings that only differ by seed are read once."""
 
     def __init__(self) -> None:
-        self._open_tars = cache(open_tars)
+        self._opened = cache(open_tars)
         self._known: dict[str, dict[str, Any]] = {}
 
     def __call__(self, config: TrainConfig) -> dict[str, Any]:
@@ -159,8 +160,11 @@ class InputsNow:
     def _read(self, config: TrainConfig) -> dict[str, Any]:
         inputs = open_inputs(config, self._open_tars)
         teacher = live_teacher(config, inputs.store, torch.device("cpu")) if config.source == "live" else None
-        val_tars = self._open_tars(config.val_tars, config.scratch)
+        val_tars = self._open_tars(config.val_tars, config) if config.val_tars else []
         return inputs.identity(config, val_tars, teacher and teacher.info.weights_sha256)
+
+    def _open_tars(self, patterns: Sequence[str], options: TarOptions) -> list[Tar]:
+        return self._opened(tuple(patterns), TarOptions(allow_pipe=options.allow_pipe, scratch=options.scratch))
 
 
 def _visible_names(gpus: Sequence[int]) -> list[str]:

@@ -9,6 +9,7 @@ import tyro
 
 from feature_store.errors import InputError
 from feature_store.options import JsonObject, require
+from feature_store.tars.options import TarOptions
 from feature_store.views import PolicyName
 from student_trainer.scalekd import ScaleKDConfig
 
@@ -148,7 +149,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(TarOptions):
     """One training run.
 
     Attributes:
@@ -200,7 +201,6 @@ class TrainConfig:
         checkpoint_every: Also write last.pt every this many steps; 0: after each epoch only.
         check_all_pixels: Check the CRC of every view of a store. Off: of each unit's first 8 only, which saves 1 to 2 %
             of the time that workers take to make views.
-        scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
         resume: Continue the run in its folder.
         progress: Show progress on stderr. Off: none.
     """
@@ -249,7 +249,6 @@ class TrainConfig:
     report: bool = True
     checkpoint_every: int = 0
     check_all_pixels: bool = True
-    scratch: Path | None = None
     resume: bool = False
     progress: bool = True
 

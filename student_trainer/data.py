@@ -3,8 +3,7 @@
 Shape legend: B rows of a batch, H W pixels of a view, N tokens, C channels, K classes.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from feature_store.errors import ImageError, InputError, MismatchError, UncommittedError
+from feature_store.errors import ImageError, InputError, UncommittedError
 from feature_store.sample import RowId
 from feature_store.source import FeatureSource
 from feature_store.store import Store
-from feature_store.tars.tar import Tar, expand_tars
+from feature_store.tars.tar import Tar
+from feature_store.tars.units import tar_changed, unit_tar
 from feature_store.teacher.dequantise import as_tensor
 from student_trainer.labels import require_label
 from student_trainer.materialised import UnitTar
@@ -131,49 +131,37 @@ class ViewDataset(Dataset[Batch]):
         return {tap: {name: as_tensor(part) for name, part in some.items()} for tap, some in parts.items()}, logits
 
 
-def open_tars(patterns: Sequence[str], scratch: Path | None = None) -> list[Tar]:
-    """Open tars by path, brace pattern or URL.
-
-    Raises:
-        InputError: No tar, two of one name, or one that cannot be opened.
-    """
-    tars = [Tar.open(url, scratch=scratch) for url in expand_tars(patterns)]
-    twice = [name for name, count in Counter(tar.name for tar in tars).items() if count > 1]
-    if twice:
-        raise InputError(f"tars must differ in name, given twice: {_some(twice)}; rename one of each pair")
-    return tars
-
-
 def match_tars(store: Store, tars: Sequence[Tar]) -> list[Tar]:
-    """The store's tars in unit order.
+    """The store's tars in unit order, found by the hash of their headers: names need not differ.
 
     Raises:
-        InputError: A tar of the store is missing, or one is given that it does not know.
+        InputError: A tar of the store is missing, or one is given that it does not know, or twice.
         MismatchError: A tar, or the keys in it, changed since the store was written.
     """
-    known = {info.name: unit for unit, info in enumerate(store.manifest.tars)}
-    given = {tar.name: tar for tar in tars}
-    _require_none(known.keys() - given.keys(), "tars of the store are missing", "add them to --tars")
+    infos, given = store.manifest.tars, {tar.header_sha256: tar for tar in tars}
+    known = {info.header_sha256: info for info in infos}
+    unknown = {tar.name: tar for tar in tars if tar.header_sha256 not in known}
+    lacking = [(unit, info.name) for unit, info in enumerate(infos) if info.header_sha256 not in given]
+    for unit, name in lacking:
+        if name in unknown:
+            unit_tar(store, unit, unknown[name])  # says what differs
+    missing = {f"{name} (unit {unit})" for unit, name in lacking}
+    _require_none(missing, "tars of the store are missing", "add them to --tars")
+    _require_none(unknown.keys(), "tars are not in the store", "leave them out, or cache them with teacher-service")
     _require_none(
-        given.keys() - known.keys(), "tars are not in the store", "leave them out, or cache them with teacher-service"
-    )
-    for name, unit in known.items():
-        _require_same_tar(store, unit, given[name])
-    return [given[info.name] for info in store.manifest.tars]
+        {tar.url for tar in tars if given[tar.header_sha256] is not tar},
+        "tars are given twice, under several names", "give each once",
+    )  # fmt: skip
+    matched = [unit_tar(store, unit, given[info.header_sha256]) for unit, info in enumerate(infos)]
+    for unit, tar in enumerate(matched):
+        _require_keys(store.keys(unit), tar)
+    return matched
 
 
-def _require_same_tar(store: Store, unit: int, tar: Tar) -> None:
-    remedy = f"{tar.url} changed since the store was written: restore it, or write a new store"
-    info = store.manifest.tars[unit]
-    for field, expected, got in (
-        ("samples", info.samples, len(tar)),
-        ("header_sha256", info.header_sha256, tar.header_sha256),
-    ):
+def _require_keys(keys: Sequence[str], tar: Tar) -> None:
+    for position, (expected, got) in enumerate(zip(keys, tar.keys, strict=True)):
         if expected != got:
-            raise MismatchError(f"tars[{tar.name}].{field}", expected=expected, got=got, remedy=remedy)
-    for position, (expected, got) in enumerate(zip(store.keys(unit), tar.keys, strict=True)):
-        if expected != got:
-            raise MismatchError(f"tars[{tar.name}].keys[{position}]", expected=expected, got=got, remedy=remedy)
+            raise tar_changed(tar, f"keys[{position}]", expected, got)
 
 
 def require_views(store: Store, num_views: int) -> None:
@@ -228,7 +216,7 @@ def read_keys(path: Path) -> frozenset[str]:
     return keys
 
 
-def _require_none(names: "set[str] | frozenset[str]", what: str, remedy: str) -> None:
+def _require_none(names: Set[str], what: str, remedy: str) -> None:
     if names:
         raise InputError(f"{len(names)} {what}: {_some(sorted(names))}; {remedy}")
 

@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from feature_store.errors import FailedError, InputError
 from feature_store.sample import RowId
-from feature_store.tars.tar import Tar
+from feature_store.tars.options import TarOptions
+from feature_store.tars.tar import Tar, open_tars, tar_notes
 from feature_store.views import view_policy
 from student_trainer.assemble import find_device
 from student_trainer.config import require
-from student_trainer.data import Batch, ViewDataset, open_tars
+from student_trainer.data import Batch, ViewDataset
 from student_trainer.loader import BatchLoader, worker_failures_told
 from student_trainer.replay import DrawnViews
 from student_trainer.trained import Preprocessing, load_student
@@ -56,6 +57,7 @@ class Evaluation:
             several passes.
         flops: Floating-point operations of one image's forward pass; a multiply-add counts as two.
         parameters: Weights of the student.
+        notes: What the user should know of the tars.
     """
 
     accuracy: Accuracy
@@ -63,6 +65,7 @@ class Evaluation:
     forward_images_per_second: float
     flops: int
     parameters: int
+    notes: tuple[str, ...] = ()
 
 
 class Evaluator:
@@ -166,7 +169,7 @@ class _InOrder(Sampler[list[RowId]]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(TarOptions):
     """Accuracy of a trained student.
 
     Attributes:
@@ -177,7 +180,6 @@ class EvaluateConfig:
         batch_size: Samples per forward pass.
         workers: Processes that decode images; 0 decodes in this process.
         device: Where the student runs, e.g. cuda:1; auto takes a GPU if there is one.
-        scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
     """
 
     tars: tuple[str, ...]
@@ -187,7 +189,6 @@ class EvaluateConfig:
     batch_size: int = 256
     workers: int = 4
     device: str = "auto"
-    scratch: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse values no evaluation could use.
@@ -216,8 +217,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     preprocessing = trained.preprocessing
     if config.crop_pct is not None:
         preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
+    tars = open_tars(config.tars, config)
     evaluator = Evaluator(
-        open_tars(config.tars, config.scratch),
+        tars,
         preprocessing,
         trained.num_classes,
         batch_size=config.batch_size,
@@ -236,6 +238,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         forward_images_per_second=forward_speed(model, images_BCHW),
         flops=count_flops(model, images_BCHW[:1]),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        notes=tuple(tar_notes(tars)),
     )
 
 

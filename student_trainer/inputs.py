@@ -1,7 +1,7 @@
 """What a run reads, opened, and its identity by content."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ import numpy as np
 from feature_store.client import Client, connect, read_token
 from feature_store.errors import InputError
 from feature_store.store import Store, open_store
-from feature_store.tars.tar import Tar
+from feature_store.tars.options import TarOptions
+from feature_store.tars.tar import Tar, open_tars
 from student_trainer.config import TrainConfig
-from student_trainer.data import match_tars, open_tars, read_keys, require_views, training_positions
+from student_trainer.data import match_tars, read_keys, require_views, training_positions
 from student_trainer.materialised import UnitTar, require_view_tars, stored_units
 
-TarOpener = Callable[[tuple[str, ...], Path | None], list[Tar]]
+TarOpener = Callable[[Sequence[str], TarOptions], list[Tar]]
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class Inputs:
             "live_teacher": live_teacher,
             "initial_weights": _initial_weights(config),
             "keys": None if self.keys is None else hashlib.sha256("\n".join(sorted(self.keys)).encode()).hexdigest(),
-            "tars": {
-                tar.name: tar.content_sha256() if isinstance(tar, Tar) and self.store is None else tar.header_sha256
+            "tars": _by_name(
+                (tar.name, tar.content_sha256() if isinstance(tar, Tar) and self.store is None else tar.header_sha256)
                 for tar in self.tars
-            },
-            "val_tars": {tar.name: tar.content_sha256() for tar in val_tars},
+            ),
+            "val_tars": _by_name((tar.name, tar.content_sha256()) for tar in val_tars),
             "processes": processes,
         }
 
@@ -74,7 +75,7 @@ def open_inputs(config: TrainConfig, open_tars: TarOpener = open_tars) -> Inputs
 
     Args:
         config: The run.
-        open_tars: Opens tars by patterns and scratch folder.
+        open_tars: Opens tars by patterns.
 
     Raises:
         UserError: Something is missing, or does not fit together.
@@ -94,7 +95,7 @@ def _unit_tars(config: TrainConfig, store: Store | None, open_tars: TarOpener) -
     if config.views_from is not None and store is not None:
         require_view_tars(store, config.views_from, config.num_views or store.manifest.num_views)
         return stored_units(store, config.views_from)
-    tars = open_tars(config.tars, config.scratch)
+    tars = open_tars(config.tars, config)
     return tars if store is None else match_tars(store, tars)
 
 
@@ -107,6 +108,14 @@ def _kind_of_features(config: TrainConfig) -> str:
     if config.method == "none":
         return "none"
     return "cached" if not config.is_live else "live" if config.service_url is None else "live, by a service"
+
+
+def _by_name(hashes: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Hashes by tar name; those of tars of equal names one after the other, in unit order."""
+    grouped: dict[str, str] = {}
+    for name, digest in hashes:
+        grouped[name] = f"{grouped[name]} {digest}" if name in grouped else digest
+    return grouped
 
 
 def _digest(units: Sequence[np.ndarray]) -> str:

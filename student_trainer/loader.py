@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from feature_store.errors import ResourceError, UserError
-from feature_store.processes import become_loader_worker, shielded_forkserver
+from feature_store.processes import become_loader_worker, shielded_forkserver, shorten_socket_paths
 from feature_store.sample import RowId
 from student_trainer.checkpoint import one_line
 from student_trainer.data import Batch, ViewDataset
@@ -56,6 +56,8 @@ class BatchLoader:
             pin: Put batches into pinned memory, for copies to a GPU.
             stalled_seconds: A worker that takes this long for a batch is taken for hung.
         """
+        if workers:
+            shorten_socket_paths()
         forks_cleanly = workers > 0 and start_method == "forkserver"
         context = shielded_forkserver(["student_trainer.loader"]) if forks_cleanly else start_method
         self._stalled_seconds = stalled_seconds

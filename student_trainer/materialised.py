@@ -1,8 +1,6 @@
 """Materialised views: read from the tars a cache job wrote them to, in place of the source tars."""
 
-import io
 from collections import OrderedDict
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -11,10 +9,11 @@ import numpy as np
 
 from feature_store.errors import InputError, MismatchError
 from feature_store.objects.local import LocalObjects, open_objects
+from feature_store.objects.remote import RemoteObjects
 from feature_store.sample import RowId
 from feature_store.store import Store
+from feature_store.tars.copies import copy_object, copy_once
 from feature_store.tars.tar import Tar, TarSample
-from feature_store.tars.urls import copy_once
 from feature_store.views import decode_view, view_tar
 from student_trainer.replay import StoredViews
 
@@ -138,11 +137,13 @@ class MaterialisedViews:
         if isinstance(self._objects, LocalObjects):
             return self._objects.root / path
         url = f"{self._objects.url}/{path}"
+        objects = self._objects
+        assert isinstance(objects, RemoteObjects)
         try:
-            version = f"{url} {self._objects.size(path)} bytes"
+            version = objects.version(path)
+            return copy_once(url, version, self._scratch, lambda file: copy_object(objects, path, version, file))
         except FileNotFoundError as error:
             raise InputError(f"view tar {url} is not there; give the place --views-out wrote to") from error
-        return copy_once(url, version, self._scratch, lambda: closing(io.BytesIO(self._objects.get(path))))
 
 
 class _ViewTar(NamedTuple):

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from feature_store.errors import InputError, ResourceError, UserError
-from feature_store.tars.tar import Tar
+from feature_store.tars.tar import Tar, open_tars
 from feature_store.terminal import say
 from student_trainer.assemble import Parts, assemble
 from student_trainer.checkpoint import Checkpoint, Progress, one_line, rng_state, save_checkpoint, set_rng_state
 from student_trainer.config import TrainConfig
-from student_trainer.data import Batch, open_tars
+from student_trainer.data import Batch
 from student_trainer.distributed import Group, data_parallel, gradients_shared, is_main_process, joined
 from student_trainer.evaluate import Accuracy, Evaluator
 from student_trainer.labels import require_labels
@@ -102,7 +102,7 @@ def _train(config: TrainConfig, group: Group, stop: Stop, held: ExitStack) -> Tr
 
 def _prepare(config: TrainConfig, group: Group, stop: Stop) -> "Trainer":
     require_trackers(config)
-    val_tars = open_tars(config.val_tars, config.scratch) if config.val_tars else []
+    val_tars = open_tars(config.val_tars, config) if config.val_tars else []
     parts = assemble(config, val_tars, group)
     if group.is_main:
         num_classes = parts.trainee.student.num_classes
@@ -173,7 +173,8 @@ class Trainer:
         total = config.epochs * batches.per_epoch
         self._stop.raises = self.group.size == 1
         with RunProgress(enabled=config.progress and self.group.is_main, total=total, done=self.progress.step) as bar:
-            bar.note(f"{config.run}: {self.parts.sentence()}")
+            for line in (f"{config.run}: {self.parts.sentence()}", *self.parts.notes()):
+                bar.note(line)
             try:
                 while self.progress.epoch < config.epochs:
                     means = self._epoch(folder, log, bar)

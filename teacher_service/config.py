@@ -8,11 +8,12 @@ from tyro.conf import Positional
 
 from feature_store.codecs.registry import DEFAULT_LOGITS_CODEC, DEFAULT_TAP_CODEC, get_codec
 from feature_store.options import JsonObject, require
+from feature_store.tars.options import TarOptions
 from feature_store.views import PolicyName
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(TarOptions):
     """What is to be cached: enough to say how big it gets.
 
     Attributes:
@@ -34,8 +35,6 @@ class PlanConfig:
         logits_codec: How logits are stored: as taps, or top<k> for the k largest with the rest spread evenly.
         capacity: Rows kept for each tar; default the largest tar's samples. More leaves room for larger tars later.
         key_width: Bytes kept for each sample key; default the longest key's. More leaves room for longer ones later.
-        allow_pipe: Run ``pipe:`` commands given as tars; only for tar lists you wrote yourself.
-        scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
         licence_note: Terms of use of the images and the teacher, kept in the store.
         json: Print one JSON object on stdout.
     """
@@ -56,8 +55,6 @@ class PlanConfig:
     logits_codec: str = DEFAULT_LOGITS_CODEC
     capacity: int | None = None
     key_width: int | None = None
-    allow_pipe: bool = False
-    scratch: Path | None = None
     licence_note: str = ""
     json: bool = False
 

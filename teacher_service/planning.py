@@ -17,7 +17,8 @@ from feature_store.objects.local import open_objects
 from feature_store.options import require
 from feature_store.skeleton import ROOT
 from feature_store.store import Store, open_store
-from feature_store.tars.tar import Tar, expand_tars
+from feature_store.tars import tar as input_tars
+from feature_store.tars.tar import Tar, tar_notes
 from feature_store.teacher.model import build_model, tap_shapes, teacher_info
 from feature_store.teacher.split import split_teacher
 from feature_store.versions import software_versions
@@ -53,6 +54,7 @@ class Plan:
         free_bytes: Free disk at the destination; None for a bucket.
         fits: Whether the remaining bytes fit in the free ones.
         view_tars: Materialised views, which are not part of the store; None without them.
+        notes: What the user should know of the tars: hidden files, samples without a label, and so on.
     """
 
     teacher: str
@@ -72,6 +74,7 @@ class Plan:
     free_bytes: int | None
     fits: bool
     view_tars: ViewTars | None = None
+    notes: tuple[str, ...] = ()
 
     def has_room(self, size: int) -> bool:
         """Whether so many bytes fit at the destination."""
@@ -115,6 +118,7 @@ def plan_of(config: PlanConfig, outline: TeacherOutline, tars: Sequence[Tar]) ->
     """
     manifest = job_manifest(config, tars, outline.info, outline.split)
     plan = predict(manifest, outline.block_bytes, config.store, _missing_views(manifest, config.store))
+    plan = replace(plan, notes=tuple(tar_notes(tars)))
     if config.views_out is None:
         return plan
     sizes = view_tars(config.views_out, manifest, tars, plan.remaining_images, config.store, plan.remaining_bytes)
@@ -141,8 +145,7 @@ def open_tars(config: PlanConfig) -> tuple[Tar, ...]:
     Raises:
         InputError: No tars, a tar that cannot be read to its end, or a sample key in two places.
     """
-    urls = expand_tars(config.tars, allow_pipe=config.allow_pipe)
-    tars = tuple(Tar.open(url, scratch=config.scratch) for url in urls)
+    tars = tuple(input_tars.open_tars(config.tars, config))
     seen: dict[str, str] = {}
     for tar in tars:
         for key in tar.keys:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from feature_store.codecs.registry import calibrated, needs_calibration
 from feature_store.commits.record import FOLDER, record_place
-from feature_store.errors import InputError, ResourceError
+from feature_store.errors import ResourceError
 from feature_store.manifest import Manifest
 from feature_store.objects.local import LocalObjects, ObjectStore
 from feature_store.store import Store, open_store
@@ -172,7 +172,6 @@ def first_features(
     """A first sample of every tap for codecs that learn from one: view 0 of the first readable samples.
 
     Raises:
-        InputError: No sample of any tar can be read.
         ResourceError: The device has too little memory for a single image.
     """
     dataset = ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
@@ -183,8 +182,6 @@ def first_features(
         if not (view := dataset.sample(Task(unit, range(1)), position)).reason
     )
     pixels = list(islice(readable, CALIBRATION_SAMPLES))
-    if not pixels:
-        raise InputError("no image of any tar can be read, so there is nothing to store; mend the tars")
     forward = Forward(teacher, tuple(manifest.taps), config.batch_size, Waits())
     features = forward(torch.from_numpy(np.stack(pixels))).arrays()
     return {name: features[name] for name in manifest.taps}

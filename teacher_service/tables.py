@@ -9,6 +9,8 @@ from rich.table import Table
 from feature_store.terminal import Console
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from teacher_service.caching import CacheSummary
     from teacher_service.forecast import Forecast
 
@@ -17,10 +19,17 @@ def print_forecast(forecast: "Forecast", console: Console) -> None:
     """The plan, then what else there is to choose from."""
     for table in (plan_table(forecast), codec_table(forecast), views_table(forecast)):
         console.print(table)
+    print_notes(forecast.plan.notes, console)
     if forecast.timing is None:
         console.print("time and break-even: not measured; --time-samples N times N samples on this machine")
     else:
         console.print(f"timed with {forecast.timing.samples} samples on {forecast.timing.device}{_divided(forecast)}")
+
+
+def print_notes(notes: "Sequence[str]", console: Console) -> None:
+    """What the user should know of the tars."""
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def plan_table(forecast: "Forecast") -> Table:

@@ -7,14 +7,15 @@ from tyro.conf import Positional
 
 from feature_store.options import require
 from feature_store.processes import usable_cpus
+from feature_store.tars.options import TarOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
+class VerifyConfig(TarOptions):
     """What is to be verified, and against what; all other settings are the store's own.
 
     Attributes:
-        tars: The store's tars: paths, brace patterns, URLs; all of them, in its order.
+        tars: The store's tars: paths, brace patterns, URLs; all of them.
         store: The store: a directory or URL.
         teacher: timm model name, compared with the store's; default the store's.
         checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
@@ -23,8 +24,6 @@ class VerifyConfig:
         batch_size: Rows per forward pass.
         workers: Processes that compare checksums.
         device: Where the teacher runs, e.g. cuda:1; auto takes a GPU if there is one.
-        allow_pipe: Run ``pipe:`` commands given as tars; only for tar lists you wrote yourself.
-        scratch: Where compressed and remote tars are unpacked; default the system's temporary folder.
         json: Print the whole report as JSON.
     """
 
@@ -37,8 +36,6 @@ class VerifyConfig:
     batch_size: int = 32
     workers: int = usable_cpus()
     device: str = "auto"
-    allow_pipe: bool = False
-    scratch: Path | None = None
     json: bool = False
 
     def __post_init__(self) -> None:

@@ -23,7 +23,8 @@ from feature_store.objects.local import open_objects
 from feature_store.sample import RowId
 from feature_store.skeleton import read_manifest
 from feature_store.store import Store, open_store
-from feature_store.tars.tar import Tar, expand_tars
+from feature_store.tars.tar import expand_tars
+from feature_store.tars.units import UnitTars
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import ViewParams, check_pixels, decode_image, replay_view
@@ -105,7 +106,7 @@ def verify(config: VerifyConfig, progress: Callable[[int, int], None] = lambda d
     if checksums.findings:
         return DeepReport(checksums)
     forward = Forward(teacher, tuple(manifest.taps), config.batch_size, Waits())
-    deep = _DeepCheck(open_store(config.store), forward, _StoreTars(manifest, urls, config))
+    deep = _DeepCheck(open_store(config.store), forward, UnitTars(urls, config.scratch))
     rows = sampled_rows(deep.store, config.sample, np.random.default_rng(config.seed))
     for start in range(0, len(rows), config.batch_size):
         deep.check(rows[start : start + config.batch_size])
@@ -150,32 +151,10 @@ def _same_teacher(config: VerifyConfig, manifest: Manifest) -> Teacher:
     return teacher
 
 
-class _StoreTars:
-    """The store's tars, each opened when a row of it is asked for and compared with the manifest."""
-
-    def __init__(self, manifest: Manifest, urls: Sequence[str], config: VerifyConfig) -> None:
-        self._manifest, self._urls, self._scratch = manifest, urls, config.scratch
-        self._open: tuple[int, Tar] | None = None
-
-    def __getitem__(self, unit: int) -> Tar:
-        if self._open is None or self._open[0] != unit:
-            self._open = unit, self._opened(unit)
-        return self._open[1]
-
-    def _opened(self, unit: int) -> Tar:
-        info, tar = self._manifest.tars[unit], Tar.open(self._urls[unit], scratch=self._scratch)
-        got = {"name": tar.name, "samples": len(tar), "header_sha256": tar.header_sha256}
-        for name, value in got.items():
-            if value != getattr(info, name):
-                remedy = "give the store's own tars, in its order"
-                raise MismatchError(f"tars[{unit}].{name}", expected=getattr(info, name), got=value, remedy=remedy)
-        return tar
-
-
 class _DeepCheck:
     """Computes rows anew and collects what differs."""
 
-    def __init__(self, store: Store, forward: Forward, tars: _StoreTars) -> None:
+    def __init__(self, store: Store, forward: Forward, tars: UnitTars) -> None:
         self.store, self.worst, self.mismatches = store, dict[str, float](), list[Mismatch]()
         self._forward, self._tars, self._source = forward, tars, store.source()
         self._codecs = value_codecs(store.manifest)
@@ -194,7 +173,7 @@ class _DeepCheck:
 
     def _pixels(self, row: RowId) -> np.ndarray | None:
         """The row's view, made anew; None, and a mismatch, if it is not what the teacher saw."""
-        tar, stored = self._tars[row.unit], self._stored_view(row.unit, row.view)
+        tar, stored = self._tars.find(self.store, row.unit), self._stored_view(row.unit, row.view)
         if tar.keys[row.position] != stored.keys[row.position]:
             return self._differs(row, "key", f"the store has {stored.keys[row.position]!r}")
         try:
@@ -234,7 +213,7 @@ class _DeepCheck:
 
     def _differs(self, row: RowId, what: str, reason: str) -> None:
         """Note a mismatch."""
-        key = self._tars[row.unit].keys[row.position]
+        key = self._stored_view(row.unit, row.view).keys[row.position]
         self.mismatches.append(Mismatch(row.unit, row.position, row.view, key, what, reason))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from feature_store.errors import InputError, MismatchError
+from feature_store.errors import InputError
 from feature_store.sample import RowId
 from feature_store.views import check_pixels, decode_image, replay_view
 
@@ -131,22 +131,13 @@ def replay_views(store: "Store", tars: "Sequence[Tar]", rows: "Sequence[RowId]")
         InputError: A tar is missing.
         MismatchError: A tar or a view's pixels are not those of the store.
     """
-    by_name = {tar.name: tar for tar in tars}
-    return np.stack([_replay(store, by_name, row) for row in rows])
+    from feature_store.tars.units import find_tar
+
+    return np.stack([replay_row(store, find_tar(store, row.unit, tars), row) for row in rows])
 
 
-def _replay(store: "Store", tars: "dict[str, Tar]", row: RowId) -> np.ndarray:
-    wanted = store.manifest.tars[row.unit]
-    tar = tars.get(wanted.name)
-    if tar is None:
-        raise InputError(f"tar {wanted.name} is not among those given ({', '.join(tars) or 'none'}); add it to --tars")
-    if tar.header_sha256 != wanted.header_sha256:
-        raise MismatchError(
-            f"header_sha256 of {tar.url}",
-            expected=wanted.header_sha256,
-            got=tar.header_sha256,
-            remedy="give the tars the store was written from",
-        )
+def replay_row(store: "Store", tar: "Tar", row: RowId) -> np.ndarray:
+    """Pixels of one row's view, made from its unit's tar; see replay_views."""
     params = store.view_params(row.unit, row.view)[row.position]
     if params is None:
         raise InputError(f"{row} is quarantined: it has no view; choose another row")

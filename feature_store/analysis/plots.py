@@ -23,7 +23,8 @@ from feature_store.analysis.features import (
 from feature_store.analysis.row_sample import pick, sampled_shards
 from feature_store.errors import InputError
 from feature_store.sample import RowId
-from feature_store.tars.tar import Tar, expand_tars
+from feature_store.tars.options import DEFAULT, TarOptions
+from feature_store.tars.tar import Tar, open_tars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,6 +73,7 @@ def plot(
     rows: int = 256,
     thumbnails: int = 8,
     seed: int = 0,
+    tar_options: TarOptions = DEFAULT,
 ) -> list[Path]:
     """Draw a tap's features.
 
@@ -83,6 +85,7 @@ def plot(
         rows: Rows to average over.
         thumbnails: Views to show.
         seed: Chooses rows and views.
+        tar_options: How tars are opened.
 
     Returns:
         The files written, the page last.
@@ -96,8 +99,9 @@ def plot(
     chosen = pick([row for shard in sampled_shards(store, rng) for row in shard], rows, rng)
     features_nNC = store.source([tap]).read(chosen).taps[tap].astype(np.float32)
     energy_HW, profile = frequency_energy(features_nNC, grid), channel_profile(features_nNC)
-    shown = pick(_with_tars(store, chosen, tars), thumbnails, rng) if tars else []
-    pixels = replay_views(store, [Tar.open(url) for url in expand_tars(tars)], shown) if tars else None
+    opened = open_tars(tars, tar_options) if tars else []
+    shown = pick(_with_tars(store, chosen, opened), thumbnails, rng) if tars else []
+    pixels = replay_views(store, opened, shown) if tars else None
     with pyplot.rc_context(_STYLE):
         pictures = [_frequency_picture(energy_HW, len(chosen)), _channel_picture(profile, len(chosen))]
         if pixels is not None:
@@ -135,11 +139,12 @@ def _grid(store: "Store", tap: str) -> tuple[int, int]:
     return grids[tap]
 
 
-def _with_tars(store: "Store", rows: list[RowId], tars: Sequence[str]) -> list[RowId]:
-    """Rows whose tars were given, spread over the rows."""
-    given = {Path(url.partition("?")[0]).name for url in expand_tars(tars)}
-    names = [tar.name for tar in store.manifest.tars]
-    found = [row for row in rows if names[row.unit] in given]
+def _with_tars(store: "Store", rows: list[RowId], tars: Sequence[Tar]) -> list[RowId]:
+    """Rows whose tars were given, or tars of the same names, spread over the rows."""
+    infos, hashes, given = store.manifest.tars, {tar.header_sha256 for tar in tars}, {tar.name for tar in tars}
+    names = [tar.name for tar in infos]
+    same = [row for row in rows if infos[row.unit].header_sha256 in hashes]
+    found = same or [row for row in rows if names[row.unit] in given]
     if not found:
         raise InputError(
             f"none of the rows drawn is in the tars given ({', '.join(sorted(given))}); the store was written from "

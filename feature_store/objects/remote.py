@@ -82,6 +82,12 @@ class RemoteObjects:
         with self._errors(path) as (obstore, store):
             return obstore.head(store, path)["size"]
 
+    def version(self, path: str) -> str:
+        """What changes when the object is replaced: its entity tag, time of change and length."""
+        with self._errors(path) as (obstore, store):
+            found = obstore.head(store, path)
+            return f"{found['e_tag']} {found['last_modified']} {found['size']}"
+
     def list(self, prefix: str = "") -> list[str]:
         """See ObjectStore.list.
 

@@ -1,39 +1,28 @@
 """The index of a tar: which members make its samples and where their bytes lie, by webdataset's rules."""
 
 import hashlib
-import os
 import re
 import struct
-import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
-from webdataset.tariterators import group_by_keys
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from feature_store.errors import InputError, ResourceError
+from feature_store.errors import InputError
+from feature_store.tars.headers import Headers, Member, Span, read_headers
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff", "gif"})
 LABEL_EXTENSION = "cls"
 _LONGEST_LABEL = 64  # bytes; a longer member is no class index
+_SHOWN = 8  # members listed in a sample's problem
+_NAMED = 3  # files named in a note
 
-_BROKEN = (tarfile.TarError, ValueError, OverflowError)  # what tarfile raises for damaged headers
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset's tar_file_iterator skips
-
-
-class Span(NamedTuple):
-    """Where a member's content lies in the tar, in bytes."""
-
-    offset: int
-    size: int
-
-
-class Member(NamedTuple):
-    """One regular file of the tar."""
-
-    name: str
-    span: Span
+HIDDEN_FILES = re.compile(  # what systems leave in folders: .DS_Store, ._name of macOS's tar, .nfs0001
+    r"(^|.*/)(\.[^/]*\Z|Thumbs\.db\Z|desktop\.ini\Z|(__MACOSX|\.AppleDouble|\.ipynb_checkpoints|@eaDir)/)", re.DOTALL
+)
 
 
 class SampleIndex(NamedTuple):
@@ -45,80 +34,76 @@ class SampleIndex(NamedTuple):
     problem: str
 
 
-def index_tar(url: str, path: Path) -> tuple[list[SampleIndex], str]:
+class TarIndex(NamedTuple):
+    """What a tar holds.
+
+    Attributes:
+        samples: In webdataset's order.
+        header_sha256: Hash over names and sizes of all regular members in order.
+        notes: What the user should know: members that belong to no sample, and so on.
+    """
+
+    samples: list[SampleIndex]
+    header_sha256: str
+    notes: list[str]
+
+
+def index_tar(url: str, path: Path) -> TarIndex:
     """Read all headers of an uncompressed tar.
 
     Args:
         url: What to call it in errors.
         path: Where it lies.
 
-    Returns:
-        Its samples in webdataset's order, and the hash over names and sizes of all regular members in order.
-
     Raises:
         InputError: Not a tar, cut short, damaged, without samples, or with a key or member twice.
         ResourceError: The file cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            members, damage = _read_headers(url, file)
-    except OSError as error:
-        raise ResourceError(f"tar {url} cannot be read: {error}; check the disk or mount") from error
+    headers = read_headers(url, path)
+    members, notes = _of_samples(headers)
     samples = _group(url, members)
-    if damage:
+    if headers.damage:
         whole = sum(not sample.problem for sample in samples)
-        raise InputError(f"tar {url} {damage}; {whole} whole samples come before; fetch or make the tar again")
+        raise InputError(f"tar {url} {headers.damage}; {whole} whole samples come before; fetch or make the tar again")
     if not samples:
-        raise InputError(f"tar {url} holds no samples ({len(members)} files); take it off the list")
+        found = "".join(f"; {note}" for note in notes)
+        raise InputError(f"tar {url} holds no samples ({len(headers.members)} files){found}; take it off the list")
     _require_unique_keys(url, samples)
-    return samples, _header_sha256(members)
+    return TarIndex(samples, _header_sha256(headers.members), [f"{url}: {note}" for note in notes])
 
 
-def _read_headers(url: str, file: IO[bytes]) -> tuple[list[Member], str]:
-    """Regular members up to the end or the first damage, and what the damage is ("" for none)."""
-    members: list[Member] = []
-    try:
-        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is the caller's to close
-    except _BROKEN as error:
-        raise InputError(f"{url} is not a tar: {error}; name a tar of images and labels") from error
-    try:
-        for info in archive:
-            if info.size < 0:
-                return members, f"is damaged: member {info.name!r} has size {info.size}"
-            if info.isreg():
-                members.append(_member(url, info))
-    except _BROKEN as error:
-        end = file.seek(0, os.SEEK_END)
-        whole = [member for member in members if sum(member.span) <= end]
-        return whole, f"is cut short or damaged: {error} at byte {end}"
-    return members, _tail_damage(file, archive.offset)
+def _of_samples(headers: Headers) -> tuple[list[Member], list[str]]:
+    """The members that belong to samples, and what to say of the others."""
+    members = [member for member in headers.members if not _is_meta(member.name)]
+    hidden = [member.name for member in members if HIDDEN_FILES.match(member.name)]
+    members = [member for member in members if not HIDDEN_FILES.match(member.name)]
+    keyless = [member.name for member in members if base_plus_ext(member.name)[0] is None]
+    notes = [
+        _counted(names, what)
+        for names, what in (
+            (hidden, "hidden files are skipped"),
+            (keyless, "files without an extension belong to no sample"),
+            (headers.others, "links, devices and pipes are skipped"),
+        )
+        if names
+    ]
+    if headers.archives > 1:
+        notes.append(f"it is {headers.archives} tars one after another; all are read, as by tar -i")
+    if not headers.has_end_mark and not headers.damage:
+        notes.append("it has no end mark, so it may be cut short; all its members are whole")
+    return members, notes
 
 
-def _tail_damage(file: IO[bytes], end: int) -> str:
-    """What is wrong with the bytes where tarfile stopped reading; it stops silently at a bad header."""
-    file.seek(end)
-    block = file.read(tarfile.BLOCKSIZE)
-    if not block.strip(b"\0"):
-        return ""  # an end-of-archive block, or nothing: writers that are killed between members leave that
-    if len(block) < tarfile.BLOCKSIZE:
-        return f"is cut short in the header at byte {end}"
-    return f"is damaged in the header at byte {end}"
+def _counted(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what} ({_some([repr(name) for name in names[: _NAMED + 1]], _NAMED)})"
 
 
-def _member(url: str, info: tarfile.TarInfo) -> Member:
-    if info.sparse is not None:
-        raise InputError(f"tar {url} stores {info.name!r} as a sparse file; make it again without sparse files")
-    try:
-        info.name.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"tar {url} has a name that is not UTF-8: {info.name!r}; rename that file") from error
-    return Member(info.name, Span(info.offset_data, info.size))
+def _some(names: Sequence[str], count: int) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _group(url: str, members: Sequence[Member]) -> list[SampleIndex]:
-    files = (
-        {"fname": member.name, "data": member.span, "__url__": url} for member in members if not _is_meta(member.name)
-    )
+    files = ({"fname": member.name, "data": member.span, "__url__": url} for member in members)
     try:
         return [_sample_index(sample) for sample in group_by_keys(files)]
     except ValueError as error:  # its first argument is webdataset's text, the others are objects of its own
@@ -137,9 +122,13 @@ def _sample_index(sample: dict[str, Span]) -> SampleIndex:
 
 
 def _problem(sample: dict[str, Span], images: Sequence[str], label: Span) -> str:
-    found = ", ".join(extension for extension in sample if not extension.startswith("__"))
+    extensions = [extension for extension in sample if not extension.startswith("__")]
+    found = _some(extensions, _SHOWN)
     if not images:
-        return f"no image: members are {found}, expected one of {', '.join(sorted(IMAGE_EXTENSIONS))}"
+        reason = f"no image: members are {found}, expected one of {', '.join(sorted(IMAGE_EXTENSIONS))}"
+        if any(extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in extensions):
+            reason += "; a key ends at the first dot of the file's name: rename the files so that it is the only one"
+        return reason
     if len(images) > 1:
         return f"{len(images)} images ({', '.join(images)}), expected one"
     if LABEL_EXTENSION not in sample:

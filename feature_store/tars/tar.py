@@ -3,6 +3,7 @@
 Nothing is ever extracted, so a member's name is a key and never a path.
 """
 
+import copy
 import hashlib
 import os
 import weakref
@@ -16,14 +17,18 @@ import numpy as np
 
 from feature_store.errors import ImageError, InputError, ResourceError
 from feature_store.objects.local import OpenFile
-from feature_store.tars.index import SampleIndex, index_tar
-from feature_store.tars.urls import expand_tars, local_tar, tar_name
+from feature_store.tars.copies import local_tar
+from feature_store.tars.index import TarIndex, index_tar
+from feature_store.tars.options import DEFAULT, TarOptions
+from feature_store.tars.urls import expand_tars, local_path, tar_name
+from feature_store.views import decode_image
 
 __all__ = ["Tar", "TarSample", "expand_tars"]
 
 _MOST_OPEN = 64  # files of a process; a data set has more tars than many systems let a process open
 _TAIL = 64  # bytes at an image's end: JPEG's last coded block, PNG's checksum; beside the next header, so cheap to read
 _MOST_DIGITS = 18  # of a label: what an int64 holds for certain
+_NOTES = 5  # notes shown
 
 
 class TarSample(NamedTuple):
@@ -49,15 +54,18 @@ class Tar:
         name: Last component of the URL's path.
         keys: Sample keys in webdataset's order; a sample's index here is its position.
         header_sha256: Hash over names and sizes of all regular members, in order.
+        notes: What the user should know of it: files that belong to no sample, and so on.
+        problems: Why samples cannot be used, by position, as far as the headers tell.
     """
 
-    def __init__(self, url: str, path: Path, samples: Sequence[SampleIndex], header_sha256: str) -> None:
-        self.url, self.name, self.header_sha256 = url, tar_name(url), header_sha256
+    def __init__(self, url: str, path: Path, index: TarIndex, notes: Sequence[str] = ()) -> None:
+        samples, self.header_sha256 = index.samples, index.header_sha256
+        self.url, self.name, self.notes = url, tar_name(url), (*notes, *index.notes)
         self.keys = tuple(sample.key for sample in samples)
         # arrays, because a data set has millions of samples and every worker process gets them all
         self._images = np.array([sample.image for sample in samples], np.int64)
         self._labels = np.array([sample.label for sample in samples], np.int64)
-        self._problems = {i: sample.problem for i, sample in enumerate(samples) if sample.problem}
+        self.problems = {i: sample.problem for i, sample in enumerate(samples) if sample.problem}
         self._path, self._file_size = path, path.stat().st_size
 
     @classmethod
@@ -66,15 +74,20 @@ class Tar:
 
         Args:
             url: A path or URL as expand_tars gives and checks it; here it is opened without asking.
-            scratch: Directory for plain copies of remote and compressed tars, which are kept for later runs
-                (delete one to fetch it again); None for one under the system's temporary directory.
+            scratch: Directory for plain copies of remote and compressed tars, which are kept for later runs; None for
+                one under the system's temporary directory.
 
         Raises:
             InputError: Missing, not a tar, cut short, without samples, or with a key or member twice.
             ResourceError: The file or URL cannot be read.
         """
-        path = local_tar(url, scratch)
-        return cls(url, path, *index_tar(url, path))
+        path, notes = local_tar(url, scratch)
+        try:
+            return cls(url, path, index_tar(url, path), notes)
+        except InputError:
+            if path != local_path(url):
+                path.unlink(missing_ok=True)  # a copy: the next run fetches it anew
+            raise
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -100,8 +113,8 @@ class Tar:
         """
         if not 0 <= position < len(self):
             raise InputError(f"tar {self.url} has no position {position}, expected 0 to {len(self) - 1}")
-        if position in self._problems:
-            raise ImageError(self._problems[position])
+        if position in self.problems:
+            raise ImageError(self.problems[position])
         label = self._read(*self._labels[position].tolist()).strip()
         if not label.isdigit() or len(label) > _MOST_DIGITS:
             raise ImageError(f"label is {label!r}, expected a class index in decimal digits")
@@ -116,11 +129,24 @@ class Tar:
         """
         digest = hashlib.sha256(self.header_sha256.encode())
         for position, (image, label) in enumerate(zip(self._images.tolist(), self._labels.tolist(), strict=True)):
-            if position not in self._problems:
+            if position not in self.problems:
                 offset, size = image
                 tail = min(size, _TAIL)
                 digest.update(self._read(*label) + b"\n" + self._read(offset + size - tail, tail))
         return digest.hexdigest()
+
+    def arranged(self, keys: Sequence[str]) -> "Tar":
+        """The same samples at the positions of these keys; a key without a sample is one that cannot be used."""
+        at = {key: position for position, key in enumerate(self.keys)}
+        order = [at.get(key, -1) for key in keys]
+        arranged = copy.copy(self)
+        arranged.keys = tuple(keys)
+        arranged._images, arranged._labels = self._images[order], self._labels[order]
+        lacking = {position: "it is no sample" for position, source in enumerate(order) if source < 0}
+        arranged.problems = lacking | {
+            position: self.problems[source] for position, source in enumerate(order) if source in self.problems
+        }
+        return arranged
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
@@ -162,3 +188,44 @@ class Tar:
                 if (other := _opened.popleft()()) is not None:
                     other.close()
         return kept
+
+
+def open_tars(patterns: Sequence[str], options: TarOptions = DEFAULT) -> list[Tar]:
+    """Open tars by path, pattern or URL; at least one of their samples can be used.
+
+    Raises:
+        InputError: No tar, one that cannot be used, or none of all samples has an image and a label.
+        ResourceError: A file or URL cannot be read.
+    """
+    tars = [Tar.open(url, scratch=options.scratch) for url in expand_tars(patterns, allow_pipe=options.allow_pipe)]
+    _require_usable(tars)
+    return tars
+
+
+def _require_usable(tars: Sequence[Tar]) -> None:
+    """Refuse tars without a single usable sample; looks no further than the first one."""
+    first = ""
+    for tar, position in ((each, position) for each in tars for position in range(len(each))):
+        try:
+            decode_image(tar.read(position).image)
+        except ImageError as error:
+            first = first or f"{tar.keys[position]!r} of {tar.url}: {error}"
+        else:
+            return
+    raise InputError(
+        f"none of the {sum(map(len, tars))} samples of {len(tars)} tars can be used; the first, {first}. Give every "
+        "sample one image and one member cls with its class index in decimal digits: labels in json or txt members, in "
+        "names or as words are not read"
+    )
+
+
+def tar_notes(tars: Sequence[Tar]) -> list[str]:
+    """What the user should know of tars before work begins, shortened to a few lines."""
+    unusable = [(tar, position) for tar in tars for position in tar.problems]
+    notes = [note for tar in tars for note in tar.notes]
+    shown = notes[:_NOTES] + ([f"and {len(notes) - _NOTES} more notes of this kind"] if len(notes) > _NOTES else [])
+    if unusable:
+        tar, position = unusable[0]
+        first = f"the first, {tar.keys[position]!r} of {tar.url}: {tar.problems[position]}"
+        shown.append(f"{len(unusable)} of {sum(map(len, tars))} samples cannot be used; {first}")
+    return shown

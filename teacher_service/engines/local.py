@@ -17,6 +17,7 @@ from teacher_service.observing import observed
 from teacher_service.pipeline import Pipeline, PipelineReport, UnitDone
 from teacher_service.preparation import Job, missing_parts, prepare, remaining_tasks
 from teacher_service.stopping import Stop, stop_on_signals
+from teacher_service.tables import print_notes
 from teacher_service.waits import StageTimes
 
 POLL_SECONDS = 0.5
@@ -34,6 +35,7 @@ def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], 
         UserError: See ``teacher_service.caching.cache``.
     """
     job = prepare(config)
+    print_notes(job.plan.notes, console)
     tasks = remaining_tasks(job.store)
     with observed(config, console, job.store.manifest, tasks) as observers, stop_on_signals(stop):
         return tasks, compute(job, tasks, on_commit=observers.committed, on_batch=observers.computed, stop=stop)

@@ -22,6 +22,7 @@ from teacher_service.observing import observed
 from teacher_service.pipeline import Pipeline, PipelineReport, UnitDone
 from teacher_service.preparation import join, missing_parts, prepare, remaining_tasks
 from teacher_service.stopping import RESUME, Stop, stop_on_signals
+from teacher_service.tables import print_notes
 from teacher_service.waits import StageTimes
 
 POLL_SECONDS = 0.5
@@ -45,7 +46,8 @@ def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], 
         demand = _demand(ray, config, console)
         with _user_errors(ray):
             prepared = ray.remote(_prepare).options(**demand).remote(config, Path.cwd())
-            tasks = ray.get(prepared)
+            tasks, notes = ray.get(prepared)
+        print_notes(notes, console)
         manifest = open_store(config.store).manifest
         with (
             observed(config, console, manifest, tasks) as observers,
@@ -111,10 +113,11 @@ def _demand(ray: Any, config: CacheConfig, console: Console) -> dict[str, float]
     return demand
 
 
-def _prepare(config: CacheConfig, folder: Path) -> list[Task]:
-    """Make or grow the store, on a node that has what an actor has; what it lacks."""
+def _prepare(config: CacheConfig, folder: Path) -> tuple[list[Task], tuple[str, ...]]:
+    """Make or grow the store, on a node that has what an actor has; what it lacks, and the plan's notes."""
     _change_to(folder)
-    return remaining_tasks(prepare(config).store)
+    job = prepare(config)
+    return remaining_tasks(job.store), job.plan.notes
 
 
 def _change_to(folder: Path) -> None:

@@ -66,7 +66,7 @@ def create_app(
     app.state.service = service
     problems.install(app)
     app.add_exception_handler(CorruptStoreError, _corrupt_store)
-    browse = browse_router(Gallery(lambda: service.store, service.config.tars))
+    browse = browse_router(Gallery(lambda: service.store, service.config.tars, service.config))
     for router in (operations_router(), page_router()):
         app.include_router(router)
     strict = [Depends(refuse_unknown_parameters)]

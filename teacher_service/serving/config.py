@@ -9,6 +9,7 @@ from tyro.conf import OmitArgPrefixes
 
 from feature_store.errors import InputError
 from feature_store.options import require
+from feature_store.tars.options import TarOptions
 
 _MIB = 1 << 20
 
@@ -55,7 +56,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(TarOptions):
     """What is served, to whom, and how much of it.
 
     Attributes:

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from feature_store.analysis.features import ColourMap, replay_views
+from feature_store.analysis.features import ColourMap, replay_row
 from feature_store.analysis.row_sample import pick, sampled_shards
 from feature_store.errors import InputError
 from feature_store.sample import RowId
 from feature_store.source import FeatureBatch
 from feature_store.store import Store
+from feature_store.tars.options import DEFAULT, TarOptions
 
 if TYPE_CHECKING:
-    from feature_store.tars.tar import Tar  # its webdataset imports torch, which a server of cached rows does without
+    from feature_store.tars.units import UnitTars  # its webdataset imports torch, which cached rows do without
 
 TAP = "stage4"
 _ROWS = 512  # that any row is compared with
 _PAINTED = 64  # of them that decide what the colours mean
-_OPEN_TARS = 8
 
 
 @dataclass(frozen=True)
@@ -112,20 +112,20 @@ class Gallery:
 
     Args:
         store: The store as it is now.
-        tars: Its tars, for the views' pixels: paths, brace patterns, URLs; none for no pixels.
+        tars: Its tars, for the views' pixels: paths, patterns, URLs; none for no pixels.
+        options: How they are opened.
     """
 
-    def __init__(self, store: Callable[[], Store], tars: Sequence[str] = ()) -> None:
+    def __init__(self, store: Callable[[], Store], tars: Sequence[str] = (), options: TarOptions = DEFAULT) -> None:
         self._store = store
-        self._urls = _urls_by_name(tars) if tars else {}
-        self._tars: dict[str, Tar] = {}
+        self._tars = _unit_tars(tars, options) if tars else None
         self._sample: tuple[str, Sample] | None = None
         self._lock = threading.Lock()
 
     @property
     def has_pixels(self) -> bool:
         """Whether it can show views."""
-        return bool(self._urls)
+        return self._tars is not None
 
     def sample(self) -> Sample:
         """What rows are compared with; taken anew when the store has grown to twice its size, or has lost some of them.
@@ -171,19 +171,10 @@ class Gallery:
         """
         store = self._store()
         store.committed.require(row)
-        return replay_views(store, [self._tar(store.manifest.tars[row.unit].name)], [row])[0]
-
-    def _tar(self, name: str) -> "Tar":
-        from feature_store.tars.tar import Tar
-
-        if name not in self._urls:
+        if self._tars is None:
+            name = store.manifest.tars[row.unit].name
             raise InputError(f"tar {name} is not among those the service was given; start it with --tars")
-        with self._lock:
-            if name not in self._tars:
-                self._tars[name] = Tar.open(self._urls[name])
-            while len(self._tars) > _OPEN_TARS:
-                self._tars.pop(next(iter(self._tars)))
-            return self._tars[name]
+        return replay_row(store, self._tars.find(store, row.unit), row)
 
 
 def predictions(logits_K: np.ndarray, count: int) -> list[Prediction]:
@@ -203,7 +194,8 @@ def _unit_length(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(lengths > 0, lengths, 1)
 
 
-def _urls_by_name(tars: Sequence[str]) -> dict[str, str]:
-    from feature_store.tars.tar import expand_tars, tar_name
+def _unit_tars(tars: Sequence[str], options: TarOptions) -> "UnitTars":
+    from feature_store.tars.tar import expand_tars
+    from feature_store.tars.units import UnitTars
 
-    return {tar_name(url): url for url in expand_tars(tars)}
+    return UnitTars(expand_tars(tars, allow_pipe=options.allow_pipe), options.scratch)

@@ -150,7 +150,7 @@ def _foreign_file(folder: Path) -> str:
         (lambda folder: [_cut_tar(folder)], "cut.tar"),
         (lambda folder: [_foreign_file(folder)], "note.tar"),
         (lambda folder: [write_tar(folder / "empty.tar", [])], "empty.tar"),
-        (lambda folder: [f"pipe:cat {folder}/a.tar"], "allow pipe"),
+        (lambda folder: [f"pipe:cat {folder}/a.tar"], "give --allow-pipe"),
         (lambda folder: [write_tar(folder / "a.tar", noise_samples("a", 1))] * 2, "listed twice"),
         (
             lambda folder: [write_tar(folder / f"{name}.tar", noise_samples("same", 2)) for name in "xy"],

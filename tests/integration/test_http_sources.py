@@ -15,9 +15,10 @@ from feature_store.errors import CorruptStoreError, InputError, MismatchError, Q
 from feature_store.remote.service import Patience
 from feature_store.sample import RowId
 from feature_store.store import open_store
+from feature_store.tars.tar import open_tars
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import view_policy
-from student_trainer.data import ViewDataset, match_tars, open_tars, training_positions
+from student_trainer.data import ViewDataset, match_tars, training_positions
 from student_trainer.replay import StoredViews
 from teacher_service.serving.config import Limits
 

@@ -1,21 +1,29 @@
 """Malformed and unusual inputs end the way docs/inputs.md says: used, quarantined with a reason, or a clear error."""
 
+import bz2
 import gzip
+import http.server
 import io
+import json
+import lzma
+import os
 import re
 import struct
 import tarfile
+import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from servers import s3_server
 from tiny_jobs import TinyTeacher, encode_image, noise
 
 from feature_store import open_store
 from feature_store.cli import main as store_main
+from feature_store.objects.local import open_objects
 from teacher_service.cli import main
 
 Members = list[tuple[str | tarfile.TarInfo, bytes]]
@@ -95,6 +103,7 @@ SAMPLES: dict[str, Members] = {
     "1 x 1 pixel": [("{}.png", encode_image(noise(1, 1)))],
     "1 x 4000 pixels": [("{}.png", encode_image(noise(1, 4000)))],
     "no cls member": [("{}.png", PIXELS), ("{}.txt", b"3")],
+    "label in a json member": [("{}.png", PIXELS), ("{}.json", b'{"label": 3}')],
     "cls is a word": [("{}.png", PIXELS), ("{}.cls", b"cat")],
     "cls is negative": [("{}.png", PIXELS), ("{}.cls", b"-1")],
     "cls is empty": [("{}.png", PIXELS), ("{}.cls", b"")],
@@ -104,6 +113,7 @@ SAMPLES: dict[str, Members] = {
     "two images": [("{}.png", PIXELS), ("{}.jpg", JPEG)],
     "label without image": [],
     "image is a symbolic link": [(_link("{}.png", "/etc/hostname"), b"")],
+    "more than one dot in the names": [("{}.v1.png", PIXELS)],
     "key that leaves the folder": [("../../../tmp/{}.png", PIXELS)],
     "absolute key": [("/etc/{}.png", PIXELS)],
     "key in folders": [("train/n01440764/{}.png", PIXELS)],
@@ -120,7 +130,7 @@ def _numbered(number: int, members: Members) -> Members:
             named.append((_link(member.name.format(f"s{number:02}"), member.linkname), content))
         else:
             named.append((member.format(f"s{number:02}"), content))
-    if any(str(member).endswith((".cls", ".txt")) for member, _ in members):
+    if any(str(member).endswith((".cls", ".txt", ".json")) for member, _ in members):
         return named
     first = named[0][0] if named else f"s{number:02}.png"
     name = first.name if isinstance(first, tarfile.TarInfo) else first
@@ -143,7 +153,7 @@ def _cache(folder: Path, teacher: TinyTeacher, tars: Sequence[Path], *options: s
 
 
 def test_document_lists_exactly_the_inputs_that_are_tested() -> None:
-    assert list(_documented()) == [*SAMPLES, *ARCHIVES]
+    assert list(_documented()) == [*SAMPLES, *ARCHIVES, *PLACES]
     assert len(SAMPLES) + len(ARCHIVES) >= 30
 
 
@@ -184,8 +194,8 @@ def _special_members(folder: Path) -> list[Path]:
     return [_write(folder / "odd.tar", [*specials, *GOOD])]
 
 
-def _gzipped(folder: Path, cut: int = 0) -> list[Path]:
-    packed = gzip.compress(_write(folder / "plain", GOOD).read_bytes())
+def _packed(folder: Path, compress: Callable[[bytes], bytes], cut: int = 0) -> list[Path]:
+    packed = compress(_write(folder / "plain", GOOD).read_bytes())
     (folder / "odd.tar.gz").write_bytes(packed[: len(packed) - cut])
     (folder / "plain").unlink()
     return [folder / "odd.tar.gz"]
@@ -199,6 +209,20 @@ def _edited(folder: Path, change: Callable[[bytes], bytes], members: Members = G
 
 def _file(folder: Path, content: bytes) -> list[Path]:
     (folder / "odd.tar").write_bytes(content)
+    return [folder / "odd.tar"]
+
+
+def _namesakes(folder: Path) -> list[Path]:
+    for name in "ab":
+        (folder / name).mkdir()
+    return [
+        _write(folder / "a" / "odd.tar", GOOD),
+        _write(folder / "b" / "odd.tar", [("other.png", PIXELS), ("other.cls", b"1")]),
+    ]
+
+
+def _fifo(folder: Path) -> list[Path]:
+    os.mkfifo(folder / "odd.tar")
     return [folder / "odd.tar"]
 
 
@@ -226,17 +250,41 @@ def _without_end(raw: bytes) -> bytes:
 
 ARCHIVES: dict[str, Callable[[Path], list[Path]]] = {
     "tar with links, devices, pipes and folders": _special_members,
-    "gzip-compressed tar": _gzipped,
+    "tar with hidden files": lambda folder: [
+        _write(folder / "odd.tar", [("d/.DS_Store", b"x"), ("._good.png", b"x"), *GOOD, (".nfs01", b"x")])
+    ],
+    "gzip-compressed tar": lambda folder: _packed(folder, gzip.compress),
+    "bzip2-compressed tar": lambda folder: _packed(folder, bz2.compress),
+    "xz-compressed tar": lambda folder: _packed(folder, lzma.compress),
     "tar without its end marker": lambda folder: _edited(folder, _without_end),
-    "gzip-compressed tar cut short": lambda folder: _gzipped(folder, 40),
+    "tars put together with cat": lambda folder: _edited(
+        folder, lambda raw: _write(folder / "odd.tar", [("README", b"x")]).read_bytes() + raw
+    ),
+    "tar with zeros behind its end marker": lambda folder: _edited(folder, lambda raw: raw + bytes(100_000)),
+    "two tars of one base name": _namesakes,
+    "gzip-compressed tar cut short": lambda folder: _packed(folder, gzip.compress, 40),
+    "zstd-compressed tar": lambda folder: _file(folder, b"\x28\xb5\x2f\xfd" + bytes(1000)),
+    "zip archive": lambda folder: _file(folder, b"PK\x03\x04" + bytes(1000)),
     "tar cut short inside a member": lambda folder: _edited(folder, lambda raw: raw[:2000]),
     "tar with a damaged header": lambda folder: _edited(
         folder, lambda raw: raw.replace(b"good.cls", b"bad!.cls"), [*GOOD, ("z.png", PIXELS), ("z.cls", b"1")]
     ),
+    "tar with other bytes behind its end marker": lambda folder: _edited(folder, lambda raw: raw + b"more"),
     "tar without members": lambda folder: [_write(folder / "odd.tar", [])],
+    "tar of files without an extension": lambda folder: [_write(folder / "odd.tar", [("00001", PIXELS)])],
+    "tar without labels": lambda folder: [_write(folder / "odd.tar", [("good.png", PIXELS), ("good.txt", b"a cat")])],
+    "tar with class names for labels": lambda folder: [
+        _write(folder / "odd.tar", [GOOD[0], ("good.cls", b"n01440764")])
+    ],
+    "tar of tars": lambda folder: [_write(folder / "odd.tar", [("n01440764.tar", bytes(10240))])],
     "file of 0 bytes": lambda folder: _file(folder, b""),
     "text named .tar": lambda folder: _file(folder, b"no tar at all " * 1000),
+    "web page named .tar": lambda folder: _file(folder, b"<!DOCTYPE html><title>Sign in</title>" * 100),
+    "Git LFS pointer named .tar": lambda folder: _file(
+        folder, b"version https://git-lfs.github.com/spec/v1\noid sha256:0"
+    ),
     "folder named .tar": _folder,
+    "FIFO named .tar": _fifo,
     "same key twice, apart": lambda folder: [_write(folder / "odd.tar", [*GOOD, ("b.png", PIXELS), *GOOD])],
     "same member twice": lambda folder: [_write(folder / "odd.tar", [GOOD[0], *GOOD])],
     "same key in two tars": lambda folder: [_write(folder / f"{name}.tar", GOOD) for name in ("odd", "other")],
@@ -270,3 +318,89 @@ def test_cache_uses_or_refuses_every_documented_tar(
         assert how in error
         assert "odd.tar" in error
         assert {path.name for path in tmp_path.iterdir()} - {"scratch"} == before  # no store was begun
+
+
+# --- paths and URLs
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A folder of tars, a web server of it, and a bucket: what PLACES fill in."""
+    folder = tmp_path_factory.mktemp("places")
+    for number, name in enumerate(("a-0.tar", "a-1.tar", "b c.tar")):
+        _write(folder / name, [(f"{number}.png", PIXELS), (f"{number}.cls", b"1")])
+    (folder / "login.tar").write_text("<html>log in</html>")
+    (folder / "list.txt").write_text("# two\na-{0..1}.tar\n")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(folder))
+
+        def do_GET(self):
+            if "secret" not in self.path or self.headers.get("Authorization") == "Basic dTpw":
+                self.path = self.path.replace("secret", "")
+                return super().do_GET()
+            return self.send_error(401)
+
+        def log_message(self, *_):
+            pass
+
+    with s3_server() as new_bucket, http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}).start()
+        bucket = open_objects(new_bucket())
+        for name in ("a-0.tar", "a-1.tar"):
+            bucket.put(f"d/{name}", (folder / name).read_bytes())
+        yield {"folder": str(folder), "host": f"127.0.0.1:{server.server_port}", "bucket": bucket.url}
+        server.shutdown()
+
+
+PLACES: dict[str, tuple[int, str]] = {  # samples, and the arguments
+    "relative path": (1, "a-0.tar"),
+    "path with spaces": (1, "{folder}/b c.tar"),
+    "~ in quotes": (1, "~/a-0.tar"),
+    "numbers in braces": (2, "{folder}/a-{{0..1}}.tar"),
+    "glob in quotes": (2, "{folder}/a-*.tar"),
+    "@FILE": (2, "@list.txt"),
+    "file: URL": (1, "file://{folder}/b%20c.tar"),
+    "http: URL with a query": (1, "http://{host}/a-0.tar?version=1"),
+    "user and password in a URL": (1, "http://u:p@{host}/secreta-0.tar"),
+    "object in a bucket": (1, "{bucket}/d/a-0.tar"),
+    "glob in a bucket": (2, "{bucket}/d/*.tar"),
+    "pipe: with --allow-pipe": (1, "pipe:cat a-0.tar|--allow-pipe"),
+    "pipe: without --allow-pipe": (0, "pipe:cat a-0.tar"),
+    "pipe: whose command fails": (0, "pipe:exit 7|--allow-pipe"),
+    "path of a folder": (0, "{folder}"),
+    "path that is not there": (0, "none.tar"),
+    "glob without a match": (0, "none-*.tar"),
+    "glob on a web server": (0, "http://{host}/*.tar"),
+    "@FILE that is not there": (0, "@none.txt"),
+    "unknown scheme": (0, "ftp://{host}/a-0.tar"),
+    "file: URL with a host": (0, "file://data/a-0.tar"),
+    "http: URL that is not there": (0, "http://{host}/none.tar"),
+    "http: URL that needs a login": (0, "http://{host}/secreta-0.tar"),
+    "http: URL of a login page": (0, "http://{host}/login.tar"),
+    "object that is not there": (0, "{bucket}/d/none.tar"),
+    "the same tar twice": (0, "a-0.tar|a-0.tar"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_plan_uses_or_refuses_every_documented_place(
+    tmp_path: Path, places: dict[str, str], tiny_swin: TinyTeacher, capsys, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (outcome, how), (samples, arguments) = _documented()[name], PLACES[name]
+    monkeypatch.chdir(places["folder"])
+    monkeypatch.setenv("HOME", places["folder"])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    code = main(["plan", *arguments.format(**places).split("|"), *tiny_swin.arguments, "--json",
+                 "--store", str(tmp_path / "store"), "--scratch", str(tmp_path / "scratch")])  # fmt: skip
+
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    if outcome == "used":
+        assert code == 0, captured.err
+        assert json.loads(captured.out)["samples"] == samples
+    else:
+        assert (code, how in captured.err.splitlines()[-1]) in {(2, True), (3, True)}, captured.err
+        assert not (tmp_path / "scratch").exists() or not list((tmp_path / "scratch").iterdir())

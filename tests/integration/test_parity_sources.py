@@ -11,10 +11,11 @@ from training_world import FAMILIES, World, shared_world, train_config
 from feature_store.errors import InputError, QuarantinedError, UncommittedError
 from feature_store.sample import RowId
 from feature_store.store import open_store
+from feature_store.tars.tar import open_tars
 from feature_store.teacher.model import Teacher, load_teacher
 from student_trainer.assemble import assemble
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
-from student_trainer.data import ViewDataset, match_tars, open_tars, training_positions
+from student_trainer.data import ViewDataset, match_tars, training_positions
 from student_trainer.live import LiveSource
 from student_trainer.loader import BatchLoader
 from student_trainer.metrics import read_metrics

@@ -227,7 +227,7 @@ def test_open_says_how_many_are_whole_when_tar_is_cut_anywhere(tmp_path, start, 
     cuts = {300: 0, 512: 0, 900: 0, 1535: 0, 1700: 0, 2048: 0, 2050: 1, 2300: 1}
     for cut, extra in cuts.items():
         if start == 0 and cut == 300:
-            assert "is not a tar: truncated header" in refusal(tmp_path, data[:cut])
+            assert "is not a tar: it is cut short (300 bytes)" in refusal(tmp_path, data[:cut])
             continue
         message = refusal(tmp_path, data[: start * sample + cut])
         assert "is cut short" in message, cut
@@ -253,12 +253,21 @@ def test_open_refuses_when_a_header_in_the_middle_is_damaged(tmp_path):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "is not a tar"),
-        (b"\x89PNG" * 300, "is not a tar"),
-        (b"PK\x03\x04" + bytes(2000), "is not a tar"),
+        (b"", "is not a tar: it is empty (0 bytes)"),
+        (b"\x89PNG" * 300, "is not a tar: it is something else (first bytes 89 50"),
+        (b"PK\x03\x04" + bytes(2000), "is not a tar: it is a zip archive; unpack it"),
+        (b"\x28\xb5\x2f\xfd" + bytes(2000), "it is compressed with zstd; decompress it with `zstd -d FILE`"),
+        (b"\x04\x22\x4d\x18" + bytes(2000), "it is compressed with lz4"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer, not the file itself"),
+        (b"<!DOCTYPE html>\n<title>Sign in</title>" * 50, "it is a web page or XML ('<!DOCTYPE html>\\n"),
+        (b"a-000.tar\na-001.tar\n" * 50, "a list of tars is given as @FILE"),
         (tar_bytes([]), "holds no samples (0 files)"),
         (bytes(10240), "holds no samples (0 files)"),
-        (tar_bytes([("README", b"x"), ("__index__", b"x"), (".hidden", b"x")]), "holds no samples (3 files)"),
+        (
+            tar_bytes([("README", b"x"), ("__index__", b"x"), (".hidden", b"x")]),
+            "holds no samples (3 files); 1 hidden files are skipped ('.hidden'); "
+            "1 files without an extension belong to no sample ('README')",
+        ),
     ],
 )
 def test_open_refuses_when_there_is_nothing_to_read(tmp_path, data, reason):
@@ -276,10 +285,20 @@ def test_open_refuses_when_name_is_not_utf8(tmp_path):
     assert "a name that is not UTF-8" in refusal(tmp_path, data)
 
 
-@pytest.mark.parametrize("place", ["missing.tar", "a.tar/inside.tar", "."])
-def test_open_refuses_when_path_is_no_file(tmp_path, place):
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("missing.tar", r"is not there: .*; correct the path"),
+        ("a.tar/inside.tar", r"is not there: .*; correct the path"),
+        ("folder", r"is a folder; name the tars in it: .*/folder/\*.tar"),
+        ("fifo", r"is not a regular file; write a program's output as pipe:COMMAND"),
+    ],
+)
+def test_open_refuses_when_path_is_no_file(tmp_path, place, message):
     write(tmp_path / "a.tar", tar_bytes(TEN))
-    with pytest.raises(InputError, match=r"is not there: .*; correct the path"):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InputError, match=message):
         Tar.open(str(tmp_path / place))
 
 
@@ -327,9 +346,12 @@ NAMES = st.builds(
 @settings(max_examples=300, deadline=None)
 def test_tar_groups_as_webdataset_when_members_have_any_names(names, tmp_path_factory):
     data = tar_bytes([(name, f"{i}".encode()) for i, name in enumerate(names)])
+    shown = tar_bytes(
+        [(name, f"{i}".encode()) for i, name in enumerate(names) if not name.rpartition("/")[2].startswith(".")]
+    )  # webdataset makes a sample d/ of d/.jpg
     url = write(tmp_path_factory.getbasetemp() / "any.tar", data)
     try:
-        theirs = list(group_by_keys(tar_file_expander([{"url": url, "stream": io.BytesIO(data)}])))
+        theirs = list(group_by_keys(tar_file_expander([{"url": url, "stream": io.BytesIO(shown)}])))
     except ValueError:
         theirs = []  # a member twice
     keys = [sample["__key__"] for sample in theirs]
@@ -342,3 +364,129 @@ def test_tar_groups_as_webdataset_when_members_have_any_names(names, tmp_path_fa
         for position, sample in enumerate(theirs):
             if {"jpg", "cls"} <= sample.keys():
                 assert tuple(tar.read(position)) == (sample["__key__"], sample["jpg"], int(sample["cls"]))
+
+
+# --- nothing is left out in silence ---------------------------------------------------------------------------
+
+KINDS = st.sampled_from(["sample", "swapped", "unlabelled", "word", "hidden", "mac", "keyless", "link", "folder"])
+
+
+def members_of(kind, number):
+    """Members of one thing a tar may hold, with names of its own; and the keys of good samples among them."""
+    key = f"d.1/k{number:03}"
+    image, label = (f"{key}.jpg", f"image {number}".encode()), (f"{key}.cls", f"{number}".encode())
+    special = tarfile.TarInfo(f"{key}.png")
+    special.type, special.linkname = (tarfile.DIRTYPE if kind == "folder" else tarfile.LNKTYPE), "d.1/other.png"
+    return {
+        "sample": ([image, label], [key]),
+        "swapped": ([label, image], [key]),
+        "unlabelled": ([image], []),
+        "word": ([image, (label[0], b"cat")], []),
+        "hidden": ([(f"d.1/.DS_Store{number}", b"x")], []),
+        "mac": ([(f"d.1/._k{number:03}.jpg", b"x"), image, (f"d.1/._k{number:03}.cls", b"x"), label], [key]),
+        "keyless": ([(f"d.1/README{number}", b"x")], []),
+        "link": ([(special, b"")], []),
+        "folder": ([(special, b"")], []),
+    }[kind]
+
+
+@given(
+    parts=st.lists(st.tuples(st.lists(KINDS, max_size=5), st.integers(0, 3)), min_size=1, max_size=3),
+    cut=st.none() | st.floats(0, 1),
+    tail=st.sampled_from([b"", b"", b"\0" * 700, b"garbage", b"\0" * 1024 + b"x" * 600]),
+)
+@settings(max_examples=300, deadline=None)
+def test_tar_makes_every_labelled_image_a_row_or_is_refused_when_put_together_at_random(
+    parts, cut, tail, tmp_path_factory
+):
+    numbered = iter(range(1000))
+    made = [[(kind, *members_of(kind, next(numbered))) for kind in kinds] for kinds, _ in parts]
+    archives = [tar_bytes([member for _, members, _ in each for member in members]) for each in made]
+    data = b"".join(archive + bytes(512 * padding) for archive, (_, padding) in zip(archives, parts, strict=True))
+    data += tail
+    if cut is not None:
+        data = data[: round(cut * len(data))]
+    expected = [key for each in made for _, _, keys in each for key in keys]
+    kinds = [kind for each in made for kind, _, _ in each]
+    url = write(tmp_path_factory.getbasetemp() / "put-together.tar", data)
+    rows = [kind for kind in kinds if kind in ("sample", "swapped", "unlabelled", "word", "mac")]
+    if cut is None and (not rows or tail.strip(b"\0")):
+        with pytest.raises(InputError, match="holds no samples|behind its end mark"):
+            Tar.open(url)
+        return
+    try:
+        tar = Tar.open(url)
+    except InputError:
+        if cut is None:
+            raise
+        return
+    with tar:
+        good = {key: i for i, key in enumerate(tar.keys) if i not in tar.problems and not key.endswith("word")}
+        found = [key for key in expected if key in good]
+        for key in found:
+            assert tar.read(good[key]) == (key, f"image {int(key[-3:])}".encode(), int(key[-3:]))
+        if cut is None:
+            assert found == expected
+            assert any("hidden" in note for note in tar.notes) == bool({"hidden", "mac"} & set(kinds))
+            assert any("without an extension" in note for note in tar.notes) == ("keyless" in kinds)
+            assert any("links" in note for note in tar.notes) == ("link" in kinds)
+            assert any("one after another" in note for note in tar.notes) == any(later for later, _ in parts[1:])
+        else:
+            assert found == expected[: len(found)]
+
+
+def test_tar_reads_on_when_two_were_put_together(tmp_path):
+    (first, second) = (tar_bytes(list(samples(8))[start : start + 8]) for start in (0, 8))
+    tar = Tar.open(write(tmp_path / "ab.tar", first + bytes(1 << 20) + second))
+    assert [tar.read(i).label for i in range(8)] == [7 * i for i in range(8)]
+    assert "2 tars one after another" in tar.notes[0]
+
+
+@pytest.mark.parametrize("padding", [0, 512, 10240, 1 << 20, 700])
+def test_tar_has_no_note_when_zeros_follow_its_end_mark(tmp_path, padding):
+    assert Tar.open(write(tmp_path / "a.tar", tar_bytes(TEN) + bytes(padding))).notes == ()
+
+
+def test_open_names_the_bytes_when_something_else_follows_the_end_mark(tmp_path):
+    data = tar_bytes(TEN)
+    message = refusal(tmp_path, data + b"no zeros")
+    assert f"has 8 bytes behind its end mark, from byte {len(data)} on, that are no tar: cut them off" in message
+    assert "behind its end mark" in refusal(tmp_path, data[:1536] + bytes(512) + data[2048:])  # a hole of zeros
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".DS_Store", "train/.DS_Store", "._a.jpg", "train/._a.jpg", ".nfs0001", "__MACOSX/a.jpg", "d/__MACOSX/d/a.jpg",
+     "d/Thumbs.db", "desktop.ini", "d/.ipynb_checkpoints/a.jpg", "@eaDir/a.jpg"],
+)  # fmt: skip
+def test_tar_skips_and_names_what_systems_leave_in_folders(tmp_path, name):
+    tar = open_tar(tmp_path, [(name, b"x"), ("b.jpg", b"y"), ("b.cls", b"1")])
+    assert tar.keys == ("b",)
+    assert tar.notes == (f"{tar.url}: 1 hidden files are skipped ({name!r})",)
+
+
+def test_tar_keeps_samples_when_only_their_folder_is_hidden(tmp_path):
+    assert open_tar(tmp_path, [("./.data/b.jpg", b"y"), ("./.data/b.cls", b"1")]).keys == ("./.data/b",)
+
+
+def test_tar_says_it_may_be_cut_short_when_the_end_mark_is_missing(tmp_path):
+    tar = Tar.open(write(tmp_path / "a.tar", tar_bytes(TEN)[: 10 * 2560]))
+    assert (len(tar), tar.notes) == (
+        10,
+        (f"{tar.url}: it has no end mark, so it may be cut short; all its members are whole",),
+    )
+
+
+def test_tar_is_arranged_by_keys_when_a_store_gave_a_hidden_file_a_place(tmp_path):
+    tar = open_tar(tmp_path, [("d/.x", b"x"), ("d/a.jpg", b"a"), ("d/a.cls", b"1"), ("d/b.jpg", b"b")])
+    arranged = tar.arranged(["d/", "d/a", "d/b"])
+    assert arranged.read(1) == ("d/a", b"a", 1)
+    assert sorted(arranged.problems) == [0, 2]
+    with pytest.raises(ImageError, match="no sample"):
+        arranged.read(0)
+
+
+def test_sample_says_how_to_name_files_when_their_names_have_more_dots(tmp_path):
+    tar = open_tar(tmp_path, [("v1.0.jpg", b"x"), ("v1.0.cls", b"1"), ("v1.1.jpg", b"x"), ("v1.1.cls", b"1")])
+    with pytest.raises(ImageError, match=r"members are 0.jpg, 0.cls, .*a key ends at the first dot"):
+        tar.read(0)

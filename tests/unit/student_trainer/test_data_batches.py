@@ -9,14 +9,13 @@ from feature_store.codecs.registry import value_codecs
 from feature_store.errors import InputError, MismatchError, UncommittedError
 from feature_store.sample import RowId
 from feature_store.store import Store, open_store
-from feature_store.tars.tar import Tar
+from feature_store.tars.tar import Tar, open_tars
 from feature_store.teacher.dequantise import Dequantiser
 from feature_store.views import view_policy
 from student_trainer.data import (
     BatchLoader,
     ViewDataset,
     match_tars,
-    open_tars,
     read_keys,
     require_views,
     training_positions,
@@ -175,16 +174,25 @@ def test_tars_are_put_in_unit_order_when_given_in_another(store, world):
 
 
 def test_tars_are_refused_when_one_is_missing_or_unknown(store, world):
-    with pytest.raises(InputError, match=r"1 tars of the store are missing: train-1.tar; add them to --tars"):
+    with pytest.raises(
+        InputError, match=r"1 tars of the store are missing: train-1.tar \(unit 1\); add them to --tars"
+    ):
         match_tars(store, open_tars(world.tars[:1]))
     with pytest.raises(InputError, match=r"1 tars are not in the store: val-0.tar; leave them out"):
         match_tars(store, open_tars([*world.tars, *world.val_tars]))
 
 
-def test_tars_are_refused_when_two_have_one_name(world, tmp_path):
-    shutil.copy(world.tars[0], tmp_path / "train-0.tar")
-    with pytest.raises(InputError, match=r"tars must differ in name, given twice: train-0.tar"):
-        open_tars([*world.tars, str(tmp_path / "train-0.tar")])
+def test_tars_are_found_by_content_when_their_names_are_others_or_equal(store, world, tmp_path):
+    (tmp_path / "b").mkdir()
+    moved = [shutil.copy(world.tars[0], tmp_path / "x.tar"), shutil.copy(world.tars[1], tmp_path / "b" / "x.tar")]
+    tars = match_tars(store, open_tars([str(path) for path in reversed(moved)]))
+    assert [tar.url for tar in tars] == [str(path) for path in moved]
+
+
+def test_tars_are_refused_when_one_is_given_twice(store, world, tmp_path):
+    copy = shutil.copy(world.tars[0], tmp_path / "train-0.tar")
+    with pytest.raises(InputError, match=r"1 tars are given twice, under several names: .*train-0.tar; give each once"):
+        match_tars(store, open_tars([*world.tars, str(copy)]))
 
 
 @pytest.mark.parametrize(
