@@ -7,14 +7,17 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from feature_store.errors import UserError
 from student_trainer.config import TrainConfig
-from student_trainer.train import Trainer, train
+from student_trainer.train import train
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -94,13 +97,12 @@ def _train(config: TrainConfig, variables: dict[str, Any], note: Path, prepare: 
 
 
 def poison_second_process() -> None:
-    """Make the loss of the second process's third step NaN."""
-    losses = Trainer.losses
+    """Make the second process's weights NaN after its second step, and so its next loss."""
+    steps = count(1)
 
-    def poisoned(self, batch):
-        terms = losses(self, batch)
-        if self.group.rank == 1 and self.progress.step == 2:
-            terms = {**terms, "total": terms["total"] * float("nan")}
-        return terms
+    def poison(optimizer: Optimizer, *_: Any) -> None:
+        if os.environ["RANK"] == "1" and next(steps) == 2:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].fill_(float("nan"))
 
-    Trainer.losses = poisoned
+    register_optimizer_step_post_hook(poison)

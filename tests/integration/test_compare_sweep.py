@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopped_runs import before_updates, killed_at_update
 from training_world import samples, shared_world, write_tar
 
 from feature_store.errors import MismatchError, ResourceError, UserError
@@ -17,7 +18,6 @@ from student_trainer.compare import CompareConfig, _visible_names, compare, is_f
 from student_trainer.metrics import read_metrics
 from student_trainer.run_processes import take_share
 from student_trainer.sweep import read_sweep
-from student_trainer.train import Trainer
 
 ABLATION = ("No distillation", "CAP", "CAP + DFM", "CAP + DFM + TPP", "CAP + DFM + TPP + KD")
 
@@ -128,24 +128,15 @@ def test_more_seeds_only_add_runs_when_the_sweep_grows(ablation):
     assert {run.config.run for run in grown.runs[:10]} == {run.folder for row in found.settings for run in row.runs}
 
 
-def test_unfinished_run_goes_on_where_it_stopped_when_the_sweep_is_repeated(tmp_path, monkeypatch):
+def test_unfinished_run_goes_on_where_it_stopped_when_the_sweep_is_repeated(tmp_path):
     options = changes(epochs=3)
     sweep = ("{settings: {kd: {method: kd}}, seeds: [0]}", tmp_path / "kd.yaml")
     sweep[1].write_text(sweep[0])
     whole = compare(CompareConfig(sweep=sweep[1], out=tmp_path / "whole", set=options, progress=False))
     config = CompareConfig(sweep=sweep[1], out=tmp_path / "cut", set=options, progress=False)
     (run,) = read_sweep(config.sweep, config.folder, config.set).runs
-    end_epoch = Trainer._end_epoch
-
-    def stop_after_two(self, *args):
-        end_epoch(self, *args)
-        if self.progress.epoch == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "_end_epoch", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at_update(7):  # the first of the third epoch
         compare(config)
-    monkeypatch.setattr(Trainer, "_end_epoch", end_epoch)
     assert load_checkpoint(run.config.run / "last.pt").progress.epoch == 2
     assert not is_finished(run.config)
     resumed = compare(config)
@@ -164,21 +155,19 @@ def test_other_runs_finish_when_one_fails(tmp_path, capsys):
     assert "bad, seed 0: failed: the loss is not finite" in capsys.readouterr().err
 
 
-def test_other_runs_finish_when_one_crashes(tmp_path, monkeypatch, capsys):
+def test_other_runs_finish_when_one_crashes(tmp_path, capsys):
     (tmp_path / "s.yaml").write_text("{settings: {bad: {method: kd}, good: {method: none}}, seeds: [0]}")
     config = CompareConfig(sweep=tmp_path / "s.yaml", out=tmp_path / "out", set=changes())
-    step = Trainer.step
 
-    def crash_with_kd(self, *pieces):
-        if self.config.method == "kd":
+    def crash_at_first(number: int, _) -> None:
+        if number == 1:
             raise RuntimeError("nobody foresaw this")
-        return step(self, *pieces)
 
-    monkeypatch.setattr(Trainer, "step", crash_with_kd)
-    with pytest.raises(UserError, match=r"1 of 2 runs failed; .*\n  bad, seed 0: RuntimeError: nobody foresaw this"):
+    failed = r"1 of 2 runs failed; .*\n  bad, seed 0: RuntimeError: nobody foresaw this"
+    with before_updates(crash_at_first), pytest.raises(UserError, match=failed):
         compare(config)
     assert [len(row["runs"]) for row in json.loads((tmp_path / "out/results.json").read_text())["settings"]] == [0, 1]
-    assert "crash_with_kd" in capsys.readouterr().err  # the traceback
+    assert "crash_at_first" in capsys.readouterr().err  # the traceback
 
 
 def test_results_are_written_when_every_run_fails(tmp_path):

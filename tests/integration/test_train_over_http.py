@@ -9,6 +9,7 @@ import pytest
 import torch
 from conformance import ROWS
 from service_process import running_service
+from stopped_runs import killed_at_update
 from training_world import World, shared_world, train_config
 
 from feature_store.client import connect, read_token
@@ -16,8 +17,9 @@ from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.store import open_store
 from student_trainer.assemble import assemble
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
+from student_trainer.data import BatchLoader
 from student_trainer.metrics import read_metrics
-from student_trainer.train import Trainer, train
+from student_trainer.train import train
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +60,8 @@ def test_losses_are_the_same_to_the_bit_when_rows_come_over_http(world, url, tmp
 def test_run_goes_on_over_http_when_it_began_with_the_store_and_not_with_another_kind_of_features(world, url, tmp_path):
     run = tmp_path / "run"
     whole = train(config(world, tmp_path / "whole", "store", store=world.store))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_end_epoch", lambda *_: pytest.fail("stopped"))
-        with pytest.raises(pytest.fail.Exception):
-            train(config(world, run, "store", store=world.store, checkpoint_every=1))
+    with killed_at_update(3):
+        train(config(world, run, "store", store=world.store, checkpoint_every=1))
     train(config(world, run, url, resume=True))
     assert losses(run) == losses(whole.run)
     with pytest.raises(MismatchError, match=r"inputs.features differs: the run has 'cached', got 'live, by a service'"):
@@ -80,12 +80,11 @@ def test_losses_agree_when_the_teacher_lives_in_the_service(world, url, tmp_path
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
 def test_losses_are_the_same_when_workers_read_over_http(world, url, tmp_path, start_method):
-    expected = Trainer(config(world, tmp_path, "store", store=world.store), assemble(config(world, tmp_path, url)))
-    asked = config(world, tmp_path, url, workers=1, start_method=start_method)
-    parts = assemble(asked)
+    local = assemble(config(world, tmp_path, "store", store=world.store))
+    parts = assemble(config(world, tmp_path, url))
     parts.dataset.source.read(ROWS)  # the parent's connection must not be its children's
-    trainer = Trainer(asked, parts)
-    for near, far in zip(expected._loader, trainer._loader, strict=True):
+    by_workers = BatchLoader(parts.dataset, parts.batches, workers=1, start_method=start_method)
+    for near, far in zip(BatchLoader(local.dataset, local.batches), by_workers, strict=True):
         assert torch.equal(near.rows, far.rows)
         assert torch.equal(near.logits, far.logits)
         assert near.taps.keys() == far.taps.keys()

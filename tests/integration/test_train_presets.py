@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopped_runs import before_updates
 from timm.optim import Lamb
 from training_world import CLASSES, SIZE, World, make_world
 
@@ -13,7 +14,6 @@ from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main
 from student_trainer.metrics import read_metrics
 from student_trainer.recipes import PRESETS
-from student_trainer.train import Trainer
 
 THIN_SWIN = {
     "img_size": SIZE, "num_classes": CLASSES, "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4],
@@ -65,12 +65,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("preset", CASES)
-def test_preset_trains_when_given_its_teachers_store(worlds, tmp_path, monkeypatch, preset):
+def test_preset_trains_when_given_its_teachers_store(worlds, tmp_path, preset):
     policy, student, more = CASES[preset]
     optimizers = []
-    run = Trainer.run
-    monkeypatch.setattr(Trainer, "run", lambda self, *args: optimizers.append(self.optimizer) or run(self, *args))
-    assert main(line(preset, worlds(policy), tmp_path / "run", student, *more)) == 0
+    with before_updates(lambda _, optimizer: optimizers.append(optimizer)):
+        assert main(line(preset, worlds(policy), tmp_path / "run", student, *more)) == 0
     steps = [entry for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if entry["kind"] == "step"]
     assert [entry["step"] for entry in steps] == [1, 2, 3]
     expected = {

@@ -260,7 +260,11 @@ def test_store_with_other_view_size_sets_the_students_input_when_read(config, tm
         ({"device": "cuda:99"}, ResourceError, r"--device is cuda:99, but torch sees \d+ GPUs here"),
         ({"store": Path("nowhere")}, InputError, r"nowhere is not a store"),
         ({"batch_size": 26}, InputError, r"25 samples do not fill one batch of 26"),
-        ({"scalekd": ScaleKDConfig(heads_stage4=5)}, InputError, r"5"),
+        (
+            {"scalekd": ScaleKDConfig(heads_stage4=5)},
+            InputError,
+            r"num_heads 5 does not divide the teacher's 64 channels",
+        ),
     ],
 )
 def test_option_is_refused_when_it_cannot_be_used(config, change, kind, message):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from process_runs import kill, run_alone, start_group, wait_for_lines
+from stopped_runs import killed_at_save, killed_at_update
 from training_world import TIMING, samples, shared_world, train_config, write_tar
 
 from feature_store import Store, open_store
@@ -18,14 +19,10 @@ from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
 from student_trainer.evaluate import Evaluator
 from student_trainer.metrics import read_metrics
 from student_trainer.scalekd import ScaleKDConfig
-from student_trainer.train import Trainer, train
+from student_trainer.train import train
 
 # Python 3.12 and later warn of fork under threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-
-
-class Killed(BaseException):
-    """Stands in for SIGKILL: nothing in the trainer may handle it."""
 
 
 @pytest.fixture
@@ -59,26 +56,12 @@ def assert_equal_runs(run, other) -> None:
         assert torch.equal(mine.rng[0]["cpu"], theirs.rng[0]["cpu"])
 
 
-def die_after(monkeypatch, steps: int, method: str = "step") -> None:
-    whole, done = getattr(Trainer, method), []
-
-    def dying(self, *arguments):
-        if len(done) == steps:
-            raise Killed
-        done.append(1)
-        return whole(self, *arguments)
-
-    monkeypatch.setattr(Trainer, method, dying)
-
-
 # checkpoints lie at steps 2, 3 (epoch end), 4, 6 (epoch end), 8: in mid-epoch, at its end, and before the first
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
-def test_run_is_the_uninterrupted_one_to_the_bit_when_killed_and_resumed(config, tmp_path, monkeypatch, steps):
+def test_run_is_the_uninterrupted_one_to_the_bit_when_killed_and_resumed(config, tmp_path, steps):
     whole = train(replace(config, run=tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        die_after(patch, steps)
-        with pytest.raises(Killed):
-            train(config)
+    with killed_at_update(steps + 1):
+        train(config)
     resumed = train(replace(config, resume=True))
     assert_equal_runs(config.run, tmp_path / "whole")
     assert resumed.steps == whole.steps == 9
@@ -86,42 +69,34 @@ def test_run_is_the_uninterrupted_one_to_the_bit_when_killed_and_resumed(config,
     assert len(resumed.history) == 3
 
 
-def test_run_repeats_the_end_of_an_epoch_when_killed_between_its_line_and_its_checkpoint(config, tmp_path, monkeypatch):
+def test_run_repeats_the_end_of_an_epoch_when_killed_between_its_line_and_its_checkpoint(config, tmp_path):
     train(replace(config, run=tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        die_after(patch, 3, "checkpoint")  # step 2, best and last of epoch 0; dies at step 4's
-        with pytest.raises(Killed):
-            train(config)
-    with monkeypatch.context() as patch:
-        die_after(patch, 1, "checkpoint")  # step 4's; dies at the end of epoch 1, whose line is written by then
-        with pytest.raises(Killed):
-            train(replace(config, resume=True))
+    with killed_at_save(lambda: numbers(config.run)[-1]["step"] == 4):
+        train(config)
+    with killed_at_save(lambda: [line["kind"] for line in numbers(config.run)].count("epoch") == 2):
+        train(replace(config, resume=True))
     assert numbers(config.run)[-1]["kind"] == "epoch"
     train(replace(config, resume=True))
     assert_equal_runs(config.run, tmp_path / "whole")
 
 
-def test_run_is_the_uninterrupted_one_when_live_and_resumed(config, tmp_path, monkeypatch):
+def test_run_is_the_uninterrupted_one_when_live_and_resumed(config, tmp_path):
     world = shared_world()
     config = replace(config, source="live", teacher=TeacherConfig(checkpoint=world.checkpoint), epochs=2)
     train(replace(config, run=tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        die_after(patch, 4)
-        with pytest.raises(Killed):
-            train(config)
+    with killed_at_update(5):
+        train(config)
     before = load_checkpoint(config.run / "last.pt").progress.teacher_seconds
     resumed = train(replace(config, resume=True))
     assert_equal_runs(config.run, tmp_path / "whole")
     assert resumed.teacher_seconds > before > 0
 
 
-def test_run_with_workers_is_the_one_without_when_resumed(config, tmp_path, monkeypatch):
+def test_run_with_workers_is_the_one_without_when_resumed(config, tmp_path):
     config = replace(config, epochs=2)
     train(replace(config, run=tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        die_after(patch, 2)
-        with pytest.raises(Killed):
-            train(config)
+    with killed_at_update(3):
+        train(config)
     train(replace(config, resume=True, workers=1, start_method="fork"))
     assert_equal_runs(config.run, tmp_path / "whole")
 

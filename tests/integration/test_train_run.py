@@ -10,7 +10,10 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from servers import WebServer
+from stopped_runs import before_updates
+from torch.nn.modules.module import register_module_forward_pre_hook
 from training_world import SIZE, samples, shared_world, train_config, write_tar
 
 from feature_store.errors import InputError, ResourceError, UserError
@@ -79,9 +82,14 @@ def test_run_logs_every_term_when_trained(config, method, terms):
 
 
 @pytest.mark.parametrize("student", ["test_vit", "test_convnext"])
-def test_run_trains_other_families_when_named(config, student):
-    result = train(replace(config, student=student, scalekd=ScaleKDConfig(norm="layer"), epochs=1))
-    assert result.steps == 3
+def test_run_trains_every_weight_of_other_families_when_named(config, student):
+    config = replace(config, student=student, scalekd=ScaleKDConfig(norm="layer"), epochs=1)
+    before = assemble(config).trainee
+    assert train(config).steps == 3
+    assert all(line.keys() >= SCALEKD_TERMS for line in lines(config, "step"))
+    after = load_checkpoint(config.run / "last.pt")
+    for module, trained in ((before.student.model, after.weights), (before.loss, after.loss)):
+        assert [name for name, leaf in module.named_parameters() if torch.equal(leaf, trained[name])] == []
 
 
 def test_loss_falls_when_trained_long_enough(config):
@@ -154,14 +162,18 @@ def test_same_seed_gives_the_same_start_when_the_method_differs(config):
 
 
 def test_task_options_change_the_loss_when_set(config):
+    config, logits = replace(config, method="none"), []
     parts = assemble(config)
     batch = next(iter(BatchLoader(parts.dataset, parts.batches)))
-    tasks = [
-        Trainer(replace(config, **change), assemble(config)).losses(batch)["task"].item()
-        for change in ({}, {"task": "bce"}, {"label_smoothing": 0.1}, {"amp": "bfloat16"})
-    ]
-    assert len(set(tasks)) == 4
-    assert tasks[3] == pytest.approx(tasks[0], rel=0.05)
+    parts.trainee.student.model.get_classifier().register_forward_hook(lambda *arguments: logits.append(arguments[2]))
+    one_hot = F.one_hot(batch.labels, 4).float()
+    for change, expected in (
+        ({}, lambda logits: F.cross_entropy(logits, batch.labels)),
+        ({"label_smoothing": 0.1}, lambda logits: F.cross_entropy(logits, batch.labels, label_smoothing=0.1)),
+        ({"task": "bce"}, lambda logits: F.binary_cross_entropy_with_logits(logits, one_hot, reduction="sum") / 8),
+    ):
+        got = Trainer(replace(config, **change), parts).losses(batch)["task"]
+        torch.testing.assert_close(got, expected(logits[-1]), rtol=1e-4, atol=1e-5)
 
 
 def test_optimizer_options_reach_the_optimizer_when_set(config):
@@ -231,14 +243,13 @@ def test_run_stops_before_updating_when_the_loss_is_not_finite(config):
     assert all(torch.equal(before[name], value) for name, value in running.student.named_parameters())
 
 
-def test_run_ends_with_advice_when_memory_runs_out(config, monkeypatch):
+def test_run_ends_with_advice_when_memory_runs_out(config):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", full)
-        with pytest.raises(ResourceError, match=r"memory is full: CUDA out of memory. Tried .*larger --accumulate"):
-            train(config)
+    told = r"memory is full: CUDA out of memory. Tried .*larger --accumulate"
+    with before_updates(full), pytest.raises(ResourceError, match=told):
+        train(config)
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # of Python 3.12 and later
@@ -270,11 +281,19 @@ def test_validation_counts_unreadable_images_when_there_are_some(config, tmp_pat
 
 
 def test_validation_holds_no_more_images_at_once_than_a_training_pass(config):
-    trainer = Trainer(config := replace(config, accumulate=4), assemble(config, [Tar.open(config.val_tars[0])]))
-    seen = []
-    trainer.student.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    assert trainer._accuracy().samples == 10
-    assert seen == [2] * 5
+    training, validating = [], []
+
+    def count(module: torch.nn.Module, inputs: tuple) -> None:
+        if isinstance(module, torch.nn.Conv2d) and inputs[0].shape[1] == 3:  # the student's first layer
+            (training if module.training else validating).append(len(inputs[0]))
+
+    hook = register_module_forward_pre_hook(count)
+    try:
+        train(replace(config, method="none", epochs=1, accumulate=4))
+    finally:
+        hook.remove()
+    assert set(training) == {2}
+    assert validating[-5:] == [2] * 5
 
 
 def test_run_reads_its_store_from_a_url_when_given_one(config, tmp_path, capsys):

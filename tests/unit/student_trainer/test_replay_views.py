@@ -1,11 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from training_world import SIZE, shared_world
 
-import feature_store.views.draws
 from feature_store.errors import InputError, MismatchError
 from feature_store.sample import RowId
-from feature_store.store import open_store
+from feature_store.store import Store, open_store
 from feature_store.tars.tar import Tar, TarSample
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, view_policy
 from student_trainer.replay import CHECKED_ROWS, DrawnViews, StoredViews
@@ -23,8 +24,7 @@ def tar():
 
 def replay(views, tar: Tar, row: RowId) -> tuple[TarSample, np.ndarray]:
     sample = tar.read(row.position)
-    image = decode_image(sample.image)
-    return sample, apply_view(image, views.params(row, sample.key, image.size), views.size)
+    return sample, views.pixels(row, sample)
 
 
 def test_stored_views_are_those_of_the_store_when_replayed(store, tar):
@@ -38,12 +38,17 @@ def test_stored_views_are_those_of_the_store_when_replayed(store, tar):
             image = decode_image(sample.image)
             drawn = draw_view(store.manifest.policy, store.manifest.seed, sample.key, view, image.size)
             assert views.params(row, sample.key, image.size) == drawn
+            assert np.array_equal(pixels, apply_view(image, drawn, (SIZE, SIZE)))
 
 
-def test_stored_views_never_draw_when_replayed(store, tar, monkeypatch):
-    monkeypatch.setattr("student_trainer.replay.draw_view", None)
-    monkeypatch.setattr(feature_store.views.draws, "draw_view", None)
-    replay(StoredViews(store), tar, RowId(0, 0, 0))
+def test_stored_views_are_the_stored_parameters_when_the_seed_would_draw_others(store, tar, monkeypatch):
+    other = [replace(params, flip=not params.flip) if params else None for params in store.view_params(0, 1)]
+    monkeypatch.setattr(Store, "view_params", lambda *_: other)
+    sample, pixels = replay(StoredViews(store), tar, RowId(0, 0, 1))
+    assert np.array_equal(pixels, apply_view(decode_image(sample.image), other[0], (SIZE, SIZE)))
+    assert not np.array_equal(
+        pixels, replay(DrawnViews(store.manifest.policy, store.manifest.seed), tar, RowId(0, 0, 1))[1]
+    )
 
 
 @pytest.mark.parametrize(("position", "checks", "caught"), [
@@ -73,12 +78,15 @@ def test_stored_views_refuse_a_quarantined_sample_when_asked_for_it(store):
         StoredViews(store).params(RowId(0, 9, 0), "a009", (50, 50))
 
 
-def test_stored_views_keep_few_units_when_the_data_set_is_large(store, tar):
-    views = StoredViews(store, units_in_memory=1)
+@pytest.mark.parametrize(("kept", "reads"), [(1, [(0, 0), (1, 1), (0, 0)]), (2, [(0, 0), (1, 1)])])
+def test_stored_views_keep_so_many_units_when_the_data_set_is_large(store, monkeypatch, kept, reads):
+    seen, view_params = [], Store.view_params
+    monkeypatch.setattr(Store, "view_params", lambda self, *at: seen.append(at) or view_params(self, *at))
+    views = StoredViews(store, units_in_memory=kept)
     first = views.params(RowId(0, 0, 0), "a000", (50, 50))
     assert views.params(RowId(1, 0, 1), "b000", (50, 50)) != first
-    assert list(views._units) == [(1, 1)]
     assert views.params(RowId(0, 0, 0), "a000", (50, 50)) == first
+    assert seen == reads
 
 
 def test_drawn_views_are_a_stores_when_policy_and_seed_are_its_own(store, tar):
