@@ -1,5 +1,6 @@
 """Every command and snippet of the README runs, on tiny stand-ins for ImageNet, Swin-L and ResNet-50."""
 
+import ast
 import json
 import re
 import shlex
@@ -118,11 +119,19 @@ def test_readme_commands_and_snippets_run_in_order(readme_world, served, capsys)
     assert scope["batch"].logits.shape == (1, 4)
 
 
-def test_readme_map_names_every_module():
-    for package in PACKAGES:
-        for module in (ROOT / package).rglob("*.py"):
-            if not module.name.startswith("__"):
-                assert f"`{module.stem}`" in README, f"{module.relative_to(ROOT)} is not on the README's map"
+def first_line(module: Path) -> str:
+    return (ast.get_docstring(ast.parse(module.read_text())) or "").partition("\n")[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_readme_map_gives_every_modules_first_line_under_its_package(package):
+    _, _, section = README.partition(f"**{package}/**")
+    rows = re.findall(r"^\| (?:(\S+)/)?`(\w+)` \| (.*) \|$", section.partition("\n**")[0], re.MULTILINE)
+    modules = [module for module in (ROOT / package).rglob("*.py") if not module.name.startswith("__")]
+    expected = {
+        (module.parent.relative_to(ROOT / package).as_posix(), module.stem): first_line(module) for module in modules
+    }
+    assert {(folder or ".", stem): text for folder, stem, text in rows} == expected
 
 
 def test_list_options_of_all_programs_are_known(capsys):
