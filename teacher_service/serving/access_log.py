@@ -1,5 +1,6 @@
 """The outermost layer: gives every request its id, counts it, and writes one JSON line about it."""
 
+import asyncio
 import logging
 import re
 import time
@@ -46,6 +47,11 @@ class AccessLogMiddleware:
             await self._app(scope, request.receive, request.send)
         except ClientDisconnect:
             pass  # whoever asked has left, and the status in the account stays 0
+        except asyncio.CancelledError:  # the time to drain is over; the server closes the connection
+            if not request.status:
+                await Problem("not-ready", "the service stops; ask another one").send(
+                    scope, request.receive, request.send
+                )
         except Exception as error:
             if request.status:  # too late for an answer: the server closes the connection
                 raise

@@ -21,6 +21,7 @@ from teacher_service.serving.sendfile import FILES, send_spans
 _HEAD_PIECE = 16 << 10  # most bytes of headers parsed before their number is looked at
 _MAX_HEADERS = 256  # each costs far more than its bytes: 64 kB of "a:" would be megabytes
 _CHUNKED_PIECE = 512  # of a body whose end the parser alone can find: few requests fit behind it
+_PARSE_SECONDS = 0.0005  # at once: a body in chunks of one byte would keep other connections waiting
 _PROBE_SECONDS = 1.0
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
@@ -55,10 +56,9 @@ class _LimitedProtocol(HttpToolsProtocol):
     """
 
     bounds: Limits
-    flow: _Flow
     _head_bytes = _forgotten_bytes = _body_left = 0
     _in_head = True
-    _ended = False
+    _ended = _goes_on = False
     _timer: TimerHandle | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,7 +69,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
-        self.flow = _Flow(transport)
+        self.flow = self._flow = _Flow(transport)
         if len(self.connections) > self.bounds.max_connections:
             self._refuse("overloaded")
         else:
@@ -81,10 +81,10 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A client may end its side once it has asked; TLS knows no such thing."""
-        self._ended = self._is_answering and self.transport.get_extra_info("sslcontext") is None
+        at_work = self._is_answering or self._goes_on
+        self._ended = at_work and self.transport.get_extra_info("sslcontext") is None
         if self._ended:
-            self.flow.full = True  # there is no more to be read
-            self.loop.call_later(_PROBE_SECONDS, self._probe, self.cycle)
+            self._stop_reading()  # there is no more
         return self._ended
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -95,11 +95,11 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = False, 0
         self._stop_timer()
         self._body_left = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
+        # After an upgrade the parser takes nothing more.
+        upgrade = self.parser.should_upgrade()  # pyright: ignore[reportOptionalMemberAccess]
         super().on_headers_complete()
         self.headers = []  # for the next request; the scope keeps this one's
-        # Refused, a client that expects 100 may leave its body out: what came next could be either. After an upgrade
-        # that is not made the parser takes nothing more.
-        if self.expect_100_continue or self.parser.should_upgrade():
+        if self.expect_100_continue or upgrade:  # refused, a client may leave its body out: what came next?
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
@@ -123,8 +123,6 @@ class _LimitedProtocol(HttpToolsProtocol):
             self._forgotten_bytes = 0
             self._timer = self.loop.call_later(self.bounds.body_seconds, self.transport.close)
         self._parse()
-        if self._ended and not self._is_answering:
-            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -143,19 +141,35 @@ class _LimitedProtocol(HttpToolsProtocol):
         return self._in_head and self.cycle is not None and not self.cycle.response_complete
 
     def _parse(self) -> None:
-        """Hand on what has come, up to the end of a request."""
-        while self._unparsed and not self._is_answering and not self.transport.is_closing():
+        """Hand on what has come, up to the end of a request, and after a while leave the rest for the next turn."""
+        end = self.loop.time() + _PARSE_SECONDS
+        while self._unparsed and not (self._is_answering or self._goes_on or self.transport.is_closing()):
             piece = bytes(self._unparsed[: self._parsed_at_once()])
             del self._unparsed[: len(piece)]
             # The parser would take the body for another protocol.
             self._parse_piece(_UPGRADE.sub(b"\r\nx-upgrade:", piece) if self._in_head else piece)
+            if self._unparsed and self.loop.time() > end:
+                self._goes_on = True
+                self.loop.call_soon(self._go_on)
+        if self._ended and not (self._is_answering or self._goes_on):
+            self.transport.close()
         if self.transport.is_closing():
             return
-        was_full, self.flow.full = self.flow.full, self._ended or len(self._unparsed) > HIGH_WATER_LIMIT
-        if self.flow.full:
-            self.flow.pause_reading()
-        elif was_full:
+        if self._ended or len(self._unparsed) > HIGH_WATER_LIMIT:
+            self._stop_reading()
+        elif self._flow.full:
+            self._flow.full = False
             self.flow.resume_reading()
+
+    def _go_on(self) -> None:
+        self._goes_on = False
+        self._parse()
+
+    def _stop_reading(self) -> None:
+        if not self._flow.full:
+            self._flow.full = True
+            self.loop.call_later(_PROBE_SECONDS, self._probe, self.cycle)
+        self.flow.pause_reading()
 
     def _parsed_at_once(self) -> int:
         """Bytes in which no request ends, or one at their end; behind a body in chunks a few small ones may."""
@@ -241,8 +255,8 @@ class _LimitedProtocol(HttpToolsProtocol):
         self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
 
     def _probe(self, cycle: RequestResponseCycle) -> None:
-        """Find out whether a client that ended its side still waits: only what is sent to it can tell."""
-        if self.transport.is_closing():
+        """Find out whether a client waits of which nothing is read: only what is sent to it can tell."""
+        if self.transport.is_closing() or not self._flow.full:
             return
         if cycle is self.cycle and not cycle.response_started and cycle.scope["http_version"] == "1.1":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # which clients must look over, RFC 9110 15.2

@@ -30,6 +30,7 @@ REQUESTS = {
     "metrics": b"GET /metrics HTTP/1.1\r\n" + HOST + b"\r\n",
     "bodies": BATCH,
     "bodies in chunks": CHUNKED + CHUNKS,
+    "bodies in the smallest chunks": CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in BODY) + b"0\r\n\r\n",
     "bodies that nobody reads": b"POST /livez HTTP/1.1\r\n" + HOST + b"Content-Length: 4\r\n\r\nbody",
     "shortest": b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
 }
