@@ -70,7 +70,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
     Args:
         config: What to do.
         console: Where to show progress; None for nowhere.
-        stop: Set to stop early, see Pipeline.run; SIGTERM and Ctrl-C set it too.
+        stop: Set to stop early, see Pipeline.run; SIGTERM, SIGHUP and Ctrl-C set it too.
 
     Raises:
         InputError: Unknown teacher, unusable tars or checkpoint, or with strict an unreadable sample.
