@@ -26,6 +26,12 @@ _LONGEST_TMPDIR = 103 - len("/pymp-12345678/listener-12345678")  # an AF_UNIX pa
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Signals that ask this process to stop: SIGTERM, SIGINT, and SIGHUP unless it is ignored, as under ``nohup``."""
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGTERM, signal.SIGINT, *hangup)
+
+
 def become_worker() -> None:
     """Tie this ``multiprocessing`` worker to the process that started it; call it first, in the main thread.
 

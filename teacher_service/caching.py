@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from feature_store.commits.locks import has_locks
 from feature_store.commits.record import encode_record
-from feature_store.objects.local import LocalObjects
 from feature_store.options import environment_number
 from feature_store.store import Store, open_store
 from feature_store.terminal import Console
@@ -70,7 +70,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
     Args:
         config: What to do.
         console: Where to show progress; None for nowhere.
-        stop: Set to stop early, see Pipeline.run; SIGTERM and Ctrl-C set it too.
+        stop: Set to stop early, see Pipeline.run; SIGTERM, SIGHUP and Ctrl-C set it too.
 
     Raises:
         InputError: Unknown teacher, unusable tars or checkpoint, or with strict an unreadable sample.
@@ -84,7 +84,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
     tasks, report = _run(config, console or Console(quiet=True), stop or Stop())
     store = open_store(config.store)  # engines commit in other processes
     with preparing(config.store):
-        if isinstance(store.objects, LocalObjects):
+        if has_locks(store.objects):
             store.remove_leftovers()  # of workers that were killed; what is being written now has a lock
         if config.views_out is not None:
             ViewsOut(config.views_out, store).remove_leftovers()

@@ -1,14 +1,11 @@
 """Shares tasks among the processes of a machine: who holds a unit's claim computes it, a dead holder's is free."""
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from feature_store.commits.locks import FOLDER, lock_name, locked
+from feature_store.commits.locks import FOLDER, lock_name, locked, machine_folder
 from feature_store.commits.record import record_path
 from feature_store.errors import InputError, ResourceError
 from feature_store.objects.local import LocalObjects, ObjectStore, open_objects
@@ -118,8 +115,7 @@ def lock_folder(objects: ObjectStore) -> Path:
     """Where processes lock each other out of a store: in it, or for a bucket, in this machine's temporary folder."""
     if isinstance(objects, LocalObjects):
         return objects.root / FOLDER
-    name = hashlib.sha256(objects.url.encode()).hexdigest()[:32]
-    return Path(tempfile.gettempdir()) / f"scalekd-locks-{os.getuid()}" / name
+    return machine_folder(objects.url)
 
 
 def _remove_if_empty(*folders: Path) -> None:

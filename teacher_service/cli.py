@@ -42,7 +42,7 @@ def plan(config: tyro.conf.OmitArgPrefixes[SharedPlanConfig]) -> None:
 def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig]) -> None:
     """Run the teacher once over all views of all tars and store what it says; the same command resumes.
 
-    SIGTERM and Ctrl-C end it within ten seconds; exit code 143 or 130 if units are left.
+    SIGTERM, SIGHUP and Ctrl-C end it within ten seconds; exit code 143, 129 or 130 if units are left.
     """
     from teacher_service.caching import cache as run_cache
     from teacher_service.stopping import Stop

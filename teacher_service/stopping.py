@@ -1,4 +1,4 @@
-"""Turns SIGTERM and Ctrl-C into a request to stop: finish or abandon what is under way, within seconds."""
+"""Turns SIGTERM, SIGHUP and Ctrl-C into a request to stop within seconds."""
 
 import os
 import select
@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from feature_store.processes import stop_signals
 from feature_store.terminal import say
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 8.0  # spot machines and schedulers give at least 10 between SIGTERM and SIGKILL
 _LEFT = 0  # no signal has this number
 RESUME = "committed units are safe, the same command resumes"
@@ -26,13 +26,15 @@ class Stop(threading.Event):
 
     @property
     def exit_code(self) -> int:
-        """What shells expect of a process a signal ended: 143 for SIGTERM, 130 for SIGINT."""
+        """What shells expect of a process a signal ended: 143 for SIGTERM, 130 for SIGINT, 129 for SIGHUP."""
         return 128 + (self.signal or signal.SIGINT)
 
 
 @contextmanager
 def stop_on_signals(stop: Stop, grace: float = GRACE_SECONDS) -> Iterator[None]:
-    """Set a stop on SIGTERM or SIGINT while the context lasts; does nothing outside of the main thread.
+    """Set a stop on a stop signal while the context lasts; does nothing outside of the main thread.
+
+    The stop signals are SIGTERM, SIGINT, and SIGHUP unless it is ignored, as under ``nohup``.
 
     The process ends at the latest after the grace period, or on a second signal, with the stop's exit code: nothing
     that is committed can be lost. A thread of its own watches, because Python's handlers wait for the main thread,
@@ -46,7 +48,7 @@ def stop_on_signals(stop: Stop, grace: float = GRACE_SECONDS) -> Iterator[None]:
         yield
         return
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    handlers = {number: signal.signal(number, _leave_to_the_watcher) for number in SIGNALS}
+    handlers = {number: signal.signal(number, _leave_to_the_watcher) for number in stop_signals()}
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(reader, stop, grace), name="stop-watcher", daemon=True)
     watcher.start()
@@ -83,6 +85,6 @@ def _next(reader: int, timeout: float | None) -> int:
     """The next signal to stop on, _LEFT once the context was left, or -1 if neither came in time."""
     while select.select([reader], [], [], timeout)[0]:
         number = os.read(reader, 1)[0]
-        if number in (*SIGNALS, _LEFT):
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _LEFT):
             return number
     return -1

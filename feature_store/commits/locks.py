@@ -1,8 +1,13 @@
-"""Keeps two local processes off one thing; the kernel gives the lock back when its holder dies."""
+"""Exclusive locks between local processes; the kernel releases those of a dead process."""
 
+import errno
 import fcntl
+import hashlib
+import logging
 import os
-from collections.abc import Iterable, Iterator
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -13,6 +18,11 @@ from feature_store.objects.local import LocalObjects, ObjectStore, open_regular
 FOLDER = ".locks/"
 _TRIES = 100
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_APPEND  # reading as well: opening a FIFO for writing alone fails or blocks
+# Lustre without -o flock, NFS without a lock daemon, some FUSE file systems
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+_logger = logging.getLogger(__name__)
+_without_locks: set[Path] = set()
+_threads: dict[Path, threading.Lock] = {}
 
 
 @contextmanager
@@ -36,7 +46,10 @@ def exclusive(objects: ObjectStore, name: str, refusal: str) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
-    """Hold a lock file of this machine; it is removed in the end.
+    """Hold a lock file; it is removed in the end.
+
+    On a file system without locks, the file is in the machine's temporary folder, with one warning: processes of this
+    machine and user still exclude each other, those of other machines do not.
 
     Args:
         path: The file; its folder is made if need be.
@@ -51,6 +64,11 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if refusal is None else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 raise ResourceError(refusal) from error
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                _warn(path.parent, error)
+                break
             if not _is_still(file.fileno(), path):
                 continue  # its holder removed the file between our open and our lock
             try:
@@ -58,6 +76,55 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
             finally:
                 path.unlink()
             return
+    with suppress(FileNotFoundError):
+        path.unlink()
+    with _locked_on_this_machine(_substitute(path), refusal):
+        yield
+
+
+@contextmanager
+def _locked_on_this_machine(path: Path, refusal: str | None) -> Iterator[None]:
+    """As locked, by a POSIX lock, which every local file system has; the file stays.
+
+    It belongs to the process, so threads exclude each other by a lock of their own.
+    """
+    among_threads = _threads.setdefault(path, threading.Lock())
+    if not among_threads.acquire(blocking=refusal is None):
+        raise ResourceError(refusal)
+    try:
+        with _opened(path) as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if refusal is None else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                raise ResourceError(refusal) from error
+            yield
+    finally:
+        among_threads.release()
+
+
+def machine_folder(url: str) -> Path:
+    """Where processes of this machine and user lock each other out of a place that has no locks itself."""
+    name = hashlib.sha256(url.encode()).hexdigest()[:32]
+    return Path(tempfile.gettempdir()) / f"scalekd-locks-{os.getuid()}" / name
+
+
+def _substitute(path: Path) -> Path:
+    return machine_folder(str(path.parent.resolve())) / path.name
+
+
+def _warn(folder: Path, error: OSError) -> None:
+    if folder not in _without_locks:
+        _without_locks.add(folder)
+        _logger.warning(
+            "the file system of %s has no file locks (%s): processes of this machine exclude each other by locks in "
+            "%s, those of other machines do not; write there from one machine at a time",
+            folder, error.strerror, tempfile.gettempdir(),
+        )  # fmt: skip
+
+
+def has_locks(objects: ObjectStore) -> bool:
+    """Whether locks keep every other writer off, as far as this process has found: not in buckets."""
+    return isinstance(objects, LocalObjects) and (objects.root / FOLDER) not in _without_locks
 
 
 def _opened(path: Path) -> IO[str]:
@@ -81,13 +148,26 @@ def is_held(objects: ObjectStore, unit: int | None) -> bool:
     """Whether a process is writing a unit (None: metadata) of a local store now; writes nothing to find out."""
     if not isinstance(objects, LocalObjects):
         return False
+    path = objects.root / FOLDER / lock_name(unit)
+    substitute = _substitute(path)
+    return (
+        _is_locked(path, fcntl.flock)
+        or (substitute in _threads and _threads[substitute].locked())  # to open and close it would release it
+        or _is_locked(substitute, fcntl.lockf)
+    )
+
+
+def _is_locked(path: Path, lock: Callable[[IO[bytes], int], None]) -> bool:
     try:
-        with os.fdopen(open_regular(objects.root / FOLDER / lock_name(unit)), "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with os.fdopen(open_regular(path), "rb") as file:
+            lock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
     return False
 
 

@@ -187,7 +187,8 @@ class CachedObjects:
     def _ledger(self) -> Iterator[_Total]:
         """The bytes kept, under a lock all processes share. Never too low: added before a block is written."""
         with (self.folder / _LEDGER).open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(OSError):  # a file system without locks: the count is kept less exactly
+                fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             text = file.read()
             total = [int(text) if text.isdigit() else sum(size for _, size, _ in self._copies())]

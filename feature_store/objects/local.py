@@ -1,5 +1,6 @@
 """Where a store's objects live: one protocol, and its implementation for local files."""
 
+import ctypes
 import errno
 import os
 import stat
@@ -22,6 +23,7 @@ OPEN_FILES = 8192
 # Local reads skip at most this much between two rows; a row's crc32c is 4 bytes.
 _LOCAL_GAP = 4096
 _SYNCS = 16
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # 0: not Linux
 # Written at once, then left to the disk: what takes smaller steps waits for it every now and then, for long.
 _WRITE_BEHIND = 32 << 20
@@ -216,8 +218,7 @@ class LocalObjects:
         try:
             _write_durably(partial, buffers_of(payload))
             if new:
-                os.link(partial, target)
-                partial.unlink()
+                _move_new(partial, target)
             else:
                 partial.rename(target)
         except BaseException:
@@ -340,6 +341,45 @@ def scatter(payload: np.ndarray, offset: int, parts: Sequence[memoryview | int])
         done = end
 
 
+def _move_new(partial: Path, target: Path) -> None:
+    """Give a file its name if no file has it.
+
+    A hard link does both at once. File systems without them (FUSE, CIFS, exFAT) may know a rename that refuses to
+    replace. Where neither works the name is taken first, by an empty file, which a crash in between leaves behind:
+    readers take it for a damaged object.
+
+    Raises:
+        FileExistsError: One has it.
+    """
+    try:
+        os.link(partial, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if not _renamed_new(partial, target):
+            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            try:
+                partial.replace(target)
+            except BaseException:
+                target.unlink()
+                raise
+    else:
+        partial.unlink()
+
+
+def _renamed_new(partial: Path, target: Path) -> bool:
+    """Linux's rename with RENAME_NOREPLACE; false where kernel, C library or file system lack it."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(target))
+
+
 def sync_directories(root: Path, paths: Iterable[str]) -> None:
     """Make the names of written objects durable, up to the store's root."""
     folders = {parent for path in paths for parent in (root / path).parents if parent.is_relative_to(root)}
@@ -358,9 +398,13 @@ def _size(entry: "os.DirEntry[str]") -> int:
 
 
 def _sync_directory(folder: Path) -> None:
+    """Make the names in a folder durable, where its file system can (not CIFS or vboxsf)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from feature_store.errors import InputError, ResourceError
+from feature_store.errors import InputError, ResourceError, UserError
+from feature_store.objects.cloud import failure, s3_options
 from feature_store.objects.local import Buffer, buffers_of, scatter
 
 SCHEMES = ("s3", "gs", "http", "https")
@@ -28,8 +29,8 @@ class _PastEndError(Exception):
 class RemoteObjects:
     """Objects behind ``s3://``, ``gs://`` or ``http(s)://``; a web server is read only.
 
-    Credentials and endpoints come from the environment the way each service's own tools read them
-    (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``GOOGLE_SERVICE_ACCOUNT``...). Server errors, dropped connections
+    Credentials and endpoints come from where each service's own tools read them (``AWS_ACCESS_KEY_ID``,
+    ``AWS_PROFILE`` and ~/.aws, ``AWS_ENDPOINT_URL``, ``GOOGLE_SERVICE_ACCOUNT``...). Server errors, dropped connections
     and timeouts are tried again with growing pauses, for three minutes at most.
 
     obstore keeps threads that do not survive a fork, so a process forked after the first use is refused instead of
@@ -113,14 +114,17 @@ class RemoteObjects:
         """See ObjectStore.put.
 
         Raises:
-            InputError: A web server: it is read only.
+            InputError: A web server: it is read only; or there is no such bucket.
         """
         self._require_writable("write")
         parts = list(buffers_of(payload))
         whole = parts[0] if len(parts) == 1 else b"".join(parts)
         with self._errors(path) as (obstore, store):
-            # One request per object: a multipart upload cannot be conditional.
-            obstore.put(store, path, whole, mode="create" if new else "overwrite", use_multipart=False)
+            try:
+                # One request per object: a multipart upload cannot be conditional.
+                obstore.put(store, path, whole, mode="create" if new else "overwrite", use_multipart=False)
+            except FileNotFoundError as error:
+                raise InputError(f"{self.url}: there is no such bucket; make it, or choose another one") from error
 
     def sync(self, paths: Sequence[str]) -> None:
         """See ObjectStore.sync: a put that returned is durable."""
@@ -153,9 +157,10 @@ class RemoteObjects:
         except obstore.exceptions.BaseError as error:
             if "416 Range Not Satisfiable" in str(error):
                 raise _PastEndError from error
-            raise ResourceError(
-                f"{self.url}/{path}: {_first_line(error)}; check network, credentials and URL"
-            ) from error
+            denied = isinstance(
+                error, (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError)
+            )
+            raise ResourceError(f"{self.url}/{path}: {failure(self.url, error, denied=denied)}") from error
 
     def _open(self) -> tuple[Any, Any]:
         global _runtime_pid
@@ -182,21 +187,17 @@ def _import_obstore(url: str) -> Any:
 def _store(obstore: Any, url: str) -> Any:
     scheme = url.partition("://")[0]
     options: dict[str, Any] = {"connect_timeout": "10s", "timeout": "120s"}
-    if scheme == "http" or (scheme == "s3" and _s3_endpoint().startswith("http://")):
+    more = s3_options(url) if scheme == "s3" else {}
+    if scheme == "http" or more.get("endpoint", "").startswith("http://"):
         options["allow_http"] = True
-    more: dict[str, Any] = {}
-    if scheme == "s3" and not any(name in os.environ for name in ("AWS_REGION", "AWS_DEFAULT_REGION")):
-        more["region"] = "us-east-1"  # what AWS's own tools assume
     return obstore.store.from_url(url, client_options=options, retry_config=_RETRY, **more)
-
-
-def _s3_endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 def _guard(url: str, build: Callable[[], Any]) -> Any:
     try:
         return build()
+    except UserError:
+        raise
     except Exception as error:  # obstore: one class per cause, none of them ours
         raise InputError(f"cannot open {url}: {_first_line(error)}") from error
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from feature_store.errors import ImageError, InputError
+from feature_store.views.image_structure import bounded_image
 
 # Pillow knows more formats, some of which start other programs (EPS); these are what image tars hold.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
@@ -29,7 +30,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises:
         ImageError: The bytes are no image, are damaged or cut short, or are of a kind that has no one meaning
-            in 8-bit RGB. The message is the reason.
+            in 8-bit RGB, or take more time or memory than their pixels. The message is the reason.
         InputError: Pillow is set to pass truncated images.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
@@ -40,7 +41,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not data:
         raise ImageError("image is empty: 0 bytes")
     try:
-        with _quiet_pillow, Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        bounded = bounded_image(data, max_pixels)
+        with _quiet_pillow, Image.open(io.BytesIO(bounded), formats=FORMATS) as image:
             _check_size(image.size, max_pixels)
             image.load()
             return _to_rgb(image)

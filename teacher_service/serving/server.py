@@ -23,6 +23,7 @@ import uvicorn
 
 from feature_store.errors import InputError, MismatchError, ResourceError, UserError
 from feature_store.objects.local import open_objects
+from feature_store.processes import become_worker, stop_signals
 from feature_store.skeleton import read_manifest
 from feature_store.terminal import LogFormatter, say, say_json
 from teacher_service.serving.access_log import LOGGER
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
     from teacher_service.serving.live import LiveTeacher
 
 _BACKLOG = 2048
+_SHUTDOWN_SECONDS = 1.0  # for what follows the drain: the teacher and the metrics are closed
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then let requests in work end.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then let requests in work end.
 
     Raises:
         InputError: Not a store, not a token file, or certificates that cannot be read.
@@ -119,7 +121,7 @@ def serve_alone(config: ServeConfig, listener: socket.socket) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which is not ready from the first signal on, and ends with exit code 0."""
+    """uvicorn's server, which is not ready from the first signal on, and ends with exit code 0 when the drain does."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -131,7 +133,23 @@ class _Server(uvicorn.Server):
             self.force_exit = sig == signal.SIGINT
             return
         self._service.draining = True
-        self._stop_at = time.monotonic() + self._service.config.drain_delay
+        config = self._service.config
+        self._stop_at = time.monotonic() + config.drain_delay
+        # A thread cannot be cancelled: one that is still at work would hold the process beyond the drain.
+        limit = threading.Timer(config.drain_delay + config.drain_seconds + _SHUTDOWN_SECONDS, os._exit, [0])
+        limit.daemon = True
+        limit.start()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """See uvicorn's; with SIGHUP, which a closed terminal sends. Workers leave the terminal's to their parent."""
+        with super().capture_signals():
+            if multiprocessing.parent_process() is not None:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            elif threading.current_thread() is threading.main_thread():
+                for number in stop_signals():
+                    signal.signal(number, self.handle_exit)
+            yield
 
     async def on_tick(self, counter: int) -> bool:
         if time.monotonic() >= self._stop_at:
@@ -191,10 +209,13 @@ def _serve_with_workers(config: ServeConfig, listener: socket.socket) -> None:
                 worker.terminate()
 
     try:
-        for sig in (signal.SIGTERM, signal.SIGINT):
+        for sig in stop_signals():
             signal.signal(sig, end)
+        # Workers inherit the mask: a terminal's signals reach every process, and this one passes them on.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         for worker in workers:
             worker.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if told.is_set():  # before all were there
             end()
         connection.wait([worker.sentinel for worker in workers])
@@ -211,6 +232,7 @@ def _serve_with_workers(config: ServeConfig, listener: socket.socket) -> None:
 
 
 def _work(config: ServeConfig, listener: socket.socket) -> None:
+    become_worker()
     _configure_logs()
     try:
         serve_alone(config, listener)

@@ -138,7 +138,7 @@ def test_cache_does_no_forward_pass_when_every_unit_is_committed(
     assert summary["teacher_seconds"] == 0
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_cache_finishes_the_unit_under_way_and_resumes_when_interrupted(
     tmp_path: Path,
     tiny_swin: TinyTeacher,

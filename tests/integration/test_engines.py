@@ -194,8 +194,9 @@ def test_ray_actors_write_the_same_bytes_when_one_is_killed(
     assert store_files(config.store) == whole
 
 
-def test_cache_ends_within_ten_seconds_of_sigterm_when_a_unit_takes_longer(
-    tmp_path: Path, tiny_swin: TinyTeacher
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_cache_ends_within_ten_seconds_of_a_signal_when_a_unit_takes_longer(
+    tmp_path: Path, tiny_swin: TinyTeacher, number: signal.Signals, exit_code: int
 ) -> None:
     (tar,) = write_tars(tmp_path, 600)
     config = cache_config([tar], tiny_swin, tmp_path / "store", tap_codec="int8")
@@ -206,10 +207,10 @@ def test_cache_ends_within_ten_seconds_of_sigterm_when_a_unit_takes_longer(
     _wait_for((config.store / ".locks/claim-u00000").exists, process)
     time.sleep(2)  # for the decode worker, which gets the signal too
 
-    os.killpg(process.pid, signal.SIGTERM)  # as torchrun and Slurm do
+    os.killpg(process.pid, number)  # as torchrun, Slurm and a closed terminal do
     _, errors = process.communicate(timeout=10)
 
-    assert process.returncode == 143
+    assert process.returncode == exit_code
     assert "stopped with 1 of 1 units left; the same command goes on with them" in errors
     assert "Traceback" not in errors
     assert _committed(config) == 0

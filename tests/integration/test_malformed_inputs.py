@@ -77,6 +77,17 @@ def _link(name: str, target: str) -> tarfile.TarInfo:
     return info
 
 
+def _scans(count: int) -> bytes:
+    content = _saved(Image.fromarray(noise()), "JPEG", progressive=True)
+    last = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + last * (count - content.count(b"\xff\xda")) + content[-2:]
+
+
+def _overlapping_tags() -> bytes:
+    tags = b"".join(struct.pack("<HHLL", tag, 7, 900, 100) for tag in range(1000, 1010))
+    return (b"II*\0" + struct.pack("<LH", 8, 10) + tags).ljust(2000, b"\0")
+
+
 PIXELS, JPEG = encode_image(noise()), encode_image(noise(), "JPEG")
 SAMPLES: dict[str, Members] = {
     "JPEG cut short": [("{}.jpg", JPEG[:-300])],
@@ -101,6 +112,10 @@ SAMPLES: dict[str, Members] = {
     "1-bit image": [("{}.png", encode_image(noise(), mode="1"))],
     "JPEG that EXIF wants turned": [("{}.jpg", _turned())],
     "1 x 1 pixel": [("{}.png", encode_image(noise(1, 1)))],
+    "JPEG with 150 scans": [("{}.jpg", _scans(150))],
+    "GIF with 70,000 comments": [("{}.gif", b"GIF89a\x08\0\x08\0\0\0\0" + b"!\xfe\x01a\0" * 70_000)],
+    "PNG with 70,000 empty chunks": [("{}.png", PIXELS[:33] + b"\0\0\0\0prIv\x17\xc6\x8f\xb5" * 70_000 + PIXELS[33:])],
+    "TIFF with overlapping tags": [("{}.tif", _overlapping_tags())],
     "1 x 4000 pixels": [("{}.png", encode_image(noise(1, 4000)))],
     "no cls member": [("{}.png", PIXELS), ("{}.txt", b"3")],
     "label in a json member": [("{}.png", PIXELS), ("{}.json", b'{"label": 3}')],

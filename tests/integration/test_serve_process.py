@@ -19,6 +19,7 @@ from served_store import UNCOMMITTED_UNIT, make_store, make_tokens, make_wide_st
 from servers import make_certificate
 
 from feature_store import wire
+from feature_store.processes import stop_signals
 from feature_store.sample import RowId
 from feature_store.store import open_store
 from teacher_service.serving import server
@@ -293,7 +294,7 @@ def test_workers_are_told_to_stop_when_the_signal_comes_while_they_are_started(s
     workers: list[Worker] = []
     monkeypatch.setattr(server.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Worker))
     monkeypatch.setenv(MULTIPROCESS_DIR, "")
-    before = {sig: signal.getsignal(sig) for sig in (signal.SIGTERM, signal.SIGINT)}
+    before = {sig: signal.getsignal(sig) for sig in stop_signals()}
     try:
         config = ServeConfig(store=str(store), workers=3)
         with socket.socket() as listener:
@@ -307,12 +308,73 @@ def test_workers_are_told_to_stop_when_the_signal_comes_while_they_are_started(s
 def test_a_worker_that_dies_ends_the_service_so_that_it_is_started_again(tmp_path, store):
     with running(store, tmp_path, "--workers", "2") as started:
         started.wait_until_ready()
-        children = Path(f"/proc/{started.process.pid}/task/{started.process.pid}/children").read_text().split()
-        workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        workers = worker_processes(started)
         assert len(workers) == 2
-        os.kill(int(workers[0]), signal.SIGKILL)
+        os.kill(workers[0], signal.SIGKILL)
         assert started.process.wait(60) == 3
         assert "a worker ended with code -9" in started.log.read_text()
+
+
+def worker_processes(started) -> list[int]:
+    children = Path(f"/proc/{started.process.pid}/task/{started.process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def bound(listener: socket.socket, host: str, port: int) -> bool:
+    try:
+        listener.bind((host, port))
+    except OSError:
+        return False
+    listener.listen()
+    return True
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGKILL, -9), (signal.SIGHUP, 0)])
+def test_workers_end_and_free_the_port_when_their_main_process_is_killed_or_hung_up(tmp_path, store, number, exit_code):
+    with running(store, tmp_path, "--workers", "2") as started:
+        started.wait_until_ready()
+        workers = worker_processes(started)
+        assert len(workers) == 2
+        started.process.send_signal(number)
+        assert started.process.wait(60) == exit_code
+        host, _, port = started.url.partition("://")[2].rpartition(":")
+        with socket.socket() as restarted:
+            restarted.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            end = time.monotonic() + 30
+            while not bound(restarted, host, int(port)):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        assert "Traceback" not in started.log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_service_drains_when_the_terminal_signals_every_process(tmp_path, store, number):
+    with running(store, tmp_path, "--workers", "2", "--drain-delay", "2") as started:
+        started.wait_until_ready()
+        for pid in (*worker_processes(started), started.process.pid):
+            os.kill(pid, number)
+        time.sleep(0.5)
+        assert started.get("/livez").status == 200  # a second signal would have ended the delay
+        assert started.process.wait(60) == 0
+
+
+def test_service_ends_at_the_drain_limit_when_a_thread_is_still_at_work(tmp_path, store):
+    script = tmp_path / "blocked.py"
+    script.write_text(
+        "import threading, time\n"
+        "from teacher_service.cli import main\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        f"main(['serve', '--store', {str(store)!r}, '--port', '0', '--drain-seconds', '1'])\n"
+    )
+    with subprocess.Popen([os.sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = json.loads(process.stdout.readline())["url"]
+            while ask_raw(url, b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")[9:12] != b"200":
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
 
 
 def test_a_store_that_cannot_be_opened_ends_the_service_with_its_reason(tmp_path, tiny_swin):

@@ -132,7 +132,9 @@ def test_reads_are_tried_again_when_the_server_fails_for_a_moment(web):
 
 
 def test_a_refusal_is_a_resource_error_that_names_the_object(web):
-    with pytest.raises(ResourceError, match=r"http://127.0.0.1:\d+/forbidden: .*check network, credentials and URL"):
+    with pytest.raises(
+        ResourceError, match=r"http://127.0.0.1:\d+/forbidden: access denied \(403 Forbidden\); .*check the URL"
+    ):
         RemoteObjects(web.url).get("forbidden")
 
 
