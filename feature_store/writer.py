@@ -278,6 +278,8 @@ def _require_shapes(manifest: Manifest, unit: int, first_view: int, data: UnitDa
                 array = values.get(part.suffix)
                 expected[f"{name}[{part.suffix!r}]"] = (views, samples, *part.row_shape)
                 got[f"{name}[{part.suffix!r}]"] = None if array is None else array.shape
+                if array is not None and array.dtype != part.dtype:
+                    raise InputError(f"{name}[{part.suffix!r}] of unit {unit} is {array.dtype}, expected {part.dtype}")
         else:
             expected[name] = (views, samples, *codec.shape)
             got[name] = None if values is None else values.shape

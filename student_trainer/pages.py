@@ -1,14 +1,20 @@
 """Building blocks of HTML reports that need nothing beside them."""
 
+import html
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from feature_store.terminal import printable
 from student_trainer.plots import can_plot
 
 _PAGE = Path(__file__).with_name("report.html")
+
+
+def escape(text: str) -> str:
+    """Text as HTML; names may hold control characters, and what has no form in UTF-8."""
+    return html.escape(printable(text))
 
 
 def plots_or_note(draw: Callable[[], Sequence[str]]) -> list[str]:

@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Part:
-    """One forward pass: its outputs in host memory, complete once ``done`` has happened.
+    """One forward pass: its outputs in host memory, complete once the last of its events has happened.
 
     Attributes:
         outputs: Tensors by name, as in Arrays.

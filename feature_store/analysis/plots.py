@@ -25,6 +25,7 @@ from feature_store.errors import InputError
 from feature_store.sample import RowId
 from feature_store.tars.options import DEFAULT, TarOptions
 from feature_store.tars.tar import Tar, open_tars
+from feature_store.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -296,14 +297,14 @@ def _page(store: "Store", tap: str, pictures: Sequence[Picture], files: Sequence
         "rows drawn": f"{rows:,}",
         "manifest": manifest.fingerprint(),
     }
-    table = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
+    table = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(printable(v))}</td></tr>" for k, v in facts.items())
     sections = "".join(
         f"<section><h2>{html.escape(picture.title)}</h2>"
         f'<img alt="{html.escape(picture.title)}" src="data:image/png;base64,{_base64(file)}">'
         f"<p>{html.escape(picture.caption)}</p></section>"
         for picture, file in zip(pictures, files, strict=True)
     )
-    title = html.escape(f"Features of {manifest.teacher.name}")
+    title = html.escape(printable(f"Features of {manifest.teacher.name}"))
     return _HTML.format(title=title, table=table, sections=sections)
 
 

@@ -64,31 +64,28 @@ class UnitCheck:
     findings: list[Finding] = field(default_factory=list)
 
 
-def check_unit(
-    objects: ObjectStore, manifest: Manifest, records: Sequence[CommitRecord], sizes: Mapping[str, int] | None = None
-) -> UnitCheck:
-    """Check a unit.
+class UnitChecks:
+    """Checks the units of one store.
 
     Args:
         objects: The store's.
         manifest: What it claims.
-        records: All commit records of the unit, at least one.
         sizes: Bytes of the store's objects: then only those are compared, and no contents.
     """
-    return _UnitChecker(objects, manifest, records, sizes).run()
+
+    def __init__(self, objects: ObjectStore, manifest: Manifest, sizes: Mapping[str, int] | None = None) -> None:
+        self.objects, self.manifest, self.sizes = objects, manifest, sizes
+        self.specs, self.order = array_specs(manifest), ProofOrder(manifest)
+
+    def check(self, records: Sequence[CommitRecord]) -> UnitCheck:
+        """Check a unit by all its commit records, at least one."""
+        return _UnitChecker(self, records).run()
 
 
 class _UnitChecker:
-    def __init__(
-        self,
-        objects: ObjectStore,
-        manifest: Manifest,
-        records: Sequence[CommitRecord],
-        sizes: Mapping[str, int] | None,
-    ) -> None:
-        self._objects, self._manifest, self._records, self._sizes = objects, manifest, records, sizes
-        self._specs = array_specs(manifest)
-        self._order = ProofOrder(manifest)
+    def __init__(self, checks: UnitChecks, records: Sequence[CommitRecord]) -> None:
+        self._objects, self._manifest, self._sizes = checks.objects, checks.manifest, checks.sizes
+        self._specs, self._order, self._records = checks.specs, checks.order, records
         self._proofs: dict[str, ObjectProof] = {}
         self._check = UnitCheck(records[0].unit)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from feature_store.blocks import FOLDER as BLOCKS
 from feature_store.blocks import blocks_sha256, read_blocks
-from feature_store.checks.unit_check import Finding, UnitCheck, check_unit
+from feature_store.checks.unit_check import Finding, UnitCheck, UnitChecks
 from feature_store.commits import index as commit_index
 from feature_store.commits.committed import CommittedRows, RecordProblem, load_store
 from feature_store.commits.leftovers import Places, find_leftovers, read_records
@@ -128,8 +128,8 @@ def _checks(scan: _Scan, units: Sequence[int], quick: bool, workers: int) -> Ite
     for record in scan.committed.records:
         records[record.unit].append(record)
     if quick or workers <= 1 or len(units) <= 1:
-        sizes = scan.sizes if quick else None
-        yield from (check_unit(scan.objects, scan.manifest, records[unit], sizes) for unit in units)
+        checks = UnitChecks(scan.objects, scan.manifest, scan.sizes if quick else None)
+        yield from (checks.check(records[unit]) for unit in units)
         return
     with ProcessPoolExecutor(
         min(workers, len(units)), get_context("spawn"), _start_worker, (scan.objects, scan.manifest)
@@ -137,17 +137,17 @@ def _checks(scan: _Scan, units: Sequence[int], quick: bool, workers: int) -> Ite
         yield from pool.map(_check_in_worker, (records[unit] for unit in units), chunksize=1)
 
 
-_worker: tuple[ObjectStore, Manifest]  # of a worker process
+_worker: UnitChecks  # of a worker process
 
 
 def _start_worker(objects: ObjectStore, manifest: Manifest) -> None:
     global _worker
     become_worker()
-    _worker = objects, manifest
+    _worker = UnitChecks(objects, manifest)
 
 
 def _check_in_worker(records: Sequence[CommitRecord]) -> UnitCheck:
-    return check_unit(*_worker, records)
+    return _worker.check(records)
 
 
 def _metadata(scan: _Scan, tensors: Mapping[str, np.ndarray] | None) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from feature_store.commits import locks
 from feature_store.commits.committed import load_commits
 from feature_store.commits.locks import exclusive, lock_name
 from feature_store.commits.record import FOLDER, CommitRecord, decode_record, record_place
-from feature_store.errors import CorruptStoreError, ResourceError
+from feature_store.errors import CorruptStoreError, ResourceError, UnknownFieldError
 from feature_store.layout import array_specs
 from feature_store.manifest import Manifest
 from feature_store.objects.local import PARTIAL_SUFFIX, ObjectStore
@@ -104,7 +104,7 @@ def remove(objects: ObjectStore, manifest: Manifest) -> list[str]:
     committed, _ = load_commits(objects, manifest)  # a first look: units of which nothing is left are not locked
     found = find_leftovers(manifest, there, committed.records)
     for unit, paths in {**{unit: [] for unit in locks.locked_units(there)}, **found}.items():
-        with suppress(ResourceError, CorruptStoreError), exclusive(objects, lock_name(unit), "busy"):
+        with suppress(ResourceError, CorruptStoreError, UnknownFieldError), exclusive(objects, lock_name(unit), "busy"):
             records = [] if unit is None else read_records(objects, unit)
             for path in paths:
                 if not any(path in record.objects for record in records):

@@ -41,6 +41,7 @@ class ZarrSource:
         table_bytes: Most bytes of cached shard indexes and row checksums.
 
     Attributes:
+        codecs: Codec of every tap, and of ``logits``, by name.
         stride_bytes: Bytes that keep all requests in flight busy; reading more at once is no faster.
     """
 
@@ -63,8 +64,8 @@ class ZarrSource:
         self._threads = objects.in_flight if threads is None else threads
         self.stride_bytes = objects.in_flight * objects.request_bytes
         self._reader = ObjectReader(objects, manifest.capacity)
-        self._values = {_name(path): value for path, value in value_codecs(manifest).items()}
-        self._specs = {_name(spec.path): spec for value in self._values.values() for spec in coded_specs(value)}
+        self.codecs = {_name(path): value for path, value in value_codecs(manifest).items()}
+        self._specs = {_name(spec.path): spec for value in self.codecs.values() for spec in coded_specs(value)}
         # Not by a method of this source: the circle would keep its files open until a garbage collection.
         shards = len(manifest.tars) * manifest.num_views
         self._tables = PerProcess(partial(_Tables, list(self._specs.values()), shards, manifest.capacity, table_bytes))
@@ -193,16 +194,16 @@ class ZarrSource:
     ) -> FeatureBatch:
         """A batch over memory that holds the rows."""
         parts = {
-            name: {suffix: memory[_name(path)][: len(rows)] for suffix, path in self._values[name].paths.items()}
+            name: {suffix: memory[_name(path)][: len(rows)] for suffix, path in self.codecs[name].paths.items()}
             for name in self._wanted(taps)
         }
-        decoded = {n: _decoded(self._values[n], part) for n, part in parts.items() if decode or n == LOGITS}
+        decoded = {n: _decoded(self.codecs[n], part) for n, part in parts.items() if decode or n == LOGITS}
         encoded = {} if decode else {name: part for name, part in parts.items() if name != LOGITS}
         return FeatureBatch(tuple(rows), decoded, decoded.pop(LOGITS, None), encoded)
 
     def _wanted(self, taps: Sequence[str] | None) -> list[str]:
         names = self.tap_names if taps is None else self._known(taps)
-        return [*names, *([LOGITS] if LOGITS in self._values else [])]
+        return [*names, *([LOGITS] if LOGITS in self.codecs else [])]
 
     def _known(self, taps: Iterable[str]) -> tuple[str, ...]:
         names = tuple(taps)
@@ -213,7 +214,7 @@ class ZarrSource:
         return names
 
     def _specs_of(self, taps: Sequence[str] | None) -> dict[str, ArraySpec]:
-        paths = [path for name in self._wanted(taps) for path in self._values[name].paths.values()]
+        paths = [path for name in self._wanted(taps) for path in self.codecs[name].paths.values()]
         return {_name(path): self._specs[_name(path)] for path in paths}
 
     def _places(self, rows: Sequence[RowId]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """The timm families a teacher may be of: what of a model is its later part, and what those blocks take beside tokens.
 
-A new family is one more entry of ``FAMILIES``.
+A new family of token or NHWC models is one more entry of ``FAMILIES``; NCHW models need code in split and model.
 """
 
 from collections.abc import Callable, Sequence

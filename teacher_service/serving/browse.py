@@ -10,11 +10,12 @@ from fastapi import APIRouter, Path, Query
 from fastapi.responses import Response
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 
 from feature_store.sample import RowId
 from feature_store.store import Store
+from feature_store.terminal import printable
 from teacher_service.serving.batches import MAX_INT
 from teacher_service.serving.problems import Problem, documented
 from teacher_service.serving.routes_rows import Served, Unit, View
@@ -22,6 +23,8 @@ from teacher_service.serving.samples import TAP, Gallery, predictions
 from teacher_service.serving.service import Service
 
 _SHOWN_CLASSES, _SHOWN_NEIGHBOURS = 5, 8
+Shown = Annotated[str, BeforeValidator(printable)]
+"""Text from outside: names of files may hold what has no form in UTF-8, and overrides of the direction of writing."""
 Position = Annotated[int, Path(ge=0, le=MAX_INT, description="Position in the unit.", examples=[0])]
 First = Annotated[int, Query(ge=0, le=MAX_INT, description="First entry.")]
 Count = Annotated[int, Query(ge=1, le=500, description="Most entries.")]
@@ -34,13 +37,13 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
 class Summary(BaseModel):
     """What the store holds."""
 
-    teacher: str
+    teacher: Shown
     weights: str = Field(description="sha256 of the teacher's weights")
     input_size: list[int]
     classes: int
     taps: dict[str, str]
-    logits: str
-    views: str
+    logits: Shown
+    views: Shown
     units: int
     samples: int
     rows: int = Field(description="Committed rows")
@@ -50,7 +53,7 @@ class Summary(BaseModel):
     quarantined: int
     num_views: int
     fingerprint: str
-    licence: str
+    licence: Shown
     live: bool = Field(description="Whether the service computes features too")
     pixels: bool = Field(description="Whether views can be shown")
 
@@ -72,7 +75,7 @@ class UnitEntry(BaseModel):
     """One tar."""
 
     unit: int
-    tar: str
+    tar: Shown
     samples: int
     views: list[int] = Field(description="Committed views")
 
@@ -88,7 +91,7 @@ class SampleEntry(BaseModel):
     """One sample of a tar."""
 
     position: int
-    key: str
+    key: Shown
     label: int
     quarantined: bool
 
@@ -113,7 +116,7 @@ class NeighbourEntry(BaseModel):
     unit: int
     position: int
     view: int
-    key: str
+    key: Shown
     similarity: float
 
 
@@ -123,8 +126,8 @@ class RowEntry(BaseModel):
     unit: int
     position: int
     view: int
-    tar: str
-    key: str
+    tar: Shown
+    key: Shown
     label: int
     classes: list[ClassEntry]
     neighbours: list[NeighbourEntry]
@@ -133,10 +136,10 @@ class RowEntry(BaseModel):
 class QuarantineEntry(BaseModel):
     """A sample that could not be used."""
 
-    tar: str
+    tar: Shown
     position: int
-    key: str
-    reason: str
+    key: Shown
+    reason: Shown
 
 
 class Quarantine(BaseModel):

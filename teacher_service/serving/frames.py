@@ -9,7 +9,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from feature_store import wire
-from feature_store.codecs.registry import value_codecs
 from feature_store.errors import InputError
 from feature_store.reading.reader import ZarrSource
 from feature_store.sample import RowId, addresses
@@ -157,9 +156,9 @@ def _owner(array: np.ndarray) -> np.ndarray:
 
 def _decoded_row_bytes(source: ZarrSource, taps: Sequence[str]) -> int:
     """Bytes of what decoding a row makes anew: float32 of all that is not stored as plain values."""
-    wanted = {*(f"taps/{name}" for name in taps), _LOGITS}
+    wanted = {*taps, _LOGITS}
     return sum(
         4 * int(np.prod(value.shape))
-        for path, value in value_codecs(source.manifest).items()
-        if path in wanted and not value.codec.plain
+        for name, value in source.codecs.items()
+        if name in wanted and not value.codec.plain
     )

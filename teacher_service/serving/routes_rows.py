@@ -16,6 +16,7 @@ from feature_store import wire
 from feature_store.commits.record import CommitRecord
 from feature_store.errors import InputError
 from feature_store.sample import RowId
+from feature_store.terminal import json_text
 from teacher_service.serving.batches import MAX_INT, BatchByKey, BatchByRow, parse_batch, require_json, schema
 from teacher_service.serving.conditions import not_modified
 from teacher_service.serving.frames import require_rows, rows_response
@@ -98,10 +99,11 @@ def rows_router() -> APIRouter:
     router = APIRouter(tags=["cached rows"])
     parsing = asyncio.Lock()  # of large bodies: objects of one take many times its bytes
 
-    @router.get("/v1/manifest", responses=documented("not-ready"))
-    async def manifest(service: Served) -> Described:
+    @router.get("/v1/manifest", response_model=Described, responses=documented("not-ready"))
+    async def manifest(service: Served) -> Response:
         """What the store claims, how much of it is there, and what may be asked for at once."""
-        return _described(service, service.opened)
+        described = _described(service, service.opened)
+        return Response(json_text(described.model_dump()), media_type="application/json")  # names may not be UTF-8
 
     @router.get(
         "/v1/rows/{key:path}",

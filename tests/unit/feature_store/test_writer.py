@@ -2,12 +2,16 @@
 
 import dataclasses
 import threading
+from collections import ChainMap, UserDict
+from types import MappingProxyType
 
 import numpy as np
 import pytest
-from tiny_store import tiny_manifest, tiny_store, unit_data
+from tiny_store import BLOCKS, tiny_manifest, tiny_store, unit_data
 
-from feature_store import open_store, writer
+from feature_store import Store, open_store, writer
+from feature_store.codecs.registry import value_codecs
+from feature_store.errors import InputError
 from feature_store.objects.local import LocalObjects
 
 
@@ -89,3 +93,40 @@ def test_write_takes_rows_that_are_encoded_already(tmp_path):
     one.write_unit(0, 0, data)
     two.write_unit(0, 0, dataclasses.replace(data, taps={"stage4": parts}))
     assert contents(one) == contents(two)
+
+
+def test_write_gives_the_same_bytes_when_encoded_values_are_any_mapping(tmp_path):
+    """A mapping that is no dict was taken for raw values, and encoded twice."""
+    manifest = tiny_manifest(codec="int8-channel")
+    manifest = dataclasses.replace(manifest, logits_codec="f16")
+    data = unit_data(manifest, 0)
+    codecs = value_codecs(manifest)
+    written = {}
+    for kind in (dict, MappingProxyType, UserDict, ChainMap):
+        parts = {path: kind(_encoded(codecs[path], values)) for path, values in _values(data).items()}
+        encoded = dataclasses.replace(data, taps={"stage4": parts["taps/stage4"]}, logits=parts["logits"])
+        store = Store.create(tmp_path / kind.__name__, manifest, BLOCKS)
+        store.write_unit(0, 0, encoded)
+        written[kind] = contents(store)
+    store = Store.create(tmp_path / "raw", manifest, BLOCKS)
+    store.write_unit(0, 0, data)
+    assert all(objects == contents(store) for objects in written.values())
+
+
+def test_write_refuses_encoded_values_of_another_dtype(tmp_path):
+    manifest = tiny_manifest()
+    data = unit_data(manifest, 0)
+    store = Store.create(tmp_path / "s", manifest, BLOCKS)
+    wrong = dataclasses.replace(data, taps={"stage4": {"": data.taps["stage4"]}})
+    with pytest.raises(InputError, match=r"taps.stage4\[''\] of unit 0 is float32, expected float16"):
+        store.write_unit(0, 0, wrong)
+
+
+def _values(data):
+    return {"taps/stage4": data.taps["stage4"], "logits": data.logits}
+
+
+def _encoded(codec, values):
+    views, samples = values.shape[:2]
+    flat = codec.encode(values.reshape(views * samples, *values.shape[2:]))
+    return {suffix: part.reshape(views, samples, *part.shape[1:]) for suffix, part in flat.items()}
