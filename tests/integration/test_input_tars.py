@@ -119,7 +119,8 @@ LOADERS = {
     ),
     "train": (
         "from feature_store.sample import RowId\n"
-        "from student_trainer.data import BatchLoader, ViewDataset\n"
+        "from student_trainer.data import ViewDataset\n"
+        "from student_trainer.loader import BatchLoader\n"
         "from student_trainer.replay import DrawnViews\n"
         "def batches(tars, policy):\n"
         "    rows = [[RowId(0, position, 0)] for position in range(2)]\n"

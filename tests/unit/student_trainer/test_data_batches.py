@@ -13,13 +13,13 @@ from feature_store.tars.tar import Tar, open_tars
 from feature_store.teacher.dequantise import Dequantiser
 from feature_store.views import view_policy
 from student_trainer.data import (
-    BatchLoader,
     ViewDataset,
     match_tars,
     read_keys,
     require_views,
     training_positions,
 )
+from student_trainer.loader import BatchLoader
 from student_trainer.order import EpochBatches
 from student_trainer.replay import DrawnViews, StoredViews
 
