@@ -13,7 +13,6 @@ from feature_store.tars.tar import Tar
 from feature_store.teacher.dequantise import Dequantiser
 from feature_store.views import view_policy
 from student_trainer.data import (
-    BatchLoader,
     ViewDataset,
     match_tars,
     open_tars,
@@ -21,6 +20,7 @@ from student_trainer.data import (
     require_views,
     training_positions,
 )
+from student_trainer.loader import BatchLoader
 from student_trainer.order import EpochBatches
 from student_trainer.replay import DrawnViews, StoredViews
 
