@@ -1,7 +1,26 @@
-"""``python -m student_trainer`` is ``student-trainer``."""
+"""The program ``student-trainer``, also as ``python -m student_trainer``."""
 
+import os
+import signal
 import sys
+from types import FrameType
 
-from student_trainer.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Entry point of ``student-trainer``; the imports take seconds, in which a signal ends it without a traceback."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+    from student_trainer import cli
+
+    signal.signal(signal.SIGINT, interrupt)
+    return cli.main()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ from student_trainer.checkpoint import Checkpoint, Progress, load_checkpoint, re
 from student_trainer.config import TrainConfig, config_to_dict
 from student_trainer.metrics import rewind_metrics, set_aside_accuracies
 
-_LOCK = ".lock"
+_LOCK, _WRITER = ".lock", ".writer"  # the second one says who holds the first
 
 
 @contextmanager
@@ -35,25 +35,25 @@ def reserved(run: Path) -> Iterator[None]:
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"--run {run} already exists and is no folder; choose another one")
-    lock = run / _LOCK
     with ExitStack() as held:
         held.callback(_remove_if_empty, run)  # when the lock is gone
         try:
-            held.enter_context(locked(lock, "it is locked"))
-            lock.write_text(f"process {os.getpid()} of {socket.gethostname()}")
+            held.enter_context(locked(run / _LOCK, "it is locked"))
+            (run / _WRITER).write_text(f"process {os.getpid()} of {socket.gethostname()}")
         except ResourceError as error:
             raise ResourceError(
-                f"--run {run} is being written by {_holder(lock)}; wait until it ends, or choose another folder"
+                f"--run {run} is being written by {_writer(run)}; wait until it ends, or choose another folder"
             ) from error
         except OSError as error:
             raise ResourceError(f"--run {run} cannot be written: {error}; choose another folder") from error
+        held.callback((run / _WRITER).unlink, missing_ok=True)
         yield
 
 
-def _holder(lock: Path) -> str:
+def _writer(run: Path) -> str:
     with suppress(OSError, UnicodeDecodeError):
-        if holder := lock.read_text().strip():
-            return holder
+        if writer := (run / _WRITER).read_text().strip():
+            return writer
     return "another process"
 
 
@@ -104,7 +104,7 @@ class RunFolder:
             folder._change_validation(config, saved, inputs)
             return folder
         # a lock and partial files are all that is there of a run killed while it was begun
-        if any(path.name != _LOCK and path.suffix != PARTIAL_SUFFIX for path in config.run.iterdir()):
+        if any(path.name not in (_LOCK, _WRITER) and path.suffix != PARTIAL_SUFFIX for path in config.run.iterdir()):
             step = "it holds no run to continue;" if config.resume else "add --resume to continue it, or"
             raise InputError(f"--run {config.run} already exists; {step} choose another folder")
         folder._remove_partials()

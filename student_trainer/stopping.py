@@ -20,7 +20,7 @@ class Stopped(SystemExit):
         note: What was kept, and what continues it.
     """
 
-    def __init__(self, number: int, note: str = "stopped before the first step; start again with --resume") -> None:
+    def __init__(self, number: int, note: str) -> None:
         super().__init__(128 + number)
         self.signal, self.note = number, note
 
@@ -35,11 +35,13 @@ class Stop:
         signal: Its number; None so far.
         raises: Whether the signal itself raises, where it is not held. Of several processes none may: they stop
             after the same step, which they agree on.
+        note: What a signal's exception says now, see Stopped.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.raises = True
+        self.note = "stopped while starting; start again with --resume"
         self._held, self._first = 0, 0.0
 
     @contextmanager
@@ -71,6 +73,10 @@ class Stop:
         finally:
             self.raises = before
 
+    def now(self) -> Stopped:
+        """The exception to raise where processes agreed to stop; the signal may be another one's."""
+        return Stopped(self.signal or signal.SIGTERM, self.note)
+
     def check(self) -> None:
         """Raise if a signal came.
 
@@ -78,7 +84,7 @@ class Stop:
             Stopped: It did.
         """
         if self.signal is not None:
-            raise Stopped(self.signal)
+            raise Stopped(self.signal, self.note)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: the first signal stops the run, one that comes later ends the process."""
@@ -86,7 +92,7 @@ class Stop:
         if self.signal is None:
             self.signal, self._first = number, now
             if self.raises and not self._held:
-                raise Stopped(number)
+                raise Stopped(number, self.note)
         elif now - self._first > _REPEAT_SECONDS:
             os._exit(128 + number)
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -94,7 +93,11 @@ def _train(config: TrainConfig, group: Group, stop: Stop, held: ExitStack) -> Tr
         group.together(lambda: trainer.restore(checkpoint))
     with closing(trainer), _log(config, folder, trainer) as log:
         trainer.run(folder, log)
+<<<<<<< HEAD
     group.from_main(lambda: folder.finish(trainer.progress))
+=======
+    stop.note = "stopped after the last step; --resume writes the report"
+>>>>>>> w-train
     if config.report:
         group.from_main(lambda: write_run_report(folder.path))
     return group.from_main(lambda: trainer.result(folder))
@@ -207,7 +210,7 @@ class Trainer:
                 if self._saves_now():
                     self._write(folder.last)
             if self._told_to_stop:
-                raise Stopped(self._stop.signal or signal.SIGTERM)
+                raise self._stop.now()
         return means
 
     def _save(self, *paths: Path) -> None:
@@ -348,7 +351,7 @@ class Trainer:
             self._save(folder.last)  # validation can fail, or be stopped, and the epoch's work must not be lost
             accuracy = self.group.from_main(self._accuracy)
             if accuracy is None:
-                raise Stopped(self._stop.signal or signal.SIGTERM)
+                raise self._stop.now()
             values |= {"top1": accuracy.top1, "top5": accuracy.top5, "val_samples": accuracy.samples}
             values |= {"val_unreadable": list(accuracy.unreadable)}
             improved = best is None or accuracy.top1 > best

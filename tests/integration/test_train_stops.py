@@ -124,7 +124,7 @@ def test_run_leaves_nothing_when_signalled_while_it_starts(config, monkeypatch, 
     signalled(monkeypatch, student_trainer.train, "assemble", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     code, said = stopped(config, capfd)
     assert code == 143
-    assert said == "student-trainer: SIGTERM: stopped before the first step; start again with --resume"
+    assert said == "student-trainer: SIGTERM: stopped while starting; start again with --resume"
     assert not config.run.exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -216,7 +216,7 @@ def test_run_is_refused_and_the_first_goes_on_when_its_folder_is_being_written(c
             match=rf"--run {config.run} is being written by process {os.getpid()} of .*; wait until it ends",
         ):
             train(replace(config, epochs=1, resume=True))
-        assert {path.name: path.read_bytes() for path in config.run.iterdir() if path.name != ".lock"} == before
+        assert {path.name: path.read_bytes() for path in config.run.iterdir() if path.name[0] != "."} == before
         tars = shared_world().val_tars
         assert evaluate(EvaluateConfig(run=config.run, tars=tars, workers=0, device="cpu")).accuracy.samples == 10
     assert train(replace(config, epochs=1, resume=True)).steps == 3
@@ -224,7 +224,18 @@ def test_run_is_refused_and_the_first_goes_on_when_its_folder_is_being_written(c
 
 def test_run_goes_on_when_its_last_process_was_killed(config):
     train(replace(config, epochs=1))
-    (config.run / ".lock").write_text("process 1 of elsewhere")
+    for name in (".lock", ".writer"):
+        (config.run / name).write_text("process 1 of elsewhere")
     (config.run / "last.pt.123-abcd.partial").write_bytes(b"half")
     assert train(replace(config, epochs=1, resume=True)).steps == 3
     assert sorted(path.name for path in config.run.iterdir()) == ["best.pt", "config.json", "last.pt", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_program_ends_without_a_traceback_when_signalled_while_it_imports(number):
+    code = (
+        "import os, student_trainer.__main__ as program, sys; sys.meta_path.insert(0, type('', (), {'find_spec': "
+        f"staticmethod(lambda *_: os.kill(os.getpid(), {int(number)}))}})); program.main()"
+    )  # at the first import
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (CODES[number], "")
