@@ -186,9 +186,12 @@ def read_description(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is missing: not the folder of a training run, or the file was removed")
     try:
-        return json.loads(path.read_text())
+        described = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}; restore it or choose another --run") from error
+    if not isinstance(described, dict) or not {"config", "inputs"} <= described.keys():
+        raise InputError(f"{path} is damaged: it has no config or inputs; restore it or choose another --run")
+    return described
 
 
 def _git_commit() -> str | None:

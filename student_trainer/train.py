@@ -93,11 +93,8 @@ def _train(config: TrainConfig, group: Group, stop: Stop, held: ExitStack) -> Tr
         group.together(lambda: trainer.restore(checkpoint))
     with closing(trainer), _log(config, folder, trainer) as log:
         trainer.run(folder, log)
-<<<<<<< HEAD
     group.from_main(lambda: folder.finish(trainer.progress))
-=======
     stop.note = "stopped after the last step; --resume writes the report"
->>>>>>> w-train
     if config.report:
         group.from_main(lambda: write_run_report(folder.path))
     return group.from_main(lambda: trainer.result(folder))

@@ -89,10 +89,13 @@ def load_student(path: Path) -> Trained:
         path = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), path / "last.pt")
     checkpoint = load_checkpoint(path)
     described = checkpoint.student
-    preprocessing = Preprocessing(**described["preprocessing"])
-    kwargs = dict(described["model_kwargs"])
-    num_classes = kwargs.pop("num_classes")
-    student = Student(described["name"], num_classes, preprocessing.input_size, kwargs, described.get("stages"))
+    try:
+        preprocessing = Preprocessing(**described["preprocessing"])
+        name, kwargs = described["name"], dict(described["model_kwargs"])
+        num_classes = kwargs.pop("num_classes")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} does not describe its student: {error!r}; use the release that wrote it") from error
+    student = Student(name, num_classes, preprocessing.input_size, kwargs, described.get("stages"))
     try:
         student.model.load_state_dict(checkpoint.trained)
     except RuntimeError as error:

@@ -90,9 +90,13 @@ def python_objects(error: Exception) -> str:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """Names of parameters with NaN or infinite values, and of buffers with NaN; masks may hold infinities."""
-    parameters = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
-    return parameters + [name for name, value in model.named_buffers() if bool(value.isnan().any())]
+    """Names of parameters with NaN or infinite values, and of buffers with NaN; masks may hold infinities.
+
+    A model on the meta device, which has no values, has none of these.
+    """
+    parameters = {name: value.isfinite().all() for name, value in model.named_parameters() if not value.is_meta}
+    buffers = {name: ~value.isnan().any() for name, value in model.named_buffers() if not value.is_meta}
+    return [name for name, fine in (parameters | buffers).items() if not fine]
 
 
 def _require_file(path: Path) -> None:

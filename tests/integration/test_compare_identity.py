@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from training_world import VIT, World, make_teacher, make_world, samples, write_store, write_tar
 
-from feature_store.errors import FailedError
+from feature_store.errors import FailedError, InputError
 from student_trainer.compare import CompareConfig, compare, is_finished
 from student_trainer.sweep import read_sweep
 
@@ -135,7 +135,7 @@ def test_runs_fail_one_by_one_when_their_inputs_are_gone(done):
     finally:
         away.rename(world.store)
     assert caught.value.exit_code == 1
-    message = str(caught.value)
+    message = "\n".join(["", *caught.value.__notes__])
     assert "\n  cached, seed 0: " in message
     assert "\n  live, seed 0: " in message
     assert unfinished(config) == set()
@@ -159,3 +159,13 @@ def test_run_is_unfinished_while_it_is_made_again_when_it_was_finished_before(do
     assert unfinished(moved) == {"cached"}
     compare(moved)
     assert unfinished(moved) == set()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", "{", '{"config": {}}'])
+def test_comparison_names_the_file_when_a_runs_description_is_damaged(done, tmp_path, content):
+    config, _ = done
+    shutil.copytree(config.folder, tmp_path / "copy")
+    moved = CompareConfig(sweep=config.sweep, out=tmp_path / "copy", set=config.set, progress=False)
+    (tmp_path / "copy/runs/live-seed0/config.json").write_text(content)
+    with pytest.raises(InputError, match=r"live-seed0/config.json is damaged: "):
+        compare(moved)

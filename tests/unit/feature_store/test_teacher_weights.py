@@ -157,3 +157,9 @@ def test_folder_name_is_refused_with_what_to_give_when_it_was_saved_by_timm(tmp_
         InputError, match=r"give the name 'test_vit', the arguments {\"num_classes\": 7, \"img_size\": 64}"
     ):
         Student(f"local-dir:{tmp_path}", 7, (64, 64))
+
+
+def test_weights_are_not_looked_at_when_the_model_is_on_the_meta_device(tmp_path):
+    save_file(build_model("test_vit", {"num_classes": 3}).state_dict(), tmp_path / "w.safetensors")
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        build_model("test_vit", {"num_classes": 3, "checkpoint_path": str(tmp_path / "w.safetensors")})

@@ -112,6 +112,14 @@ def test_student_is_refused_by_name_when_its_weights_are_not_finite(run, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("described", [{}, {"name": "test_vit", "model_kwargs": {}, "preprocessing": {"mean": 1}}])
+def test_student_is_refused_when_its_checkpoint_does_not_describe_it(run, described):
+    folder, _ = run
+    save_checkpoint(folder / "last.pt", replace(load_checkpoint(folder / "last.pt"), student=described))
+    with pytest.raises(InputError, match=r"last.pt does not describe its student: .*; use the release that wrote it"):
+        load_student(folder)
+
+
 def test_export_is_refused_when_the_folder_is_not_empty(run):
     folder, _ = run
     with pytest.raises(InputError, match=r"--out .*run already exists; choose another folder"):
