@@ -26,14 +26,20 @@ def before_updates(act: Callable[[int, Optimizer], None]) -> Iterator[None]:
 
 
 @contextmanager
-def killed_at_update(last: int, error: type[BaseException] = Killed) -> Iterator[None]:
-    """Within: a run ends by an error instead of making this update; the error is expected."""
+def at_update(number: int, act: Callable[[], None]) -> Iterator[None]:
+    """Within: ``act()`` is called once, before this update, counted from 1."""
+    with before_updates(lambda reached, _: act() if reached == number else None):
+        yield
 
-    def act(number: int, _: Optimizer) -> None:
-        if number == last:
-            raise error
 
-    with pytest.raises(error), before_updates(act):
+@contextmanager
+def killed_at_update(number: int) -> Iterator[None]:
+    """Within: a run is killed instead of making this update; that is expected."""
+
+    def kill() -> None:
+        raise Killed
+
+    with pytest.raises(Killed), at_update(number, kill):
         yield
 
 

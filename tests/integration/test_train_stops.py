@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from process_runs import run_group, start_group, wait_for_lines
+from stopped_runs import at_update
 from training_world import TIMING, shared_world, train_config
 
 import student_trainer.train
@@ -24,7 +25,7 @@ from student_trainer.data import ViewDataset
 from student_trainer.evaluate import EvaluateConfig, Evaluator, evaluate
 from student_trainer.metrics import read_metrics
 from student_trainer.runs import reserved
-from student_trainer.train import Trainer, train
+from student_trainer.train import train
 
 # Python 3.12 and later warn of fork under threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -89,9 +90,8 @@ def stopped(config: TrainConfig, capfd) -> tuple[object, str]:
 @pytest.mark.parametrize(
     ("number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGHUP, 3), (signal.SIGUSR1, 9)]
 )
-def test_run_finishes_its_step_and_goes_on_to_the_bit_when_signalled(config, whole, monkeypatch, capfd, number, step):
-    with monkeypatch.context() as patch:
-        signalled(patch, Trainer, "step", step, lambda: os.kill(os.getpid(), number))
+def test_run_finishes_its_step_and_goes_on_to_the_bit_when_signalled(config, whole, capfd, number, step):
+    with at_update(step, lambda: os.kill(os.getpid(), number)):
         code, said = stopped(config, capfd)
     assert code == CODES[number]
     epoch = (step - 1) // 3 + 1
@@ -129,26 +129,23 @@ def test_run_leaves_nothing_when_signalled_while_it_starts(config, monkeypatch, 
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_run_goes_on_when_a_signal_is_ignored_as_under_nohup(config, monkeypatch):
+def test_run_goes_on_when_a_signal_is_ignored_as_under_nohup(config):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        signalled(monkeypatch, Trainer, "step", 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
-        assert train(replace(config, epochs=1)).steps == 3
+        with at_update(2, lambda: os.kill(os.getpid(), signal.SIGHUP)):
+            assert train(replace(config, epochs=1)).steps == 3
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver"])
-def test_run_saves_and_leaves_no_worker_when_a_scheduler_signals_all_its_processes(
-    config, whole, monkeypatch, capfd, start_method
-):
+def test_run_saves_and_leaves_no_worker_when_a_scheduler_signals_all_its_processes(config, whole, capfd, start_method):
     def signal_all() -> None:  # from another process, as a scheduler does
         processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
         subprocess.run(["kill", "-TERM", *map(str, processes)], check=True)
 
     config = replace(config, workers=2, start_method=start_method)
-    with monkeypatch.context() as patch:
-        signalled(patch, Trainer, "step", 2, signal_all)
+    with at_update(2, signal_all):
         code, said = stopped(config, capfd)
     assert (code, " step 2, saved" in said) == (143, True)
     assert not multiprocessing.active_children()
