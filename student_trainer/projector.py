@@ -58,7 +58,7 @@ class CrossAttentionProjector(nn.Module):
             softmax_scale: Factor on the attention logits on top of 1 / sqrt(E).
             windows: Rows and columns of windows; window i of the queries sees window i of the keys only.
             learned_query: Hold learned queries. Without them forward needs query_BND.
-            norm: Norm of the student map: ``batch``, or ``layer`` over channels (ConvNeXt students).
+            norm: Norm of the student map: ``batch``, or ``layer`` over channels, as released for Swin-T.
             token_order: Order of the output tokens: ``raster``, or ``window`` (window by window, as the
                 released code returns them). Equal for windows (1, 1).
 

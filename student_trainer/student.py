@@ -33,7 +33,7 @@ class StudentOutput(NamedTuple):
 class Student(nn.Module):
     """A timm model with its stages 3 and 4 found, their widths and grids measured by a dry forward pass.
 
-    Taps of the released code, from docs/migrate.md: networks whose resolution falls (CNN, Swin, ConvNeXt...) give their
+    Taps of the released code, see docs/training.md: networks whose resolution falls (CNN, Swin, ConvNeXt...) give their
     last maps at reductions 16 and 32. Plain ViTs give the block at three quarters of the depth and the last one,
     without prefix tokens; Mixers the third block from the end and the last one. Where stage 4 is the network's last
     stage, F4 is its final feature map, after its own last norm if it has one over the map; in Mixers it is the last

@@ -98,7 +98,7 @@ def test_preset_refuses_a_store_by_the_name_of_what_is_other(cache, tar, tmp_pat
     error = capsys.readouterr().err
     assert error.startswith(f"student-trainer: error: expect.{field} differs: the run has ")
     assert values in error
-    assert f"`student-trainer presets {PRESET} --cache-command` prints how" in error
+    assert f"`student-trainer presets {PRESET} --cache-command` prints the" in error
     assert not (tmp_path / "run").exists()
     option = error.split("give ")[1].split(" to train")[0]
     lifted = [*option.split(), *(["--expect.model-kwargs", "None"] if other == "size" else [])]
