@@ -306,7 +306,7 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in _SPECIAL_FILE:
-            raise not_regular(path, error.strerror) from error
+            raise not_regular(path, str(error.strerror)) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
