@@ -7,20 +7,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import Sampler
 
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.sample import RowId
-from student_trainer.data import Batch
+from student_trainer.data import Batch, ViewDataset
 from student_trainer.loader import BatchLoader, worker_failures_told
 
 # Python 3.12 and later warn of fork under threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
-class Rows:
+class Rows(ViewDataset):
     """A data set that does something else than to make its third batch."""
 
-    def __init__(self, instead=lambda: None) -> None:
+    def __init__(self, instead=lambda: None) -> None:  # nothing of a real one
         self.instead = instead
 
     def __getitem__(self, rows):
@@ -31,11 +32,15 @@ class Rows:
                      {"stage4": {"": torch.ones(1, 0), "scale": torch.ones(1)}}, logits, [])  # fmt: skip
 
 
-ROWS = [[RowId(0, position, 0)] for position in range(4)]
+class InOrder(Sampler[list[RowId]]):
+    """Four batches of one row."""
+
+    def __iter__(self):
+        return iter([[RowId(0, position, 0)] for position in range(4)])
 
 
 def load(instead=lambda: None, workers=1, **options) -> list[int]:
-    loader = BatchLoader(Rows(instead), ROWS, workers=workers, start_method="fork", **options)
+    loader = BatchLoader(Rows(instead), InOrder(), workers=workers, start_method="fork", **options)
     try:
         with worker_failures_told():
             return [int(batch.labels) for batch in loader]
