@@ -85,6 +85,9 @@ def _require_tar(url: str, head: bytes) -> None:
 def _decompress(url: str, path: Path, decompress: Callable[..., Any], file: IO[bytes]) -> None:
     try:
         with decompress(path) as stream:
+            head = stream.read(HEAD_BYTES)
+            _require_tar(url, head)
+            file.write(head)
             shutil.copyfileobj(stream, file, _CHUNK)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if getattr(error, "errno", None) is not None:  # the disk's trouble, not the data's

@@ -69,6 +69,8 @@ def _lines(pattern: str) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
+    if _HIDDEN in pattern:
+        raise InputError(f"tar pattern {pattern!r} has a NUL character, which no path or URL has; correct it")
     count = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
     if count > _MOST_TARS:
         raise InputError(f"tar pattern {pattern!r} stands for {count:,} tars, expected at most {_MOST_TARS:,}")

@@ -55,6 +55,8 @@ def open_web(url: str) -> Iterator[WebTar]:
     except HTTPError as error:
         error.close()
         raise _refused(url, error) from error
+    except http.client.InvalidURL as error:
+        raise InputError(f"tar {url} is no URL: {error}; correct it") from error
     except (URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
         reason = getattr(error, "reason", None) or error
         kind = ResourceError if isinstance(reason, ssl.SSLCertVerificationError) else UnreachableError

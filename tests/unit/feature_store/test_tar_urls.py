@@ -81,6 +81,7 @@ def test_expand_reads_a_list_and_the_home_folder_when_they_are_named(tmp_path, m
         (["s4://bucket/a.tar"], "unknown scheme 's4'"),
         (["file://data/a.tar"], "names a host, 'data'; write file:///path"),
         (["http://[::1/a.tar"], "is no URL"),
+        (["a\0.tar"], "has a NUL character"),
         (["none-*.tar"], "tar pattern 'none-\\*.tar' matches no file"),
         (["http://h/*.tar"], "web servers do not list files; count with braces"),
         (["t-{0..9999999}.tar"], "stands for 10,000,000 tars, expected at most 1,000,000"),
@@ -152,6 +153,13 @@ def test_open_refuses_and_leaves_nothing_when_compressed_data_is_damaged(tmp_pat
         with pytest.raises(InputError, match=r"a.tar.* is cut short or damaged: .*; fetch or make it again"):
             Tar.open(write(tmp_path / f"a.tar.{kind}", broken), scratch=tmp_path / "s")
         assert list((tmp_path / "s").iterdir()) == []
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"<html>" * 200, "a web page"), (b"", "empty")])
+def test_open_refuses_and_leaves_nothing_when_something_else_is_compressed(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        Tar.open(write(tmp_path / "a.tar.gz", gzip.compress(content)), scratch=tmp_path / "s")
+    assert list((tmp_path / "s").iterdir()) == []
 
 
 def test_open_uses_a_private_directory_when_no_scratch_is_named(tmp_path, monkeypatch):
@@ -300,8 +308,8 @@ def test_open_sends_the_password_to_its_own_server_only(tmp_path, web):
     assert web.asked == [("/t.tar", f"Basic {basic}"), ("/real.tar", None)]
 
 
-@pytest.mark.parametrize("url", ["http:///a.tar", "http://h:port/a.tar", "http://h:0/a.tar"])
-def test_open_refuses_when_the_url_has_no_host_or_port(tmp_path, url):
+@pytest.mark.parametrize("url", ["http:///a.tar", "http://h:port/a.tar", "http://h:0/a.tar", "http://h h/a.tar"])
+def test_open_refuses_when_the_url_has_no_usable_host_or_port(tmp_path, url):
     with pytest.raises(InputError, match="correct it"):
         Tar.open(url, scratch=tmp_path)
 
