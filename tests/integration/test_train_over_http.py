@@ -17,7 +17,7 @@ from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.store import open_store
 from student_trainer.assemble import assemble
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
-from student_trainer.data import BatchLoader
+from student_trainer.loader import BatchLoader
 from student_trainer.metrics import read_metrics
 from student_trainer.train import train
 
