@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest nightly browser format clean
+.PHONY: demo test test-oldest nightly mutants browser format clean
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
@@ -30,6 +30,11 @@ $(OLDEST)/.installed: pyproject.toml
 # More of what is random: ten times the requests that the OpenAPI makes of the service.
 nightly: $(STAMP)
 	OMP_NUM_THREADS=1 SERVICE_CASES=6000 $(BIN)/python -m pytest tests/unit/teacher_service/test_serving_schema.py
+
+# Mutation testing of the losses, the data path, the codecs and the commits; SAMPLE=0 tries every mutant (hours).
+SAMPLE ?= 40
+mutants: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants --sample $(SAMPLE)
 
 # A Chromium for the tests of the page, where the system has none; without one they are skipped, which the summary says.
 browser: $(STAMP)

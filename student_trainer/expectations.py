@@ -30,9 +30,8 @@ def require_expected(
                 where="the run",
                 expected=expected,
                 got=got,
-                remedy=f"`student-trainer presets {config.preset or 'NAME'} --cache-command` prints the teacher and view "
-                f"options that give it; or give --expect.{option.replace('_', '-')} None to train with this one all the "
-                "same",
+                remedy=f"`student-trainer presets {config.preset or 'NAME'} --cache-command` prints the teacher and "
+                f"view options that give it; or give --expect.{option.replace('_', '-')} None to train with this one",
             )
 
 

@@ -6,10 +6,13 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 from tiny_jobs import TINY_SWIN, TINY_VIT, TinyTeacher, make_teacher
 
 # processes of all tests are forks of one server that has imported torch, student_trainer and teacher_service once
 multiprocessing.set_forkserver_preload(["student_trainer.train", "teacher_service.caching"])
+# Mutation testing needs to know that a test fails, not the smallest input for which it does.
+settings.register_profile("mutants", derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.fixture(scope="session")

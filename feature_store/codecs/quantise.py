@@ -49,8 +49,9 @@ def channel_statistics(codec: Codec, values: np.ndarray) -> dict[str, list[float
         raise codec.cannot_hold(values)
     tokens = values.reshape(-1, values.shape[-1])
     mean, std = tokens.mean(axis=0, dtype=np.float64), tokens.std(axis=0, dtype=np.float64)
-    typical = np.sqrt(np.mean(std**2))
-    std = np.maximum(std, _LEAST_SPREAD * typical) if typical > 0 else np.ones_like(std)
+    least = _LEAST_SPREAD * np.sqrt(np.mean(std**2))
+    # below float32's normal numbers 1 / std would overflow: such a sample is constant for every codec
+    std = np.maximum(std, least) if least >= np.finfo(np.float32).tiny else np.ones_like(std)
     # six digits: the manifest stays readable, and the last bits of a sum do not matter
     return {name: [float(f"{x:.6g}") for x in vector] for name, vector in (("mean", mean), ("std", std))}
 

@@ -56,6 +56,14 @@ def test_decoded_values_are_within_the_stated_error(name, data):
     assert (np.abs(decoded.astype(np.float64) - values) <= codec.max_error(values)).all()
 
 
+@pytest.mark.parametrize("name", CODECS)
+def test_codec_holds_values_when_their_spread_is_subnormal(name):
+    values = np.array([[[np.finfo(np.float32).tiny, 0], [0, 0]]], np.float32)
+    codec = bound(name, values, values)
+    decoded = codec.decode(codec.encode(values))
+    assert (np.abs(decoded.astype(np.float64) - values) <= codec.max_error(values)).all()
+
+
 @pytest.mark.parametrize(
     ("name", "worst"),
     [("f32", 0), ("f16", 3e-4), ("bf16", 2e-3), ("int8-channel", 4e-3), ("int8", 9e-3), ("int6", 3e-2), ("int4", 0.1)],
