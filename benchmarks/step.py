@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +34,7 @@ from feature_store.sample import RowId
 from feature_store.source import FeatureBatch, FeatureSource
 from feature_store.store import Store, open_store
 from feature_store.teacher.model import build_model
+from feature_store.terminal import Console
 from student_trainer.assemble import assemble
 from student_trainer.config import TeacherConfig, TrainConfig
 from student_trainer.data import Batch, ViewDataset
