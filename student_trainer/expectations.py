@@ -23,6 +23,7 @@ def require_expected(
     Raises:
         MismatchError: Names the first field that differs, and the option that accepts it.
     """
+    command = f"student-trainer presets {config.preset or 'NAME'} --cache-command"
     for option, field, expected, got in _compared(config.expect, policy, teacher, split):
         if expected is not None and expected != got:
             raise MismatchError(
@@ -30,8 +31,8 @@ def require_expected(
                 where="the run",
                 expected=expected,
                 got=got,
-                remedy=f"`student-trainer presets {config.preset or 'NAME'} --cache-command` prints the teacher and "
-                f"view options that give it; or give --expect.{option.replace('_', '-')} None to train with this one",
+                remedy=f"`{command}` prints the teacher and view options it expects; or give "
+                f"--expect.{option.replace('_', '-')} None to train with this one all the same",
             )
 
 

@@ -93,7 +93,7 @@ def test_preset_refuses_a_store_of_another_teacher_unless_told(worlds, tmp_path,
     assert capsys.readouterr().err.strip() == (
         "student-trainer: error: expect.teacher differs: the run has 'swin_large_patch4_window7_224', got "
         "'swin_small_patch4_window7_224'; `student-trainer presets adv-swin_l-resnet50 --cache-command` prints the "
-        "teacher and view options that give it; or give --expect.teacher None to train with this one"
+        "teacher and view options it expects; or give --expect.teacher None to train with this one all the same"
     )
     assert main([*arguments, "--expect.teacher", "None"]) == 2
     assert "expect.policy.interpolation differs: the run has 'bicubic', got 'bilinear'" in capsys.readouterr().err
