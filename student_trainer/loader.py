@@ -140,7 +140,8 @@ def worker_failures_told() -> Iterator[None]:
 def _died(error: Exception) -> ResourceError:
     return ResourceError(
         f"a process that makes batches died: {one_line(error)}; see its own message above, if there is none the system "
-        "ended it for want of memory, or /dev/shm was full: use fewer --workers (0 for none) or a smaller --batch-size"
+        "ended it for want of memory, or /dev/shm was full: use fewer --workers (0 for none), a run continues "
+        "with --resume"
     )
 
 

@@ -168,7 +168,8 @@ class Trainer:
         """
         config, batches = self.config, self.parts.batches
         self._forward = data_parallel(self._forward, self.group)
-        self.group.from_main(lambda: folder.require_room(self._checkpoint_bytes()))
+        if self.progress.epoch < config.epochs:
+            self.group.from_main(lambda: folder.require_room(self._checkpoint_bytes()))
         log.write("start", self.progress.step, **self.parts.summary())
         total = config.epochs * batches.per_epoch
         self._stop.raises = self.group.size == 1

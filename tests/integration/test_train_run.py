@@ -262,7 +262,7 @@ def test_run_ends_with_advice_when_a_worker_is_killed(config, monkeypatch):
         return pixels(self, row, sample)
 
     monkeypatch.setattr(StoredViews, "pixels", killed)
-    with pytest.raises(ResourceError, match=r"makes batches died, .*; run the same command with --resume and fewer"):
+    with pytest.raises(ResourceError, match=r"makes batches died: .* fewer --workers .* continues with --resume"):
         train(replace(config, workers=1, start_method="fork"))
     assert train(replace(config, workers=0, resume=True)).steps == 6
 

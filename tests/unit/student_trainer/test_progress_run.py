@@ -1,8 +1,8 @@
 import io
 
 import pytest
-from rich.console import Console
 
+from feature_store.terminal import Console
 from student_trainer.progress import RunProgress
 
 
