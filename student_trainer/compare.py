@@ -130,7 +130,7 @@ def is_finished(config: TrainConfig, inputs_now: "InputsNow | None" = None) -> b
         return False
     saved, asked = read_description(folder.description), config_to_dict(config)
     require_same_run(saved, {"config": asked, "inputs": saved["inputs"]})
-    if not folder.finished.is_file():
+    if "finished" not in saved:
         return False
     try:
         require_same_run(saved, {"config": asked, "inputs": (inputs_now or InputsNow())(config)})

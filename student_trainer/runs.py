@@ -70,14 +70,13 @@ class RunFolder:
         metrics: metrics.jsonl.
         last: last.pt, where the run resumes.
         best: best.pt, the epoch with the best validation accuracy; absent without validation.
-        finished: finished.json, written when all epochs are done.
-        description: config.json: settings, inputs, versions.
+        description: config.json: settings, inputs, versions, and whether all epochs are done.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics, self.last, self.best = path / "metrics.jsonl", path / "last.pt", path / "best.pt"
-        self.finished, self.description = path / "finished.json", path / "config.json"
+        self.description = path / "config.json"
 
     @classmethod
     def open(cls, config: TrainConfig, inputs: Mapping[str, Any], resolved: Mapping[str, Any]) -> "RunFolder":
@@ -118,14 +117,17 @@ class RunFolder:
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
         """Cut the metrics back to where the run resumes, which is unfinished from here on."""
-        self.finished.unlink(missing_ok=True)
+        described = read_description(self.description)
+        if described.pop("finished", None):
+            self._describe(described)
         if self.metrics.is_file():
             progress = None if checkpoint is None else checkpoint.progress
             rewind_metrics(self.metrics, *((-1, 0) if progress is None else (progress.step, progress.epoch)))
 
     def finish(self, progress: Progress) -> None:
-        """Note that all epochs are done: a small file, so that nobody has to read a checkpoint to know it."""
-        write_text(self.finished, json.dumps({"epochs": progress.epoch, "steps": progress.step}))
+        """Note that all epochs are done: in a small file, so that nobody has to read a checkpoint to know it."""
+        finished = {"epochs": progress.epoch, "steps": progress.step}
+        self._describe({**read_description(self.description), "finished": finished})
 
     def require_room(self, checkpoint_bytes: int) -> None:
         """Refuse a disk without room for a checkpoint.
@@ -153,7 +155,7 @@ class RunFolder:
         if _validation(saved["inputs"]) == _validation(inputs):
             return
         checkpoint = self.saved()
-        finished = self.finished.is_file() or (checkpoint is not None and checkpoint.progress.epoch >= config.epochs)
+        finished = "finished" in saved or (checkpoint is not None and checkpoint.progress.epoch >= config.epochs)
         if finished and not config.val_tars:
             return
         if finished:

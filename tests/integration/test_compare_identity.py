@@ -154,8 +154,9 @@ def test_run_is_unfinished_while_it_is_made_again_when_it_was_finished_before(do
     shutil.copytree(config.folder, tmp_path / "copy")
     moved = CompareConfig(sweep=config.sweep, out=tmp_path / "copy", set=config.set, progress=False)
     run = read_sweep(moved.sweep, moved.folder, moved.set).runs[0].config.run
-    assert json.loads((run / "finished.json").read_text()) == {"epochs": 1, "steps": 6}
-    (run / "finished.json").unlink()  # as if it was killed after its last checkpoint
+    described = json.loads((run / "config.json").read_text())
+    assert described.pop("finished") == {"epochs": 1, "steps": 6}
+    (run / "config.json").write_text(json.dumps(described))  # as if it was killed after its last checkpoint
     assert unfinished(moved) == {"cached"}
     compare(moved)
     assert unfinished(moved) == set()

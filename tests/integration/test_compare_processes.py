@@ -45,6 +45,10 @@ def steps(run: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
 
+def is_finished(run: Path) -> bool:
+    return "finished" in json.loads((run / "config.json").read_text())
+
+
 def when(happened: Callable[[], object], do: Callable[[], object]) -> threading.Thread:
     """Do something in a thread as soon as something else happened."""
     thread = threading.Thread(target=lambda: (wait_until(happened), do()))
@@ -66,8 +70,8 @@ def test_other_runs_finish_when_one_is_killed(tmp_path, capsys):
     killer.join()
     assert [len(row["runs"]) for row in json.loads((config.folder / "results.json").read_text())["settings"]] == [0, 1]
     assert "other, seed 0: finished" in capsys.readouterr().err
-    assert (runs / "other-seed0" / "finished.json").is_file()
-    assert not (runs / "killed-seed0" / "finished.json").is_file()
+    assert is_finished(runs / "other-seed0")
+    assert not is_finished(runs / "killed-seed0")
 
 
 def test_runs_end_with_the_sweep_when_it_is_killed(tmp_path):
@@ -95,4 +99,4 @@ def test_runs_end_with_the_sweep_when_it_is_told_to(tmp_path, number, ends):
         compare(config)
     sender.join()
     assert not multiprocessing.active_children()
-    assert not (one / "finished.json").exists()
+    assert not is_finished(one)
