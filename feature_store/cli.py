@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import resource
 import select
 import shlex
 import shutil
@@ -260,7 +261,20 @@ def _refuse_repeated_lists(arguments: Sequence[str]) -> None:
             raise InputError(f"{name} is given {names.count(name)} times, expected once; list all its values behind it")
 
 
+def _open_files_error(error: UserError) -> UserError:
+    """The same, with the limit as its reason if too many files were open: no disk, tar or store is at fault."""
+    what, found, _ = str(error).partition(os.strerror(errno.EMFILE))
+    if not found:
+        return error
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return ResourceError(
+        f"{what}{found}; this process may have {soft} open (ulimit -n), up to {hard} if asked for: raise the limit, "
+        "for example by `ulimit -n 4096`, and run the same command again"
+    )
+
+
 def _fail(prog: str, error: UserError) -> int:
+    error = _open_files_error(error)
     say(f"{prog}: error: {error}", *getattr(error, "__notes__", ()), error=True)
     return error.exit_code
 

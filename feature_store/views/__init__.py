@@ -1,7 +1,7 @@
 """The view contract: which augmented views a sample has, and their exact pixels."""
 
 from feature_store.views.draws import ViewParams, draw_view
-from feature_store.views.images import decode_image
+from feature_store.views.images import decode_image, decoding_work
 from feature_store.views.materialised import decode_view, encode_view, replay_view, view_tar
 from feature_store.views.pixels import apply_view, check_pixels, pixel_crc
 from feature_store.views.policies import POLICIES, PolicyName, ViewPolicy, view_policy
@@ -15,6 +15,7 @@ __all__ = [
     "check_pixels",
     "decode_image",
     "decode_view",
+    "decoding_work",
     "draw_view",
     "encode_view",
     "pixel_crc",

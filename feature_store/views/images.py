@@ -56,6 +56,17 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError(f"image cannot be decoded: {type(error).__name__}: {error}") from error
 
 
+def decoding_work(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
+    """Pixels a decoder passes over, each once per JPEG scan, from an image's header; 0 if it will be refused anyway."""
+    try:
+        bounded = bounded_image(data, max_pixels)
+        with _quiet_pillow, Image.open(io.BytesIO(bounded), formats=FORMATS) as image:
+            scans = bounded.count(b"\xff\xda") if image.format == "JPEG" else 1
+            return image.width * image.height * max(1, scans)
+    except Exception:  # noqa: BLE001 - a damaged file makes Pillow raise nearly anything
+        return 0
+
+
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
         raise ImageError(f"image has {size[0]} x {size[1]} pixels, at most {max_pixels:,} are accepted")

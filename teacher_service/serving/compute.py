@@ -3,11 +3,9 @@
 Shape legend: n views, H W pixels, N tokens, C channels, K classes.
 """
 
-import asyncio
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -22,8 +20,8 @@ from starlette.datastructures import Headers
 from feature_store import wire
 from feature_store.errors import InputError
 from feature_store.teacher.model import Teacher
-from feature_store.views import ViewParams, apply_view, decode_image, draw_view, view_policy
 from teacher_service.serving.config import Limits
+from teacher_service.serving.decoders import ImageDecoders
 from teacher_service.serving.frames import FrameResponse
 from teacher_service.serving.live import LOGITS, LiveTeacher, Outputs
 from teacher_service.serving.problems import Problem, documented
@@ -106,7 +104,7 @@ def compute_router(
         max_pixels: Images with more are refused before they are decoded.
     """
     router = APIRouter(tags=["live teacher"])
-    decoding = asyncio.Semaphore(os.cpu_count() or 1)  # the pool's forty threads could hold 0.2 GB each
+    decoders = ImageDecoders()
 
     @router.get("/v1/teacher")
     async def teacher() -> TeacherDescription:
@@ -130,8 +128,8 @@ def compute_router(
                 raise InputError("crop and flip are of images; views are computed as they are sent: cut them before")
             pixels = await run_in_threadpool(_views_of_frame, body)
         else:
-            async with decoding:
-                pixels = await run_in_threadpool(_view_of_image, body, size, max_pixels, crop, flip)
+            decoding = decoders.view(body, size, max_pixels=max_pixels, crop=crop, flip=flip)
+            pixels = await unless_gone(request.receive, decoding)
         outputs = await unless_gone(request.receive, live.batcher.compute(pixels, timeout=timeout))
         return FrameResponse(await run_in_threadpool(_frame, outputs, names, dtype, live.teacher))
 
@@ -206,23 +204,6 @@ def _views_of_frame(body: bytes) -> np.ndarray:
     if arrays.keys() != {"pixels"}:
         raise InputError(f"the frame holds {', '.join(arrays) or 'nothing'}; expected one array, pixels [n, H, W, 3]")
     return arrays["pixels"]
-
-
-def _view_of_image(body: bytes, size: tuple[int, int], max_pixels: int, crop: str | None, flip: bool) -> np.ndarray:
-    """One view [1, H, W, 3]: the middle of the image as in evaluation, or the crop asked for."""
-    image = decode_image(body, max_pixels=max_pixels)
-    policy = view_policy("center", size)
-    params = draw_view(policy, 0, "", 0, image.size)
-    if crop is not None:
-        params = ViewParams(_box(crop), False, (), (), params.erase, 0, policy.interpolation)
-    if flip:
-        params = ViewParams(params.crop, True, (), (), params.erase, 0, policy.interpolation)
-    return apply_view(image, params, size)[None]
-
-
-def _box(crop: str) -> tuple[int, int, int, int]:
-    left, top, width, height = map(int, crop.split(","))
-    return left, top, width, height
 
 
 def _frame(outputs: Outputs, taps: Sequence[str], dtype: str, teacher: Teacher) -> wire.Frame:

@@ -2,7 +2,6 @@
 
 import http.client
 import logging
-import os
 import socket
 import threading
 import time
@@ -21,7 +20,6 @@ from feature_store.errors import InputError, ResourceError
 from feature_store.remote.service import Patience
 from feature_store.remote.service import Service as Calls
 from feature_store.teacher.model import load_teacher
-from teacher_service.serving import compute
 from teacher_service.serving.app import COMPUTE, create_app
 from teacher_service.serving.batcher import DeviceFaultError
 from teacher_service.serving.config import Limits, ServeConfig
@@ -359,31 +357,3 @@ def test_everything_that_waits_is_answered_when_the_service_stops_with_a_full_qu
         assert last.result(20) == (200, None)
     serving.thread.join(20)
     assert not serving.thread.is_alive()
-
-
-def test_images_are_decoded_by_as_many_threads_as_there_are_cores_when_many_come(start, monkeypatch):
-    """An image may take two hundred megabytes while it is decoded, and the pool has forty threads."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    serving, lock, now, most = start(), threading.Lock(), [0], [0]
-
-    def decode(*_):
-        with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
-        time.sleep(0.05)
-        with lock:
-            now[0] -= 1
-        raise InputError("not decoded here")
-
-    monkeypatch.setattr(compute, "_view_of_image", decode)
-
-    def ask(_) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", serving.port, timeout=60)
-        connection.request("POST", COMPUTE, b"x", {"Content-Type": "image/png"})
-        status = connection.getresponse().status
-        connection.close()
-        return status
-
-    with ThreadPoolExecutor(24) as pool:
-        assert set(pool.map(ask, range(24))) == {422}
-    assert most[0] == 2

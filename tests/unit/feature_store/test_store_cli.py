@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from tiny_store import tiny_store
 
 import feature_store.cli
 from feature_store.cli import main
+from feature_store.errors import CorruptStoreError
 
 
 def test_info_prints_a_table_with_what_matters(tmp_path, capsys):
@@ -81,3 +83,18 @@ def test_full_shared_memory_is_told_apart_from_a_full_disk_when_semaphores_find_
         "error: shared memory (/dev/shm) is full; in a container give it more with --shm-size"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+@pytest.mark.parametrize("kind", [OSError, CorruptStoreError])
+def test_too_many_open_files_are_told_with_the_limit_whatever_failed_first(monkeypatch, tmp_path, capsys, number, kind):
+    def refused(*_):
+        reason = f"[Errno {number}] {os.strerror(number)}"
+        raise OSError(number, os.strerror(number)) if kind is OSError else kind(f"shard a: {reason}; restore the shard")
+
+    monkeypatch.setattr(feature_store.cli, "open_store", refused)
+    assert main(["info", str(tmp_path)]) == 3
+    message = capsys.readouterr().err
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert f"Too many open files; this process may have {limit} open (ulimit -n)" in message
+    assert "restore" not in message
