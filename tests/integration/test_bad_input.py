@@ -181,9 +181,9 @@ def test_cache_refuses_tars_it_cannot_use(
     [
         (["--teacher", "swin_tiny_patch4_window7_22"], 2, "did you mean swin_tiny_patch4_window7_224"),
         (["--teacher", "resnet18", "--model-kwargs", "{}"], 2, "cannot split a ResNet"),
-        (["--model-kwargs", '{"no_such_argument": 1}'], 2, "no_such_argument"),
+        (["--teacher", "test_vit", "--model-kwargs", '{"no_such_argument": 1}'], 2, "no_such_argument"),
         (["--checkpoint", "nowhere.safetensors"], 2, "nowhere.safetensors is not a file"),
-        (["--checkpoint", __file__], 2, "does not fit"),
+        (["--checkpoint", __file__], 2, "is no safetensors or torch file"),
         (["--model-kwargs", json.dumps(TINY_SWIN | {"num_classes": 7})], 2, "does not fit"),
         (["--policy-options", '{"no_such_field": 1}'], 2, "no_such_field"),
         (["--depth", "3"], 2, "depth 3"),

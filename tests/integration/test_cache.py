@@ -208,7 +208,7 @@ def test_cache_reports_units_on_stderr_and_a_summary_when_not_on_a_terminal(
 
     captured = capsys.readouterr()
     assert code == 0
-    assert [line.split(",")[0] for line in captured.err.splitlines()] == [
+    assert [line.split(",")[0] for line in captured.err.splitlines() if line] == [
         "1/2 images-000.tar: 3 samples",
         "2/2 images-001.tar: 2 samples",
     ]

@@ -76,5 +76,5 @@ def test_cache_says_what_to_check_when_the_bucket_cannot_be_reached(
     monkeypatch.setattr("feature_store.objects.remote._RETRY", {"max_retries": 1})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
 
-    with pytest.raises(ResourceError, match="check network, credentials and URL"):
+    with pytest.raises(ResourceError, match="check network, credentials, URL"):
         cache(cache_config(write_tars(tmp_path, 2), tiny_swin, f"{bucket}/store"))
