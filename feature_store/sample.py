@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from feature_store.errors import InputError
+from feature_store.errors import CorruptStoreError, InputError
 
 
 class RowId(NamedTuple):
@@ -57,5 +57,12 @@ def encode_keys(keys: Sequence[str], width: int) -> np.ndarray:
 
 
 def decode_keys(encoded: np.ndarray) -> list[str]:
-    """Inverse of encode_keys for a uint8 array [n, width]."""
-    return [bytes(row).rstrip(b"\0").decode() for row in encoded]
+    """Inverse of encode_keys for a uint8 array [n, width].
+
+    Raises:
+        CorruptStoreError: A key is not UTF-8.
+    """
+    try:
+        return [bytes(row).rstrip(b"\0").decode() for row in encoded]
+    except UnicodeDecodeError as error:
+        raise CorruptStoreError(f"a sample key is not UTF-8: {error}; write its unit again, or restore it") from error

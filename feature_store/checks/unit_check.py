@@ -196,8 +196,8 @@ class _UnitChecker:
         path = self._specs["key"].object_path(record.unit)
         try:
             names = decode_keys(self._check.keys)
-        except UnicodeDecodeError as error:
-            self._add("keys", path, f"a key is not UTF-8: {error}", record)
+        except CorruptStoreError as error:
+            self._add("keys", path, str(error), record)
             return
         wrong = [at for at, name in enumerate(names) if key_hash(name) != hashes[at]]
         if wrong:

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from feature_store import wire
-from feature_store.errors import InputError, MismatchError, WireError
+from feature_store.errors import InputError, MismatchError, UnknownFieldError, WireError
 from feature_store.manifest import SplitInfo, TeacherInfo
 from feature_store.parsing import parse
 from feature_store.remote.service import Service, at_once
@@ -60,7 +60,9 @@ class RemoteLiveSource:
             self.split = parse(TypeAdapter(SplitInfo), described["split"], f"the split of {service.url}")
             self._shapes = {str(name): tuple(map(int, shape)) for name, shape in described["taps"].items()}
             self._max_rows, self._identity = _positive(described["max_batch"]), str(described["identity"])
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        except UnknownFieldError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InputError) as error:
             raise InputError(f"{service.url} does not describe a teacher ({error!r}); check the URL") from error
         self._precision, self._views = precision, views
         self.tap_names = self._known(taps)

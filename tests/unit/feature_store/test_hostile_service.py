@@ -15,7 +15,7 @@ import pytest
 from scripted_transport import Answered, ScriptedTransport, frame_of
 
 from feature_store.client import connect
-from feature_store.errors import InputError, ResourceError, UserError, WireError
+from feature_store.errors import InputError, ResourceError, UnknownFieldError, UserError, WireError
 from feature_store.manifest import SplitInfo, TeacherInfo
 from feature_store.remote.live_source import RemoteLiveSource
 from feature_store.remote.objects import ServedObjects
@@ -341,13 +341,18 @@ def live(described, **arrays) -> RemoteLiveSource:
     [
         [], {}, "teacher", {**TEACHER, "taps": None}, {**TEACHER, "taps": {"stage4": "many"}}, {**TEACHER, "taps": [1]},
         {**TEACHER, "max_batch": 0}, {**TEACHER, "max_batch": None}, {**TEACHER, "max_batch": 1e999},
-        {**TEACHER, "teacher": {"name": "x"}}, {**TEACHER, "split": {**TEACHER["split"], "more": 1}},
+        {**TEACHER, "teacher": {"name": "x"}},
     ],
     ids=str,
 )  # fmt: skip
 def test_service_that_describes_no_teacher_is_refused(lie):
     with pytest.raises(InputError, match="http://service does not describe a teacher"):
         live(lie)
+
+
+def test_live_source_names_a_field_of_a_newer_service():
+    with pytest.raises(UnknownFieldError, match="newer release: field 'more' is unknown to this build"):
+        live({**TEACHER, "split": {**TEACHER["split"], "more": 1}})
 
 
 def test_live_answers_are_refused_unless_they_are_of_the_views_asked_for():

@@ -101,3 +101,12 @@ def test_usable_cpus_follows_the_quota_when_a_container_has_one(tmp_path, monkey
     monkeypatch.setattr(processes, "CGROUPS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert usable_cpus() == expected
+
+
+@pytest.mark.parametrize(("error", "told"), [("ConnectionResetError", False), ("KeyError", True)])
+def test_loader_worker_ends_without_a_word_when_the_connection_to_its_parent_is_gone(error, told):
+    script = f"from feature_store.processes import become_loader_worker\nbecome_loader_worker()\nraise {error}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert (error in done.stderr) == told
+    assert told or not done.stderr

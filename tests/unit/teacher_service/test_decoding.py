@@ -178,15 +178,6 @@ def test_read_batches_gives_the_datasets_pixels_when_their_memory_is_used_again(
     assert len(storages) == 1
 
 
-@pytest.mark.parametrize(("error", "printed"), [(ConnectionResetError("gone"), False), (ValueError("a bug"), True)])
-def test_worker_ends_without_a_word_when_the_main_process_is_gone(
-    error: Exception, printed: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    decoding._report_unless_abandoned(type(error), error, None)
-
-    assert (str(error) in capsys.readouterr().err) is printed
-
-
 _READ_FOR_EVER = """
 import sys, time
 from multiprocessing import active_children

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from tiny_jobs import TinyTeacher, write_tars
 
 from feature_store.errors import ResourceError
 from feature_store.manifest import Manifest
 from feature_store.tars.tar import Tar
+from feature_store.terminal import Console
 from teacher_service.config import CacheConfig
 from teacher_service.decoding import Task
 from teacher_service.observing import append_event, observed

@@ -2,11 +2,11 @@ import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from tiny_jobs import TinyTeacher, write_tars
 
 from feature_store.manifest import Manifest
 from feature_store.tars.tar import Tar
+from feature_store.terminal import Console
 from teacher_service.config import PlanConfig
 from teacher_service.decoding import Task
 from teacher_service.pipeline import UnitDone
