@@ -18,12 +18,11 @@ from feature_store.errors import ResourceError
 
 CGROUPS = Path("/sys/fs/cgroup")
 _PARENT_POLL_SECONDS = 1.0
+_LONGEST_TMPDIR = 103 - len("/pymp-12345678/listener-12345678")  # an AF_UNIX path ends after 103 bytes on macOS
+_SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 _SHIELDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}  # what schedulers, torchrun and terminals send to all
 
 T = TypeVar("T")
-
-_LONGEST_TMPDIR = 103 - len("/pymp-12345678/listener-12345678")  # an AF_UNIX path ends after 103 bytes on macOS
-_SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -58,9 +57,8 @@ def become_loader_worker() -> None:
 
 
 def _report_unless_abandoned(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not issubclass(
-        kind, ConnectionError
-    ):  # of multiprocessing's thread that hands memory over, once nobody takes it
+    # multiprocessing's thread that hands memory over fails so once the parent is gone
+    if not issubclass(kind, ConnectionError):
         sys.__excepthook__(kind, error, trace)
 
 
@@ -89,6 +87,30 @@ def shielded_forkserver(preload: Sequence[str]) -> ForkServerContext:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+def shorten_socket_paths() -> None:
+    """Keep multiprocessing's sockets out of a temporary folder whose name is too long for them.
+
+    To be called before worker processes are made, which inherit the folder.
+
+    Raises:
+        ResourceError: No shorter folder can be written.
+    """
+    own = tempfile.gettempdir()
+    if len(os.fsencode(own)) <= _LONGEST_TMPDIR:
+        return
+    short = next((folder for folder in _SHORT if os.access(folder, os.W_OK | os.X_OK)), None)
+    if short is None:
+        raise ResourceError(
+            f"the temporary folder {own} has {len(os.fsencode(own))} bytes in its name, and sockets between processes "
+            f"take at most {_LONGEST_TMPDIR}; set TMPDIR to a shorter one, or use --workers 0"
+        )
+    tempfile.tempdir = short
+    try:
+        util.get_temp_dir()  # makes the folder once per process, and removes it in the end
+    finally:
+        tempfile.tempdir = own
 
 
 def _end_with_parent(sentinel: int, started_by: int) -> None:
@@ -148,27 +170,3 @@ class PerProcess(Generic[T]):
         if made is None or made[0] != os.getpid():
             made = self._made = (os.getpid(), self._make())
         return made[1]
-
-
-def shorten_socket_paths() -> None:
-    """Keep multiprocessing's sockets out of a temporary folder whose name is too long for them.
-
-    To be called before worker processes are made, which inherit the folder.
-
-    Raises:
-        ResourceError: No shorter folder can be written.
-    """
-    own = tempfile.gettempdir()
-    if len(os.fsencode(own)) <= _LONGEST_TMPDIR:
-        return
-    short = next((folder for folder in _SHORT if os.access(folder, os.W_OK | os.X_OK)), None)
-    if short is None:
-        raise ResourceError(
-            f"the temporary folder {own} has {len(os.fsencode(own))} bytes in its name, and sockets between processes "
-            f"take at most {_LONGEST_TMPDIR}; set TMPDIR to a shorter one, or use --workers 0"
-        )
-    tempfile.tempdir = short
-    try:
-        util.get_temp_dir()  # makes the folder once per process, and removes it in the end
-    finally:
-        tempfile.tempdir = own
