@@ -341,6 +341,7 @@ def test_scripts_of_others_do_not_run_when_injected(page, url):
 
 def test_names_that_are_markup_are_shown_as_they_are(page, tmp_path, tiny_swin):
     hostile = "<img src=x onerror=alert(1)>\u202e'\"&amp;-"
+    shown = hostile.replace("\u202e", r"\u202e")  # an override of the direction of writing is told, not obeyed
     samples = noise_samples(hostile, 3)
     samples[1]["png"] = b"\x89PNG broken"
     samples[2]["__key__"] = "long " * 40
@@ -350,10 +351,10 @@ def test_names_that_are_markup_are_shown_as_they_are(page, tmp_path, tiny_swin):
     page.on("dialog", lambda dialog: page.problems.append(dialog.message))
     with running_service(store, "--tars", tar) as running:
         page.goto(running.url)
-        expect(page.locator("#quarantine")).to_contain_text(f"{hostile}001")
+        expect(page.locator("#quarantine")).to_contain_text(f"{shown}001")
         expect(page.locator("#unit")).to_contain_text("<b onclick=alert(2)>.tar")
         page.locator("#grid button").nth(0).click()
-        expect(page.locator("#detail strong")).to_have_text(f"{hostile}000")
+        expect(page.locator("#detail strong")).to_have_text(f"{shown}000")
         assert is_painted(page, "#detail figure:first-child img")
         page.locator("#grid button").nth(2).click()
         expect(page.locator("#detail strong")).to_have_text("long " * 40)
