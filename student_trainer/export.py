@@ -27,7 +27,7 @@ class ExportConfig:
     Attributes:
         run: Folder of the training run, or one of its checkpoint files.
         out: Folder to write model.safetensors and config.json to.
-        onnx: Also write model.onnx, and compare it with the student in onnxruntime.
+        onnx: Also write model.onnx, and compare it with the student in onnxruntime; torch 2.6 cannot.
         backbone: Also write backbone.safetensors: the weights without the classifier, for detection and segmentation.
     """
 
@@ -40,7 +40,8 @@ class ExportConfig:
 def export(config: ExportConfig) -> list[Path]:
     """Write the student; load it with ``timm.create_model(name, checkpoint_path=OUT/model.safetensors, ...)``.
 
-    ``timm.create_model("local-dir:OUT", pretrained=True)`` needs no further arguments: config.json carries them.
+    ``timm.create_model("local-dir:OUT", pretrained=True)`` needs no further arguments: config.json carries them (timm
+    1.0.31 or newer).
 
     Returns:
         The files written.

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from feature_store.errors import InputError, MismatchError
@@ -19,6 +20,10 @@ from student_trainer.student import Student
 from student_trainer.trained import Preprocessing, describe_student, load_student
 
 HOW = Preprocessing((64, 64), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 1.0)
+
+torch_exports = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"), reason="torch 2.6 and onnxscript of today do not fit together"
+)
 
 
 def save(path, student: Student) -> None:
@@ -60,11 +65,13 @@ def test_export_loads_in_timm_with_equal_logits_when_written(run, tmp_path):
     by_name = timm.create_model(
         student.name, checkpoint_path=str(tmp_path / "out/model.safetensors"), num_classes=7, **size
     )
-    by_folder = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    models = [by_name]
+    if Version(timm.__version__) >= Version("1.0.31"):  # earlier ones read no safetensors from a folder
+        models.append(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True))
     with torch.no_grad():
         expected = student.model(images)
-        assert torch.equal(by_name.eval()(images), expected)
-        assert torch.equal(by_folder.eval()(images), expected)
+        for model in models:
+            assert torch.equal(model.eval()(images), expected)
 
 
 def test_export_holds_only_the_student_and_its_preprocessing_when_written(run, tmp_path):
@@ -126,6 +133,7 @@ def test_export_is_refused_when_the_folder_is_not_empty(run):
         export(ExportConfig(run=folder, out=folder))
 
 
+@torch_exports
 def test_onnx_gives_the_students_logits_when_run_with_another_batch_size(run, tmp_path):
     folder, student = run
     export(ExportConfig(run=folder, out=tmp_path / "out", onnx=True))
@@ -179,6 +187,7 @@ def test_export_follows_the_umask_when_written(run, tmp_path):
 BEIT = ("beit_base_patch16_224", {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3})
 
 
+@torch_exports
 def test_onnx_gives_the_students_logits_when_its_attention_is_fused(tmp_path):
     save(tmp_path / "last.pt", Student(BEIT[0], 7, HOW.input_size, BEIT[1]))
     export(ExportConfig(run=tmp_path / "last.pt", out=tmp_path / "out", onnx=True))  # compares the logits itself

@@ -7,6 +7,7 @@ from feature_store.errors import InputError
 from student_trainer.student import Student
 
 SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4), "window_size": 2}
+RELPOS = {"img_size": 64, "embed_dim": 96, "depth": 4, "num_heads": 3}
 FAMILIES = [  # name, extra arguments, dims and grids of stages 3 and 4 at 64 x 64
     ("test_resnet", {}, (192, 96), ((4, 4), (2, 2))),
     ("test_efficientnet", {}, (48, 256), ((4, 4), (2, 2))),
@@ -14,7 +15,7 @@ FAMILIES = [  # name, extra arguments, dims and grids of stages 3 and 4 at 64 x 
     ("test_convnext", {}, (48, 64), ((4, 4), (2, 2))),
     ("swin_tiny_patch4_window7_224", SWIN, (64, 128), ((4, 4), (2, 2))),
     ("test_vit", {}, (64, 64), ((4, 4), (4, 4))),
-    ("test_vit_relpos", {"img_size": 64}, (96, 96), ((4, 4), (4, 4))),
+    ("vit_relpos_small_patch16_224", RELPOS, (96, 96), ((4, 4), (4, 4))),
     ("mixer_s16_224", {}, (512, 512), ((4, 4), (4, 4))),
     ("test_mambaout", {}, (48, 64), ((4, 4), (2, 2))),  # its final map has channels last
     ("hiera_tiny_224", {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)}, (32, 64), ((4, 4), (2, 2))),

@@ -44,7 +44,7 @@ def test_progress_prints_a_line_per_unit_when_not_on_a_terminal(manifest: Manife
 
     _run(manifest, Console(file=output, force_terminal=False))
 
-    first, last = output.getvalue().splitlines()
+    first, last = output.getvalue().rstrip().splitlines()
     assert first.startswith("2/3 images-001.tar: 3 samples, ")
     assert last.startswith("3/3 images-002.tar: 4 samples, 1 quarantined, ")
     assert last.endswith("0:00:00 left, teacher waited 70% of the time, bottleneck: decode")
