@@ -216,6 +216,7 @@ def test_commands_train_and_score_when_run_on_generated_data(exported, coco, tmp
 
 
 def test_detection_rate_warms_up_and_falls_twice_when_trained(exported, coco, tmp_path, monkeypatch):
+    folder, _ = exported("resnet18")
     rates = []
 
     def step(model, optimizer, images, targets, device) -> float:
@@ -224,7 +225,7 @@ def test_detection_rate_warms_up_and_falls_twice_when_trained(exported, coco, tm
 
     monkeypatch.setattr("student_trainer.downstream.detection.train_step", step)
     monkeypatch.setattr(torch, "save", lambda *_: None)
-    config = detection_config(exported("resnet18")[0], coco, tmp_path, epochs=12, warmup=4, lr=0.1, device="cpu")
+    config = detection_config(folder, coco, tmp_path, epochs=12, warmup=4, lr=0.1, device="cpu")
     train_detector(config)  # three steps an epoch
     assert rates[:5] == pytest.approx([1e-4, 0.0251, 0.0501, 0.0751, 0.1])
     assert rates[5:24] == pytest.approx([0.1] * 19)

@@ -110,6 +110,25 @@ def test_config_is_refused_when_neither_or_both_of_run_and_checkpoint_are_given(
             EvaluateConfig(tars=("a",), **given)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size is 0, expected at least 1"),
+        ({"workers": -1}, "--workers is -1, expected 0 or more"),
+        ({"crop_pct": 0.0}, "--crop-pct is 0.0, expected above 0, at most 1"),
+        ({"crop_pct": 1.01}, "--crop-pct is 1.01, expected above 0, at most 1"),
+    ],
+)
+def test_config_is_refused_when_a_value_cannot_be_used(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        EvaluateConfig(tars=("a",), run=tmp_path, **changes)
+
+
+def test_config_takes_the_least_and_the_largest_values_when_given(tmp_path):
+    config = EvaluateConfig(tars=("a",), run=tmp_path, batch_size=1, workers=0, crop_pct=1.0)
+    assert (config.batch_size, config.crop_pct, config.device) == (1, 1.0, "auto")
+
+
 def test_accuracy_is_counted_per_class_when_one_is_confused(tars):
     found = evaluator(tars)(ByColour(confused=1))
     assert found.per_class == (100.0, 0.0, 100.0, 100.0, None, None, None, None)
@@ -241,3 +260,6 @@ def test_evaluation_crops_as_asked_when_the_checkpoint_says_otherwise(tmp_path, 
     values = [images.max().item() for images in shown if images.shape == (1, 3, 32, 32)]
     assert max(values) == pytest.approx(brightest, abs=1e-3)
     assert found.accuracy.samples == 1
+    assert found.parameters == sum(leaf.numel() for leaf in student.model.parameters())
+    assert found.flops == count_flops(student.model, torch.zeros(1, 3, 32, 32))
+    assert min(found.images_per_second, found.forward_images_per_second) > 0
