@@ -215,6 +215,38 @@ def test_commands_train_and_score_when_run_on_generated_data(exported, coco, tmp
     assert (tmp_path / "s" / "model.pt").is_file()
 
 
+def test_detection_rate_warms_up_and_falls_twice_when_trained(exported, coco, tmp_path, monkeypatch):
+    folder, _ = exported("resnet18")
+    rates = []
+
+    def step(model, optimizer, images, targets, device) -> float:
+        rates.append(optimizer.param_groups[0]["lr"])
+        return 0.0
+
+    monkeypatch.setattr("student_trainer.downstream.detection.train_step", step)
+    monkeypatch.setattr(torch, "save", lambda *_: None)
+    config = detection_config(folder, coco, tmp_path, epochs=12, warmup=4, lr=0.1, device="cpu")
+    train_detector(config)  # three steps an epoch
+    assert rates[:5] == pytest.approx([1e-4, 0.0251, 0.0501, 0.0751, 0.1])
+    assert rates[5:24] == pytest.approx([0.1] * 19)
+    assert rates[24:33] == pytest.approx([0.01] * 9)  # from epoch 9 of 12 on
+    assert rates[33:] == pytest.approx([0.001] * 3)  # and in epoch 12
+
+
+@pytest.mark.parametrize(
+    ("opt", "middle"),
+    [("sgd", 0.01 * 0.5**0.9), ("adamw", 6e-5 * 0.5)],  # mmsegmentation's schedules: poly 0.9, linear
+)
+def test_segmentation_rate_warms_up_and_decays_by_the_recipes_power_when_trained(coco, tmp_path, opt, middle):
+    config = SegmentationConfig(backbone=tmp_path, data=coco[0], out=tmp_path, opt=opt, steps=1000, warmup=100)
+    peak = {"sgd": 0.01, "adamw": 6e-5}[opt]
+    power = {"sgd": 0.9, "adamw": 1.0}[opt]
+    assert config.rate(500) == pytest.approx(middle)
+    assert config.rate(0) == pytest.approx(peak / 100)
+    assert config.rate(49) == pytest.approx(0.5 * peak * 0.951**power)
+    assert config.rate(999) == pytest.approx(peak * 0.001**power)
+
+
 def test_coco_data_is_what_the_file_says_when_read(coco):
     _, images, annotations = coco
     data = CocoInstances(images, annotations, train=False)

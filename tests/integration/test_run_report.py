@@ -9,7 +9,7 @@ from training_world import shared_world, train_config
 from feature_store.errors import InputError
 from student_trainer.config import TrainConfig
 from student_trainer.metrics import read_metrics
-from student_trainer.report import write_run_report
+from student_trainer.report import run_numbers, write_run_report
 from student_trainer.train import train
 
 
@@ -78,3 +78,10 @@ def test_no_report_is_written_when_switched_off(run, tmp_path):
     train(replace(run, run=tmp_path / "r", method="none", epochs=1, tensorboard=False, report=False))
     assert not (tmp_path / "r" / "report.html").exists()
     assert not (tmp_path / "r" / "tensorboard").exists()
+
+
+def test_report_gives_the_best_and_the_last_accuracy_when_the_best_came_earlier():
+    common = {"kind": "epoch", "total": 1.0, "teacher_seconds": 0.0, "seconds_per_step": None}
+    epochs = [{**common, "step": 3 * i, "epoch": i, "top1": top1} for i, top1 in enumerate((10.0, 40.0, 25.0))]
+    numbers = run_numbers([], epochs)
+    assert (numbers["best top-1"], numbers["last top-1"], numbers["epochs"]) == ("40.00 %", "25.00 %", "3")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -41,6 +42,14 @@ def lines(config: TrainConfig, kind: str) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in TIMING} for line in found]
 
 
+def images_per_step(config: TrainConfig) -> float:
+    """Images of all processes, as the logged throughput and the median time of a step have it; all steps are logged."""
+    logged = read_metrics(config.run / "metrics.jsonl")
+    paces = [1 / line["images_per_second"] for line in logged if line["kind"] == "step"]
+    last = next(line for line in reversed(logged) if line["kind"] == "epoch")
+    return last["seconds_per_step"] / median(paces)
+
+
 def assert_same_curves(config: TrainConfig, other: TrainConfig) -> None:
     mine, theirs = lines(config, "step"), lines(other, "step")
     assert len(mine) == len(theirs) == 9
@@ -57,6 +66,8 @@ def test_two_processes_give_the_losses_of_one_when_they_share_a_batch(config, tm
     assert_same_curves(config, alone)
     assert_same_curves(replace(split, run=tmp_path / "split"), alone)
     assert [line["val_samples"] for line in lines(config, "epoch")] == [10, 10, 10]
+    for run in (config, alone):
+        assert images_per_step(run) == pytest.approx(8, rel=1e-6)
     assert lines(config, "start") == lines(alone, "start")
     weights, expected = (load_checkpoint(c.run / "last.pt").weights for c in (config, alone))
     for name, value in expected.items():

@@ -272,6 +272,15 @@ def test_validation_runs_every_few_epochs_and_last_when_asked(config):
     assert ["top1" in line for line in lines(config, "epoch")] == [False, False, True, True]
 
 
+def test_best_checkpoint_is_the_first_of_equals_when_accuracy_stays(config):
+    tiny = OptimConfig(opt="sgd", lr=1e-12)
+    config = replace(config, student="test_vit", student_kwargs={"depth": 4}, method="none", optim=tiny)
+    result = train(config)
+    assert len({line["top1"] for line in result.history}) == 1
+    assert load_checkpoint(config.run / "best.pt").progress.epoch == 1
+    assert load_checkpoint(config.run / "last.pt").progress.epoch == 2
+
+
 def test_validation_counts_unreadable_images_when_there_are_some(config, tmp_path):
     content = samples(6, seed=9, prefix="w")
     content[2]["png"] = b"junk"

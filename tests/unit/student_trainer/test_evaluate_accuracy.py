@@ -1,13 +1,21 @@
+import io
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from training_world import samples, write_tar
 
 from feature_store.errors import FailedError, InputError
 from feature_store.tars.tar import Tar
-from student_trainer.evaluate import EvaluateConfig, Evaluator, count_flops, forward_speed
-from student_trainer.trained import Normaliser, Preprocessing
+from student_trainer.checkpoint import Checkpoint, Progress, rng_state, save_checkpoint
+from student_trainer.evaluate import EvaluateConfig, Evaluator, count_flops, evaluate, forward_speed
+from student_trainer.student import Student
+from student_trainer.trained import Normaliser, Preprocessing, describe_student
 
 # Python 3.12 and later warn of fork under threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -102,6 +110,25 @@ def test_config_is_refused_when_neither_or_both_of_run_and_checkpoint_are_given(
             EvaluateConfig(tars=("a",), **given)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size is 0, expected at least 1"),
+        ({"workers": -1}, "--workers is -1, expected 0 or more"),
+        ({"crop_pct": 0.0}, "--crop-pct is 0.0, expected above 0, at most 1"),
+        ({"crop_pct": 1.01}, "--crop-pct is 1.01, expected above 0, at most 1"),
+    ],
+)
+def test_config_is_refused_when_a_value_cannot_be_used(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        EvaluateConfig(tars=("a",), run=tmp_path, **changes)
+
+
+def test_config_takes_the_least_and_the_largest_values_when_given(tmp_path):
+    config = EvaluateConfig(tars=("a",), run=tmp_path, batch_size=1, workers=0, crop_pct=1.0)
+    assert (config.batch_size, config.crop_pct, config.device) == (1, 1.0, "auto")
+
+
 def test_accuracy_is_counted_per_class_when_one_is_confused(tars):
     found = evaluator(tars)(ByColour(confused=1))
     assert found.per_class == (100.0, 0.0, 100.0, 100.0, None, None, None, None)
@@ -167,3 +194,72 @@ def test_evaluation_counts_when_there_is_one_class_only(tmp_path):
 
     tar = Tar.open(write_tar(tmp_path / "one.tar", [{**s, "cls": "0"} for s in samples(3, seed=3)]))
     assert evaluator([tar], classes=1)(One()).top1 == 100.0
+
+
+def picture_tar(path, pixels: np.ndarray) -> list[Tar]:
+    """One image, labelled 0."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return [Tar.open(write_tar(path, [{"__key__": "k", "png": file.getvalue(), "cls": "0"}]))]
+
+
+def pixels_seen(tars: list[Tar], **preprocessing: Any) -> np.ndarray:
+    """What a student with this preprocessing is shown of the one image, as uint8 [H, W, 3]."""
+    how, seen = replace(Preprocessing((32, 32), (0.0,) * 3, (1.0,) * 3, "bicubic", 1.0), **preprocessing), []
+
+    class Watching(nn.Module):
+        def forward(self, images_BCHW):
+            seen.append((images_BCHW[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+            return torch.tensor([[1.0, 0.0]])
+
+    Evaluator(tars, how, 2, device=torch.device("cpu"))(Watching())
+    return seen[0]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_evaluated_images_are_resized_by_the_students_filter_when_it_names_one(tmp_path, interpolation):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+    resized = Image.fromarray(pixels).resize((32, 32), getattr(Image.Resampling, interpolation.upper()))
+    seen = pixels_seen(picture_tar(tmp_path / "t.tar", pixels), interpolation=interpolation)
+    np.testing.assert_array_equal(seen, np.asarray(resized))
+
+
+@pytest.mark.parametrize(("crop_pct", "margin"), [(1.0, 0), (0.5, 16)])
+def test_evaluated_images_are_cropped_by_the_students_part_when_it_keeps_less(tmp_path, crop_pct, margin):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    side = 32 + 2 * margin  # resized to size / crop_pct, and the middle kept
+    resized = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC))
+    seen = pixels_seen(picture_tar(tmp_path / "t.tar", pixels), crop_pct=crop_pct)
+    inner = slice(4, -4)  # at its edges, a crop is resized without its surroundings
+    np.testing.assert_array_equal(seen[inner, inner], resized[margin : margin + 32, margin : margin + 32][inner, inner])
+
+
+@pytest.mark.parametrize(("asked", "brightest"), [(None, 1.0), (0.5, 0.2)])
+def test_evaluation_crops_as_asked_when_the_checkpoint_says_otherwise(tmp_path, asked, brightest):
+    framed = np.full((64, 64, 3), 255, np.uint8)
+    framed[12:-12, 12:-12] = 51  # a white frame, outside the middle half
+    picture_tar(tmp_path / "t.tar", framed)
+    torch.manual_seed(0)
+    student = Student("test_resnet", 2, (32, 32))
+    how = Preprocessing((32, 32), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
+    state = Checkpoint(
+        student=describe_student(student, how), weights=student.model.state_dict(), loss={}, optimizer={},
+        progress=Progress(), rng=rng_state(),
+    )  # fmt: skip
+    save_checkpoint(tmp_path / "s.pt", state)
+    shown: list[torch.Tensor] = []
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))
+    try:
+        found = evaluate(
+            EvaluateConfig(
+                checkpoint=tmp_path / "s.pt", tars=(str(tmp_path / "t.tar"),), workers=0, crop_pct=asked, device="cpu"
+            )
+        )
+    finally:
+        hook.remove()
+    values = [images.max().item() for images in shown if images.shape == (1, 3, 32, 32)]
+    assert max(values) == pytest.approx(brightest, abs=1e-3)
+    assert found.accuracy.samples == 1
+    assert found.parameters == sum(leaf.numel() for leaf in student.model.parameters())
+    assert found.flops == count_flops(student.model, torch.zeros(1, 3, 32, 32))
+    assert min(found.images_per_second, found.forward_images_per_second) > 0

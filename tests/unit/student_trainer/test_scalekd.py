@@ -482,3 +482,22 @@ def test_methods_are_built_by_name_when_asked(batch):
         batch.build("at")
     with pytest.raises(InputError, match="kd_alpha is None"):
         batch.build("kd", kd_alpha=None)
+
+
+def test_fd_is_weighed_by_stage_4_when_the_stages_have_other_weights(batch):
+    loss = batch.build("fd", alphas_stage3=(7.0, 7.0), alphas_stage4=(0.5, 7.0))
+    double = batch.build("fd", alphas_stage3=(7.0, 7.0), alphas_stage4=(1.0, 7.0))
+    double.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(batch.terms(double)["fd"], 2 * batch.terms(loss)["fd"])
+    again = batch.build("fd", alphas_stage3=(1.0, 1.0), alphas_stage4=(0.5, 1.0))
+    again.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(batch.terms(again)["fd"], batch.terms(loss)["fd"])
+
+
+def test_projectors_take_the_softmax_scale_of_the_config_when_built(batch):
+    plain, sharp = (batch.build(softmax_scale=scale) for scale in (1.0, 4.0))
+    for stage in ("stage3", "stage4"):
+        for one, other in zip(getattr(plain, stage).values(), getattr(sharp, stage).values(), strict=True):
+            assert other.scale == pytest.approx(4 * one.scale)
+    sharp.load_state_dict(plain.state_dict())
+    assert batch.terms(plain)["stage4_original"] != batch.terms(sharp)["stage4_original"]
