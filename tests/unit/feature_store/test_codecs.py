@@ -77,13 +77,20 @@ def test_codec_holds_values_when_their_spread_is_subnormal(name):
 
 
 @pytest.mark.parametrize("scale", [1, 1e-6, 100])
-@pytest.mark.parametrize("name", CODECS)
-def test_stated_error_is_reached_within_a_tenth_by_features_of_any_size(name, scale):
+@pytest.mark.parametrize(
+    ("name", "median"), [("f32", 0), ("f16", 0.3), ("bf16", 0.3), ("int8-channel", 0.28), ("int8", 0.45),
+                         ("int6", 0.22), ("int4", 0.22)],
+)  # fmt: skip
+def test_stated_error_is_reached_within_a_tenth_by_features_of_any_size(name, median, scale):
     sample, values = np.float32(scale) * heavy_features(200).reshape(2, 100, 5, 70)
     codec = bound(name, values, sample)
     error, stated = np.abs(codec.decode(codec.encode(values)).astype(np.float64) - values), codec.max_error(values)
     assert (error <= stated).all()
-    assert error.max() == stated.max() == 0 if name == "f32" else (error / stated).max() > 0.9
+    if name == "f32":
+        assert error.max() == stated.max() == 0
+    else:
+        assert (error / stated).max() > 0.9
+        assert np.median(error / stated) > median
 
 
 @pytest.mark.parametrize(
@@ -200,7 +207,8 @@ STATISTICS = {"mean": np.array([1, 0], np.float32), "std": np.array([2, 1], np.f
     ("name", "values", "parts", "decoded"),
     [
         ("f16", [[1 + 2**-11, 1 + 3 * 2**-11]], {"": [[1, 1 + 2**-9]]}, None),
-        ("bf16", [[1 + 2**-8, -2.0]], {"": [[0x3F80, 0xC000]]}, [[1, -2]]),
+        ("bf16", [[1 + 2**-8, -2.0], [1 + 3 * 2**-8, 1 + 5 * 2**-8]],
+         {"": [[0x3F80, 0xC000], [0x3F82, 0x3F82]]}, [[1, -2], [1 + 2**-6] * 2]),
         # z = 63.5 and -10.2 have the step 0.5
         ("int8", [[128, -10.2], [1, 0]], {"": [[127, -20], [0, 0]], "scale": [0.5, 0]}, [[128, -10], [1, 0]]),
         # from -1 to 254 in steps of 1, and nothing but 3
@@ -216,6 +224,22 @@ def test_encode_gives_the_codes_of_the_format(name, values, parts, decoded):
     assert {suffix: got[suffix][0].tolist() for suffix in parts} == parts
     if decoded is not None:
         assert codec.decode(got, got[""].shape[1:], STATISTICS)[0].tolist() == decoded
+
+
+@pytest.mark.parametrize("name", ["int6", "int4"])
+def test_of_the_largest_of_both_signs_the_positive_has_the_lowest_code(name):
+    statistics = {"mean": np.zeros(2, np.float32), "std": np.ones(2, np.float32)}
+    codec, values = get_codec(name), np.array([[[-7, 7], [7, -7]]], np.float32)
+    encoded = codec.encode(values, statistics)
+    assert (encoded["group"] < 0).all()
+    decoded = codec.decode(encoded, (2, 2), statistics)
+    assert np.abs(decoded - values)[values > 0].max() < 0.01 < np.abs(decoded - values)[values < 0].min()
+
+
+def test_float32_rows_are_decoded_without_a_copy():
+    values = heavy_features()
+    codec = bound("f32", values)
+    assert np.shares_memory(codec.decode({"": values}), values)
 
 
 @pytest.mark.parametrize("name", ["int6", "int4"])
