@@ -29,12 +29,20 @@ _STORE = "tests/unit/feature_store/test_"
 _TRAINER = "tests/unit/student_trainer/test_"
 TESTS = {  # what notices a change, by module
     "feature_store/codecs/*.py": [f"{_STORE}{name}.py" for name in ("codecs", "top_k", "golden_store")],
-    "feature_store/commits/*.py": [
-        f"{_STORE}{name}.py" for name in ("store", "growth", "repair", "verify", "golden_store", "writers")
-    ],
+    "feature_store/commits/*.py": [f"{_STORE}{name}.py" for name in ("commits", "store", "repair", "golden_store")],
     "feature_store/layout.py": [f"{_STORE}{name}.py" for name in ("layout", "golden_store")],
     "feature_store/views/*.py": [
-        f"{_STORE}{name}.py" for name in ("views", "draws", "policies", "augment", "golden_store")
+        f"{_STORE}{name}.py"
+        for name in (
+            "views",
+            "draws",
+            "policies",
+            "augment",
+            "images",
+            "image_structure",
+            "materialised",
+            "golden_store",
+        )
     ],
     "student_trainer/data.py": [f"{_TRAINER}data_batches.py"],
     "student_trainer/evaluate.py": [f"{_TRAINER}evaluate_accuracy.py"],

@@ -24,7 +24,7 @@ def float16_at_least(values: np.ndarray) -> np.ndarray:
     """The least float16 that is not below; infinite where there is none."""
     with np.errstate(over="ignore"):
         rounded = values.astype("<f2")
-    return np.where(rounded < values, np.nextafter(rounded, np.float16(np.inf)), rounded).astype("<f2")
+        return np.where(rounded < values, np.nextafter(rounded, np.float16(np.inf)), rounded).astype("<f2")
 
 
 def inverse(scale: np.ndarray) -> np.ndarray:

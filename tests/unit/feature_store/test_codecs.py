@@ -11,8 +11,20 @@ from hypothesis.extra.numpy import arrays
 from tiny_store import tiny_manifest, tiny_store, unit_data
 
 from feature_store import open_store
+from feature_store.codecs.encoding import blocks
 from feature_store.codecs.group_quantise import pack, unpack
-from feature_store.codecs.registry import CODECS, DEFAULT_TAP_CODEC, ValueCodec, calibrated, get_codec, value_codecs
+from feature_store.codecs.quantise import float16_at_least
+from feature_store.codecs.registry import (
+    CODECS,
+    DEFAULT_TAP_CODEC,
+    MOST_ROW_BYTES,
+    ValueCodec,
+    calibrated,
+    get_codec,
+    needs_calibration,
+    require_decodable,
+    value_codecs,
+)
 from feature_store.errors import InputError
 from feature_store.manifest import Manifest, TapInfo
 
@@ -64,10 +76,37 @@ def test_codec_holds_values_when_their_spread_is_subnormal(name):
     assert (np.abs(decoded.astype(np.float64) - values) <= codec.max_error(values)).all()
 
 
+@pytest.mark.parametrize("scale", [1, 1e-6, 100])
+@pytest.mark.parametrize(
+    ("name", "median"), [("f32", 0), ("f16", 0.3), ("bf16", 0.3), ("int8-channel", 0.28), ("int8", 0.45),
+                         ("int6", 0.22), ("int4", 0.22)],
+)  # fmt: skip
+def test_stated_error_is_reached_within_a_tenth_by_features_of_any_size(name, median, scale):
+    sample, values = np.float32(scale) * heavy_features(200).reshape(2, 100, 5, 70)
+    codec = bound(name, values, sample)
+    error, stated = np.abs(codec.decode(codec.encode(values)).astype(np.float64) - values), codec.max_error(values)
+    assert (error <= stated).all()
+    if name == "f32":
+        assert error.max() == stated.max() == 0
+    else:
+        assert (error / stated).max() > 0.9
+        assert np.median(error / stated) > median
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("f32", 0), ("f16", 8e-4), ("bf16", 6e-3), ("int8-channel", 6e-6), ("int8", 3e-6),
+                       ("int6", 3e-6), ("int4", 3e-6)],
+)  # fmt: skip
+def test_stated_error_of_a_constant_is_that_of_its_roundings(name, most):
+    values = np.full((3, 2, 5), 1.5, np.float32)
+    assert bound(name, values).max_error(values).max() <= most
+
+
 @pytest.mark.parametrize(
     ("name", "worst"),
-    [("f32", 0), ("f16", 3e-4), ("bf16", 2e-3), ("int8-channel", 4e-3), ("int8", 9e-3), ("int6", 3e-2), ("int4", 0.1)],
-)
+    [("f32", 0), ("f16", 1.9e-4), ("bf16", 1.42e-3), ("int8-channel", 3.7e-5), ("int8", 9.5e-5), ("int6", 3.2e-4),
+     ("int4", 1.3e-3)],
+)  # fmt: skip
 def test_relative_error_of_features_with_heavy_channels(name, worst):
     values = heavy_features(200)[100:]
     codec = bound(name, values, heavy_features(200)[:100])
@@ -161,16 +200,151 @@ def test_int4_uses_the_lowest_code_for_the_largest_value_of_a_group():
     assert codes.min() == 0
 
 
+STATISTICS = {"mean": np.array([1, 0], np.float32), "std": np.array([2, 1], np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "parts", "decoded"),
+    [
+        ("f16", [[1 + 2**-11, 1 + 3 * 2**-11]], {"": [[1, 1 + 2**-9]]}, None),
+        ("bf16", [[1 + 2**-8, -2.0], [1 + 3 * 2**-8, 1 + 5 * 2**-8]],
+         {"": [[0x3F80, 0xC000], [0x3F82, 0x3F82]]}, [[1, -2], [1 + 2**-6] * 2]),
+        # z = 63.5 and -10.2 have the step 0.5
+        ("int8", [[128, -10.2], [1, 0]], {"": [[127, -20], [0, 0]], "scale": [0.5, 0]}, [[128, -10], [1, 0]]),
+        # from -1 to 254 in steps of 1, and nothing but 3
+        ("int8-channel", [[-1, 3], [254, 3], [1.4, 3]],
+         {"": [[0, 0], [255, 0], [2, 0]], "scale": [1, 0], "offset": [-1, 3]}, [[-1, 3], [254, 3], [1, 3]]),
+        # z = -31.75 and 7.9 have the step 127 / 128, and z = 31.75 the step -127 / 128
+        ("int6", [[-62.5, 7.9], [64.5, -7.9]], {"": [[0x80, 8], [0x80, 8]], "group": [[127], [-127]]}, None),
+    ],
+)  # fmt: skip
+def test_encode_gives_the_codes_of_the_format(name, values, parts, decoded):
+    codec = get_codec(name)
+    got = codec.encode(np.array([values], np.float32), STATISTICS)
+    assert {suffix: got[suffix][0].tolist() for suffix in parts} == parts
+    if decoded is not None:
+        assert codec.decode(got, got[""].shape[1:], STATISTICS)[0].tolist() == decoded
+
+
+@pytest.mark.parametrize("name", ["int6", "int4"])
+def test_of_the_largest_of_both_signs_the_positive_has_the_lowest_code(name):
+    statistics = {"mean": np.zeros(2, np.float32), "std": np.ones(2, np.float32)}
+    codec, values = get_codec(name), np.array([[[-7, 7], [7, -7]]], np.float32)
+    encoded = codec.encode(values, statistics)
+    assert (encoded["group"] < 0).all()
+    decoded = codec.decode(encoded, (2, 2), statistics)
+    assert np.abs(decoded - values)[values > 0].max() < 0.01 < np.abs(decoded - values)[values < 0].min()
+
+
+def test_float32_rows_are_decoded_without_a_copy():
+    values = heavy_features()
+    codec = bound("f32", values)
+    assert np.shares_memory(codec.decode({"": values}), values)
+
+
+@pytest.mark.parametrize("name", ["int6", "int4"])
+def test_codes_are_within_half_a_step_but_where_the_other_sign_is_cut(name):
+    levels = {"int6": 32, "int4": 8}[name]
+    values = np.array([[np.linspace(-8, 8, 33)[:32], np.linspace(8, -8, 33)[:32]]], np.float32)
+    statistics = {"mean": np.zeros(32, np.float32), "std": np.ones(32, np.float32)}
+    codec = get_codec(name)
+    error = np.abs(codec.decode(codec.encode(values, statistics), (2, 32), statistics) - values)[0]
+    assert (error[:, values[0, 0] < 8 - 8 / levels] <= 4.01 / levels).all()
+    assert error[:, 0].max() < 0.01  # the largest of each token has a code of its own
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_rows_are_encoded_alike_alone_and_among_many(name):
+    """More rows than are worked on at a time."""
+    values = heavy_features(30, 64, 100)
+    assert len(list(blocks(values))) > 1
+    codec = bound(name, values)
+    together, alone = codec.encode(values), [codec.encode(values[row : row + 1]) for row in range(len(values))]
+    for suffix, part in together.items():
+        assert np.array_equal(part, np.concatenate([parts[suffix] for parts in alone])), suffix
+    decoded = codec.decode(together)
+    assert np.array_equal(decoded, np.concatenate([codec.decode(parts) for parts in alone]))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 6), (1, 1, 1), (100, 64, 100), (3, 4096, 1024), (1_000_000, 2)])
+def test_blocks_are_all_rows_once_in_spans_of_half_a_megabyte(shape):
+    spans = list(blocks(np.broadcast_to(np.float32(0), shape)))
+    assert [row for span in spans for row in range(span.start, min(span.stop, shape[0]))] == list(range(shape[0]))
+    row_bytes = 4 * int(np.prod(shape[1:]))
+    for span in spans:
+        assert span.stop - span.start == max(1, (1 << 19) // row_bytes)
+
+
+@given(st.floats(0, 65504, width=32))
+def test_float16_at_least_is_the_next_float16(value):
+    (rounded,) = float16_at_least(np.array([value], np.float32))
+    assert np.float32(rounded) >= value
+    assert rounded == 0 or np.float32(np.nextafter(rounded, np.float16(-np.inf))) < value
+
+
+def test_float16_at_least_is_infinite_when_there_is_none():
+    assert np.isinf(float16_at_least(np.array([65505, 1e38], np.float32))).all()
+
+
+BF16 = "bfloat16 bit patterns: the upper 16 bits of a float32"
+INT8 = "value = mean[channel] + std[channel] * (scale[token] * code); see the manifest"
+INT8_CHANNEL = "value = offset[channel] + scale[channel] * code"
+GROUPS = (
+    "value = mean[channel] + std[channel] * (code * scale[token] * group[token, channel % groups]), "
+    "code = stored {} bits - {}; see FORMAT.md for their order"
+)
+TOP = "class indices, most likely first; beside them in .values their log-probabilities, then that of each other class"
+CHANNELS, BYTES, TOKEN = ("token", "channel"), ("token", "byte"), ("token",)
+NAN = "nan"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("f32", (4, 70), [("", "<f4", (4, 70), CHANNELS, NAN, None)]),
+        ("f16", (10,), [("", "<f2", (10,), ("class",), NAN, None)]),
+        ("bf16", (4, 70), [("", "<u2", (4, 70), CHANNELS, "32704", BF16)]),
+        ("int8-channel", (4, 70), [("", "|u1", (4, 70), CHANNELS, "0", INT8_CHANNEL),
+                                   ("scale", "<f2", (70,), ("channel",), NAN, None),
+                                   ("offset", "<f2", (70,), ("channel",), NAN, None)]),
+        ("int8", (4, 70), [("", "|i1", (4, 70), CHANNELS, "0", INT8), ("scale", "<f2", (4,), TOKEN, NAN, None)]),
+        ("int6", (4, 70), [("", "|u1", (4, 53), BYTES, "0", GROUPS.format(6, 32)),
+                           ("group", "|i1", (4, 3), ("token", "group"), "0", None),
+                           ("scale", "<f2", (4,), TOKEN, NAN, None)]),
+        ("int4", (4, 64), [("", "|u1", (4, 32), BYTES, "0", GROUPS.format(4, 8)),
+                           ("group", "|i1", (4, 2), ("token", "group"), "0", None),
+                           ("scale", "<f2", (4,), TOKEN, NAN, None)]),
+        ("top3", (10,), [("", "<u2", (3,), ("rank",), "0", TOP), ("values", "<f4", (4,), ("rank",), NAN, None)]),
+    ],
+)  # fmt: skip
+def test_parts_are_those_of_every_store_of_the_format(name, shape, expected):
+    """The metadata of written stores; verify compares them byte by byte."""
+    for zstd in ("", "+zstd"):
+        parts = get_codec(name + zstd).parts(shape)
+        got = [
+            (p.suffix, p.dtype.str, p.row_shape, p.dimensions, str(p.fill), dict(p.attributes).get("encoding"))
+            for p in parts
+        ]
+        assert got == expected
+        assert [p.zstd for p in parts] == [bool(zstd)] + [False] * (len(parts) - 1)  # only the largest is compressed
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_name_survives_get_codec(name):
     assert get_codec(name).name == name
     assert get_codec(name).parts((4, 6))[0].zstd == name.endswith("+zstd")
 
 
-@pytest.mark.parametrize("name", ["int3", "top0", "top", "f16+zstd+zstd", "zstd", "+zstd", "top-1"])
+@pytest.mark.parametrize(
+    "name", ["int3", "top0", "top", "f16+zstd+zstd", "zstd", "+zstd", "top-1", "top1000000", "top05"]
+)
 def test_get_codec_names_the_known_ones_when_unknown(name):
     with pytest.raises(InputError, match=r"unknown codec .*f32, f16, bf16, int8-channel, int8, int6, int4, or top<k>"):
         get_codec(name)
+
+
+def test_a_million_classes_may_be_kept():
+    assert get_codec("top999999+zstd").name == "top999999+zstd"
 
 
 def test_default_codec_exists():
@@ -208,6 +382,68 @@ def test_calibrated_keeps_the_spread_and_place_of_each_channel():
     assert np.allclose(learnt["mean"], sample.mean(axis=(0, 1)), rtol=1e-4, atol=1e-4)
     assert np.allclose(
         learnt["std"], np.maximum(sample.std(axis=(0, 1)), 0.01 * np.std(sample, axis=(0, 1)).mean()), rtol=1e-4
+    )
+
+
+def test_calibrated_gives_a_dead_channel_a_hundredth_of_the_others_spread():
+    sample = np.array([[[-1, 5], [1, 5]]], np.float32)
+    assert get_codec("int8").calibrate(sample) == {
+        "mean": [0, 5],
+        "std": [1, 0.00707107],
+    }  # a hundredth of the root mean
+
+
+@pytest.mark.parametrize("value", [0, 7.25, 1e-44])
+def test_calibrated_gives_a_constant_the_spread_one(value):
+    sample = np.full((2, 3, 2), value, np.float32)
+    sample[0] += np.float32(1e-45) if value < 1e-40 else 0  # a spread whose inverse float32 does not hold
+    assert get_codec("int4").calibrate(sample)["std"] == [1, 1]
+
+
+def test_calibrated_keeps_six_digits():
+    learnt = get_codec("int6").calibrate(np.array([[[100 / 3]], [[1e6 / 7]]], np.float32))
+    assert learnt == {"mean": [71445.2], "std": [71411.9]}
+
+
+def test_needs_calibration_names_the_taps_without_statistics():
+    taps = {name: TapInfo(4, 6, codec) for name, codec in (("a", "f16"), ("b", "int8"), ("c", "int4+zstd"))}
+    manifest = replace(tiny_manifest(), taps=taps)
+    assert needs_calibration(manifest) == ("b", "c")
+    learnt = calibrated(manifest, {name: tap_sample(manifest_with("f16")) for name in "bc"})
+    assert needs_calibration(learnt) == ()
+    assert learnt.taps["a"] == taps["a"]
+
+
+def test_require_decodable_accepts_rows_of_a_gigabyte_and_no_larger():
+    largest = replace(tiny_manifest(), taps={"stage4": TapInfo(1 << 14, 1 << 15, "f16")})
+    assert MOST_ROW_BYTES == 1 << 30
+    require_decodable(largest)
+    larger = replace(tiny_manifest(), taps={"stage4": TapInfo((1 << 14) + 1, 1 << 15, "f16+zstd")})
+    with pytest.raises(
+        InputError, match="a row of taps/stage4 has 1,073,807,360 bytes, expected at most 1,073,741,824; it was not"
+    ):
+        require_decodable(larger)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({"mean": [0] * 6, "std": [1] * 5 + [0]}, "std .* has 0.0 at channel 5, expected 6 finite positive float32"),
+        ({"mean": [0, np.inf, *[0] * 4], "std": [1] * 6}, "mean .* has inf at channel 1, expected 6 finite float32"),
+        ({"mean": [0] * 5, "std": [1] * 6}, "mean in the statistics of taps/stage4 has 5 numbers, expected 6 finite"),
+        ({"mean": [0] * 6}, "std .* has 0 numbers"),
+        (None, "mean .* has 0 numbers"),
+    ],
+)
+def test_require_decodable_names_what_is_wrong_with_statistics(statistics, message):
+    manifest = replace(tiny_manifest(), taps={"stage4": TapInfo(4, 6, "int8", statistics)})
+    with pytest.raises(InputError, match=message):
+        require_decodable(manifest)
+
+
+def test_require_decodable_accepts_negative_means_and_any_positive_spread():
+    require_decodable(
+        replace(tiny_manifest(), taps={"stage4": TapInfo(4, 6, "int8", {"mean": [-1] * 6, "std": [0.5] * 6})})
     )
 
 

@@ -150,7 +150,13 @@ def test_draw_view_stays_inside_when_image_has_any_size(name, width, height, vie
 
 @pytest.mark.parametrize(
     ("source_size", "crop"),
-    [((1, 1), (0, 0, 1, 1)), ((1, 90), (0, 44, 1, 1)), ((90, 1), (44, 0, 1, 1)), ((300, 30), (130, 0, 40, 30))],
+    [
+        ((1, 1), (0, 0, 1, 1)),
+        ((1, 90), (0, 44, 1, 1)),
+        ((90, 1), (44, 0, 1, 1)),
+        ((300, 30), (130, 0, 40, 30)),
+        ((30, 300), (0, 130, 30, 40)),
+    ],
 )
 def test_draw_view_falls_back_to_middle_when_no_try_fits(source_size, crop):
     whole = view_policy("rrc_flip", 8, scale=(1.0, 1.0))
@@ -204,8 +210,59 @@ def test_draw_view_spreads_levels_when_std_is_set():
     assert statistics.mean(m < 0 for m in magnitudes) == pytest.approx(0.5, abs=0.12)
 
 
+def test_draw_view_falls_back_to_the_whole_image_when_boxes_vanish():
+    assert draw_view(view_policy("rrc_flip", 8, scale=(1e-4, 1e-4)), 0, "k", 0, (12, 10)).crop == (0, 0, 12, 10)
+
+
+def test_draw_view_gives_every_place_of_a_box_when_drawn_often():
+    """A box as large as a side may lie at its first and its last pixel."""
+    quarter = view_policy("rrc_flip", 8, scale=(0.25, 0.25), ratio=(1.0, 1.0), erase=1.0, erase_area=(0.25, 0.25),
+                          erase_ratio=(1.0, 1.0))  # fmt: skip
+    for boxes in zip(*[(p.crop, p.erase) for p in draws(quarter, 200, (8, 8))], strict=True):
+        assert {box[2:] for box in boxes} == {(4, 4)}
+        assert {box[0] for box in boxes} == {box[1] for box in boxes} == {0, 1, 2, 3, 4}
+
+
+def test_draw_view_turns_ratios_into_width_by_height_of_crops_and_height_by_width_of_erased_boxes():
+    policy = view_policy("a1", (100, 80), scale=(0.08, 0.08), ratio=(2.0, 2.0), erase=1.0, erase_area=(0.06, 0.06),
+                         erase_ratio=(3.0, 3.0))  # fmt: skip
+    for params in draws(policy, 20, (200, 100)):
+        assert params.crop[2:] == (57, 28)  # of 1600 pixels
+        assert params.erase[2:] == (13, 38)  # of 480 pixels
+
+
+@pytest.mark.parametrize("area", [1e-4, 1.0])
+def test_draw_view_erases_nothing_when_no_box_is_smaller_than_the_view(area):
+    policy = view_policy("a1", (8, 8), erase=1.0, erase_area=(area, area), erase_ratio=(1.0, 1.0))
+    assert {(p.erase, p.noise_seed) for p in draws(policy, 5)} == {(NO_BOX, 0)}
+
+
+def test_draw_view_always_or_never_acts_when_probabilities_are_one_or_zero():
+    always = view_policy("a1", 64, flip=1.0, op_probability=1.0, erase=1.0)
+    for params in draws(always, 50):
+        assert params.flip
+        assert Op.NONE not in params.ops
+        assert params.erase != NO_BOX
+    never = view_policy("a1", 64, flip=0.0, op_probability=0.0, erase=0.0)
+    assert {(p.flip, p.ops, p.magnitudes, p.erase) for p in draws(never, 50)} == {(False, (0, 0), (0.0, 0.0), NO_BOX)}
+
+
+def test_draw_view_clips_levels_at_both_ends_when_they_are_spread_wide():
+    wide = view_policy("a1", 64, op_probability=1.0, level=4.0, max_level=8.0, level_std=1000.0)
+    rotations = [abs(m) for p in draws(wide, 400) for op, m in zip(p.ops, p.magnitudes, strict=True) if op == Op.ROTATE]
+    assert set(rotations) >= {0.0, 30.0}
+    assert max(rotations) == 30.0
+    assert rotations.count(0.0) / len(rotations) == pytest.approx(0.5, abs=0.2)
+
+
+def test_draw_view_accepts_the_ends_of_all_ranges():
+    for seed, view in ((0, 0), (2**64 - 1, 2**64 - 1)):
+        assert draw_view(POLICY, seed, "", view, (1, 1)).crop == (0, 0, 1, 1)
+
+
 @pytest.mark.parametrize(
-    ("seed", "view", "size"), [(-1, 0, (9, 9)), (2**64, 0, (9, 9)), (0, -1, (9, 9)), (0, 0, (0, 9))]
+    ("seed", "view", "size"),
+    [(-1, 0, (9, 9)), (2**64, 0, (9, 9)), (0, -1, (9, 9)), (0, 0, (0, 9)), (0, 0, (9, 0)), (0, 2**64, (9, 9))],
 )
 def test_draw_view_refuses_when_argument_is_out_of_range(seed, view, size):
     with pytest.raises(InputError, match="expected"):

@@ -62,6 +62,10 @@ def test_decode_refuses_when_jpeg_scans_repeat():
         decode_image(progressive((30, 30), 101))
 
 
+def test_decode_accepts_as_many_jpeg_scans_as_the_limit():
+    assert decode_image(progressive((30, 30), 100)).size == (30, 30)
+
+
 def test_decode_refuses_when_scans_and_pixels_together_are_beyond_the_largest_image():
     assert decode_image(progressive((300, 300), 20), max_pixels=90_000).size == (300, 300)
     with pytest.raises(ImageError, match="JPEG of 90,000 pixels has more than 20 scans"):
@@ -140,6 +144,36 @@ def test_decode_refuses_when_tiff_tags_overlap(order):
         decode_image(overlapping)
 
 
+def big_tiff(*tags, order="<", size=400, version=43):
+    folder = struct.pack(order + "Q", len(tags)) + b"".join(struct.pack(order + "HHQQ", *tag) for tag in tags)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HHHQ", version, 8, 0, 16)
+    return (head + folder + bytes(8)).ljust(size, b"\0")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ([(tag, 7, 900, 100) for tag in range(1000, 1010)], "TIFF tags claim more bytes than the file has"),
+        ([(273, 16, 70_000, 200)], "more than 65,536 values in TIFF tag 273"),
+        ([(34665, 16, 1, 16)], "more than 65,536 TIFF tags"),  # a folder that holds itself
+    ],
+)
+def test_decode_refuses_when_tags_of_a_big_tiff_are_beyond_the_limits(tags, message, order):
+    with pytest.raises(ImageError, match=message):
+        decode_image(big_tiff(*tags, order=order, size=2000 if "claim" in message else 600_000))
+
+
+@pytest.mark.parametrize("kind", [3, 8, 4, 9, 11, 13, 5, 10, 12, 16, 17, 18])
+def test_decode_counts_the_bytes_of_every_type_of_tiff_value(kind):
+    size = {3: 2, 8: 2, 4: 4, 9: 4, 11: 4, 13: 4}.get(kind, 8)
+    fitting, beyond = (tiff((1000, kind, 1000 // size + more, 100), size=1000) for more in (0, 1))
+    with pytest.raises(ImageError, match="TIFF tags claim more"):
+        decode_image(beyond)
+    with pytest.raises(ImageError, match="not an image|cannot be decoded"):  # it has no pixels either
+        decode_image(fitting)
+
+
 def test_decode_refuses_when_tags_of_a_tiff_folder_inside_overlap():
     inner = struct.pack("<H", 3) + b"".join(struct.pack("<HHLL", tag, 7, 900, 100) for tag in (1, 2, 3)) + bytes(4)
     data = tiff((34665, 4, 1, 1000), size=1000) + inner.ljust(1000, b"\0")
@@ -184,8 +218,9 @@ SLOW = 5 << 20
         b"P3 2000 2000 255\n" + b"0 " * SLOW,
         b"P1 2000 4000\n" + b"1" * SLOW,
         b"BM" + bytes(12) + struct.pack("<IiiHHII", 40, 64, 64, 1, 8, 1, SLOW) + b"\0\2\0\0" * (SLOW // 4),
+        b"BM" + bytes(12) + struct.pack("<IiiHHII", 40, 64, 64, 1, 4, 2, SLOW) + b"\0\2\0\0" * (SLOW // 4),
     ],
-    ids=["comment", "spaces", "odd maximum", "16 bits", "plain text", "plain bits", "run lengths"],
+    ids=["comment", "spaces", "odd maximum", "16 bits", "plain text", "plain bits", "run lengths", "of 4 bits"],
 )
 def test_decode_refuses_when_a_large_file_has_only_a_slow_decoder(data):
     with pytest.raises(ImageError, match="at most 4,194,304 are accepted; save it as PNG"):
@@ -196,3 +231,10 @@ def test_decode_refuses_when_a_large_file_has_only_a_slow_decoder(data):
                                     b"P4 8000 6000\n"])  # fmt: skip
 def test_decode_accepts_large_ppm_when_its_decoder_is_fast(header):
     assert decode_image(header + bytes(11_000_000)).mode == "RGB"
+
+
+def test_decode_accepts_plain_text_when_it_has_as_many_bytes_as_the_limit():
+    data = b"P1 4000 1000 ".ljust(4 << 20, b"0")
+    assert decode_image(data).size == (4000, 1000)
+    with pytest.raises(ImageError, match="has 4,194,305 bytes, at most 4,194,304"):
+        decode_image(data + b"0")

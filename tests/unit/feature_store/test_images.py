@@ -96,6 +96,38 @@ def test_decode_refuses_when_integers_exceed_16_bits(value):
         decode_image(data)
 
 
+@pytest.mark.parametrize(("values", "message"), [([-1, 7], "-1 to 7"), ([7, 65536], "7 to 65536")])
+def test_decode_refuses_when_a_single_integer_exceeds_16_bits(values, message):
+    data = encoded(Image.fromarray(np.array([values], np.int32)), "TIFF")
+    with pytest.raises(ImageError, match=f"values {message}, expected"):
+        decode_image(data)
+
+
+def test_decode_scales_when_32_bit_integers_are_within_16_bits():
+    data = encoded(Image.fromarray(np.array([[0, 40000, 65535]], np.int32)), "TIFF")
+    assert np.asarray(decode_image(data))[0].tolist() == [[0] * 3, [156] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize(("kind", "colour"), [(0, (100, 50, 20)), (1, (199, 99, 39)), (2, (100, 50, 20))])
+def test_decode_keeps_colours_when_a_tiff_has_a_fourth_sample(kind, colour):
+    """One that means nothing, alpha the colours are multiplied with, alpha they are not."""
+    data = encoded(Image.new("RGBA", (4, 3), (100, 50, 20, 128)), "TIFF")
+    at = data.index(struct.pack("<HHL", 338, 3, 1))  # ExtraSamples
+    changed = data[: at + 8] + struct.pack("<H", kind) + data[at + 10 :]
+    assert colour_of(changed) == colour
+
+
+def test_decode_raises_memory_errors_as_they_are(monkeypatch):
+    """The image may be good: it must not be quarantined."""
+
+    def load(_):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(MemoryError):
+        decode_image(encoded(Image.fromarray(NOISE), "BMP"))
+
+
 @pytest.mark.parametrize(("mode", "colour"), [("F", 0.5), ("LAB", (50, 10, 10))])
 def test_decode_refuses_and_names_mode_when_it_has_no_rgb_meaning(mode, colour):
     with pytest.raises(ImageError, match=f"mode {mode} has no one meaning"):

@@ -1,5 +1,7 @@
 """Our bytes against zarr's own, both ways."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import zarr
@@ -9,15 +11,25 @@ from tiny_store import CHANNELS, CLASSES, SAMPLES, TOKENS, tiny_manifest, tiny_s
 
 from feature_store.errors import CorruptStoreError
 from feature_store.layout import (
+    CRC_BYTES,
+    MISSING_CHUNK,
     ShardBuilder,
     array_specs,
     crc32c,
     decode_chunk,
+    decode_row,
+    decode_shard_index,
     encode_chunk,
+    encode_row,
     joined_crc32c,
     joined_crc32cs,
     object_bytes,
+    object_checksum,
+    shard_bytes,
+    shard_index_bytes,
+    value_specs,
 )
+from feature_store.manifest import TapInfo
 
 
 def test_store_written_by_us_reads_equal_when_opened_with_plain_zarr(tmp_path):
@@ -118,3 +130,144 @@ def test_joined_crc32cs_are_those_of_each_range(pieces, data):
     checksums = np.array([crc32c(piece) for piece in pieces], np.uint32)
     joined = joined_crc32cs(checksums, np.array(starts), np.array(stops), 9)
     assert joined == [crc32c(b"".join(pieces[start:stop])) for start, stop in zip(starts, stops, strict=True)]
+
+
+TAP = array_specs(tiny_manifest())["taps/stage4"]
+LABEL = array_specs(tiny_manifest())["label"]
+ZSTD_TAP = replace(TAP, zstd=True)
+
+
+def test_array_specs_are_those_of_every_store_of_the_format():
+    """Path, dtype, row, whether it has views and is sharded, fill and axes: the metadata of written stores."""
+    box, op, no, views, rows = ("left_top_width_height",), ("op",), (False, False), (True, False), (True, True)
+    expected = [
+        ("label", "<i8", (), *no, "-1", ()),
+        ("key", "|u1", (16,), *no, "0", ("byte",)),
+        ("key_hash", "<u8", (), *no, "0", ()),
+        ("view/crop", "<i4", (4,), *views, "0", box),
+        ("view/flip", "|u1", (), *views, "0", ()),
+        ("view/erase", "<i4", (4,), *views, "0", box),
+        ("view/noise_seed", "<u8", (), *views, "0", ()),
+        ("view/pixel_crc", "<u4", (), *views, "0", ()),
+        ("view/ops", "|u1", (2,), *views, "0", op),
+        ("view/magnitude", "<f4", (2,), *views, "0.0", op),
+        ("taps/stage4", "|i1", (4, 6), *rows, "0", ("token", "channel")),
+        ("taps/stage4.scale", "<f2", (4,), *rows, "nan", ("token",)),
+        ("logits", "<f2", (3,), *rows, "nan", ("class",)),
+        ("taps/stage4.crc32c", "<u4", (), *views, "0", ()),
+        ("taps/stage4.scale.crc32c", "<u4", (), *views, "0", ()),
+        ("logits.crc32c", "<u4", (), *views, "0", ()),
+    ]
+    manifest = replace(tiny_manifest(), taps={"stage4": TapInfo(TOKENS, CHANNELS, "int8+zstd")})
+    specs = array_specs(manifest)
+    assert [
+        (s.path, s.dtype.str, s.row_shape, s.per_view, s.sharded, str(s.fill), s.dimensions) for s in specs.values()
+    ] == expected
+    assert [path for path, spec in specs.items() if spec.zstd] == ["taps/stage4"]
+    assert [path for path, spec in specs.items() if spec.attributes] == ["taps/stage4"]
+    assert list(specs) == [spec.path for spec in specs.values()]
+    assert list(value_specs(manifest)) == list(specs)[:-3]
+
+
+def test_shapes_and_paths_have_views_only_where_the_array_has():
+    manifest = tiny_manifest()
+    assert (TAP.unit_shape(manifest), LABEL.unit_shape(manifest)) == ((1, 5, TOKENS, CHANNELS), (5,))
+    assert (TAP.inner_shape(), TAP.row_bytes, LABEL.row_bytes) == ((1, 1, TOKENS, CHANNELS), 48, 8)
+    assert replace(TAP, per_view=False).inner_shape() == (1, TOKENS, CHANNELS)
+    assert TAP.checksums.object_path(3, 1) == "taps/stage4.crc32c/c/1/3"
+    assert LABEL.object_path(2, 1) == "label/c/2"
+
+
+def test_chunk_is_padded_with_the_fill_value_and_ends_with_its_crc():
+    raw = encode_chunk(LABEL, np.array([7, 8]), 4)
+    assert raw[:-CRC_BYTES].view("<i8").tolist() == [7, 8, -1, -1]
+    assert object_checksum(raw) == crc32c(raw[:-CRC_BYTES]) == int.from_bytes(raw[-4:].tobytes(), "little")
+    assert decode_chunk(LABEL, raw, 4, "-").tolist() == [7, 8, -1, -1]
+    assert raw.nbytes == object_bytes(LABEL, 2, 4)
+    boxes = array_specs(tiny_manifest())["view/crop"]
+    assert decode_chunk(boxes, encode_chunk(boxes, np.ones((1, 4)), 2), 2, "-").tolist() == [[1] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_decode_chunk_refuses_when_there_is_no_room_for_a_crc(size):
+    with pytest.raises(CorruptStoreError, match="object label/c/0 is damaged: the crc32c of its chunk does not match"):
+        decode_chunk(LABEL, np.zeros(size, np.uint8), 5, "label/c/0")
+
+
+@pytest.mark.parametrize("capacity", [2, 4])
+def test_decode_chunk_refuses_another_length_when_its_crc_is_right(capacity):
+    raw = encode_chunk(LABEL, np.arange(2), capacity)
+    message = f"label/c/1 is damaged: its chunk has {8 * capacity} bytes, expected 24; .*repair --yes --drop-damaged"
+    with pytest.raises(CorruptStoreError, match=message):
+        decode_chunk(LABEL, raw, 3, "label/c/1")
+
+
+def built(spec, positions, rows, capacity):
+    builder = ShardBuilder(spec, capacity)
+    parts = [*builder.add(np.array(positions), rows), builder.finish()]
+    return builder, np.concatenate(parts)
+
+
+@pytest.mark.parametrize("spec", [TAP, ZSTD_TAP])
+def test_shard_index_points_at_rows_and_says_which_are_missing(spec):
+    rows = np.random.default_rng(0).standard_normal((2, TOKENS, CHANNELS)).astype(np.float16)
+    builder, shard = built(spec, [1, 3], rows, 4)
+    tail = shard[-shard_index_bytes(4) :]
+    index = decode_shard_index(tail, 4, "-")
+    assert index[[0, 2]].tolist() == [[MISSING_CHUNK] * 2] * 2
+    for position, row in ((1, rows[0]), (3, rows[1])):
+        start, length = index[position].astype(int)
+        stored = shard[start : start + length - CRC_BYTES]
+        assert crc32c(stored) == object_checksum(shard[start : start + length]) == builder.checksums[position]
+        out = np.empty(spec.row_bytes, np.uint8)
+        decode_row(spec, stored, out, "-")
+        assert out.tobytes() == row.tobytes()
+        assert stored.tobytes() == encode_row(spec, row).tobytes()
+    assert builder.checksums[[0, 2]].tolist() == [0, 0]
+    assert (builder.nbytes, builder.checksum) == (shard.nbytes, object_checksum(shard))
+
+
+def test_shard_index_refuses_when_it_is_anothers():
+    _, shard = built(TAP, [], [], 4)
+    with pytest.raises(CorruptStoreError, match="x is damaged: its shard index has 64 bytes, expected 80"):
+        decode_shard_index(shard, 5, "x")
+    shard[3] ^= 1
+    with pytest.raises(CorruptStoreError, match="the crc32c of its shard index does not match"):
+        decode_shard_index(shard, 4, "x")
+
+
+def test_shard_builder_refuses_when_rows_and_positions_differ_in_number():
+    with pytest.raises(ValueError, match="shorter"):
+        ShardBuilder(TAP, 4).add(np.array([0, 1]), np.zeros((1, TOKENS, CHANNELS), np.float16))
+
+
+def test_rows_that_are_not_contiguous_are_stored_in_order():
+    turned = np.arange(TOKENS * CHANNELS, dtype=np.float16).reshape(CHANNELS, TOKENS).T
+    assert encode_row(TAP, turned).tobytes() == turned.tobytes()
+
+
+@pytest.mark.parametrize("stored", [b"", b"nonsense", encode_row(ZSTD_TAP, np.zeros(3, np.float16)).tobytes()[:-2]])
+def test_decode_row_refuses_when_it_cannot_be_decompressed(stored):
+    with pytest.raises(CorruptStoreError, match="taps/x is damaged: a row cannot be decompressed"):
+        decode_row(ZSTD_TAP, np.frombuffer(stored, np.uint8), np.empty(48, np.uint8), "taps/x")
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+def test_shard_bytes_bounds_rows_that_zstd_cannot_compress(tokens):
+    """Closely: plans reserve this much."""
+    spec = replace(ZSTD_TAP, dtype=np.dtype("u1"), row_shape=(tokens, 64))
+    rows = np.random.default_rng(0).integers(0, 256, (3, tokens, 64), np.uint8)
+    _, shard = built(spec, [0, 1, 2], rows, 5)
+    most = shard_bytes(spec, 3, 5)
+    assert shard.nbytes <= most <= shard.nbytes + 3 * (spec.row_bytes // 256 + 64)
+    assert object_bytes(spec, 3, 5) == most
+    assert shard_bytes(replace(spec, zstd=False), 3, 5) == 3 * (64 * tokens + 4) + 5 * 16 + 4
+
+
+def test_joined_crc32cs_of_many_ranges_of_any_length_are_those_of_each():
+    pieces = [bytes([i] * 300) for i in range(20)]
+    checksums = np.array([crc32c(piece) for piece in pieces], np.uint32)
+    starts, stops = np.array([0, 3, 5, 19]), np.array([1, 20, 7, 20])
+    expected = [crc32c(b"".join(pieces[a:b])) for a, b in zip(starts, stops, strict=True)]
+    assert joined_crc32cs(checksums, starts, stops, 300) == expected
+    assert [joined_crc32c(checksums[a:b], 300) for a, b in zip(starts, stops, strict=True)] == expected

@@ -1,6 +1,8 @@
+import io
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from feature_store.errors import ImageError
 from feature_store.views import (
@@ -39,10 +41,25 @@ def test_jpeg_keeps_size_and_smooth_pixels_nearly(image):
 
 
 def test_decode_view_says_why_when_the_jpeg_is_cut_short(image):
-    with pytest.raises(ImageError, match="truncated or damaged"):
-        decode_view(encode_view(np.array(image))[:200])
+    data = encode_view(np.array(image))
+    with pytest.raises(ImageError, match="truncated or damaged: the JPEG has no scan"):
+        decode_view(data[:200])
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        decode_view(data[:-200])
 
 
 def test_view_tar_names_unit_and_view():
     assert view_tar(12, 3) == "v3/u00012.tar"
     assert view_tar(123456, 10) == "v10/u123456.tar"
+
+
+def test_encoded_view_is_a_jpeg_of_quality_95_with_full_chroma(image):
+    reference = io.BytesIO()
+    image.save(reference, "JPEG", quality=95)
+    with Image.open(io.BytesIO(encode_view(np.array(image)))) as jpeg, Image.open(reference) as expected:
+        assert (jpeg.format, jpeg.quantization) == ("JPEG", expected.quantization)
+        assert JpegImagePlugin.get_sampling(jpeg) == 0  # 4:4:4
+
+
+def test_decoded_view_may_be_written_to(image):
+    decode_view(encode_view(np.array(image)))[0, 0] = 0

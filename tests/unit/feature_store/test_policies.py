@@ -27,6 +27,51 @@ def test_view_policy_gives_released_schedules_when_named():
     assert a1.size == (224, 224)
 
 
+def test_policy_has_the_json_form_of_every_store_when_all_fields_are_the_defaults():
+    assert json.dumps(view_policy("rrc_flip", (192, 224)).to_dict()) == json.dumps({
+        "name": "rrc_flip", "size": [192, 224], "crop": "random", "interpolation": "bilinear", "scale": [0.08, 1.0],
+        "ratio": [0.75, 4 / 3], "crop_pct": 0.875, "flip": 0.5, "num_ops": 0, "op_probability": 0.5, "level": 0.0,
+        "max_level": 10.0, "level_std": 0.5, "erase": 0.0, "erase_area": [0.02, 1 / 3], "erase_ratio": [0.3, 1 / 0.3],
+    })  # fmt: skip
+
+
+EDGES = [
+    {"size": (1, 1)}, {"scale": (1e-9, 1.0)}, {"scale": (1, 1)}, {"ratio": (5, 5)}, {"ratio": (0.1, 1e9)},
+    {"crop_pct": 1}, {"crop_pct": 1e-9}, {"flip": 0}, {"flip": 1}, {"num_ops": 0}, {"num_ops": 16},
+    {"op_probability": 1.0}, {"level": 10.0}, {"level": 0}, {"max_level": 1e-9}, {"level_std": 0}, {"erase": 1},
+    {"erase_area": (1, 1)}, {"erase_ratio": (9, 9)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", EDGES, ids=str)
+def test_policy_accepts_values_at_the_edge_of_their_range(values):
+    policy = view_policy("rrc_flip", **{"size": 224, **values})
+    assert {name: getattr(policy, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": ""}, "field name is '', expected a name; correct it"),
+        ({"size": (0, 1)}, "expected (height, width), whole numbers from 1; correct it"),
+        ({"crop": ""}, "expected 'random' or 'center'; correct it"),
+        ({"interpolation": ""}, "expected 'bilinear' or 'bicubic'; correct it"),
+        ({"scale": (1, 2)}, "expected two numbers, 0 < low <= high <= 1; correct it"),
+        ({"ratio": (2, 1)}, "expected two numbers, 0 < low <= high; correct it"),
+        ({"crop_pct": 2}, "expected a number over 0, at most 1; correct it"),
+        ({"flip": 2}, "expected a number from 0 to 1; correct it"),
+        ({"num_ops": 17}, "expected a whole number from 0 to 16; correct it"),
+        ({"level": -1}, "expected a number from 0; correct it"),
+        ({"max_level": 0}, "expected a number over 0; correct it"),
+        ({"level": 4, "max_level": 3}, "field level is 4, expected at most max_level = 3; correct it"),
+    ],
+)
+def test_policy_says_what_is_expected_when_value_is_bad(values, message):
+    with pytest.raises(InputError) as caught:
+        ViewPolicy(**{"name": "mine", "size": (8, 8), **values})
+    assert str(caught.value).endswith(message)
+
+
 def test_view_policy_takes_overrides_when_given():
     assert view_policy("center", 224, crop_pct=1.0, interpolation="bilinear").crop_pct == 1.0
 
@@ -41,13 +86,16 @@ def test_policy_names_are_those_of_the_policies_when_listed_for_options():
 
 
 def test_from_dict_refuses_when_field_is_unknown():
-    with pytest.raises(InputError, match="unknown field hue"):
-        ViewPolicy.from_dict({**view_policy("a1", 224).to_dict(), "hue": 0.1})
+    known = "crop, crop_pct, erase, erase_area, .*, size; remove it, or use the release that wrote it"
+    with pytest.raises(InputError, match=f"unknown field hue, jitter, expected {known}"):
+        ViewPolicy.from_dict({**view_policy("a1", 224).to_dict(), "jitter": 1, "hue": 0.1})
 
 
 def test_from_dict_refuses_when_field_is_missing():
     with pytest.raises(InputError, match="lacks field size"):
         ViewPolicy.from_dict({"name": "mine"})
+    with pytest.raises(InputError, match="lacks field name, size; add it"):
+        ViewPolicy.from_dict({"flip": 0.5})
 
 
 BAD_VALUES = [
@@ -55,6 +103,9 @@ BAD_VALUES = [
     ("name", 7),
     ("size", (0, 224)),
     ("size", (224,)),
+    ("size", (224, 224, 3)),
+    ("size", (224, True)),
+    ("size", [224, 224.0]),
     ("size", (224.0, 224)),
     ("size", "224"),
     ("crop", "five"),
@@ -63,6 +114,8 @@ BAD_VALUES = [
     ("scale", (0.0, 1.0)),
     ("scale", (0.5, 0.4)),
     ("scale", (0.5, 1.5)),
+    ("scale", (0.5, 0.6, 0.7)),
+    ("scale", ("0.5", 0.6)),
     ("scale", 0.5),
     ("ratio", (-1.0, 1.0)),
     ("ratio", (1.0, float("inf"))),
@@ -73,6 +126,7 @@ BAD_VALUES = [
     ("flip", float("nan")),
     ("num_ops", -1),
     ("num_ops", 17),
+    ("num_ops", True),
     ("num_ops", 1.0),
     ("op_probability", "0.5"),
     ("level", -1),

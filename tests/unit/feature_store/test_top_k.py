@@ -40,6 +40,19 @@ def test_top_probabilities_are_exact_and_the_rest_is_even(values, k):
         assert np.isclose(rest.sum(), exact[row, others[row]].sum(), rtol=1e-4, atol=1e-30)
 
 
+@settings(max_examples=80, deadline=None)
+@given(logits, st.integers(1, 3))
+def test_kept_log_probabilities_are_within_the_stated_error(values, k):
+    codec = get_codec(f"top{k}")
+    exact, bound = np.log(np.maximum(probabilities(values), 1e-300)), codec.max_error(values)
+    decoded = codec.decode(codec.encode(values), values.shape[1:])
+    kept = np.isfinite(bound)
+    assert (np.abs(decoded - exact)[kept] <= bound[kept]).all()
+    # float32 has 24 bits, and no log-probability is further from 0 than the logits' span and the classes' logarithm
+    span = np.ptp(values, axis=1, keepdims=True).astype(float) + np.log(values.shape[1])
+    assert (bound[kept] <= (2.0**-22 * span).repeat(values.shape[1], axis=1)[kept]).all()
+
+
 def test_the_smallest_rest_is_not_lost_to_cancellation():
     values = np.array([[0.0, -60.0, -61.0, -62.0]], np.float32)
     codec = get_codec("top1")

@@ -195,8 +195,14 @@ def test_apply_view_gives_same_bytes_when_parameters_come_from_stored_arrays():
     [
         ({"crop": (1, 0, 48, 48)}, r"crop .* does not fit an image of \(48, 48\)"),
         ({"crop": (0, 0, 0, 4)}, "does not fit"),
+        ({"crop": (0, 0, 4, 0)}, "does not fit"),
         ({"crop": (-1, 0, 4, 4)}, "does not fit"),
+        ({"crop": (0, -1, 4, 4)}, "does not fit"),
+        ({"crop": (0, 1, 48, 48)}, "does not fit"),
         ({"erase": (10, 0, 7, 4)}, r"erased box .* does not fit a view of \(16, 16\)"),
+        ({"erase": (0, 10, 4, 7)}, "does not fit a view"),
+        ({"erase": (0, -1, 4, 4)}, "does not fit a view"),
+        ({"erase": (0, 0, 4, -4)}, "does not fit a view"),
         ({"ops": (99,), "magnitudes": (0.0,)}, "number 99 is unknown"),
         ({"interpolation": "lanczos"}, "'lanczos', expected one of bilinear, bicubic"),
     ],
@@ -204,6 +210,19 @@ def test_apply_view_gives_same_bytes_when_parameters_come_from_stored_arrays():
 def test_apply_view_refuses_when_parameters_do_not_fit(change, message):
     with pytest.raises(InputError, match=message):
         apply_view(NOISE, dataclasses.replace(PLAIN, **change), 16)
+
+
+def test_apply_view_takes_boxes_that_reach_the_edges():
+    params = dataclasses.replace(PLAIN, crop=(40, 44, 8, 4), erase=(23, 15, 1, 1), noise_seed=1)
+    pixels = apply_view(NOISE, params, (16, 24))
+    whole = np.asarray(Image.fromarray(np.asarray(NOISE)[44:, 40:]).resize((24, 16), Image.Resampling.BICUBIC))
+    assert np.argwhere((pixels != whole).any(axis=2)).tolist() == [[15, 23]]
+    assert apply_view(NOISE, dataclasses.replace(PLAIN, erase=(0, 0, 24, 16)), (16, 24)).shape == (16, 24, 3)
+
+
+def test_apply_view_refuses_when_operations_and_magnitudes_differ_in_number():
+    with pytest.raises(ValueError, match="longer|shorter"):
+        apply_view(NOISE, dataclasses.replace(PLAIN, ops=(1, 2), magnitudes=(0.0,)), 16)
 
 
 def test_apply_view_refuses_when_image_is_not_rgb():
