@@ -1,4 +1,4 @@
-"""Mutation testing: the share of changed programs that the tests of a module notice, module by module.
+"""Mutation testing: the share of changed programs that the tests notice, by module.
 
 Run with ``make mutants``. mutmut changes one expression at a time; here each change is tried with the module's own
 tests, those in TESTS: fast ones, in one process. That is a lower bound, for the rest of the suite is not run. The
@@ -136,7 +136,7 @@ def measure(module: str, meta: Path, tests: Sequence[str], sample: int, seed: in
     statuses = {name: trial(name, tests, limit) for name in drawn}
     survivors = [name for name, status in statuses.items() if status == 0]
     killed = len(drawn) - len(survivors)
-    print(f"{module}: {killed} of {len(drawn)}", file=sys.stderr, flush=True)
+    print(f"{module}: {killed} of {len(drawn)}; survived: {survivors}", file=sys.stderr, flush=True)
     return {
         "mutants": len(names),
         "tried": len(drawn),

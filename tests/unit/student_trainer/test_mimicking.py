@@ -100,3 +100,10 @@ def test_dual_view_losses_weigh_each_path_with_its_own_alpha_when_both_are_given
         "stage4_alternative": alternative_view_loss(q, t, 0.7),
     }
     assert list(dual_view_losses("stage3", {"original": p}, t, (0.3, 0.7))) == ["stage3_original"]
+
+
+def test_dual_view_losses_are_refused_when_there_is_not_one_weight_for_each_path():
+    p = torch.ones(1, 4, 5)
+    for alphas in ((0.3,), (0.3, 0.7, 0.1)):
+        with pytest.raises(ValueError, match="zip"):
+            dual_view_losses("stage3", {"original": p}, p, alphas)
