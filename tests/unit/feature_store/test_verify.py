@@ -157,6 +157,17 @@ def test_verify_names_metadata_that_is_not_the_manifests(path, node):
     assert found(path) == [("metadata", f"{node}/zarr.json", None)]
 
 
+def test_verify_finds_nothing_when_another_release_of_zarr_wrote_the_groups(path):
+    """Before 3.1.6 a group says that it has no consolidated metadata."""
+    for file in path.rglob("zarr.json"):
+        node = json.loads(file.read_text())
+        if node["node_type"] == "group":
+            if node.pop("consolidated_metadata", "") == "":
+                node["consolidated_metadata"] = None
+            file.write_text(json.dumps(node))
+    assert verify(path).findings == []
+
+
 def test_verify_names_later_blocks_that_are_not_the_manifests(path):
     flip(path / "teacher/blocks/norm.weight/c/0", 2)
     assert found(path) == [("blocks", "teacher/blocks", None)]
