@@ -58,7 +58,7 @@ TESTS = {  # what notices a change, by module
     "student_trainer/tasks.py": [f"{_TRAINER}tasks.py"],
 }
 _WORK = Path("mutants")
-_COPIED = ("feature_store", "student_trainer", "teacher_service", "tests", "pyproject.toml")
+_COPIED = ("feature_store", "student_trainer", "teacher_service", "tests", "benchmarks", "pyproject.toml")
 _PYTEST = ("-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-profile=mutants", "--rootdir=.", "-q")
 _CONFIG = r"""
 [mutmut]
@@ -70,6 +70,8 @@ only_mutate =
     {modules}
 # the wording of errors is not tried
 do_not_mutate_patterns = ^\s*(raise |return InputError\(|f?".*"[,)]*$)
+# processes that tests start import the main module, which is this one
+also_copy = benchmarks
 # mutmut shall generate, and find nothing to run
 pytest_add_cli_args_test_selection = tests/unit/feature_store/test_errors.py
 """
@@ -125,14 +127,19 @@ def trial(mutant: str, tests: Sequence[str], limit: float) -> int | None:
     return None
 
 
-def measure(module: str, meta: Path, tests: Sequence[str], sample: int, seed: int) -> dict[str, Any]:
-    """What the tests of a module notice; the working directory is the generated copy."""
-    names = mutants_of(meta)
-    drawn = random.Random(seed).sample(names, min(sample or len(names), len(names)))
+def time_limit(tests: Sequence[str]) -> float:
+    """Seconds after which tests are ended that pass without a mutant."""
     begun = time.monotonic()
-    if status := trial("", tests, 1800):
-        sys.exit(f"{module}: its tests do not pass as they are (pytest: {status}): {', '.join(tests)}")
-    limit = 60 + 10 * (time.monotonic() - begun)
+    if (status := trial("", tests, 1800)) != 0:
+        sys.exit(f"the tests do not pass as they are (pytest: {status}): {', '.join(tests)}")
+    return 60 + 10 * (time.monotonic() - begun)
+
+
+def measure(
+    module: str, names: list[str], tests: Sequence[str], limit: float, draws: random.Random, sample: int
+) -> dict[str, Any]:
+    """What the tests of a module notice of a sample of its mutants; the working directory is the generated copy."""
+    drawn = draws.sample(names, min(sample or len(names), len(names)))
     statuses = {name: trial(name, tests, limit) for name in drawn}
     survivors = [name for name, status in statuses.items() if status == 0]
     killed = len(drawn) - len(survivors)
@@ -163,12 +170,13 @@ def main() -> None:
     with redirect_stdout(sys.stderr):
         if pytest.main([*_PYTEST, "-qq", "--collect-only", *files]):  # imports them, for the forks
             sys.exit("the tests cannot be collected")
+    limits = {line: time_limit(tests) for line, tests in chosen.items()}  # first, for they may fail
     results: dict[str, dict[str, Any]] = {}
     for line, tests in chosen.items():
         for meta in sorted(Path().glob(f"{line}.meta")):
-            module = str(meta).removesuffix(".meta")
-            if mutants_of(meta):
-                results[module] = measure(module, meta, tests, arguments.sample, arguments.seed)
+            module, names, draws = str(meta).removesuffix(".meta"), mutants_of(meta), random.Random(arguments.seed)
+            if names:
+                results[module] = measure(module, names, tests, limits[line], draws, arguments.sample)
     os.chdir(home)
     for name in (name for result in results.values() for name in result["survivors"]):
         print(mutmut("show", name), file=sys.stderr)

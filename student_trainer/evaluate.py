@@ -160,9 +160,6 @@ class _InOrder(Sampler[list[RowId]]):
         self._rows = [RowId(unit, position, 0) for unit, count in enumerate(samples) for position in range(count)]
         self._batch_size = batch_size
 
-    def __len__(self) -> int:
-        return -(-len(self._rows) // self._batch_size)
-
     def __iter__(self) -> Iterator[list[RowId]]:
         for start in range(0, len(self._rows), self._batch_size):
             yield self._rows[start : start + self._batch_size]

@@ -57,6 +57,12 @@ def test_epoch_mixes_rows_only_within_a_group_when_units_are_grouped():
     assert len(set(units[:first])) == 2  # not unit after unit
 
 
+def test_addresses_are_whole_numbers_when_a_unit_is_empty():
+    planned = EpochBatches([[], [0, 2]], batch_size=1, seed=0)
+    assert sorted(row for batch in epoch(planned, 0) for row in batch) == [RowId(1, 0, 0), RowId(1, 2, 0)]
+    assert planned.epoch_rows(0).dtype == np.int64
+
+
 def test_batches_are_refused_when_rows_do_not_fill_one():
     with pytest.raises(InputError, match=r"27 samples do not fill one batch of 28; lower --batch-size"):
         batches(batch_size=28)
