@@ -24,6 +24,7 @@ from feature_store.remote.transport import HttpTransport
 
 TOKEN = "skc_secret"
 HASTY = Patience(deadline=0.4, timeout=0.2, first_pause=0.01, longest_pause=0.05)
+ONCE = Patience(deadline=10, timeout=10, first_pause=100, longest_pause=100)  # a last try in no time could time out
 
 
 class Hostile:
@@ -197,7 +198,7 @@ def test_range_is_refused_when_another_one_comes(length):
     ]
     for answer in answers:
         with hostile(saying(answer)) as server, pytest.raises(WireError):
-            ServedObjects(Service.at(server.url, TOKEN, HASTY)).get_range("x", 10, 4)
+            ServedObjects(Service.at(server.url, TOKEN, ONCE)).get_range("x", 10, 4)
 
 
 def test_range_is_shorter_when_the_object_ends():
