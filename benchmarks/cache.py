@@ -29,17 +29,17 @@ from safetensors.torch import save_file
 
 from benchmarks.cache_gpu import forward_variants
 from benchmarks.cache_limits import ForgetfulStore, memory_slope, queue_bounds
-from feature_store.options import JsonObject
 from feature_store.store import Store
 from feature_store.teacher.model import build_model
-from teacher_service.caching import cache
+from feature_store.tools.options import JsonObject
+from teacher_service.cache.decode import Batch, Span, Task, ViewDataset, batch_spans, read_batches
+from teacher_service.cache.forward import Forward
+from teacher_service.cache.job import cache
+from teacher_service.cache.pipeline import Pipeline
+from teacher_service.cache.prepare import Job, prepare
+from teacher_service.cache.stage_timer import StageTimer, StageTimes
 from teacher_service.config import CacheConfig, TimedPlanConfig
-from teacher_service.decoding import Batch, Span, Task, ViewDataset, batch_spans, read_batches
-from teacher_service.forecast import forecast
-from teacher_service.forward import Forward
-from teacher_service.pipeline import Pipeline
-from teacher_service.preparation import Job, prepare
-from teacher_service.waits import StageTimes, Waits
+from teacher_service.plan.sizes import forecast
 
 Part = Literal["resident", "jpeg", "views", "memory", "bounds", "plan", "gpu"]
 PARTS: tuple[Part, ...] = ("resident", "jpeg", "views", "memory", "bounds", "plan", "gpu")
@@ -198,7 +198,7 @@ def bare_rate(job: Job, batches: int) -> float:
 
 
 def _forward(job: Job) -> Forward:
-    return Forward(job.teacher, ["stage4"], job.config.batch_size, Waits(), compile=job.config.compile)
+    return Forward(job.teacher, ["stage4"], job.config.batch_size, StageTimer(), compile=job.config.compile)
 
 
 def decode_rate(job: Job, tasks: Sequence[Task]) -> float:

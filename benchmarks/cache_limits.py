@@ -8,10 +8,10 @@ from typing import Any, cast
 import numpy as np
 
 from feature_store.store import Store
-from teacher_service.decoding import Task
-from teacher_service.pipeline import Pipeline
-from teacher_service.preparation import Job
-from teacher_service.rows import UnitRows
+from teacher_service.cache.decode import Task
+from teacher_service.cache.encode import UnitRows
+from teacher_service.cache.pipeline import Pipeline
+from teacher_service.cache.prepare import Job
 
 UNITS = 200
 SETTLING = 40  # units until caches and pools have their size

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from benchmarks.trained_teacher import CLASSES, SIDE, TEACHERS, accuracy, train_teacher, write_store
 from feature_store import Store
-from feature_store.analysis.bench import bench_codecs
-from feature_store.codecs.registry import CODECS, ValueCodec, get_codec
-from feature_store.tars.tar import Tar, expand_tars
-from feature_store.teacher.dequantise import Dequantiser
+from feature_store.format.codecs.registry import CODECS, BoundCodec, get_codec
+from feature_store.inputs.tar import Tar, expand_tars
 from feature_store.teacher.model import load_teacher
+from feature_store.teacher.torch_codecs import TorchDecoder
+from feature_store.tools.bench import bench_codecs
 from feature_store.views import apply_view, decode_image
 from student_trainer.scalekd import ScaleKDConfig, ScaleKDLoss
 
@@ -169,15 +169,15 @@ def scalekd_errors(store: Store, tar: str, steps: int) -> dict[str, Any]:
     """Errors of ScaleKD's terms and their gradients by codec, for a new student and for one after some steps."""
     measurement = Measurement(store, tar)
     sample = store.source().read(store.source().unit_rows(0, 0)[:256])
-    taps = [ValueCodec.learn("taps/stage4", get_codec(name), sample.taps["stage4"]) for name in CODECS]
-    logits = [ValueCodec("logits", get_codec(name), (CLASSES,)) for name in LOGITS_CODECS]
+    taps = [BoundCodec.learn("taps/stage4", get_codec(name), sample.taps["stage4"]) for name in CODECS]
+    logits = [BoundCodec("logits", get_codec(name), (CLASSES,)) for name in LOGITS_CODECS]
     report = {"start": _errors(measurement, taps, logits)}
     measurement.train(steps)
     report[f"after {steps} steps"] = _errors(measurement, taps, logits)
     return report
 
 
-def _errors(measurement: Measurement, taps: Sequence[ValueCodec], logits: Sequence[ValueCodec]) -> dict[str, Any]:
+def _errors(measurement: Measurement, taps: Sequence[BoundCodec], logits: Sequence[BoundCodec]) -> dict[str, Any]:
     batches = [next(measurement.batches) for _ in range(MEASURED_BATCHES)]
     exact = [_gradients(measurement, batch, None) for batch in batches]
     report: dict[str, Any] = {"terms": {name: float(np.mean([e[name][0] for e in exact])) for name in exact[0]}}
@@ -193,11 +193,11 @@ def _errors(measurement: Measurement, taps: Sequence[ValueCodec], logits: Sequen
     return report
 
 
-def _gradients(measurement: Measurement, batch: Batch, codec: ValueCodec | None) -> dict[str, tuple[float, Tensor]]:
+def _gradients(measurement: Measurement, batch: Batch, codec: BoundCodec | None) -> dict[str, tuple[float, Tensor]]:
     values = {"taps/stage4": batch.taps["stage4"], "logits": batch.logits}
     teacher = {path: torch.from_numpy(array) for path, array in values.items()}
     if codec is not None:
-        teacher[codec.path] = Dequantiser(codec)(codec.encode(values[codec.path]))
+        teacher[codec.path] = TorchDecoder(codec)(codec.encode(values[codec.path]))
     return measurement.gradients(batch, teacher["taps/stage4"], teacher["logits"])
 
 

@@ -25,8 +25,7 @@ from benchmarks.http_servers import RawSocket, Server, nginx, service
 from benchmarks.http_training import measure_training
 from benchmarks.store import BATCH, batches_of, random_batches, settings, take_turns
 from benchmarks.store_data import ROW_BYTES, make_store
-from feature_store import RowId, Store
-from feature_store.client import connect
+from feature_store import RowId, Store, connect
 
 _SLOW_BATCHES = 4
 _WARM_BATCHES = 40  # connections grow their buffers with the first tens of MB, and an idle machine takes a second

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 
 from benchmarks.http_servers import Server, service
 from benchmarks.store_data import make_manifest
-from feature_store.manifest import TapInfo
+from feature_store.format.manifest import TapInfo
 from feature_store.store import Store
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
-from teacher_service.serving.live import TeacherModel
+from teacher_service.serve.live.teacher import TeacherModel
 
 OVERLOAD = 10
 OVERLOAD_SECONDS = 60.0  # of batches that take a second each on a CPU

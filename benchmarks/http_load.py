@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from feature_store import wire
-from feature_store.remote.service import Patience, Service
-from feature_store.remote.transport import LOST, HttpTransport
+from feature_store.client import frames
+from feature_store.client.service import RetryPolicy, ServiceClient
+from feature_store.client.transport import LOST, HttpTransport
 
 TARGET = "/v1/features:compute?taps=stage4"
 _OPEN_REQUESTS = 128  # at once; a queue of 32 and two batches of 16 keep half of them
@@ -31,14 +31,14 @@ def main() -> None:
 
 def together(url: str, clients: int, each: int) -> dict[str, Any]:
     """Clients that each ask for one view after the other: views per second, and how long each took."""
-    calls = Service.at(url, patience=Patience(deadline=600, timeout=300))
+    calls = ServiceClient.at(url, patience=RetryPolicy(deadline=600, timeout=300))
     bodies = [one_view(url, seed) for seed in range(clients)]
     latencies: list[float] = []
 
     def client(body: bytes) -> None:
         for _ in range(each):
             started = time.perf_counter()
-            calls.frame("POST", TARGET, body, media_type=wire.MEDIA_TYPE)
+            calls.frame("POST", TARGET, body, media_type=frames.MEDIA_TYPE)
             latencies.append(time.perf_counter() - started)
 
     begun = time.perf_counter()
@@ -52,7 +52,7 @@ def offer(url: str, rate: float, seconds: float) -> dict[str, Any]:
     Good answers come by whole batches, so they are counted until the last one within the time, and divided by its time.
     """
     transport, body = HttpTransport(url), one_view(url)
-    headers = {"Content-Type": wire.MEDIA_TYPE}
+    headers = {"Content-Type": frames.MEDIA_TYPE}
     statuses: Counter[str] = Counter()
     done: list[float] = []
     asked: list[float] = []
@@ -92,9 +92,9 @@ def offer(url: str, rate: float, seconds: float) -> dict[str, Any]:
 
 def one_view(url: str, seed: int = 0) -> bytes:
     """A frame of one view of noise, of the teacher's size."""
-    size = Service.at(url).json("/v1/teacher")["teacher"]["input_size"]
+    size = ServiceClient.at(url).json("/v1/teacher")["teacher"]["input_size"]
     pixels = np.random.default_rng(seed).integers(0, 256, (1, *size, 3), np.uint8)
-    return b"".join(wire.encode({"pixels": pixels}).chunks())
+    return b"".join(frames.encode({"pixels": pixels}).chunks())
 
 
 def _run(threads: list[threading.Thread]) -> None:

@@ -18,12 +18,12 @@ import numpy as np
 import tyro
 
 from feature_store import Store, open_store
-from feature_store.commits.proofs import ProofOrder
-from feature_store.commits.record import CommitRecord, ObjectProof, encode_record
-from feature_store.layout import array_specs, encode_chunk, object_checksum
-from feature_store.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
-from feature_store.sample import encode_keys
-from feature_store.versions import software_versions
+from feature_store.commits.checksum_table import ChecksumOrder
+from feature_store.commits.record import CommitRecord, ObjectChecksum, encode_record
+from feature_store.format.addressing import encode_keys
+from feature_store.format.layout import array_specs, encode_chunk, object_checksum
+from feature_store.format.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
+from feature_store.format.versions import software_versions
 from feature_store.views import view_policy
 
 BATCH = 1024
@@ -75,7 +75,7 @@ def make_store(config: Config) -> float:
     """Write records and keys; seconds the commit index took."""
     manifest = sparse_manifest(config)
     store = Store.create(config.folder, manifest, {})
-    spec, order, rng = array_specs(manifest)["key"], ProofOrder(manifest), np.random.default_rng(0)
+    spec, order, rng = array_specs(manifest)["key"], ChecksumOrder(manifest), np.random.default_rng(0)
     (config.folder / "commits").mkdir()
     (config.folder / spec.path / "c").mkdir()
     for unit, tar in enumerate(manifest.tars):
@@ -86,8 +86,8 @@ def make_store(config: Config) -> float:
         for first in range(0, config.views, config.views_per_record):
             views = range(first, first + config.views_per_record)
             paths = order.paths(unit, views)
-            proofs = {p: ObjectProof(10**8 + i, int(rng.integers(2**32))) for i, p in enumerate(paths)}
-            proofs[spec.object_path(unit)] = ObjectProof(chunk.nbytes, object_checksum(chunk))
+            proofs = {p: ObjectChecksum(10**8 + i, int(rng.integers(2**32))) for i, p in enumerate(paths)}
+            proofs[spec.object_path(unit)] = ObjectChecksum(chunk.nbytes, object_checksum(chunk))
             record = CommitRecord(
                 manifest.identity(), unit, first, views.stop - 1, tar.name, tar.header_sha256, tar.samples, {}, proofs,
                 manifest.software,

@@ -29,18 +29,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from webdataset.writer import TarWriter
 
 from benchmarks.official_style import official_style_loss
-from feature_store.options import JsonObject
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
 from feature_store.source import FeatureBatch, FeatureSource
 from feature_store.store import Store, open_store
 from feature_store.teacher.model import build_model
-from feature_store.terminal import Console
+from feature_store.tools.options import JsonObject
+from feature_store.tools.terminal import Console
 from student_trainer.assemble import assemble
 from student_trainer.config import TeacherConfig, TrainConfig
 from student_trainer.data import Batch, ViewDataset
 from student_trainer.scalekd import ScaleKDLoss
 from student_trainer.train import Trainer
-from teacher_service.caching import cache
+from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig
 
 

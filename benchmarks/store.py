@@ -25,10 +25,10 @@ import tyro
 from benchmarks.store_data import CHANNELS, ROW_BYTES, TOKENS, make_data, make_linked_store, make_manifest, make_store
 from benchmarks.store_floor import RawFiles, write_raw
 from feature_store import RowId, Store
-from feature_store.layout import ShardBuilder, value_specs
-from feature_store.reading.reader import ZarrSource
-from feature_store.reading.streaming import ShuffledStream
-from feature_store.versions import software_versions
+from feature_store.format.layout import ShardBuilder, value_specs
+from feature_store.format.versions import software_versions
+from feature_store.read.reader import ZarrSource
+from feature_store.read.streaming import ShuffledStream
 
 BATCH = 256
 Contenders = Mapping[str, Callable[[Sequence[RowId]], Any]]

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from feature_store import Store, open_store
-from feature_store.commits.proofs import ProofOrder
+from feature_store.commits.checksum_table import ChecksumOrder
 from feature_store.commits.record import CommitRecord, encode_record
-from feature_store.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
-from feature_store.versions import software_versions
+from feature_store.format.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
+from feature_store.format.versions import software_versions
 from feature_store.views import draw_view, view_policy
-from feature_store.writer import UnitData
+from feature_store.write.unit import UnitData
 
 TOKENS, CHANNELS = 49, 1536
 ROW_BYTES = TOKENS * CHANNELS * 2
@@ -68,14 +68,14 @@ def make_linked_store(path: Path, units: int, samples: int) -> Store:
     manifest = make_manifest(units, 1, samples)
     store = Store.create(path, manifest, {})
     store.write_unit(0, 0, make_data(manifest, 0))
-    first, order = store.committed.record(0, 0), ProofOrder(manifest)
+    first, order = store.committed.record(0, 0), ChecksumOrder(manifest)
     for unit in range(1, units):
         _link_unit(path, manifest, first, order, unit)
     store.compact()
     return open_store(path)
 
 
-def _link_unit(path: Path, manifest: Manifest, first: CommitRecord, order: ProofOrder, unit: int) -> None:
+def _link_unit(path: Path, manifest: Manifest, first: CommitRecord, order: ChecksumOrder, unit: int) -> None:
     tar, sources, targets = manifest.tars[unit], order.paths(0, range(1)), order.paths(unit, range(1))
     proofs = {new: first.proof(old) for old, new in zip(sources, targets, strict=True)}
     for old, new in zip(sources, targets, strict=True):

@@ -17,13 +17,13 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from feature_store import Store
-from feature_store.manifest import Manifest, TapInfo, TarInfo
-from feature_store.tars.tar import Tar
+from feature_store.format.manifest import Manifest, TapInfo, TarInfo
+from feature_store.format.versions import software_versions
+from feature_store.inputs.tar import Tar
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, build_model, load_teacher, normalise
-from feature_store.versions import software_versions
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, pixel_crc, view_policy
-from feature_store.writer import UnitData
+from feature_store.write.unit import UnitData
 
 CLASSES, SIDE, BATCH = 100, 32, 64
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {

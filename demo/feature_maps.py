@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 
 from demo.plots import Theme, png, themed
 from feature_store import RowId, Store
-from feature_store.tars.tar import open_tars
+from feature_store.inputs.tar import open_tars
 from feature_store.teacher.model import load_teacher
 from student_trainer.data import ViewDataset, match_tars
 from student_trainer.replay import StoredViews

@@ -20,11 +20,11 @@ from demo.students import SettingResult, Students, summarise
 from demo.teacher import TeacherReport, train_teacher
 from feature_store import open_store
 from feature_store.errors import InputError
-from feature_store.versions import software_versions
+from feature_store.format.versions import software_versions
 from student_trainer.student import Student
-from teacher_service.caching import cache
+from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig
-from teacher_service.planning import plan
+from teacher_service.plan.survey import plan
 
 _MARKER = ".made-by-demo"  # a folder is emptied only if this file is in it
 

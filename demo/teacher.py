@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from demo.digits import Digits
 from demo.settings import CLASSES, SIDE, VIEW_POLICY, Settings
-from feature_store.tars.tar import Tar
+from feature_store.inputs.tar import Tar
 from feature_store.teacher.model import build_model
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, view_policy
 from student_trainer.evaluate import Evaluator

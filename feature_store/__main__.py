@@ -2,6 +2,6 @@
 
 import sys
 
-from feature_store.cli import main
+from feature_store.tools.cli import main
 
 sys.exit(main())

@@ -87,4 +87,4 @@ class ResourceError(UserError):
 
 
 class WireError(ResourceError):
-    """A body from another machine that is cut short, damaged, or not a frame at all (``feature_store.wire``)."""
+    """A body from another machine that is truncated, damaged, or not a frame (``feature_store.client.frames``)."""

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
 
 
 @dataclass(frozen=True)

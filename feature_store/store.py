@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from feature_store.blocks import read_blocks
-from feature_store.codecs.registry import require_calibrated
+from feature_store.backends.local import LocalObjects, ObjectStore, open_objects
 from feature_store.commits import index as commit_index
-from feature_store.commits import leftovers
-from feature_store.commits.committed import CommittedRows, load_commits, load_store
+from feature_store.commits import orphans as orphans
 from feature_store.commits.locks import exclusive, lock_name
-from feature_store.commits.record import FOLDER, CommitRecord, already_committed, decode_record, record_place
+from feature_store.commits.log import CommitLog, load_commits, load_store
+from feature_store.commits.record import FOLDER, CommitRecord, already_committed, decode_record, parse_record_path
 from feature_store.errors import InputError
-from feature_store.growth import grow
-from feature_store.keys import KeyIndex
-from feature_store.layout import array_specs
-from feature_store.manifest import Manifest
-from feature_store.objects.local import LocalObjects, ObjectStore, open_objects
-from feature_store.reading.reader import ObjectReader, ZarrSource
-from feature_store.sample import RowId, decode_keys
-from feature_store.skeleton import ROOT, skeleton
+from feature_store.format.addressing import RowId, decode_keys
+from feature_store.format.blocks import read_blocks
+from feature_store.format.codecs.registry import require_calibrated
+from feature_store.format.layout import array_specs
+from feature_store.format.manifest import Manifest
+from feature_store.read.key_index import KeyIndex
+from feature_store.read.reader import ObjectReader, ZarrSource
 from feature_store.views import ViewParams
-from feature_store.writer import UnitData, write_unit
+from feature_store.write.create import ROOT, skeleton
+from feature_store.write.extend import grow
+from feature_store.write.unit import UnitData, write_unit
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ class Store:
         committed: Which rows may be read.
     """
 
-    def __init__(self, objects: ObjectStore, manifest: Manifest, committed: CommittedRows) -> None:
+    def __init__(self, objects: ObjectStore, manifest: Manifest, committed: CommitLog) -> None:
         self.objects, self.manifest, self.committed = objects, manifest, committed
         self._specs = array_specs(manifest)
         self._reader = ObjectReader(objects, manifest.capacity)
@@ -92,7 +92,7 @@ class Store:
         parts = skeleton(manifest, blocks)
         if isinstance(objects, LocalObjects) and objects.root.is_file():
             raise InputError(f"{path} already exists and is a file; choose another path or remove it")
-        if any(found == ROOT or found not in parts for found in leftovers.whole_objects(objects)):
+        if any(found == ROOT or found not in parts for found in orphans.whole_objects(objects)):
             raise InputError(f"{path} already exists; open it, choose another path or remove it")
         for name, payload in parts.items():
             if name == ROOT:
@@ -104,7 +104,7 @@ class Store:
                     f"another process made {path} meanwhile; open it, or run the same command again to go on with it"
                 ) from error
         objects.sync([ROOT])
-        return cls(objects, manifest, CommittedRows(manifest))
+        return cls(objects, manifest, CommitLog(manifest))
 
     @property
     def path(self) -> Path:
@@ -201,7 +201,7 @@ class Store:
         return self._view_values("view/pixel_crc", unit, view)
 
     def write_unit(self, unit: int, first_view: int, data: UnitData) -> None:
-        """Write and commit V views of a unit, see ``feature_store.writer``.
+        """Write and commit V views of a unit, see ``feature_store.write.unit``.
 
         Any number of processes may write at once. Of two that write the same, one does so whole.
 
@@ -218,7 +218,7 @@ class Store:
         with exclusive(self.objects, lock_name(unit), refusal):
             others = self._records_now(unit)
             for path in others:
-                _, first, last = record_place(path) or (unit, 0, -1)
+                _, first, last = parse_record_path(path) or (unit, 0, -1)
                 if first < views.stop and last >= views.start:
                     raise already_committed(unit, name, path)
             self._forget_index(unit, views)
@@ -229,7 +229,7 @@ class Store:
     def _records_now(self, unit: int) -> list[str]:
         """Paths of a unit's records, also those committed since the store was opened."""
         found = self.objects.list(f"{FOLDER}u{unit:05d}-")
-        return [path for path in found if record_place(path) is not None]
+        return [path for path in found if parse_record_path(path) is not None]
 
     def _shared_proofs(self, records: Sequence[str]) -> dict[str, Any]:
         """Proofs of the unit's objects that belong to no view, from one of its records if it has any."""
@@ -279,23 +279,23 @@ class Store:
         with exclusive(self.objects, "store", refusal):
             yield
 
-    def remove_leftovers(self) -> list[str]:
-        """Delete what interrupted writers left; units being written now are left alone. See leftovers."""
-        return leftovers.remove(self.objects, self.manifest)
+    def remove_orphans(self) -> list[str]:
+        """Delete what interrupted writers left; units being written now are left alone. See orphans."""
+        return orphans.remove(self.objects, self.manifest)
 
     def withdraw_unit(self, unit: int) -> None:
-        """Make a committed unit one that was never written; see leftovers.withdraw. Open the store again after it.
+        """Make a committed unit one that was never written; see orphans.withdraw. Open the store again after it.
 
         Whoever has the store open still believes in the unit and finds its objects missing: not while it is read.
 
         Raises:
             ResourceError: A process is writing the unit.
         """
-        leftovers.withdraw(self.objects, unit)
+        orphans.withdraw(self.objects, unit)
 
     def info(self) -> dict[str, Any]:
         """What the store holds, as JSON: see ``feature-store info``."""
-        from feature_store.summary import summarise
+        from feature_store.tools.info import summarise
 
         return summarise(self)
 

@@ -9,15 +9,15 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
-from feature_store.client import Client
-from feature_store.codecs.registry import value_codecs
+from feature_store.client.connection import Client
 from feature_store.errors import InputError, MismatchError, ResourceError
+from feature_store.format.codecs.registry import bound_codecs
+from feature_store.inputs.tar import Tar, tar_notes
 from feature_store.source import FeatureSource
 from feature_store.store import Store
-from feature_store.tars.tar import Tar, tar_notes
 from feature_store.teacher import LaterBlocks
-from feature_store.teacher.dequantise import Dequantiser
 from feature_store.teacher.model import Teacher, load_teacher
+from feature_store.teacher.torch_codecs import TorchDecoder
 from feature_store.views import ViewPolicy, view_policy
 from student_trainer.config import TrainConfig
 from student_trainer.data import ViewDataset
@@ -63,7 +63,7 @@ class Parts:
     dataset: ViewDataset
     batches: EpochBatches
     live: LiveSource | None
-    decoders: Mapping[str, Dequantiser]
+    decoders: Mapping[str, TorchDecoder]
     taps: tuple[str, ...]
     preprocessing: Preprocessing
     val_tars: tuple[Tar, ...]
@@ -259,11 +259,11 @@ def _source(
     return source
 
 
-def _decoders(config: TrainConfig, store: Store | None, taps: Sequence[str]) -> dict[str, Dequantiser]:
+def _decoders(config: TrainConfig, store: Store | None, taps: Sequence[str]) -> dict[str, TorchDecoder]:
     if store is None or config.is_live:
         return {}
-    codecs = value_codecs(store.manifest)
-    return {tap: Dequantiser(codecs[f"taps/{tap}"]) for tap in taps}
+    codecs = bound_codecs(store.manifest)
+    return {tap: TorchDecoder(codecs[f"taps/{tap}"]) for tap in taps}
 
 
 def _num_classes(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> int:

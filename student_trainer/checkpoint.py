@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from feature_store.backends.files import replacing
 from feature_store.errors import InputError, MismatchError, ResourceError
-from feature_store.files import replacing
 from feature_store.teacher.weights import read_file
 
 FORMAT = 2

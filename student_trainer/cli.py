@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.table import Table
 
-from feature_store.cli import run
 from feature_store.errors import InputError
-from feature_store.terminal import Console, say, say_json
+from feature_store.tools.cli import run
+from feature_store.tools.terminal import Console, say, say_json
 from student_trainer.compare import CompareConfig
 from student_trainer.compare import compare as run_compare
 from student_trainer.comparison_report import comparison_columns, comparison_rows

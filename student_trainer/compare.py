@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tyro.conf import Positional
 
 from feature_store.errors import FailedError, InputError, ResourceError, UserError
-from feature_store.options import require
+from feature_store.inputs.options import TarOptions
+from feature_store.inputs.tar import Tar, open_tars
 from feature_store.processes import usable_cpus
-from feature_store.tars.options import TarOptions
-from feature_store.tars.tar import Tar, open_tars
-from feature_store.terminal import Console
+from feature_store.tools.options import require
+from feature_store.tools.terminal import Console
 from student_trainer.assemble import live_teacher
 from student_trainer.checkpoint import require_same_run
 from student_trainer.comparison import Comparison, compare_runs, read_run

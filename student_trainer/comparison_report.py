@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from feature_store.files import write_text
+from feature_store.backends.files import write_text
 from student_trainer.comparison import Comparison, SettingResult
 from student_trainer.pages import page, plots_or_note, section, table
 from student_trainer.plots import Curve, bars, curves

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from feature_store.errors import InputError
-from feature_store.options import JsonObject, require
-from feature_store.tars.options import TarOptions
+from feature_store.inputs.options import TarOptions
+from feature_store.tools.options import JsonObject, require
 from feature_store.views import PolicyName
 from student_trainer.scalekd import ScaleKDConfig
 

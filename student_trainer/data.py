@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from feature_store.errors import ImageError, InputError, UncommittedError
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.inputs.tar import Tar
+from feature_store.inputs.unit_tars import tar_changed, unit_tar
 from feature_store.source import FeatureSource
 from feature_store.store import Store
-from feature_store.tars.tar import Tar
-from feature_store.tars.units import tar_changed, unit_tar
-from feature_store.teacher.dequantise import as_tensor
+from feature_store.teacher.torch_codecs import as_tensor
 from student_trainer.labels import require_label
 from student_trainer.materialised import UnitTar
 from student_trainer.replay import ViewSupplier

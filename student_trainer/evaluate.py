@@ -13,9 +13,9 @@ from torch.utils.data import Sampler
 from torch.utils.flop_counter import FlopCounterMode
 
 from feature_store.errors import FailedError, InputError
-from feature_store.sample import RowId
-from feature_store.tars.options import TarOptions
-from feature_store.tars.tar import Tar, open_tars, tar_notes
+from feature_store.format.addressing import RowId
+from feature_store.inputs.options import TarOptions
+from feature_store.inputs.tar import Tar, open_tars, tar_notes
 from feature_store.views import view_policy
 from student_trainer.assemble import find_device
 from student_trainer.config import require

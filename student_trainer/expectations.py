@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from feature_store.errors import MismatchError
-from feature_store.manifest import SplitInfo, TeacherInfo
+from feature_store.format.manifest import SplitInfo, TeacherInfo
 from feature_store.views import ViewPolicy, view_policy
 from student_trainer.config import ExpectConfig, TrainConfig
 

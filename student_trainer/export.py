@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
+from feature_store.backends.files import replacing
 from feature_store.errors import InputError, MismatchError
-from feature_store.files import replacing
 from student_trainer.checkpoint import one_line
 from student_trainer.trained import Trained, load_student
 

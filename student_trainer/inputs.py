@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from feature_store.client import Client, connect, read_token
+from feature_store.client.connection import Client, connect, read_token
 from feature_store.errors import InputError
+from feature_store.inputs.options import TarOptions
+from feature_store.inputs.tar import Tar, open_tars
 from feature_store.store import Store, open_store
-from feature_store.tars.options import TarOptions
-from feature_store.tars.tar import Tar, open_tars
 from student_trainer.config import TrainConfig
 from student_trainer.data import match_tars, read_keys, require_views, training_positions
 from student_trainer.materialised import UnitTar, require_view_tars, stored_units

@@ -6,7 +6,7 @@ from contextlib import suppress
 import numpy as np
 
 from feature_store.errors import ImageError, InputError
-from feature_store.tars.tar import Tar
+from feature_store.inputs.tar import Tar
 
 
 def require_labels(

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from feature_store.errors import InputError, MismatchError
-from feature_store.manifest import Manifest, SplitInfo, TeacherInfo
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.format.manifest import Manifest, SplitInfo, TeacherInfo
 from feature_store.source import FeatureBatch
 from feature_store.teacher.model import Teacher
 from student_trainer.data import ViewDataset

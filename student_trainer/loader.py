@@ -15,8 +15,8 @@ from rich.filesize import decimal
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from feature_store.errors import ResourceError, UserError
+from feature_store.format.addressing import RowId
 from feature_store.processes import become_loader_worker, shielded_forkserver, shorten_socket_paths
-from feature_store.sample import RowId
 from student_trainer.checkpoint import one_line
 from student_trainer.data import Batch, ViewDataset
 

@@ -7,13 +7,13 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from feature_store.backends.bucket import RemoteObjects
+from feature_store.backends.local import LocalObjects, open_objects
 from feature_store.errors import InputError, MismatchError
-from feature_store.objects.local import LocalObjects, open_objects
-from feature_store.objects.remote import RemoteObjects
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.inputs.copies import copy_object, copy_once
+from feature_store.inputs.tar import Tar, TarSample
 from feature_store.store import Store
-from feature_store.tars.copies import copy_object, copy_once
-from feature_store.tars.tar import Tar, TarSample
 from feature_store.views import decode_view, view_tar
 from student_trainer.replay import StoredViews
 

@@ -11,8 +11,8 @@ from typing import Any, TextIO
 
 import torch
 
+from feature_store.backends.files import write_text
 from feature_store.errors import InputError
-from feature_store.files import write_text
 
 ACCURACY = ("top1", "top5", "val_samples", "val_unreadable")
 """Of an epoch line of metrics.jsonl: what its validation gave."""

@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from feature_store.errors import InputError
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
 
 
 class EpochBatches(Sampler[list[RowId]]):

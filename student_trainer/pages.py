@@ -6,7 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from feature_store.terminal import printable
+from feature_store.tools.terminal import printable
 from student_trainer.plots import can_plot
 
 _PAGE = Path(__file__).with_name("report.html")

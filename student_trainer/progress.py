@@ -2,7 +2,7 @@
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from feature_store.terminal import Console
+from feature_store.tools.terminal import Console
 
 
 class RunProgress:

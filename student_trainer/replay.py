@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from feature_store.errors import InputError, MismatchError
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.inputs.tar import Tar, TarSample
 from feature_store.store import Store
-from feature_store.tars.tar import Tar, TarSample
 from feature_store.views import ViewParams, ViewPolicy, apply_view, check_pixels, decode_image, draw_view, replay_view
 
 CHECKED_ROWS = 8  # rows at the start of every unit and view whose pixels are checked even if not all are

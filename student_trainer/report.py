@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from feature_store.files import write_text
+from feature_store.backends.files import write_text
 from student_trainer.metrics import read_metrics
 from student_trainer.pages import page, plots_or_note, section, words
 from student_trainer.plots import curves

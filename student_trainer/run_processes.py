@@ -18,7 +18,7 @@ import torch
 
 from feature_store.errors import ResourceError, UserError
 from feature_store.processes import become_worker
-from feature_store.terminal import say
+from feature_store.tools.terminal import say
 from student_trainer.checkpoint import one_line
 from student_trainer.config import TrainConfig
 from student_trainer.train import train

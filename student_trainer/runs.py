@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from feature_store.backends.files import write_text
+from feature_store.backends.local import PARTIAL_SUFFIX
 from feature_store.commits.locks import locked
 from feature_store.errors import InputError, MismatchError, ResourceError
-from feature_store.files import write_text
-from feature_store.objects.local import PARTIAL_SUFFIX
-from feature_store.versions import software_versions
+from feature_store.format.versions import software_versions
 from student_trainer.checkpoint import Checkpoint, Progress, load_checkpoint, require_same_run, save_checkpoint
 from student_trainer.config import TrainConfig, config_to_dict
 from student_trainer.metrics import rewind_metrics, set_aside_accuracies

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from feature_store.errors import InputError
-from feature_store.options import require
+from feature_store.tools.options import require
 from student_trainer.config import TrainConfig
 from student_trainer.config_files import build_config, merge, parse_assignments, read_yaml
 from student_trainer.recipes import PRESETS, preset_config

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from feature_store.errors import InputError, ResourceError, UserError
-from feature_store.tars.tar import Tar, open_tars
-from feature_store.terminal import say
+from feature_store.inputs.tar import Tar, open_tars
+from feature_store.tools.terminal import say
 from student_trainer.assemble import Parts, assemble
 from student_trainer.checkpoint import Checkpoint, Progress, one_line, rng_state, save_checkpoint, set_rng_state
 from student_trainer.config import TrainConfig

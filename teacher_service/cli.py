@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from feature_store.cli import run, unit_progress
 from feature_store.errors import CorruptStoreError
-from feature_store.terminal import Console, say, say_json
+from feature_store.tools.cli import run, unit_progress
+from feature_store.tools.terminal import Console, say, say_json
 from teacher_service.config import CacheConfig, SharedPlanConfig
-from teacher_service.serving.config import ServeConfig
-from teacher_service.serving.tokens import Scope, create_token
-from teacher_service.tables import print_forecast, summary_lines
-from teacher_service.verify_config import VerifyConfig
+from teacher_service.plan.report import print_forecast, summary_lines
+from teacher_service.serve.config import ServeConfig
+from teacher_service.serve.tokens import Scope, create_token
+from teacher_service.verify.config import VerifyConfig
 
 if TYPE_CHECKING:
-    from teacher_service.verifying import DeepReport
+    from teacher_service.verify.recompute import DeepReport
 
 # The commands import what they run themselves: torch takes seconds, and --help should not.
 
@@ -29,7 +29,7 @@ token = tyro.extras.SubcommandApp()
 @app.command
 def plan(config: tyro.conf.OmitArgPrefixes[SharedPlanConfig]) -> None:
     """Say what a cache would hold, how big it gets, and with --time-samples how long it takes and when it pays."""
-    from teacher_service.forecast import forecast
+    from teacher_service.plan.sizes import forecast
 
     result = forecast(config, config.processes)
     if config.json:
@@ -44,7 +44,7 @@ def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig]) -> None:
 
     SIGTERM, SIGHUP and Ctrl-C end it within ten seconds; exit code 143, 129 or 130 if units are left.
     """
-    from teacher_service.caching import cache as run_cache
+    from teacher_service.cache.job import cache as run_cache
     from teacher_service.stopping import Stop
 
     stop = Stop()
@@ -65,7 +65,7 @@ def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig]) -> None:
 @app.command
 def verify(config: tyro.conf.OmitArgPrefixes[VerifyConfig]) -> None:
     """Compare all checksums of a store, then compute random rows anew with the teacher; exit code 1 if any differs."""
-    from teacher_service.verifying import verify as run_verify
+    from teacher_service.verify.recompute import verify as run_verify
 
     with unit_progress("comparing checksums", quiet=config.json) as progress:
         report = run_verify(config, progress)
@@ -80,7 +80,7 @@ def verify(config: tyro.conf.OmitArgPrefixes[VerifyConfig]) -> None:
 @app.command
 def serve(config: tyro.conf.OmitArgPrefixes[ServeConfig]) -> None:
     """Serve a store over HTTP, and its teacher if asked to; prints its URL as JSON, then one JSON line per request."""
-    from teacher_service.serving.server import serve as run_service
+    from teacher_service.serve.server import serve as run_service
 
     run_service(config)
 
@@ -102,7 +102,7 @@ app.command(token, name="token", help="Make bearer tokens for serve.")
 
 def print_deep_report(report: "DeepReport", console: Console) -> None:
     """A verification for people."""
-    from feature_store.summary import print_report
+    from feature_store.tools.info import print_report
 
     print_report(report.checksums, console)
     for each in report.mismatches:

@@ -6,9 +6,9 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from feature_store.codecs.registry import DEFAULT_LOGITS_CODEC, DEFAULT_TAP_CODEC, get_codec
-from feature_store.options import JsonObject, require
-from feature_store.tars.options import TarOptions
+from feature_store.format.codecs.registry import DEFAULT_LOGITS_CODEC, DEFAULT_TAP_CODEC, get_codec
+from feature_store.inputs.options import TarOptions
+from feature_store.tools.options import JsonObject, require
 from feature_store.views import PolicyName
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from feature_store.errors import ResourceError
-from feature_store.options import environment_number
+from feature_store.tools.options import environment_number
 
 
 def find_device(name: str) -> torch.device:

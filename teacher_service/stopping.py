@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from feature_store.processes import stop_signals
-from feature_store.terminal import say
+from feature_store.tools.terminal import say
 
 GRACE_SECONDS = 8.0  # spot machines and schedulers give at least 10 between SIGTERM and SIGKILL
 _LEFT = 0  # no signal has this number

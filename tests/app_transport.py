@@ -8,10 +8,10 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from feature_store.teacher.model import Teacher
-from teacher_service.serving.app import create_app
-from teacher_service.serving.config import ServeConfig
-from teacher_service.serving.live import Batching, LiveTeacher
-from teacher_service.serving.service import Service
+from teacher_service.serve.app import create_app
+from teacher_service.serve.config import ServeConfig
+from teacher_service.serve.live.teacher import Batching, LiveTeacher
+from teacher_service.serve.service import Service
 
 
 class _Answer:
@@ -29,7 +29,7 @@ class _Answer:
 
 
 class AppTransport:
-    """See feature_store.remote.transport.Transport; ``asked`` keeps what was sent."""
+    """See feature_store.client.transport.Transport; ``asked`` keeps what was sent."""
 
     url = "http://localhost:8000"
 

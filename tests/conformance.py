@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from feature_store.errors import InputError
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
 from feature_store.source import FeatureBatch, FeatureSource
 
 ROWS = [RowId(1, 4, 0), RowId(0, 0, 0), RowId(0, 13, 0), RowId(1, 4, 0), RowId(0, 2, 1)]

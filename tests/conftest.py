@@ -10,7 +10,7 @@ from hypothesis import Phase, settings
 from tiny_jobs import TINY_SWIN, TINY_VIT, TinyTeacher, make_teacher
 
 # processes of all tests are forks of one server that has imported torch, student_trainer and teacher_service once
-multiprocessing.set_forkserver_preload(["student_trainer.train", "teacher_service.caching"])
+multiprocessing.set_forkserver_preload(["student_trainer.train", "teacher_service.cache.job"])
 # Mutation testing needs to know that a test fails, not the smallest input for which it does.
 settings.register_profile("mutants", derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate])
 

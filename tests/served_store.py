@@ -18,16 +18,16 @@ from urllib.parse import unquote
 import numpy as np
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, write_tar
 
-from feature_store import wire
-from feature_store.blocks import read_blocks
-from feature_store.manifest import TapInfo
+from feature_store.client import frames
+from feature_store.format.blocks import read_blocks
+from feature_store.format.manifest import TapInfo
 from feature_store.store import Store, open_store
-from feature_store.writer import UnitData
-from teacher_service.caching import cache
-from teacher_service.serving.app import create_app
-from teacher_service.serving.config import Limits, ServeConfig
-from teacher_service.serving.service import Service
-from teacher_service.serving.tokens import TokenFile, create_token
+from feature_store.write.unit import UnitData
+from teacher_service.cache.job import cache
+from teacher_service.serve.app import create_app
+from teacher_service.serve.config import Limits, ServeConfig
+from teacher_service.serve.service import Service
+from teacher_service.serve.tokens import TokenFile, create_token
 
 QUARANTINED = "u0-001"
 COMMITTED_KEYS = ["u0-000", "u0-002", "u0-003", "u1-000", "u1-001"]
@@ -80,7 +80,7 @@ class Answer:
         return json.loads(self.body)
 
     def frame(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        return wire.decode(self.body)
+        return frames.decode(self.body)
 
     @property
     def problem(self) -> str:

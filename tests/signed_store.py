@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from feature_store.layout import crc32c
-from feature_store.manifest import fingerprint_of
+from feature_store.format.layout import crc32c
+from feature_store.format.manifest import fingerprint_of
 
 GROWTH = ("num_views", "tars", "software", "licence")
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from feature_store.blocks import blocks_sha256
-from feature_store.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.format.blocks import blocks_sha256
+from feature_store.format.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
+from feature_store.format.versions import software_versions
 from feature_store.store import Store
-from feature_store.versions import software_versions
 from feature_store.views import draw_view, view_policy
-from feature_store.writer import UnitData
+from feature_store.write.unit import UnitData
 
 SAMPLES = (5, 3, 4)
 TOKENS, CHANNELS, CLASSES, VIEWS = 4, 6, 3, 2

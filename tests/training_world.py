@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from feature_store.errors import ImageError
-from feature_store.manifest import Manifest, TapInfo, TarInfo
+from feature_store.format.manifest import Manifest, TapInfo, TarInfo
+from feature_store.format.versions import software_versions
+from feature_store.inputs.tar import Tar
 from feature_store.store import Store
-from feature_store.tars.tar import Tar
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
-from feature_store.versions import software_versions
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, pixel_crc, view_policy
-from feature_store.writer import UnitData
+from feature_store.write.unit import UnitData
 from student_trainer.config import TrainConfig
 
 CLASSES = 4

@@ -1,1 +1,1 @@
-"""What makes rows readable: commit records, their index, locks and leftovers."""
+"""What makes rows readable: commit records, their index, locks and orphans."""

@@ -16,12 +16,12 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from feature_store.commits.proofs import PackedProofs, ProofOrder
+from feature_store.backends.local import ObjectStore
+from feature_store.commits.checksum_table import ChecksumOrder, ChecksumTable
 from feature_store.commits.record import FOLDER, CommitRecord, record_path
-from feature_store.layout import crc32c
-from feature_store.manifest import Manifest
-from feature_store.objects.local import ObjectStore
-from feature_store.parsing import STRICT, Natural, Text, load_json, parse
+from feature_store.format.layout import crc32c
+from feature_store.format.manifest import Manifest
+from feature_store.format.parsing import STRICT, Natural, Text, load_json, parse
 
 _logger = logging.getLogger(__name__)
 
@@ -67,11 +67,11 @@ class CommitIndex:
     proofs: Mapping[str, np.ndarray]
     quarantined: Mapping[int, dict[int, str]]
     software: Sequence[dict[str, str]]
-    _order: ProofOrder = field(init=False)
+    _order: ChecksumOrder = field(init=False)
     _starts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        order = ProofOrder(self.manifest)
+        order = ChecksumOrder(self.manifest)
         views = self.columns["last_view"].astype(np.int64) - self.columns["first_view"] + 1
         object.__setattr__(self, "_order", order)
         object.__setattr__(self, "_starts", np.cumsum([0, *(order.shared + views * order.per_view)]))
@@ -109,7 +109,7 @@ class CommitIndex:
             tar_sha256=tar.header_sha256,
             samples=tar.samples,
             quarantined=self.quarantined.get(line, {}),
-            objects=PackedProofs(self._order, unit, views, self.proofs["sizes"][span], self.proofs["checksums"][span]),
+            objects=ChecksumTable(self._order, unit, views, self.proofs["sizes"][span], self.proofs["checksums"][span]),
             software=self.software[software],
         )
 
@@ -133,7 +133,7 @@ class CommitIndex:
 
 def build_index(manifest: Manifest, records: Sequence[tuple[CommitRecord, int]]) -> CommitIndex:
     """An index over records and the bytes of their objects; those with unusual objects are left out."""
-    packed = [(record, size) for record, size in records if isinstance(record.objects, PackedProofs)]
+    packed = [(record, size) for record, size in records if isinstance(record.objects, ChecksumTable)]
     software: list[dict[str, str]] = []
     for record, _ in packed:
         if record.software not in software:
@@ -182,7 +182,7 @@ def _decode(payload: bytes, manifest: Manifest) -> CommitIndex:
     head = parse(_HEAD, load_json(arrays.pop("head").tobytes()), "its head")
     if head.store != manifest.identity() or head.tars_sha256 != _tars_sha256(manifest, head.units):
         raise ValueError("it is another store's, or about tars this one does not have")
-    if head.arrays != ProofOrder(manifest).arrays:
+    if head.arrays != ChecksumOrder(manifest).arrays:
         raise ValueError("it is about other arrays than the store has")
     columns, proofs = ({name: arrays[name] for name in group} for group in (_COLUMNS, _PROOFS))
     for name, dtype in {**_COLUMNS, **_PROOFS}.items():

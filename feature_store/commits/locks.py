@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from feature_store.backends.local import LocalObjects, ObjectStore, open_regular
 from feature_store.errors import ResourceError
-from feature_store.objects.local import LocalObjects, ObjectStore, open_regular
 
 FOLDER = ".locks/"
 _TRIES = 100

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+from feature_store.backends.local import ObjectStore
 from feature_store.errors import CommittedError, CorruptStoreError, InputError, MismatchError, UnknownFieldError
-from feature_store.layout import crc32c
-from feature_store.manifest import Manifest
-from feature_store.objects.local import ObjectStore
-from feature_store.parsing import STRICT, Count, Natural, Text, Unsigned32, load_json, parse
+from feature_store.format.layout import crc32c
+from feature_store.format.manifest import Manifest
+from feature_store.format.parsing import STRICT, Count, Natural, Text, Unsigned32, load_json, parse
 
 FOLDER = "commits/"
 _REMEDY = "`feature-store repair --yes --drop-damaged` removes it, then `teacher-service cache` writes that unit again"
@@ -20,8 +20,8 @@ _NAME = re.compile(r"u(\d{5,})-v(\d+)-(\d+)\.json")
 
 
 @dataclass(frozen=True)
-class ObjectProof:
-    """Length of one written object, and the crc32c it ends with (see ``feature_store.layout.object_checksum``)."""
+class ObjectChecksum:
+    """Length of one written object, and the crc32c it ends with (``feature_store.format.layout.object_checksum``)."""
 
     bytes: Natural
     crc32c: Unsigned32
@@ -54,7 +54,7 @@ class CommitRecord:
     tar_sha256: Text
     samples: Count
     quarantined: dict[Annotated[int, Field(ge=0)], Text]
-    objects: Mapping[Text, ObjectProof]
+    objects: Mapping[Text, ObjectChecksum]
     software: dict[Text, Text]
 
     @property
@@ -67,7 +67,7 @@ class CommitRecord:
         """Views it vouches for."""
         return range(self.first_view, self.last_view + 1)
 
-    def proof(self, path: str) -> ObjectProof:
+    def proof(self, path: str) -> ObjectChecksum:
         """Length and checksum of one of its objects.
 
         Raises:
@@ -109,7 +109,7 @@ def record_path(unit: int, first_view: int, last_view: int) -> str:
     return f"{FOLDER}u{unit:05d}-v{first_view}-{last_view}.json"
 
 
-def record_place(path: str) -> tuple[int, int, int] | None:
+def parse_record_path(path: str) -> tuple[int, int, int] | None:
     """Unit, first and last view a record's path names; None if it is no record's path."""
     match = _NAME.fullmatch(path.removeprefix(FOLDER))
     return (int(match[1]), int(match[2]), int(match[3])) if match else None

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from feature_store.errors import CorruptStoreError, MismatchError
-from feature_store.manifest import Manifest
+from feature_store.format.manifest import Manifest
 from feature_store.teacher.model import build_model, weights_sha256
 from feature_store.teacher.split import LaterBlocks, split_teacher
 

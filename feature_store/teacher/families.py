@@ -15,11 +15,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from feature_store.errors import InputError
-from feature_store.manifest import SplitInfo
+from feature_store.format.manifest import SplitInfo
 
 
 @dataclass(frozen=True)
-class BesideTokens:
+class PositionalInputs:
     """What the blocks of some families take beside their tokens; the same for all images, so it is made once.
 
     Attributes:
@@ -71,7 +71,7 @@ class Cut:
     kept: dict[str, nn.Module]
     blocks: Sequence[nn.Module]
     norm: nn.Module
-    beside: BesideTokens | None = None
+    beside: PositionalInputs | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _cut_swin(model: Any, depth: int | None) -> Cut:
     return Cut(info, {"layers": nn.Sequential(*stages[:-1])}, [last], model.norm)
 
 
-def _tokens(name: str, make_beside: Callable[[Any], BesideTokens | None]) -> Callable[[Any, int | None], Cut]:
+def _tokens(name: str, make_beside: Callable[[Any], PositionalInputs | None]) -> Callable[[Any, int | None], Cut]:
     """The cut of a family whose blocks all have tokens of one width: its last quarter, or as many blocks as asked."""
 
     def cut(model: Any, depth: int | None) -> Cut:
@@ -178,21 +178,21 @@ def _nothing(model: Any) -> None:
 
 
 @torch.no_grad()
-def _shared_position_bias(model: Any) -> BesideTokens | None:
+def _shared_position_bias(model: Any) -> PositionalInputs | None:
     """BEiT's relative position bias where all blocks share one; a bias per block is in the blocks already."""
     if model.rel_pos_bias is None:
         return None
-    return BesideTokens("rel_pos_bias", "shared_rel_pos_bias", model.rel_pos_bias())
+    return PositionalInputs("rel_pos_bias", "shared_rel_pos_bias", model.rel_pos_bias())
 
 
 @torch.no_grad()
-def _rotary_embedding(model: Any) -> BesideTokens | None:
+def _rotary_embedding(model: Any) -> PositionalInputs | None:
     """RoPE on the teacher's grid, as a table: sines and cosines differ in the last bit from machine to machine."""
     if model.rope is None:
         return None
     rope = model.rope.eval()  # in training mode some kinds shift the grid by chance
     embedding = rope.get_embed(shape=list(model.patch_embed.grid_size))
-    return BesideTokens("rope", "rope", embedding, per_block=model.rope_mixed)
+    return PositionalInputs("rope", "rope", embedding, per_block=model.rope_mixed)
 
 
 def _hw(size: Any) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from feature_store.errors import InputError, ResourceError
-from feature_store.manifest import TeacherInfo
+from feature_store.format.manifest import TeacherInfo
 from feature_store.teacher.split import split_teacher
 from feature_store.teacher.weights import CONVERT, explain_model_source, not_finite, python_objects, read_weights
 

@@ -1,9 +1,9 @@
 """The view contract: which augmented views a sample has, and their exact pixels."""
 
+from feature_store.views.apply import apply_view, check_pixels, pixel_crc
+from feature_store.views.decode import decode_image, decoding_work
 from feature_store.views.draws import ViewParams, draw_view
-from feature_store.views.images import decode_image, decoding_work
-from feature_store.views.materialised import decode_view, encode_view, replay_view, view_tar
-from feature_store.views.pixels import apply_view, check_pixels, pixel_crc
+from feature_store.views.files import decode_view, encode_view, replay_view, view_tar
 from feature_store.views.policies import POLICIES, PolicyName, ViewPolicy, view_policy
 
 __all__ = [

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from feature_store.cli import run
-from feature_store.terminal import say_json
+from feature_store.tools.cli import run
+from feature_store.tools.terminal import say_json
 from student_trainer.downstream.detection import DetectionConfig, train_detector
 from student_trainer.downstream.segmentation import SegmentationConfig, train_segmenter
 

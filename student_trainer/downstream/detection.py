@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import MaskRCNN
 
 from feature_store.errors import InputError, MismatchError, UserError
-from feature_store.options import require
-from feature_store.terminal import say
+from feature_store.tools.options import require
+from feature_store.tools.terminal import say
 from student_trainer.assemble import find_device
 from student_trainer.downstream.backbone import Backbone, fpn_backbone, load_backbone
 from student_trainer.downstream.coco import CocoInstances, Target, average_precision, require_pycocotools

@@ -19,8 +19,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from feature_store.errors import InputError, UserError
-from feature_store.options import require
-from feature_store.terminal import say
+from feature_store.tools.options import require
+from feature_store.tools.terminal import say
 from feature_store.views import decode_image
 from student_trainer.assemble import find_device
 from student_trainer.downstream.backbone import Backbone, TimmPyramid, load_backbone

@@ -11,11 +11,11 @@ from PIL import Image
 from service_process import running_service
 from training_world import shared_world
 
-from feature_store import wire
+from feature_store.client import frames
 from feature_store.store import open_store
 from teacher_service.cli import main
-from teacher_service.serving.auth import scope_of
-from teacher_service.serving.problems import KINDS
+from teacher_service.serve.middleware.auth import scope_of
+from teacher_service.serve.problems import KINDS
 
 DOCS = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
 
@@ -41,7 +41,7 @@ def test_curls_work_when_pasted_in_order(world, tmp_path, capsys):
             done = subprocess.run(asked, shell=True, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
             assert done.returncode == 0, (command, done.stdout, done.stderr)
     for file in ("row", "rows", "unit", "live"):
-        arrays, strings = wire.decode((tmp_path / f"{file}.safetensors").read_bytes())
+        arrays, strings = frames.decode((tmp_path / f"{file}.safetensors").read_bytes())
         assert "stage4" in arrays
         assert "crc32c.stage4" in strings
     assert len((tmp_path / "part.bin").read_bytes()) == 100

@@ -19,8 +19,8 @@ from tiny_jobs import cache_config, noise_samples, write_tar
 from tiny_store import tiny_manifest, tiny_store, view_data
 from training_world import World, make_world
 
-from feature_store.client import connect
-from teacher_service.caching import cache
+from feature_store import connect
+from teacher_service.cache.job import cache
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

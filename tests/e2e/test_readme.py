@@ -1,17 +1,17 @@
 """Every command and snippet of the README runs, on tiny stand-ins for ImageNet, Swin-L and ResNet-50."""
 
-import ast
 import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 from tiny_jobs import noise_samples, write_tar
 
-import feature_store.cli
+import feature_store.tools.cli
 import student_trainer.cli
 import teacher_service.cli
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PROGRAMS = {
     "teacher-service": teacher_service.cli.main,
-    "feature-store": feature_store.cli.main,
+    "feature-store": feature_store.tools.cli.main,
     "student-trainer": student_trainer.cli.main,
 }
 PACKAGES = ("feature_store", "teacher_service", "student_trainer", "demo", "benchmarks")
@@ -119,19 +119,28 @@ def test_readme_commands_and_snippets_run_in_order(readme_world, served, capsys)
     assert scope["batch"].logits.shape == (1, 4)
 
 
-def first_line(module: Path) -> str:
-    return (ast.get_docstring(ast.parse(module.read_text())) or "").partition("\n")[0]
+def test_map_of_modules_is_the_generated_one():
+    script = run_path(str(ROOT / "docs/make_map.py"))
+    assert (ROOT / "docs/map.md").read_text() == script["text"](), "run `python docs/make_map.py`"
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_readme_map_gives_every_modules_first_line_under_its_package(package):
-    _, _, section = README.partition(f"**{package}/**")
-    rows = re.findall(r"^\| (?:(\S+)/)?`(\w+)` \| (.*) \|$", section.partition("\n**")[0], re.MULTILINE)
-    modules = [module for module in (ROOT / package).rglob("*.py") if not module.name.startswith("__")]
-    expected = {
-        (module.parent.relative_to(ROOT / package).as_posix(), module.stem): first_line(module) for module in modules
-    }
-    assert {(folder or ".", stem): text for folder, stem, text in rows} == expected
+def test_readme_tree_names_every_folder_of_the_packages_and_no_other():
+    (tree,) = re.findall(r"^```\n(feature_store/ .*?)^```", README, re.DOTALL | re.MULTILINE)
+    found, above = set(), []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = re.findall(r"(\w+)/(?=\s)", line.strip().partition("   ")[0] + " ")
+        above = above[:depth] + names[:1]
+        found |= {"/".join([*above[:-1], name]) for name in names}
+    packages = [module.parent for package in PACKAGES for module in (ROOT / package).rglob("*.py")]
+    assert found - {"docs", "tests"} == {folder.relative_to(ROOT).as_posix() for folder in packages}
+
+
+def test_modules_named_to_read_first_exist():
+    _, _, text = README.partition("read these first:")
+    named = re.findall(r"`([\w/]+\.py)`", text.partition("\n\n")[0])
+    assert len(named) >= 5
+    assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_list_options_of_all_programs_are_known(capsys):
@@ -144,4 +153,4 @@ def test_list_options_of_all_programs_are_known(capsys):
         program, *words = command.split()
         assert PROGRAMS[program]([*words, "--help"]) == 0
         found |= set(re.findall(r"(--[\w-]+)\s(?:\{None\}\|)?\{?\[", capsys.readouterr().out))
-    assert found == set(feature_store.cli.LISTS)
+    assert found == set(feature_store.tools.cli.LISTS)

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from feature_store import Store, open_store
-from feature_store.blocks import blocks_sha256
-from feature_store.codecs.registry import calibrated
-from feature_store.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
+from feature_store.format.blocks import blocks_sha256
+from feature_store.format.codecs.registry import calibrated
+from feature_store.format.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
 from feature_store.views import draw_view, view_policy
-from feature_store.writer import UnitData
+from feature_store.write.unit import UnitData
 
 HERE = Path(__file__).parent
 STORE, EXPECTED = HERE / "store_v1", HERE / "store_v1.json"

@@ -10,9 +10,9 @@ from tiny_jobs import TinyTeacher, cache_config, write_tars
 
 from feature_store import RowId, open_store
 from feature_store.teacher.model import load_teacher
-from teacher_service.caching import cache
-from teacher_service.forward import Forward
-from teacher_service.waits import Waits
+from teacher_service.cache.forward import Forward
+from teacher_service.cache.job import cache
+from teacher_service.cache.stage_timer import StageTimer
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,7 @@ def test_forward_gives_on_a_gpu_what_it_gives_on_a_cpu(tiny_swin: TinyTeacher, c
     load = {"checkpoint": tiny_swin.checkpoint, "model_kwargs": tiny_swin.model_kwargs}
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), np.uint8))
     expected = load_teacher(tiny_swin.name, **load)(pixels)
-    waits = Waits()
+    waits = StageTimer()
     forward = Forward(load_teacher(tiny_swin.name, **load, device="cuda"), ["stage4"], 32, waits, compile=compiled)
 
     found = [forward(pixels.pin_memory()) for _ in range(4)]  # several under way at once

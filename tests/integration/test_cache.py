@@ -12,15 +12,15 @@ import torch
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, write_tar, write_tars
 
 from feature_store import RowId, open_store
-from feature_store.codecs.registry import value_codecs
 from feature_store.errors import InputError, MismatchError
-from feature_store.tars.tar import Tar
+from feature_store.format.codecs.registry import bound_codecs
+from feature_store.inputs.tar import Tar
 from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc
-from teacher_service.caching import cache
+from teacher_service.cache.job import cache
+from teacher_service.cache.progress import Progress
 from teacher_service.cli import main
-from teacher_service.planning import plan
-from teacher_service.progress import Progress
+from teacher_service.plan.survey import plan
 
 
 @pytest.fixture(params=["tiny_swin", "tiny_vit"])
@@ -117,7 +117,7 @@ def test_cache_ends_with_the_same_bytes_when_restarted_with_any_units_done(
         for unit in lost:
             (config.store / f"commits/u{unit:05}-v0-1.json").unlink()
             (config.store / f"taps/stage4/c/0/{unit}/0/0").write_bytes(b"half a shard")
-            (config.store / f"label/c/{unit}.77.partial").write_bytes(b"leftover")
+            (config.store / f"label/c/{unit}.77.partial").write_bytes(b"orphan")
         summary = cache(config)
         assert (summary.units_written, summary.units_skipped) == (len(lost), 4 - len(lost))
         assert store_files(config.store) == whole
@@ -300,5 +300,5 @@ def test_cache_stores_features_within_the_codecs_stated_error(
     cache(cache_config(tars, tiny_swin, exact, tap_codec="f32", logits_codec="f32"))
     cache(cache_config(tars, tiny_swin, coded, tap_codec=codec))
     values, stored = (open_store(path).source().read(_rows(0, 6, 1)).taps["stage4"] for path in (exact, coded))
-    bound = value_codecs(open_store(coded).manifest)["taps/stage4"].max_error(values)
+    bound = bound_codecs(open_store(coded).manifest)["taps/stage4"].max_error(values)
     assert (np.abs(stored - values) <= bound + 1e-6).all()

@@ -8,11 +8,11 @@ import pytest
 from servers import FlakyProxy, s3_server
 from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 
+from feature_store.backends.local import open_objects
 from feature_store.errors import ResourceError
-from feature_store.objects.local import open_objects
-from teacher_service.caching import cache
+from teacher_service.cache.job import cache
 from teacher_service.cli import main
-from teacher_service.planning import plan
+from teacher_service.plan.survey import plan
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_plan_says_that_a_bucket_has_no_known_limit(
 def test_cache_says_what_to_check_when_the_bucket_cannot_be_reached(
     tmp_path: Path, bucket: str, tiny_swin: TinyTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("feature_store.objects.remote._RETRY", {"max_retries": 1})
+    monkeypatch.setattr("feature_store.backends.bucket._RETRY", {"max_retries": 1})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
 
     with pytest.raises(ResourceError, match="check network, credentials, URL"):

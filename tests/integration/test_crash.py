@@ -14,7 +14,7 @@ import pytest
 from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 
 from feature_store import open_store
-from teacher_service.caching import cache
+from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig
 
 KILLS = 12

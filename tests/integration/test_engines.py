@@ -15,11 +15,11 @@ import pytest
 from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 
 from feature_store import open_store
-from teacher_service.caching import cache
+from teacher_service.cache.decode import Task
+from teacher_service.cache.job import cache
+from teacher_service.cache.prepare import prepare, remaining_tasks
 from teacher_service.config import CacheConfig
-from teacher_service.decoding import Task
-from teacher_service.engines import local
-from teacher_service.preparation import prepare, remaining_tasks
+from teacher_service.share import local
 from teacher_service.stopping import Stop
 
 UNITS, VIEWS = 24, 2

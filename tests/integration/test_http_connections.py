@@ -12,7 +12,7 @@ import pytest
 from served_store import make_store, running
 from test_serve_process import ask_raw, raw, rest_of
 
-from feature_store import wire
+from feature_store.client import frames
 
 HOST = b"Host: localhost\r\n"
 LIVEZ = b"GET /livez HTTP/1.1\r\n" + HOST + b"\r\n"
@@ -121,7 +121,7 @@ def ask_half_closed(url, request: bytes) -> bytes:
 def test_half_closed_client_gets_its_rows(service, request_bytes):
     head, _, frame = ask_half_closed(service.url, request_bytes).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")
-    assert wire.decode(frame)[0]["rows"].tolist() == [[0, 0, 0]] * 3
+    assert frames.decode(frame)[0]["rows"].tolist() == [[0, 0, 0]] * 3
 
 
 def test_half_closed_client_gets_every_answer_when_it_pipelined_requests(service):

@@ -10,19 +10,19 @@ from conformance import ROWS, FeatureSourceConformance
 from fastapi import FastAPI
 from training_world import World, make_world, shared_world
 
-from feature_store.client import Client, connect
+from feature_store.client.connection import Client, connect
+from feature_store.client.service import RetryPolicy
 from feature_store.errors import CorruptStoreError, InputError, MismatchError, QuarantinedError, UncommittedError
-from feature_store.remote.service import Patience
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.inputs.tar import open_tars
 from feature_store.store import open_store
-from feature_store.tars.tar import open_tars
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import view_policy
 from student_trainer.data import ViewDataset, match_tars, training_positions
 from student_trainer.replay import StoredViews
-from teacher_service.serving.config import Limits
+from teacher_service.serve.config import Limits
 
-IMPATIENT = Patience(deadline=0.0)
+IMPATIENT = RetryPolicy(deadline=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_rows_are_the_stores_to_the_bit_when_read_over_http(tmp_path, codec):
 
 def coded_world(root, codec: str) -> World:
     """A world whose store is written by the cache job, which calibrates its codecs."""
-    from teacher_service.caching import cache
+    from teacher_service.cache.job import cache
     from teacher_service.config import CacheConfig
 
     world = make_world(root)

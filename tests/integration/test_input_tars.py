@@ -11,7 +11,7 @@ from app_transport import TestClient, service_app
 from tiny_jobs import TinyTeacher, noise_samples, write_tar
 
 from feature_store import open_store
-from feature_store.cli import main as store_main
+from feature_store.tools.cli import main as store_main
 from student_trainer.cli import main as trainer_main
 from teacher_service.cli import main as teacher_main
 
@@ -84,7 +84,7 @@ def test_train_takes_a_store_when_an_earlier_version_gave_a_hidden_file_a_place(
     hidden = {"__key__": "d/", "DS_Store": b"x"}
     tar = write_tar(tmp_path / "a.tar", [hidden, *noise_samples("d/a", 8)])
     with monkeypatch.context() as patch:
-        patch.setattr("feature_store.tars.index.HIDDEN_FILES", re.compile("(?!)"))
+        patch.setattr("feature_store.inputs.tar_index.HIDDEN_FILES", re.compile("(?!)"))
         assert _cache(tiny_swin, tmp_path / "store", tar) == 0
     assert open_store(tmp_path / "store").keys(0)[0] == "d/"
 
@@ -112,13 +112,13 @@ def test_plan_counts_the_samples_that_cannot_be_used(
 
 LOADERS = {
     "cache": (
-        "from teacher_service.decoding import Task, ViewDataset, batch_spans, read_batches\n"
+        "from teacher_service.cache.decode import Task, ViewDataset, batch_spans, read_batches\n"
         "def batches(tars, policy):\n"
         "    spans = batch_spans([Task(0, range(1))], [len(tars[0])], 4)\n"
         "    return read_batches(ViewDataset(tars, policy, 0), spans, most_images=4, workers=1, pin_memory=False)\n"
     ),
     "train": (
-        "from feature_store.sample import RowId\n"
+        "from feature_store.format.addressing import RowId\n"
         "from student_trainer.data import ViewDataset\n"
         "from student_trainer.loader import BatchLoader\n"
         "from student_trainer.replay import DrawnViews\n"
@@ -129,7 +129,7 @@ LOADERS = {
 }
 PROGRAM = (
     "import sys\n"
-    "from feature_store.tars.tar import open_tars\n"
+    "from feature_store.inputs.tar import open_tars\n"
     "from feature_store.views import view_policy\n"
     "{}"
     "if __name__ == '__main__':\n"

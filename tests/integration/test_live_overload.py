@@ -15,18 +15,18 @@ import pytest
 from served_store import make_store, make_tokens
 from servers import UvicornThread
 
-from feature_store import wire
+from feature_store.client import frames
+from feature_store.client.service import RetryPolicy
+from feature_store.client.service import Service as Calls
 from feature_store.errors import InputError, ResourceError
-from feature_store.remote.service import Patience
-from feature_store.remote.service import Service as Calls
 from feature_store.teacher.model import load_teacher
-from teacher_service.serving.app import COMPUTE, create_app
-from teacher_service.serving.batcher import DeviceFaultError
-from teacher_service.serving.config import Limits, ServeConfig
-from teacher_service.serving.live import Batching, LiveTeacher
-from teacher_service.serving.protocol import serving_options
-from teacher_service.serving.service import Service
-from teacher_service.serving.tokens import TokenFile
+from teacher_service.serve.app import COMPUTE, create_app
+from teacher_service.serve.config import Limits, ServeConfig
+from teacher_service.serve.live.batcher import DeviceFaultError
+from teacher_service.serve.live.teacher import Batching, LiveTeacher
+from teacher_service.serve.protocol import serving_options
+from teacher_service.serve.service import Service
+from teacher_service.serve.tokens import TokenFile
 
 
 class HeldTeacher:
@@ -79,12 +79,12 @@ class Serving(UvicornThread):
 
 def views(count: int) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
-    return b"".join(wire.encode({"pixels": pixels}).chunks())
+    return b"".join(frames.encode({"pixels": pixels}).chunks())
 
 
 def post(serving: Serving, body: bytes) -> tuple[int, str | None]:
     connection = http.client.HTTPConnection("127.0.0.1", serving.port, timeout=60)
-    connection.request("POST", COMPUTE, body, {"Content-Type": wire.MEDIA_TYPE})
+    connection.request("POST", COMPUTE, body, {"Content-Type": frames.MEDIA_TYPE})
     answer = connection.getresponse()
     answer.read()
     connection.close()
@@ -94,7 +94,7 @@ def post(serving: Serving, body: bytes) -> tuple[int, str | None]:
 def head(length: int | None = None, *more: str) -> bytes:
     """Headers of a frame that is this long; None sends it in chunks."""
     size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
-    lines = [f"POST {COMPUTE} HTTP/1.1", "Host: localhost", f"Content-Type: {wire.MEDIA_TYPE}", size, *more]
+    lines = [f"POST {COMPUTE} HTTP/1.1", "Host: localhost", f"Content-Type: {frames.MEDIA_TYPE}", size, *more]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
@@ -289,16 +289,16 @@ def metrics(serving: Serving) -> str:
 
 def test_client_reads_why_when_its_body_is_larger_than_is_taken(start):
     serving = start(max_body_bytes=100_000)
-    calls = Calls.at(serving.url, patience=Patience(deadline=5, first_pause=0.1))
+    calls = Calls.at(serving.url, patience=RetryPolicy(deadline=5, first_pause=0.1))
     with pytest.raises(InputError, match="more than 100,000 bytes"):
-        calls.frame("POST", COMPUTE, bytes(64 << 20), media_type=wire.MEDIA_TYPE)
+        calls.frame("POST", COMPUTE, bytes(64 << 20), media_type=frames.MEDIA_TYPE)
 
 
 def test_client_is_told_that_the_service_is_busy_when_its_body_is_large(start):
     serving = start()
-    calls = Calls.at(serving.url, patience=Patience(deadline=0.5))
+    calls = Calls.at(serving.url, patience=RetryPolicy(deadline=0.5))
     with serving.full(), pytest.raises(ResourceError, match="4 rows wait already"):
-        calls.frame("POST", COMPUTE, bytes(32 << 20), media_type=wire.MEDIA_TYPE)
+        calls.frame("POST", COMPUTE, bytes(32 << 20), media_type=frames.MEDIA_TYPE)
 
 
 def test_rows_of_a_client_that_left_are_not_computed_when_they_wait(serving):

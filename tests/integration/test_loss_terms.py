@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from feature_store.analysis.loss_terms import FEATURE_TERMS, distillation
+from feature_store.tools.loss_terms import FEATURE_TERMS, distillation
 from student_trainer.mimicking import alternative_view_loss, original_view_loss
 from student_trainer.scalekd import kd_loss
 

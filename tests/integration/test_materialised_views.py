@@ -22,18 +22,18 @@ from training_world import CLASSES, samples, train_config, write_tar
 from feature_store import open_store
 from feature_store.commits.locks import locked
 from feature_store.errors import InputError, MismatchError, ResourceError, UserError
-from feature_store.tars.tar import Tar
+from feature_store.inputs.tar import Tar
 from feature_store.views import decode_view, encode_view, pixel_crc, view_tar
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import TrainConfig
 from student_trainer.train import train
-from teacher_service import pipeline
-from teacher_service.caching import cache
-from teacher_service.claims import lock_folder
-from teacher_service.decoding import Task
-from teacher_service.verify_config import VerifyConfig
-from teacher_service.verifying import verify
-from teacher_service.views_out import ViewsOut, tar_of
+from teacher_service.cache import pipeline
+from teacher_service.cache.decode import Task
+from teacher_service.cache.job import cache
+from teacher_service.cache.write_views import ViewTarWriter, tar_of
+from teacher_service.share.claims import lock_folder
+from teacher_service.verify.config import VerifyConfig
+from teacher_service.verify.recompute import verify
 
 SIZE = 32
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -139,9 +139,9 @@ def test_same_bytes_when_a_job_is_stopped_in_between(world, tmp_path, monkeypatc
 _KILLED_WHILE_WRITING = """
 import os, pickle, signal, sys
 from pathlib import Path
-from teacher_service.caching import cache
-from teacher_service.claims import lock_folder
-from teacher_service.decoding import Task
+from teacher_service.cache.job import cache
+from teacher_service.share.claims import lock_folder
+from teacher_service.cache.decode import Task
 
 rename = Path.rename
 
@@ -172,7 +172,7 @@ def test_next_run_removes_what_a_job_left_when_it_was_killed_while_it_wrote_a_ta
     assert store_files(config.store) == store_files(world.store)
 
 
-def test_leftovers_are_removed_unless_a_process_is_writing_them_or_they_are_not_ours(world, views):
+def test_orphans_are_removed_unless_a_process_is_writing_them_or_they_are_not_ours(world, views):
     store = open_store(world.store)
     dead, living, foreign = (
         views / name for name in ("v0/u00000.tar.7-7.partial", "v1/u00001.tar.8-8.partial", "v1/notes.partial")
@@ -182,20 +182,20 @@ def test_leftovers_are_removed_unless_a_process_is_writing_them_or_they_are_not_
     before = store_files(views)
 
     with locked(lock_folder(store.objects) / "views-u00001"):
-        ViewsOut(str(views), store).remove_leftovers()
+        ViewTarWriter(str(views), store).remove_orphans()
     assert before.keys() - store_files(views).keys() == {"v0/u00000.tar.7-7.partial"}
 
-    ViewsOut(str(views), store).remove_leftovers()
+    ViewTarWriter(str(views), store).remove_orphans()
     assert before.keys() - store_files(views).keys() == {path.relative_to(views).as_posix() for path in (dead, living)}
 
 
-def test_leftovers_stay_when_their_tar_is_being_written(world, tmp_path, monkeypatch):
+def test_orphans_stay_when_their_tar_is_being_written(world, tmp_path, monkeypatch):
     store = open_store(world.store)
-    views_out = ViewsOut(str(tmp_path / "views"), store)
+    views_out = ViewTarWriter(str(tmp_path / "views"), store)
     rename, seen = Path.rename, []
 
     def looked_at(path: Path, target: Path) -> Path:
-        ViewsOut(str(tmp_path / "views"), store).remove_leftovers()
+        ViewTarWriter(str(tmp_path / "views"), store).remove_orphans()
         seen.append(path.exists())
         return rename(path, target)
 
@@ -341,7 +341,7 @@ def test_views_go_to_a_bucket_and_come_back(world, run, tmp_path):
     with s3_server() as new_bucket:
         config = replace(world, store=tmp_path / "store", views_out=f"{new_bucket()}/views")
         cache(config)
-        ViewsOut(config.views_out, open_store(config.store)).require_committed()
+        ViewTarWriter(config.views_out, open_store(config.store)).require_committed()
         read = replace(run, tars=(), store=config.store, views_from=config.views_out, scratch=tmp_path / "scratch")
         assert losses(read) == losses(replace(run, run=tmp_path / "replayed"))
 

@@ -9,9 +9,9 @@ from conformance import ROWS, FeatureSourceConformance
 from training_world import FAMILIES, World, shared_world, train_config
 
 from feature_store.errors import InputError, QuarantinedError, UncommittedError
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.inputs.tar import open_tars
 from feature_store.store import open_store
-from feature_store.tars.tar import open_tars
 from feature_store.teacher.model import Teacher, load_teacher
 from student_trainer.assemble import assemble
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig

@@ -9,13 +9,13 @@ from servers import s3_server
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, write_tar
 
 from feature_store import open_store
-from feature_store.checks.verify import verify
-from feature_store.cli import main as store_main
+from feature_store.backends.local import open_objects
 from feature_store.errors import MismatchError, QuarantinedError
-from feature_store.objects.local import open_objects
-from teacher_service.caching import CacheSummary, cache
+from feature_store.tools.cli import main as store_main
+from feature_store.tools.verify import verify
+from teacher_service.cache.encode import UnitRows
+from teacher_service.cache.job import CacheSummary, cache
 from teacher_service.config import CacheConfig
-from teacher_service.rows import UnitRows
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_withdraw_leaves_readers_of_other_units_alone_when_killed_after_the_reco
             store.withdraw_unit(0)
     reopened = open_store(config.store)
     assert reopened.committed.units == [1, 2]
-    assert {finding.kind for finding in verify(config.store).findings} == {"leftover"}
+    assert {finding.kind for finding in verify(config.store).findings} == {"orphan"}
     assert cache(config).units_written == 1
 
 

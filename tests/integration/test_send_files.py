@@ -16,19 +16,19 @@ import pytest
 from served_store import Answer, make_store, make_wide_store
 from servers import UvicornThread, make_certificate
 
-from feature_store import wire
-from feature_store.client import connect
+from feature_store import connect
+from feature_store.backends.local import LocalObjects
+from feature_store.client import frames
 from feature_store.errors import CorruptStoreError
-from feature_store.objects.local import LocalObjects
-from feature_store.reading.cached_rows import CachedRows, FileSpan
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.read.page_cache import FileSpan, PageCacheReader
 from feature_store.store import open_store
-from teacher_service.serving import sendfile
-from teacher_service.serving.access_log import LOGGER
-from teacher_service.serving.app import create_app
-from teacher_service.serving.config import Limits, ServeConfig
-from teacher_service.serving.protocol import serving_options
-from teacher_service.serving.service import Service
+from teacher_service.serve import sendfile
+from teacher_service.serve.app import create_app
+from teacher_service.serve.config import Limits, ServeConfig
+from teacher_service.serve.middleware.access_log import LOGGER
+from teacher_service.serve.protocol import serving_options
+from teacher_service.serve.service import Service
 
 ROWS = [RowId(0, 3, 1), RowId(0, 0, 0), RowId(0, 2, 0), RowId(0, 3, 0)] * 60  # 12 MB: more than the kernel takes
 SHARD = "taps/stage4/c/0/0/0/0"
@@ -182,10 +182,10 @@ def test_source_names_the_damage_when_a_row_sent_unchecked_does_not_match(tmp_pa
 
 
 def test_rows_that_are_not_in_memory_are_read_and_checked(serving, monkeypatch):
-    monkeypatch.setattr("feature_store.reading.cached_rows.CachedRows.files", lambda *_: None)
+    monkeypatch.setattr("feature_store.read.page_cache.PageCacheReader.files", lambda *_: None)
     with serving.raw() as connection:
         connection.sendall(request_for(check=False))
-        assert len(wire.decode(answer_on(connection).body)[0]["rows"]) == len(ROWS)
+        assert len(frames.decode(answer_on(connection).body)[0]["rows"]) == len(ROWS)
     assert not serving.sent
 
 
@@ -195,9 +195,9 @@ def test_answers_keep_apart_when_many_ask_at_once_and_some_leave(serving, monkey
     expected = {row: local.read([row]).taps["stage4"][0].tobytes() for row in set(ROWS)}
     chance = np.random.default_rng(0)
     for name in ("take", "files"):
-        known = getattr(CachedRows, name)
+        known = getattr(PageCacheReader, name)
         monkeypatch.setattr(
-            CachedRows, name, lambda *asked, known=known: known(*asked) if chance.random() < 0.9 else None
+            PageCacheReader, name, lambda *asked, known=known: known(*asked) if chance.random() < 0.9 else None
         )
 
     def ask(seed: int) -> int:
@@ -209,7 +209,7 @@ def test_answers_keep_apart_when_many_ask_at_once_and_some_leave(serving, monkey
                 if rng.random() < 0.3:
                     assert connection.recv(1 << 16)
                     continue
-                arrays, _ = wire.decode(answer_on(connection).body)
+                arrays, _ = frames.decode(answer_on(connection).body)
             assert [row.tobytes() for row in arrays["stage4"]] == [expected[row] for row in rows]
             answered += 1
         return answered
@@ -227,7 +227,7 @@ def test_encrypted_answers_are_read_and_checked(path, tmp_path, monkeypatch):
         context = ssl.create_default_context(cafile=certificate)
         with serving.raw() as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
             connection.sendall(request_for(check=False))
-            assert len(wire.decode(answer_on(connection).body)[0]["rows"]) == len(ROWS)
+            assert len(frames.decode(answer_on(connection).body)[0]["rows"]) == len(ROWS)
         assert not serving.sent
     finally:
         serving.close()

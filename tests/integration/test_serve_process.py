@@ -18,13 +18,13 @@ from obstore.store import HTTPStore
 from served_store import UNCOMMITTED_UNIT, make_store, make_tokens, make_wide_store, running
 from servers import make_certificate
 
-from feature_store import wire
+from feature_store.client import frames
+from feature_store.format.addressing import RowId
 from feature_store.processes import stop_signals
-from feature_store.sample import RowId
 from feature_store.store import open_store
-from teacher_service.serving import server
-from teacher_service.serving.config import ServeConfig
-from teacher_service.serving.metrics import MULTIPROCESS_DIR
+from teacher_service.serve import server
+from teacher_service.serve.config import ServeConfig
+from teacher_service.serve.metrics import MULTIPROCESS_DIR
 
 SHARD = "taps/stage4/c/0/0/0/0"
 
@@ -206,7 +206,7 @@ def test_a_hundred_requests_in_work_finish_when_the_service_is_told_to_stop(tmp_
     for answer in bodies:
         head, _, frame = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200")
-        arrays, _ = wire.decode(frame)
+        arrays, _ = frames.decode(frame)
         assert (arrays["stage4"] == want).all()
 
 

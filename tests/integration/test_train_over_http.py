@@ -12,7 +12,7 @@ from service_process import running_service
 from stopped_runs import killed_at_update
 from training_world import World, shared_world, train_config
 
-from feature_store.client import connect, read_token
+from feature_store.client.connection import connect, read_token
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.store import open_store
 from student_trainer.assemble import assemble
@@ -125,7 +125,7 @@ def test_training_reads_with_a_token_when_the_service_needs_one(world, tmp_path,
 
 
 def test_training_gives_up_with_a_clear_word_when_nobody_listens(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("feature_store.client._FIRST_SECONDS", 0.2)
+    monkeypatch.setattr("feature_store.client.connection._FIRST_SECONDS", 0.2)
     with pytest.raises(ResourceError, match=r"127.0.0.1:1/v1/manifest: the connection failed .*is the service running"):
         assemble(config(world, tmp_path, "http://127.0.0.1:1"))
 

@@ -32,7 +32,7 @@ from feature_store.errors import (
     UncommittedError,
     UserError,
 )
-from feature_store.tars.tar import Tar
+from feature_store.inputs.tar import Tar
 from feature_store.views import decode_image, view_policy
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, ViewsConfig

@@ -17,8 +17,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from training_world import SIZE, samples, shared_world, train_config, write_tar
 
 from feature_store.errors import InputError, ResourceError, UserError
+from feature_store.inputs.tar import Tar
 from feature_store.store import open_store
-from feature_store.tars.tar import Tar
 from student_trainer.assemble import assemble
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main

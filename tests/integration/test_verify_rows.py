@@ -12,17 +12,17 @@ import torch
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, write_tar, write_tars
 
 from feature_store import open_store
-from feature_store.blocks import read_blocks
-from feature_store.checks.verify import verify as verify_checksums
 from feature_store.errors import InputError, MismatchError
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.format.blocks import read_blocks
 from feature_store.store import Store
 from feature_store.teacher.model import Teacher, TeacherOutput
-from feature_store.writer import UnitData
-from teacher_service.caching import cache
+from feature_store.tools.verify import verify as verify_checksums
+from feature_store.write.unit import UnitData
+from teacher_service.cache.job import cache
 from teacher_service.cli import main
-from teacher_service.verify_config import VerifyConfig
-from teacher_service.verifying import sampled_rows, verify
+from teacher_service.verify.config import VerifyConfig
+from teacher_service.verify.recompute import sampled_rows, verify
 
 SAMPLES, VIEWS = (6, 5), 2
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from feature_store import wire
+from feature_store.client import frames
 
 
 class Asked(NamedTuple):
@@ -72,4 +72,4 @@ def in_turn(*answers: Answered | Exception) -> Callable[[Asked], Answered | Exce
 
 
 def frame_of(arrays, **metadata: str) -> bytes:
-    return b"".join(wire.encode(arrays, metadata).chunks())
+    return b"".join(frames.encode(arrays, metadata).chunks())

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from tiny_store import tiny_manifest, tiny_store
 
-from feature_store.analysis.bench import bench_codecs, stand_ins
-from feature_store.cli import main
-from feature_store.codecs.registry import calibrated
 from feature_store.errors import InputError
-from feature_store.manifest import TapInfo
+from feature_store.format.codecs.registry import calibrated
+from feature_store.format.manifest import TapInfo
+from feature_store.tools.bench import bench_codecs, stand_ins
+from feature_store.tools.cli import main
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 from tiny_store import tiny_manifest, tiny_store
 
 from feature_store import RowId, open_store
-from feature_store.objects.local import IOV_MAX
-from feature_store.reading import cached_rows
+from feature_store.backends.local import IOV_MAX
+from feature_store.read import page_cache as cached_rows
 
 ROWS = [RowId(unit, i, view) for unit, n in enumerate((5, 3, 4)) for view in (0, 1) for i in range(n)]
 

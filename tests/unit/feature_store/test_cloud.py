@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from servers import s3_server
 
+from feature_store.backends.bucket import RemoteObjects
+from feature_store.backends.credentials import failure
 from feature_store.errors import InputError, ResourceError
-from feature_store.objects.cloud import failure
-from feature_store.objects.remote import RemoteObjects
 
 KEYS = "aws_access_key_id = key\naws_secret_access_key = secret\n"
 

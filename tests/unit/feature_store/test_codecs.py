@@ -11,29 +11,29 @@ from hypothesis.extra.numpy import arrays
 from tiny_store import tiny_manifest, tiny_store, unit_data
 
 from feature_store import open_store
-from feature_store.codecs.encoding import blocks
-from feature_store.codecs.group_quantise import pack, unpack
-from feature_store.codecs.quantise import float16_at_least
-from feature_store.codecs.registry import (
+from feature_store.errors import InputError
+from feature_store.format.codecs.base import blocks
+from feature_store.format.codecs.group_quantise import pack, unpack
+from feature_store.format.codecs.quantise import float16_at_least
+from feature_store.format.codecs.registry import (
     CODECS,
     DEFAULT_TAP_CODEC,
     MOST_ROW_BYTES,
-    ValueCodec,
+    BoundCodec,
+    bound_codecs,
     calibrated,
     get_codec,
     needs_calibration,
     require_decodable,
-    value_codecs,
 )
-from feature_store.errors import InputError
-from feature_store.manifest import Manifest, TapInfo
+from feature_store.format.manifest import Manifest, TapInfo
 
 CALIBRATED = ("int8", "int6", "int4")
 ALL = [*CODECS, *(f"{name}+zstd" for name in CODECS)]
 
 
-def bound(name: str, values: np.ndarray, sample: np.ndarray | None = None) -> ValueCodec:
-    return ValueCodec.learn("taps/stage4", get_codec(name), values if sample is None else sample)
+def bound(name: str, values: np.ndarray, sample: np.ndarray | None = None) -> BoundCodec:
+    return BoundCodec.learn("taps/stage4", get_codec(name), values if sample is None else sample)
 
 
 def heavy_features(rows: int = 12, tokens: int = 5, channels: int = 70) -> np.ndarray:
@@ -471,7 +471,7 @@ def test_store_gives_decoded_values_and_plain_zarr_the_parts(name, tmp_path):
     manifest = manifest_with(name)
     manifest = calibrated(manifest, {"stage4": tap_sample(manifest)})
     tiny_store(tmp_path / "s", manifest, quarantined={1: "unreadable"})
-    store, codec = open_store(tmp_path / "s"), value_codecs(manifest)["taps/stage4"]
+    store, codec = open_store(tmp_path / "s"), bound_codecs(manifest)["taps/stage4"]
     group = zarr.open_group(tmp_path / "s", mode="r")
     for unit in range(3):
         good = [i for i in range(manifest.tars[unit].samples) if i != 1]
@@ -494,7 +494,7 @@ def test_objects_equal_zarr_pythons_own_when_it_writes_the_same_parts(name, tmp_
     source, target = zarr.open_group(ours.path, mode="r"), zarr.open_group(theirs.path, mode="r+")
     full = [unit for unit, tar in enumerate(manifest.tars) if tar.samples == manifest.capacity]
     assert full
-    for path in value_codecs(manifest)["taps/stage4"].paths.values():
+    for path in bound_codecs(manifest)["taps/stage4"].paths.values():
         with zarr.config.set({"array.write_empty_chunks": True}):
             target[path][...] = source[path][...]
         for unit in full:
@@ -517,7 +517,7 @@ def test_a_foreign_client_is_told_how_to_read_bf16(tmp_path):
 def test_a_unit_may_be_handed_over_encoded(tmp_path):
     manifest = manifest_with("int8")
     manifest = calibrated(manifest, {"stage4": tap_sample(manifest)})
-    codec, data = value_codecs(manifest)["taps/stage4"], unit_data(manifest, 0)
+    codec, data = bound_codecs(manifest)["taps/stage4"], unit_data(manifest, 0)
     views = [codec.encode(view) for view in data.taps["stage4"]]
     encoded = {part.suffix: np.stack([view[part.suffix] for view in views]) for part in codec.parts}
     store = tiny_store(tmp_path / "a", manifest, units=(0,))
@@ -543,7 +543,7 @@ def test_source_gives_the_parts_when_asked_not_to_decode(tmp_path):
     manifest = calibrated(manifest_with("int4"), {"stage4": tap_sample(manifest_with("int4"))})
     store = tiny_store(tmp_path / "s", manifest)
     rows = store.rows(["key/0-1", "key/2-3"], 1)
-    source, codec = store.source(), value_codecs(manifest)["taps/stage4"]
+    source, codec = store.source(), bound_codecs(manifest)["taps/stage4"]
     encoded = source.read(rows, decode=False).encoded["stage4"]
     assert set(encoded) == {"", "group", "scale"}
     assert np.array_equal(codec.decode(encoded), source.read(rows).taps["stage4"])

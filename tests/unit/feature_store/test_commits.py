@@ -1,4 +1,4 @@
-"""Commit records, what they vouch for, and the index and the leftovers beside them."""
+"""Commit records, what they vouch for, and the index and the orphans beside them."""
 
 import json
 from dataclasses import replace
@@ -8,10 +8,10 @@ import pytest
 from tiny_store import everything, tiny_manifest, tiny_store, view_data
 
 from feature_store import RowId, open_store
+from feature_store.backends.local import LocalObjects
 from feature_store.commits import index as commit_index
-from feature_store.commits.committed import CommittedRows, load_commits, load_store
+from feature_store.commits.checksum_table import ChecksumOrder, ChecksumTable, pack_checksums, total_bytes
 from feature_store.commits.index import build_index, decode_index, is_whole, write_index
-from feature_store.commits.leftovers import Place, Places, find_leftovers, read_records, whole_objects, withdraw
 from feature_store.commits.locks import (
     exclusive,
     has_locks,
@@ -21,15 +21,16 @@ from feature_store.commits.locks import (
     locked_units,
     machine_folder,
 )
-from feature_store.commits.proofs import PackedProofs, ProofOrder, pack_proofs, total_bytes
+from feature_store.commits.log import CommitLog, load_commits, load_store
+from feature_store.commits.orphans import Place, Places, find_orphans, read_records, whole_objects, withdraw
 from feature_store.commits.record import (
     CommitRecord,
-    ObjectProof,
+    ObjectChecksum,
     already_committed,
     decode_record,
     encode_record,
+    parse_record_path,
     record_path,
-    record_place,
     write_commit,
 )
 from feature_store.errors import (
@@ -41,12 +42,11 @@ from feature_store.errors import (
     ResourceError,
     UncommittedError,
 )
-from feature_store.layout import array_specs, crc32c
-from feature_store.manifest import TarInfo
-from feature_store.objects.local import LocalObjects
+from feature_store.format.layout import array_specs, crc32c
+from feature_store.format.manifest import TarInfo
 
 MANIFEST = replace(tiny_manifest(views=4), tars=tuple(TarInfo(f"tar-{u}.tar", 5, f"{u}" * 64) for u in range(3)))
-ORDER = ProofOrder(MANIFEST)
+ORDER = ChecksumOrder(MANIFEST)
 
 
 def record_of(unit: int, first: int = 0, last: int = 3, **changes) -> CommitRecord:
@@ -55,7 +55,7 @@ def record_of(unit: int, first: int = 0, last: int = 3, **changes) -> CommitReco
     record = CommitRecord(
         store=MANIFEST.identity(), unit=unit, first_view=first, last_view=last, tar=tar.name,
         tar_sha256=tar.header_sha256, samples=tar.samples, quarantined={},
-        objects={path: ObjectProof(at + 10, 2**32 - 1 - at) for at, path in enumerate(ORDER.paths(unit, views))},
+        objects={path: ObjectChecksum(at + 10, 2**32 - 1 - at) for at, path in enumerate(ORDER.paths(unit, views))},
         software={"numpy": "2"},
     )  # fmt: skip
     return replace(record, **changes)
@@ -70,7 +70,7 @@ def same(one: CommitRecord, other: CommitRecord) -> bool:
 
 
 def test_record_has_the_bytes_of_every_store_of_the_format():
-    record = record_of(1, 2, 3, quarantined={3: "cut short"}, objects={"label/c/1": ObjectProof(44, 7)})
+    record = record_of(1, 2, 3, quarantined={3: "cut short"}, objects={"label/c/1": ObjectChecksum(44, 7)})
     body = {
         "first_view": 2, "last_view": 3, "objects": {"label/c/1": {"bytes": 44, "crc32c": 7}},
         "quarantined": {"3": "cut short"}, "samples": 5, "software": {"numpy": "2"}, "store": MANIFEST.identity(),
@@ -97,7 +97,7 @@ def test_record_has_the_bytes_of_every_store_of_the_format():
     ],
 )
 def test_record_place_is_what_its_path_names(path, place):
-    assert record_place(path) == place
+    assert parse_record_path(path) == place
     assert place is None or record_path(*place) == path
 
 
@@ -176,8 +176,8 @@ def test_first_writer_of_a_record_wins(tmp_path):
 @pytest.mark.parametrize("views", [range(4), range(1, 3)])
 def test_packed_proofs_are_the_mapping_they_were_made_of(views):
     proofs = record_of(2, views.start, views.stop - 1).objects
-    packed = pack_proofs(ORDER, 2, views, proofs)
-    assert isinstance(packed, PackedProofs)
+    packed = pack_checksums(ORDER, 2, views, proofs)
+    assert isinstance(packed, ChecksumTable)
     assert dict(packed) == proofs
     assert len(packed) == len(proofs) == ORDER.shared + len(views) * ORDER.per_view
     assert total_bytes(packed) == total_bytes(proofs) == sum(proof.bytes for proof in proofs.values())
@@ -199,7 +199,7 @@ def test_proof_order_has_arrays_without_views_first():
     ],
 )  # fmt: skip
 def test_packed_proofs_have_no_objects_of_other_units_views_and_arrays(path):
-    packed = pack_proofs(ORDER, 2, range(1, 3), record_of(2, 1, 2).objects)
+    packed = pack_checksums(ORDER, 2, range(1, 3), record_of(2, 1, 2).objects)
     assert path not in packed
     with pytest.raises(KeyError):
         packed[path]
@@ -208,8 +208,8 @@ def test_packed_proofs_have_no_objects_of_other_units_views_and_arrays(path):
 def test_proofs_stay_as_they_are_when_they_are_not_exactly_a_units():
     proofs = record_of(2).objects
     fewer = {path: proof for path, proof in proofs.items() if path != "label/c/2"}
-    for unusual in (fewer, {**proofs, "more": ObjectProof(1, 1)}, {**fewer, "other": ObjectProof(1, 1)}):
-        assert pack_proofs(ORDER, 2, range(4), unusual) is unusual
+    for unusual in (fewer, {**proofs, "more": ObjectChecksum(1, 1)}, {**fewer, "other": ObjectChecksum(1, 1)}):
+        assert pack_checksums(ORDER, 2, range(4), unusual) is unusual
 
 
 # ---- rows
@@ -217,21 +217,21 @@ def test_proofs_stay_as_they_are_when_they_are_not_exactly_a_units():
 
 def test_committed_rows_know_units_views_and_records():
     records = [record_of(2, 1, 2), record_of(0, 2, 3), record_of(0, 0, 1)]
-    rows = CommittedRows(MANIFEST, records)
+    rows = CommitLog(MANIFEST, records)
     assert [record.path for record in rows.records] == [records[2].path, records[1].path, records[0].path]
     assert all(same(rows.record(r.unit, view), r) for r in records for view in r.views)
     assert (rows.units, rows.complete_units, rows.places) == ([0, 2], 1, 6)
     assert [rows.views(unit) for unit in (-1, 0, 1, 2, 3)] == [set(), {0, 1, 2, 3}, set(), {1, 2}, set()]
     assert rows.missing_views() == {1: [0, 1, 2, 3], 2: [0, 3]}
     assert not rows.is_indexed(0, range(2))
-    whole = CommittedRows(MANIFEST, [record_of(unit) for unit in range(3)])
+    whole = CommitLog(MANIFEST, [record_of(unit) for unit in range(3)])
     assert whole.missing_views() == {}
     assert (whole.complete_units, whole.places) == (3, 12)
 
 
 @pytest.mark.parametrize("view", [-1, 0, 4])
 def test_record_says_which_views_are_committed_when_one_is_not(view):
-    rows = CommittedRows(MANIFEST, [record_of(0, 1, 3)])
+    rows = CommitLog(MANIFEST, [record_of(0, 1, 3)])
     message = rf"view {view} of unit 0 \(tar-0.tar\) was never committed; .* this unit: \[1, 2, 3\]; finish the store"
     with pytest.raises(UncommittedError, match=message):
         rows.record(0, view)
@@ -242,7 +242,7 @@ def test_record_says_which_views_are_committed_when_one_is_not(view):
 
 
 def test_require_refuses_rows_beyond_the_tar_and_quarantined_ones():
-    rows = CommittedRows(MANIFEST, [record_of(0, quarantined={2: "no label"})])
+    rows = CommitLog(MANIFEST, [record_of(0, quarantined={2: "no label"})])
     for position in (0, 1, 3, 4):
         rows.require(RowId(0, position, 3))
     for position in (-1, 5):
@@ -253,7 +253,7 @@ def test_require_refuses_rows_beyond_the_tar_and_quarantined_ones():
 
 
 def test_add_refuses_when_any_view_is_taken_and_names_both_records():
-    rows = CommittedRows(MANIFEST, [record_of(0, 0, 1)])
+    rows = CommitLog(MANIFEST, [record_of(0, 0, 1)])
     message = r"commits/u00000-v0-1.json and commits/u00000-v1-3.json vouch for the same view; remove one .*repair"
     with pytest.raises(CorruptStoreError, match=message):
         rows.add(record_of(0, 1, 3))
@@ -263,7 +263,7 @@ def test_add_refuses_when_any_view_is_taken_and_names_both_records():
 
 
 def test_replace_takes_the_place_of_records_of_its_views_and_of_no_others():
-    rows = CommittedRows(MANIFEST, [record_of(0, 0, 1), record_of(0, 2, 2), record_of(1)])
+    rows = CommitLog(MANIFEST, [record_of(0, 0, 1), record_of(0, 2, 2), record_of(1)])
     rows.replace(record_of(0, 1, 1, quarantined={4: "x"}))
     assert rows.views(0) == {1, 2}
     assert rows.record(0, 1).quarantined == {4: "x"}
@@ -283,7 +283,7 @@ RECORDS = [
 
 
 def indexed(records=RECORDS, manifest=MANIFEST):
-    packed = CommittedRows(manifest, records).records
+    packed = CommitLog(manifest, records).records
     return build_index(manifest, [(record, 100 + at) for at, record in enumerate(packed)])
 
 
@@ -321,7 +321,7 @@ def test_index_serves_a_store_that_has_grown_and_none_whose_tars_differ(caplog):
 
 
 def test_build_index_leaves_records_with_unusual_objects_out():
-    unusual = record_of(2, objects={"label/c/2": ObjectProof(1, 1)}, quarantined={0: "z"}, software={"numpy": "9"})
+    unusual = record_of(2, objects={"label/c/2": ObjectChecksum(1, 1)}, quarantined={0: "z"}, software={"numpy": "9"})
     index = indexed([unusual, *RECORDS])
     assert [same(index.record(line), record) for line, record in enumerate(RECORDS)] == [True] * 3
     assert len(index) == 3
@@ -374,7 +374,7 @@ def test_write_index_covers_the_records_that_are_there(tmp_path):
     objects = LocalObjects(tmp_path)
     for record in RECORDS[:2]:
         write_commit(objects, record)
-    packed = CommittedRows(MANIFEST, RECORDS).records
+    packed = CommitLog(MANIFEST, RECORDS).records
     assert write_index(objects, MANIFEST, packed) == 2
     index = decode_index(objects.get(commit_index.PATH).tobytes(), MANIFEST)
     assert index.paths() == [record.path for record in RECORDS[:2]]
@@ -400,7 +400,7 @@ def reads(objects, monkeypatch):
 
 
 def test_load_commits_reads_only_records_that_the_index_does_not_cover(objects, monkeypatch):
-    write_index(objects, MANIFEST, CommittedRows(MANIFEST, RECORDS[:2]).records)
+    write_index(objects, MANIFEST, CommitLog(MANIFEST, RECORDS[:2]).records)
     seen = reads(objects, monkeypatch)
     committed, problems = load_commits(objects, MANIFEST)
     assert problems == []
@@ -413,7 +413,7 @@ def test_load_commits_reads_only_records_that_the_index_does_not_cover(objects, 
 
 
 def test_load_commits_does_not_believe_the_index_about_records_that_are_gone_or_of_another_length(objects):
-    write_index(objects, MANIFEST, CommittedRows(MANIFEST, RECORDS).records)
+    write_index(objects, MANIFEST, CommitLog(MANIFEST, RECORDS).records)
     objects.delete(RECORDS[0].path)
     other = record_of(1, 0, 0, software={"a longer name": "1"})
     objects.put(other.path, encode_record(other))
@@ -452,7 +452,7 @@ def test_load_commits_passes_over_records_that_are_gone_since_they_were_listed(o
 
 
 def test_load_commits_reads_all_records_when_the_index_has_one_twice(objects):
-    twice = [(record, 0) for record in CommittedRows(MANIFEST, RECORDS[:1]).records] * 2
+    twice = [(record, 0) for record in CommitLog(MANIFEST, RECORDS[:1]).records] * 2
     sizes = objects.sizes("commits/")
     index = build_index(MANIFEST, [(record, sizes[record.path]) for record, _ in twice])
     objects.put(commit_index.PATH, index.encode())
@@ -467,7 +467,7 @@ def test_load_commits_takes_the_index_alone_when_records_cannot_be_listed(object
         InputError, match=r"cannot be listed and has no commit index .* in commits/index; call Store.co"
     ):
         load_commits(objects, MANIFEST)
-    write_index(objects, MANIFEST, CommittedRows(MANIFEST, RECORDS[:2]).records)
+    write_index(objects, MANIFEST, CommitLog(MANIFEST, RECORDS[:2]).records)
     seen = reads(objects, monkeypatch)
     committed, problems = load_commits(objects, MANIFEST)
     assert (problems, seen) == ([], [commit_index.PATH])
@@ -492,7 +492,7 @@ def test_load_store_reads_the_manifest_again_when_it_has_grown_meanwhile(tmp_pat
     assert committed.views(0) == {0, 1, 2}
 
 
-# ---- leftovers
+# ---- orphans
 
 
 @pytest.mark.parametrize(
@@ -526,17 +526,17 @@ def test_places_know_what_a_path_is(path, place):
     assert Places(MANIFEST).of(path) == place
 
 
-def test_find_leftovers_spares_what_is_vouched_for_and_what_a_damaged_record_may_vouch_for():
+def test_find_orphans_spares_what_is_vouched_for_and_what_a_damaged_record_may_vouch_for():
     paths = [
         "label/c/0", "label/c/1", "label/c/2", "view/crop/c/0/0/0", "view/crop/c/2/0/0", "zarr.json",
         "zarr.json.1-1.partial", "label/c/0.1-1.partial", "notes.txt", record_of(0, 0, 1).path,
     ]  # fmt: skip
-    found = find_leftovers(MANIFEST, paths, [record_of(0, 0, 1)], [2, None])
+    found = find_orphans(MANIFEST, paths, [record_of(0, 0, 1)], [2, None])
     assert found == {
         0: ["view/crop/c/2/0/0", "label/c/0.1-1.partial"], 1: ["label/c/1"], None: ["zarr.json.1-1.partial"],
     }  # fmt: skip
-    assert find_leftovers(MANIFEST, paths[:2], [record_of(0), record_of(1)]) == {}
-    assert find_leftovers(MANIFEST, paths[:1], [record_of(1)]) == {0: ["label/c/0"]}
+    assert find_orphans(MANIFEST, paths[:2], [record_of(0), record_of(1)]) == {}
+    assert find_orphans(MANIFEST, paths[:1], [record_of(1)]) == {0: ["label/c/0"]}
 
 
 def test_whole_objects_are_neither_unfinished_nor_locks(tmp_path):
@@ -557,13 +557,13 @@ def test_read_records_gives_those_of_one_unit(objects):
         read_records(objects, 0)
 
 
-def test_remove_leftovers_goes_on_after_a_unit_with_a_damaged_record(tmp_path):
+def test_remove_orphans_goes_on_after_a_unit_with_a_damaged_record(tmp_path):
     store = tiny_store(tmp_path / "s", units=(0,))
     store.objects.put("commits/u00001-v0-1.json", b"{}")
     stray = ["label/c/1", "label/c/2", "zarr.json.1-1.partial", "label/c/0.1-1.partial"]
     for path in stray:
         (store.path / path).write_bytes(b"half")
-    assert store.remove_leftovers() == sorted(stray[1:])
+    assert store.remove_orphans() == sorted(stray[1:])
     assert [(store.path / path).exists() for path in stray] == [True, False, False, False]
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from feature_store.codecs.registry import CODECS, ValueCodec, get_codec
-from feature_store.teacher.dequantise import Dequantiser
+from feature_store.format.codecs.registry import CODECS, BoundCodec, get_codec
+from feature_store.teacher.torch_codecs import TorchDecoder
 
 
 def features(channels: int) -> np.ndarray:
@@ -16,8 +16,8 @@ def features(channels: int) -> np.ndarray:
     return (rng.standard_normal((9, 4, channels)) * spread + offset).astype(np.float32)
 
 
-def bound(name: str, values: np.ndarray) -> ValueCodec:
-    return ValueCodec.learn("taps/stage4", get_codec(name), values[:5])
+def bound(name: str, values: np.ndarray) -> BoundCodec:
+    return BoundCodec.learn("taps/stage4", get_codec(name), values[:5])
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -26,7 +26,7 @@ def test_dequantised_values_equal_the_codecs_own(name, channels):
     values = features(channels)
     codec = bound(name, values)
     parts = codec.encode(values)
-    got = Dequantiser(codec)(parts)
+    got = TorchDecoder(codec)(parts)
     assert got.dtype == torch.float32
     expected = codec.decode(parts)
     # the same operations in the same order; a fused multiply-add may differ in the last bit
@@ -38,9 +38,9 @@ def test_dequantised_values_equal_the_codecs_own(name, channels):
 def test_dequantised_logits_equal_the_codecs_own(name, classes):
     values = np.random.default_rng(0).standard_normal((4, classes)).astype(np.float32)
     values[:, -1] = 20
-    codec = ValueCodec("logits", get_codec(name), (classes,))
+    codec = BoundCodec("logits", get_codec(name), (classes,))
     parts = codec.encode(values)
-    assert np.array_equal(Dequantiser(codec)(parts).numpy(), codec.decode(parts))
+    assert np.array_equal(TorchDecoder(codec)(parts).numpy(), codec.decode(parts))
 
 
 def test_dequantiser_takes_tensors_and_arrays_alike():
@@ -48,7 +48,7 @@ def test_dequantiser_takes_tensors_and_arrays_alike():
     codec = bound("int4", values)
     parts = codec.encode(values)
     tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
-    assert torch.equal(Dequantiser(codec)(tensors), Dequantiser(codec)(parts, "cpu"))
+    assert torch.equal(TorchDecoder(codec)(tensors), TorchDecoder(codec)(parts, "cpu"))
 
 
 def test_dequantiser_does_not_change_what_it_is_given():
@@ -57,13 +57,13 @@ def test_dequantiser_does_not_change_what_it_is_given():
         codec = bound(name, values)
         parts = codec.encode(values)
         before = {key: part.copy() for key, part in parts.items()}
-        Dequantiser(codec)(parts)
+        TorchDecoder(codec)(parts)
         assert all(np.array_equal(before[key], part) for key, part in parts.items()), name
 
 
 def test_dequantiser_survives_pickling():
     values = features(40)
     codec = bound("int6", values)
-    first = Dequantiser(codec)
+    first = TorchDecoder(codec)
     parts = codec.encode(values)
     assert torch.equal(pickle.loads(pickle.dumps(first))(parts), first(parts))  # noqa: S301 - our own object

@@ -18,10 +18,10 @@ import pytest
 from tiny_store import BLOCKS, everything, tiny_manifest, tiny_store, view_data
 
 from feature_store import RowId, Store, open_store
-from feature_store.checks.verify import verify
+from feature_store.backends.local import LocalObjects
 from feature_store.errors import CommittedError, ResourceError, UserError
-from feature_store.manifest import TarInfo
-from feature_store.objects.local import LocalObjects
+from feature_store.format.manifest import TarInfo
+from feature_store.tools.verify import verify
 
 LONG = os.environ.get("FAULT_CAMPAIGN") == "long"
 FLIPS, OBJECTS, KILLS = (1000, 10**6, 200) if LONG else (80, 20, 10)
@@ -123,7 +123,7 @@ def gone(path, file):
         store.source().read([RowId(unit, 0, 0)])
     report = verify(path)
     assert report.missing_views == {unit: [0, 1]}
-    assert {(finding.kind, finding.unit) for finding in report.findings} == {("leftover", unit)}
+    assert {(finding.kind, finding.unit) for finding in report.findings} == {("orphan", unit)}
     return "refused"
 
 
@@ -225,7 +225,7 @@ def test_a_full_disk_commits_nothing_or_everything(tmp_path, limit):
     assert code == (0 if limit >= largest else 3)
     if code:
         assert everything(after) == before
-        after.remove_leftovers()
+        after.remove_orphans()
         after.write_unit(1, 0, view_data(store.manifest, 1, range(2)))
     assert verify(store.path).findings == []
 
@@ -259,8 +259,8 @@ def test_an_input_output_error_on_writing_commits_nothing_or_everything(tmp_path
             (store.path / "commits/u00000-v0-1.json").unlink()
         else:
             assert refused
-        assert {finding.kind for finding in verify(store.path).findings} <= {"leftover"}
-        store.remove_leftovers()
+        assert {finding.kind for finding in verify(store.path).findings} <= {"orphan"}
+        store.remove_orphans()
         if next(calls) <= k:
             break
     assert k > 0
@@ -292,7 +292,7 @@ def test_an_input_output_error_on_reading_is_raised_and_never_read(sound, monkey
 
 
 @pytest.mark.parametrize("writers", [1, 3])
-def test_a_kill_at_any_moment_leaves_whole_units_or_leftovers(tmp_path, writers):
+def test_a_kill_at_any_moment_leaves_whole_units_or_orphans(tmp_path, writers):
     manifest = tiny_manifest()
     tars = tuple(TarInfo(f"tar-{unit}.tar", 1 + unit % 5, f"{unit:064d}") for unit in range(8))
     manifest = manifest.__class__(**{**manifest.__dict__, "tars": tars})
@@ -307,7 +307,7 @@ def test_a_kill_at_any_moment_leaves_whole_units_or_leftovers(tmp_path, writers)
             os.waitpid(pid, 0)
         counts[_state(path, manifest)] += 1
         store = open_store(path)
-        store.remove_leftovers()
+        store.remove_orphans()
         assert verify(path).findings == []
         if not store.committed.missing_views():
             path = tmp_path / f"{kill + 1}"
@@ -337,7 +337,7 @@ def _start_writer(path: Path, manifest, seed: int) -> int:
 
 
 def _state(path, manifest):
-    """What a kill left: every committed view reads as it was written, and verify finds leftovers at most."""
+    """What a kill left: every committed view reads as it was written, and verify finds orphans at most."""
     store = open_store(path)
     for unit in store.committed.units:
         for view in store.committed_views(unit):
@@ -347,9 +347,9 @@ def _state(path, manifest):
             assert np.array_equal(store.pixel_crcs(unit, view), expected.pixel_crc[0])
             assert store.view_params(unit, view) == expected.params[0]
     kinds = {finding.kind for finding in verify(path).findings}
-    assert kinds <= {"leftover"}
+    assert kinds <= {"orphan"}
     done = sum(len(store.committed_views(unit)) for unit in range(8))
-    return ("leftovers" if kinds else "clean") + (" after some views" if done else " before any view")
+    return ("orphans" if kinds else "clean") + (" after some views" if done else " before any view")
 
 
 def test_a_read_of_a_local_object_never_comes_back_short(tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tiny_store import everything, tiny_store
 
+from feature_store.backends.local import LocalObjects
 from feature_store.commits.locks import exclusive, has_locks, is_held, lock_name
 from feature_store.errors import ResourceError
-from feature_store.objects.local import LocalObjects
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from feature_store.files import replacing, write_text
+from feature_store.backends.files import replacing, write_text
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from feature_store import RowId, open_store
-from feature_store.blocks import read_blocks
-from feature_store.checks.verify import verify
+from feature_store.format.blocks import read_blocks
+from feature_store.tools.verify import verify
 
 pytestmark = pytest.mark.golden
 GOLDEN = Path(__file__).parents[2] / "golden"

@@ -10,10 +10,10 @@ import zarr
 from tiny_store import everything, tiny_manifest, tiny_store, view_data
 
 from feature_store import RowId, Store, open_store
-from feature_store.checks.verify import verify
 from feature_store.commits.locks import exclusive, lock_name
 from feature_store.errors import InputError, MismatchError, ResourceError
-from feature_store.manifest import TarInfo
+from feature_store.format.manifest import TarInfo
+from feature_store.tools.verify import verify
 
 NEW_TARS = (TarInfo("tar-3.tar", 5, "3" * 64), TarInfo("tar-4.tar", 1, "4" * 64))
 
@@ -150,12 +150,12 @@ def test_grow_survives_a_kill_at_every_step(tmp_path, when):
         steps += 1
         assert everything(open_store(store.path)) == before
         kinds = {finding.kind for finding in verify(store.path).findings}
-        assert kinds <= {"growth", "leftover"}
+        assert kinds <= {"growth", "orphan"}
         if open_store(store.path).manifest == store.manifest:
             plain = zarr.open_group(store.path, mode="r")
             assert all(plain[name].shape[0] >= 2 for name in ("taps/stage4", "logits", "view/crop"))
     assert steps == len(list(store.path.rglob("zarr.json"))) - 6  # arrays and the root; not groups and blocks
-    open_store(store.path).remove_leftovers()
+    open_store(store.path).remove_orphans()
     assert verify(store.path).findings == []
     larger = open_store(store.path)
     assert larger.manifest == wanted

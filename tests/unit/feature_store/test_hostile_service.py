@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from scripted_transport import Answered, ScriptedTransport, frame_of
 
-from feature_store.client import connect
+from feature_store import connect
+from feature_store.client.live import RemoteLiveSource
+from feature_store.client.objects import ServedObjects
+from feature_store.client.service import RetryPolicy, ServiceClient
+from feature_store.client.transport import HttpTransport
 from feature_store.errors import InputError, ResourceError, UnknownFieldError, UserError, WireError
-from feature_store.manifest import SplitInfo, TeacherInfo
-from feature_store.remote.live_source import RemoteLiveSource
-from feature_store.remote.objects import ServedObjects
-from feature_store.remote.service import Patience, Service
-from feature_store.remote.transport import HttpTransport
+from feature_store.format.manifest import SplitInfo, TeacherInfo
 
 TOKEN = "skc_secret"
-HASTY = Patience(deadline=0.4, timeout=0.2, first_pause=0.01, longest_pause=0.05)
-ONCE = Patience(deadline=10, timeout=10, first_pause=100, longest_pause=100)  # a last try in no time could time out
+HASTY = RetryPolicy(deadline=0.4, timeout=0.2, first_pause=0.01, longest_pause=0.05)
+ONCE = RetryPolicy(deadline=10, timeout=10, first_pause=100, longest_pause=100)  # a last try in no time could time out
 
 
 class Hostile:
@@ -137,7 +137,7 @@ def trickle(before: bytes, drop: bytes):
 @pytest.mark.parametrize("ask", ["json", "frame", "object"])
 def test_call_ends_when_an_answer_trickles_for_ever(answer, ask):
     with hostile(answer) as server:
-        service = Service.at(server.url, TOKEN, HASTY)
+        service = ServiceClient.at(server.url, TOKEN, HASTY)
         asks = {
             "json": lambda: service.json("/v1/manifest"),
             "frame": lambda: service.frame("GET", "/v1/blocks"),
@@ -169,7 +169,7 @@ def test_long_answer_is_read_to_its_end_when_it_takes_longer_than_a_stall_may():
             time.sleep(0.1)
 
     with hostile(slowly) as server:
-        assert len(ServedObjects(Service.at(server.url, None, HASTY)).get("x")) == len(body)
+        assert len(ServedObjects(ServiceClient.at(server.url, None, HASTY)).get("x")) == len(body)
         assert len(server.requests) == 1
 
 
@@ -179,7 +179,7 @@ def test_long_answer_is_read_to_its_end_when_it_takes_longer_than_a_stall_may():
 def test_answer_is_refused_when_its_length_is_no_length_of_it(length):
     answer = f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\nhello".encode()
     with hostile(saying(answer)) as server:
-        service = Service.at(server.url, TOKEN, HASTY)
+        service = ServiceClient.at(server.url, TOKEN, HASTY)
         for ask in (
             lambda: service.frame("GET", "/v1/blocks"),
             lambda: ServedObjects(service).get("x"),
@@ -198,13 +198,13 @@ def test_range_is_refused_when_another_one_comes(length):
     ]
     for answer in answers:
         with hostile(saying(answer)) as server, pytest.raises(WireError):
-            ServedObjects(Service.at(server.url, TOKEN, ONCE)).get_range("x", 10, 4)
+            ServedObjects(ServiceClient.at(server.url, TOKEN, ONCE)).get_range("x", 10, 4)
 
 
 def test_range_is_shorter_when_the_object_ends():
     answer = reply(b"xy", "Content-Range: bytes 10-11/12", status="206 Partial")
     with hostile(saying(answer)) as server:
-        assert bytes(ServedObjects(Service.at(server.url, TOKEN, HASTY)).get_range("x", 10, 4)) == b"xy"
+        assert bytes(ServedObjects(ServiceClient.at(server.url, TOKEN, HASTY)).get_range("x", 10, 4)) == b"xy"
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -213,9 +213,9 @@ def test_redirect_is_refused_and_the_token_stays(status):
         there = saying(reply(b"", f"Location: {other.url}/v1/manifest", status=f"{status} Elsewhere"))
         with hostile(there) as server:
             with pytest.raises(InputError, match=str(status)):
-                Service.at(server.url, TOKEN, HASTY).json("/v1/manifest")
+                ServiceClient.at(server.url, TOKEN, HASTY).json("/v1/manifest")
             with pytest.raises(InputError, match=str(status)):
-                ServedObjects(Service.at(server.url, TOKEN, HASTY)).get("zarr.json")
+                ServedObjects(ServiceClient.at(server.url, TOKEN, HASTY)).get("zarr.json")
         assert other.requests == []
 
 
@@ -316,7 +316,7 @@ def test_frame_is_refused_when_the_connection_ends_within_it():
     body = frame_of({"a": np.arange(1000, dtype=np.int64)})
     cut = saying(reply(body[:-100], length=len(body)))
     with hostile(cut) as server, pytest.raises((WireError, ResourceError)):
-        Service.at(server.url, None, HASTY).frame("GET", "/v1/blocks")
+        ServiceClient.at(server.url, None, HASTY).frame("GET", "/v1/blocks")
 
 
 TEACHER = {
@@ -334,7 +334,7 @@ def live(described, **arrays) -> RemoteLiveSource:
         Answered(body=json.dumps(described).encode()),
         Answered(body=frame_of(arrays, teacher="0" * 64, identity="5f0c")),
     ]
-    return RemoteLiveSource(Service(ScriptedTransport(lambda _: answers.pop(0)), patience=HASTY))
+    return RemoteLiveSource(ServiceClient(ScriptedTransport(lambda _: answers.pop(0)), patience=HASTY))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_store import CHANNELS, CLASSES, SAMPLES, TOKENS, tiny_manifest, tiny_store, unit_data
 
 from feature_store.errors import CorruptStoreError
-from feature_store.layout import (
+from feature_store.format.layout import (
     CRC_BYTES,
     MISSING_CHUNK,
     ShardBuilder,
@@ -29,7 +29,7 @@ from feature_store.layout import (
     shard_index_bytes,
     value_specs,
 )
-from feature_store.manifest import TapInfo
+from feature_store.format.manifest import TapInfo
 
 
 def test_store_written_by_us_reads_equal_when_opened_with_plain_zarr(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from tiny_store import tiny_manifest
 
 from feature_store.errors import InputError, MismatchError
-from feature_store.manifest import Manifest
+from feature_store.format.manifest import Manifest
 
 
 def test_manifest_survives_its_json_form():

@@ -5,8 +5,8 @@ import os
 import pytest
 from object_store_conformance import ObjectStoreConformance
 
+from feature_store.backends.local import LocalObjects, open_objects
 from feature_store.errors import InputError
-from feature_store.objects.local import LocalObjects, open_objects
 
 
 class TestLocalObjects(ObjectStoreConformance):

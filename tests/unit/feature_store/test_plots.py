@@ -11,14 +11,14 @@ from PIL import Image
 from tar_files import tar_bytes, write
 from tiny_store import SAMPLES, tiny_manifest, tiny_store, unit_data
 
-from feature_store.analysis.features import channel_profile, frequency_energy, principal_colours, replay_views
-from feature_store.analysis.plots import plot
-from feature_store.cli import main
 from feature_store.errors import InputError, MismatchError
-from feature_store.manifest import SplitInfo, TapInfo, TarInfo
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.format.manifest import SplitInfo, TapInfo, TarInfo
+from feature_store.inputs.tar import Tar
 from feature_store.store import Store
-from feature_store.tars.tar import Tar
+from feature_store.tools.cli import main
+from feature_store.tools.features import channel_profile, frequency_energy, principal_colours, replay_views
+from feature_store.tools.plot import plot
 from feature_store.views import apply_view, decode_image, pixel_crc
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -118,7 +118,7 @@ def test_replay_refuses_when_the_tar_is_missing_or_another(store, tmp_path):
 
 
 def test_replay_refuses_when_pixels_are_not_those_of_the_store(store, tar, monkeypatch):
-    monkeypatch.setattr("feature_store.analysis.features.replay_view", lambda *_: np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr("feature_store.tools.features.replay_view", lambda *_: np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(MismatchError, match="pixels of sample 'key/0-0', view 0"):
         replay_views(store, [tar], [RowId(0, 0, 0)])
 

@@ -12,14 +12,14 @@ from tiny_store import CLASSES, tiny_manifest, tiny_store, unit_data
 from torch.utils.data import DataLoader, Dataset
 
 from feature_store import RowId, open_store
+from feature_store.backends.local import LocalObjects
 from feature_store.errors import CorruptStoreError, InputError, QuarantinedError, ResourceError, UncommittedError
-from feature_store.layout import CRC_BYTES, array_specs
-from feature_store.objects.local import LocalObjects
-from feature_store.reading import transfers
-from feature_store.reading.cached_rows import Runs
-from feature_store.reading.reader import ZarrSource
-from feature_store.reading.row_tables import RowTables, bytes_per_shard
-from feature_store.reading.transfers import _ROWS_PER_REQUEST
+from feature_store.format.layout import CRC_BYTES, array_specs
+from feature_store.read import transfers
+from feature_store.read.locate import ShardIndexCache, bytes_per_shard
+from feature_store.read.page_cache import ReadRequest
+from feature_store.read.reader import ZarrSource
+from feature_store.read.transfers import _ROWS_PER_REQUEST
 
 ROWS = [RowId(unit, i, view) for unit, n in enumerate((5, 3, 4)) for view in (0, 1) for i in range(n)]
 
@@ -111,8 +111,8 @@ def test_read_gives_the_same_rows_with_any_number_of_threads(store, threads, mon
 @pytest.mark.parametrize("threads", [1, 8])
 def test_read_gives_the_same_rows_when_some_are_not_in_memory(store, threads, monkeypatch):
     monkeypatch.setattr(LocalObjects, "bytes_per_thread", 1)
-    rng, take = np.random.default_rng(threads), Runs.take
-    monkeypatch.setattr(Runs, "take", lambda runs, at: rng.random() < 0.5 and take(runs, at))
+    rng, take = np.random.default_rng(threads), ReadRequest.take
+    monkeypatch.setattr(ReadRequest, "take", lambda runs, at: rng.random() < 0.5 and take(runs, at))
     source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
     for _ in range(20):
         rows = [ROWS[at] for at in rng.integers(0, len(ROWS), 40)]
@@ -179,8 +179,8 @@ def little_is_much(monkeypatch):
 @pytest.mark.parametrize("in_memory", [0.5, 1])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_are_read_in_runs_and_alone(store, threads, in_memory, monkeypatch):
-    rng, take = np.random.default_rng(threads), Runs.take
-    monkeypatch.setattr(Runs, "take", lambda runs, at: rng.random() < in_memory and take(runs, at))
+    rng, take = np.random.default_rng(threads), ReadRequest.take
+    monkeypatch.setattr(ReadRequest, "take", lambda runs, at: rng.random() < in_memory and take(runs, at))
     source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
     for _ in range(20):
         starts = rng.integers(0, len(ROWS), 6)
@@ -190,9 +190,9 @@ def test_rows_are_read_in_runs_and_alone(store, threads, in_memory, monkeypatch)
 
 def test_rows_side_by_side_are_taken_from_memory_at_once(store, monkeypatch):
     rows = [RowId(0, i, 0) for i in range(5)] + [RowId(1, i, 0) for i in (1, 2, 0)]
-    source, take, taken = store.source(taps=["stage4"]), Runs.take, []
+    source, take, taken = store.source(taps=["stage4"]), ReadRequest.take, []
     source.read(rows)
-    monkeypatch.setattr(Runs, "take", lambda runs, at: take(runs, at) and not taken.append(runs.rows(at)))
+    monkeypatch.setattr(ReadRequest, "take", lambda runs, at: take(runs, at) and not taken.append(runs.rows(at)))
     source.read(rows)
     assert taken[:3] == [slice(0, 5), slice(5, 7), slice(7, 8)]
 
@@ -200,7 +200,7 @@ def test_rows_side_by_side_are_taken_from_memory_at_once(store, monkeypatch):
 def test_rows_are_no_longer_looked_for_in_memory_when_many_are_not_there(store, monkeypatch):
     source, asked = store.source(), []
     monkeypatch.setattr(transfers, "_CORES", 1)
-    monkeypatch.setattr(Runs, "take", lambda runs, at: bool(asked.append(at)))
+    monkeypatch.setattr(ReadRequest, "take", lambda runs, at: bool(asked.append(at)))
     rows = ROWS[::-1]
     assert np.array_equal(source.read(rows).taps["stage4"], expected(store, rows))
     assert len(asked) == transfers._COLD < len(rows)
@@ -271,7 +271,7 @@ def test_files_are_closed_as_soon_as_a_source_is_let_go_of(store):
 
 def test_tables_load_each_shard_once_while_they_fit(store):
     spec = array_specs(store.manifest)["taps/stage4"]
-    tables, loaded = RowTables(spec, 6, 5, 1 << 20), []
+    tables, loaded = ShardIndexCache(spec, 6, 5, 1 << 20), []
 
     def load(shards):
         loaded.extend(shards)
@@ -301,7 +301,7 @@ def test_read_reports_a_disk_error_as_one(store, monkeypatch):
     def fail(*_, wait):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Runs, "take", lambda *_: False)
+    monkeypatch.setattr(ReadRequest, "take", lambda *_: False)
     monkeypatch.setattr(source._reader.objects, "read_into", fail)
     with pytest.raises(ResourceError, match=r"cannot read taps/stage4/c/0/0/0/0: .*Input/output error"):
         source.read(ROWS[:2])
@@ -323,7 +323,7 @@ def test_read_after_an_error_in_another_thread_still_works(store, monkeypatch):
 
 @pytest.mark.parametrize("codec", ["int8", "int8-channel+zstd", "f16+zstd", "bf16"])
 def test_encoded_parts_come_without_decoding_when_asked(tmp_path, codec):
-    from feature_store.codecs.registry import calibrated, needs_calibration, value_codecs
+    from feature_store.format.codecs.registry import bound_codecs, calibrated, needs_calibration
 
     manifest = tiny_manifest(codec="f16")
     taps = {name: tap.__class__(tap.tokens, tap.channels, codec) for name, tap in manifest.taps.items()}
@@ -334,7 +334,7 @@ def test_encoded_parts_come_without_decoding_when_asked(tmp_path, codec):
     decoded = source.read(ROWS)
     out = source.buffers(len(ROWS))
     encoded = source.read(ROWS, decode=False, out=out)
-    value = value_codecs(manifest)["taps/stage4"]
+    value = bound_codecs(manifest)["taps/stage4"]
     assert encoded.taps == {}
     assert encoded.encoded["stage4"].keys() == {part.suffix for part in value.parts}
     assert all(

@@ -12,10 +12,10 @@ from servers import WebServer, s3_server
 from tiny_store import BLOCKS, everything, tiny_manifest, tiny_store, unit_data
 
 from feature_store import Store, open_store
+from feature_store.backends.bucket import RemoteObjects
+from feature_store.backends.cached import BLOCK_BYTES, CachedObjects
+from feature_store.backends.local import LocalObjects
 from feature_store.errors import CorruptStoreError, InputError, ResourceError
-from feature_store.objects.cached import BLOCK_BYTES, CachedObjects
-from feature_store.objects.local import LocalObjects
-from feature_store.objects.remote import RemoteObjects
 
 CACHE_BYTES = 2 * RemoteObjects.in_flight * BLOCK_BYTES
 
@@ -195,7 +195,7 @@ class TestCache:
         assert objects.get("zarr.json").tobytes() == b"new"
 
     def test_reads_across_blocks_are_put_together(self, origin, web, tmp_path, monkeypatch):
-        monkeypatch.setattr("feature_store.objects.cached.BLOCK_BYTES", 100)
+        monkeypatch.setattr("feature_store.backends.cached.BLOCK_BYTES", 100)
         objects = self.cached(web, tmp_path)
         origin.put("a/c/0", CONTENT)
         rng = np.random.default_rng(0)
@@ -208,7 +208,7 @@ class TestCache:
             assert bytes(second) == CONTENT[offset + one + gap : offset + one + gap + two]
 
     def test_the_longest_unused_go_first_and_the_limit_holds(self, origin, web, tmp_path, monkeypatch):
-        monkeypatch.setattr("feature_store.objects.cached.BLOCK_BYTES", 1000)
+        monkeypatch.setattr("feature_store.backends.cached.BLOCK_BYTES", 1000)
         objects = CachedObjects(RemoteObjects(web.url), tmp_path / "cache", 32_000)
         for at in range(60):
             origin.put(f"a/c/{at}", bytes([at]) * 1000)
@@ -225,7 +225,7 @@ class TestCache:
         assert len(names) > 25
 
     def test_a_wrong_ledger_is_mended_by_the_next_eviction(self, origin, web, tmp_path, monkeypatch):
-        monkeypatch.setattr("feature_store.objects.cached.BLOCK_BYTES", 1000)
+        monkeypatch.setattr("feature_store.backends.cached.BLOCK_BYTES", 1000)
         objects = CachedObjects(RemoteObjects(web.url), tmp_path / "cache", 32_000)
         (tmp_path / "cache/.bytes").write_bytes(b"999999")
         origin.put("a/c/0", bytes(1000))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scripted_transport import Answered, ScriptedTransport, frame_of, in_turn
 
+from feature_store.client.service import RetryPolicy, ServiceClient
 from feature_store.errors import (
     CorruptStoreError,
     InputError,
@@ -18,7 +19,6 @@ from feature_store.errors import (
     UncommittedError,
     WireError,
 )
-from feature_store.remote.service import Patience, Service
 
 ARRAYS = {"stage4": np.arange(24, dtype=np.float16).reshape(2, 3, 4), "logits": np.ones((2, 5), np.float32)}
 GOOD = frame_of(ARRAYS, store="one")
@@ -35,9 +35,9 @@ class Time:
         self.now += seconds
 
 
-def service(*answers, **patience) -> tuple[Service, ScriptedTransport, Time]:
+def service(*answers, **patience) -> tuple[ServiceClient, ScriptedTransport, Time]:
     transport, clock = ScriptedTransport(in_turn(*answers)), Time()
-    made = Service(transport, "secret", Patience(**patience), clock.sleep, lambda: clock.now)
+    made = ServiceClient(transport, "secret", RetryPolicy(**patience), clock.sleep, lambda: clock.now)
     return made, transport, clock
 
 
@@ -197,18 +197,18 @@ def test_json_is_refused_when_something_else_answers():
 @pytest.mark.parametrize("url", ["ftp://host", "host:8000", "http://", "http://user:pass@host"])
 def test_service_is_refused_when_its_url_cannot_be_one(url):
     with pytest.raises(InputError, match="expected http://host:port"):
-        Service.at(url)
+        ServiceClient.at(url)
 
 
 @pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "é"])
 def test_service_is_refused_when_its_token_cannot_be_one(token):
     with pytest.raises(InputError, match="no bearer token") as error:
-        Service.at("http://host", token)
+        ServiceClient.at("http://host", token)
     assert not token or token not in str(error.value)
 
 
 def test_token_is_kept_but_not_shown_when_pickled_or_printed():
-    made = Service.at("https://host:1/base", "secret")
+    made = ServiceClient.at("https://host:1/base", "secret")
     again = pickle.loads(pickle.dumps(made))  # noqa: S301 - made here
     assert (again.token, again.url) == ("secret", "https://host:1/base")
     assert "secret" not in repr(again)

@@ -11,7 +11,7 @@ import threading
 import pytest
 from servers import WebServer
 
-from feature_store.remote.transport import LOST, HttpTransport
+from feature_store.client.transport import LOST, HttpTransport
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 from tiny_store import BLOCKS, everything, tiny_manifest, tiny_store, unit_data
 
 from feature_store import Store, open_store
-from feature_store.checks.repair import repair
-from feature_store.checks.verify import verify
-from feature_store.cli import main
 from feature_store.errors import CorruptStoreError
+from feature_store.tools.cli import main
+from feature_store.tools.repair import repair
+from feature_store.tools.verify import verify
 
 SHARD = "taps/stage4/c/1/0/0/0"
 RECORD = "commits/u00000-v0-1.json"
@@ -35,7 +35,7 @@ def test_repair_tidies_a_store_without_any_commit(tmp_path):
     (store.path / SHARD).parent.mkdir(parents=True)
     (store.path / SHARD).write_bytes(b"half")
 
-    assert repair(store.path, apply=True).leftovers == [SHARD]
+    assert repair(store.path, apply=True).orphans == [SHARD]
     assert verify(store.path).findings == []
 
 
@@ -47,13 +47,13 @@ def test_repair_changes_nothing_when_it_is_not_told_to(path):
     plan = repair(path, drop_damaged=True)
     assert contents(path) == before
     assert not plan.done
-    assert SHARD in plan.leftovers
+    assert SHARD in plan.orphans
     assert plan.dropped == ["commits/u00001-v0-1.json"]
     assert plan.metadata == ["label/zarr.json"]
     assert plan.redo == {0: [0, 1], 1: [0, 1]}
 
 
-def test_repair_deletes_leftovers_and_keeps_good_units_and_foreign_files(path):
+def test_repair_deletes_orphans_and_keeps_good_units_and_foreign_files(path):
     gone = open_store(path).committed.record(0, 0).objects
     (path / RECORD).unlink()
     (path / "notes.txt").write_text("mine")
@@ -74,7 +74,7 @@ def test_repair_keeps_damaged_units_unless_told_to_drop_them(path):
     assert open_store(path).is_committed(0, 0)
     dropped = repair(path, apply=True, drop_damaged=True)
     assert dropped.dropped == [RECORD]
-    assert SHARD in dropped.leftovers
+    assert SHARD in dropped.orphans
     assert dropped.redo == {0: [0, 1]}
     store = open_store(path)
     assert store.committed.units == [1, 2]
@@ -86,7 +86,7 @@ def test_repair_makes_a_store_open_again_when_a_record_was_damaged(path):
     flip(path / RECORD)
     with pytest.raises(CorruptStoreError, match="feature-store repair --yes --drop-damaged"):
         open_store(path)
-    assert SHARD not in repair(path, apply=True).leftovers  # what a damaged record may vouch for stays
+    assert SHARD not in repair(path, apply=True).orphans  # what a damaged record may vouch for stays
     assert (path / SHARD).exists()
     repair(path, apply=True, drop_damaged=True)
     assert open_store(path).committed.units == [1, 2]

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_store.errors import InputError
-from feature_store.sample import RowId, decode_keys, encode_keys, key_hash
+from feature_store.format.addressing import RowId, decode_keys, encode_keys, key_hash
 
 
 def test_row_is_unit_times_capacity_plus_position():

@@ -19,11 +19,11 @@ from signed_store import sign, write_index
 from tiny_store import everything, tiny_manifest, tiny_store
 
 from feature_store import open_store
-from feature_store.checks.repair import repair
-from feature_store.checks.verify import verify
-from feature_store.cli import main
+from feature_store.backends.local import LocalObjects
 from feature_store.errors import CorruptStoreError, InputError, UnknownFieldError, UserError
-from feature_store.objects.local import LocalObjects
+from feature_store.tools.cli import main
+from feature_store.tools.repair import repair
+from feature_store.tools.verify import verify
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "store_v1"
 RECORD = "commits/u00000-v0-1.json"
@@ -415,8 +415,8 @@ def test_every_door_works_or_refuses_when_a_records_field_is_nonsense(tmp_path, 
 
 def test_reading_refuses_when_a_signed_shard_index_points_outside_of_its_shard(tmp_path):
     """Offsets and lengths of 64 bits, with right checksums everywhere."""
-    from feature_store.layout import array_specs, crc32c, shard_index_bytes
-    from feature_store.sample import RowId
+    from feature_store.format.addressing import RowId
+    from feature_store.format.layout import array_specs, crc32c, shard_index_bytes
 
     for offset, length in ((2**64 - 2, 52), (2**63, 52), (10**6, 52), (0, 2**63), (0, 2**64 - 2), (0, 0)):
         shutil.rmtree(tmp_path / "s", ignore_errors=True)

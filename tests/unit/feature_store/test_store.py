@@ -24,7 +24,7 @@ from feature_store.errors import (
     ResourceError,
     UncommittedError,
 )
-from feature_store.manifest import TarInfo
+from feature_store.format.manifest import TarInfo
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_rows_finds_samples_by_key_across_units(store):
 
 
 def test_rows_compares_keys_when_hashes_collide(tmp_path, monkeypatch):
-    monkeypatch.setattr("feature_store.keys._hashes", lambda words: np.zeros(len(words), np.uint64))
+    monkeypatch.setattr("feature_store.read.key_index._hashes", lambda words: np.zeros(len(words), np.uint64))
     store = tiny_store(tmp_path / "s")
     assert store.rows(["key/1-2", "key/2-3"], 0) == [RowId(1, 2, 0), RowId(2, 3, 0)]
     with pytest.raises(InputError, match="no committed unit holds sample key 'key/9-9'"):
@@ -264,18 +264,18 @@ def test_write_keeps_the_store_consistent_when_the_disk_is_full(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
     after = open_store(store.path)
     assert after.committed.units == [0]
-    after.remove_leftovers()
+    after.remove_orphans()
     assert everything(after) == everything(store)
 
 
-def test_remove_leftovers_deletes_only_what_no_record_vouches_for(tmp_path):
+def test_remove_orphans_deletes_only_what_no_record_vouches_for(tmp_path):
     store = tiny_store(tmp_path / "s", units=(0, 1))
     before = everything(store)
     (store.path / "commits/u00001-v0-1.json").unlink()
     (store.path / "taps/stage4/c/0/2/0").mkdir(parents=True)
     (store.path / "taps/stage4/c/0/2/0/0.123.partial").write_bytes(b"half")
     reopened = open_store(store.path)
-    removed = reopened.remove_leftovers()
+    removed = reopened.remove_orphans()
     assert "taps/stage4/c/0/2/0/0.123.partial" in removed
     assert "taps/stage4/c/0/1/0/0" in removed
     assert not any(path.endswith("zarr.json") for path in removed)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from tiny_store import tiny_store
 
-import feature_store.cli
-from feature_store.cli import main
+import feature_store.tools.cli
 from feature_store.errors import CorruptStoreError
+from feature_store.tools.cli import main
 
 
 def test_info_prints_a_table_with_what_matters(tmp_path, capsys):
@@ -74,7 +74,7 @@ def test_full_shared_memory_is_told_apart_from_a_full_disk_when_semaphores_find_
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(feature_store.cli, "open_store", full)
+    monkeypatch.setattr(feature_store.tools.cli, "open_store", full)
     assert main(["info", str(tmp_path)]) == 3
     assert "error: the disk is full: [Errno 28]" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
@@ -92,7 +92,7 @@ def test_too_many_open_files_are_told_with_the_limit_whatever_failed_first(monke
         reason = f"[Errno {number}] {os.strerror(number)}"
         raise OSError(number, os.strerror(number)) if kind is OSError else kind(f"shard a: {reason}; restore the shard")
 
-    monkeypatch.setattr(feature_store.cli, "open_store", refused)
+    monkeypatch.setattr(feature_store.tools.cli, "open_store", refused)
     assert main(["info", str(tmp_path)]) == 3
     message = capsys.readouterr().err
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

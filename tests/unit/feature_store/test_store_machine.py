@@ -14,10 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tiny_store import BLOCKS, everything, tiny_manifest, view_data
 
 from feature_store import RowId, Store, open_store
-from feature_store.checks.verify import verify
+from feature_store.backends.local import PARTIAL_SUFFIX, LocalObjects
 from feature_store.errors import CommittedError, UncommittedError
-from feature_store.manifest import TarInfo
-from feature_store.objects.local import PARTIAL_SUFFIX, LocalObjects
+from feature_store.format.manifest import TarInfo
+from feature_store.tools.verify import verify
 
 LONG = os.environ.get("FAULT_CAMPAIGN") == "long"
 MOST_UNITS, MOST_VIEWS = 4, 4
@@ -114,7 +114,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def resume(self):
-        open_store(self.path).remove_leftovers()
+        open_store(self.path).remove_orphans()
 
     @rule()
     def compact(self):
@@ -182,7 +182,7 @@ class StoreMachine(RuleBasedStateMachine):
     def verify_finds_no_damage(self):
         if hasattr(self, "manifest"):
             kinds = {finding.kind for finding in verify(self.path).findings}
-            assert kinds <= {"leftover", "growth", "index"}
+            assert kinds <= {"orphan", "growth", "index"}
 
     def place(self, unit, first, more, bad):
         unit, first = unit % len(self.manifest.tars), first % self.manifest.num_views

@@ -6,7 +6,7 @@ from tiny_store import SAMPLES, tiny_store, unit_data
 
 from feature_store import RowId, open_store
 from feature_store.errors import InputError
-from feature_store.reading.streaming import ShuffledStream
+from feature_store.read.streaming import ShuffledStream
 
 PLACES = [(unit, view) for view in (0, 1) for unit in range(3)]
 

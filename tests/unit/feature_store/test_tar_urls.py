@@ -15,9 +15,9 @@ import pytest
 from servers import s3_server
 from tar_files import samples, tar_bytes, write
 
+from feature_store.backends.local import open_objects
 from feature_store.errors import InputError, ResourceError
-from feature_store.objects.local import open_objects
-from feature_store.tars.tar import Tar, expand_tars
+from feature_store.inputs.tar import Tar, expand_tars
 
 DATA = tar_bytes(samples(5))
 
@@ -215,7 +215,7 @@ def web(monkeypatch):
             pass
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("feature_store.tars.copies.PAUSES", (0, 0))
+    monkeypatch.setattr("feature_store.inputs.copies.PAUSES", (0, 0))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()

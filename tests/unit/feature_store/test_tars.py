@@ -17,8 +17,8 @@ from tar_files import samples, tar_bytes, write
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from feature_store.errors import ImageError, InputError, ResourceError
-from feature_store.tars.index import IMAGE_EXTENSIONS
-from feature_store.tars.tar import Tar
+from feature_store.inputs.tar import Tar
+from feature_store.inputs.tar_index import IMAGE_EXTENSIONS
 
 TEN = list(samples(10))
 

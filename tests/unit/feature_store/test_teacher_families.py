@@ -18,8 +18,8 @@ from training_world import samples, write_store, write_tar
 
 from feature_store import Store, open_store
 from feature_store.errors import InputError
-from feature_store.manifest import TapInfo
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.format.manifest import TapInfo
 from feature_store.teacher import split_teacher
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import build_model, load_teacher, normalise

@@ -10,10 +10,10 @@ from rich.table import Table
 from signed_store import sign
 from tiny_store import tiny_store
 
-from feature_store.checks.verify import verify
-from feature_store.cli import main
-from feature_store.summary import print_report
-from feature_store.terminal import Console, LogFormatter, json_text, printable, say, say_json
+from feature_store.tools.cli import main
+from feature_store.tools.info import print_report
+from feature_store.tools.terminal import Console, LogFormatter, json_text, printable, say, say_json
+from feature_store.tools.verify import verify
 
 EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\u202eabc\r\n\x7f\udce9 [red]x[/b] :smile:"
 SHOWN = r"\x1b[2J\x1b]0;title\x07\x9b31m\u202eabc\r\n\x7f\udce9 [red]x[/b] :smile:"

@@ -9,8 +9,8 @@ from hypothesis.extra.numpy import arrays
 from tiny_store import tiny_manifest, tiny_store, unit_data
 
 from feature_store import open_store
-from feature_store.codecs.registry import get_codec
 from feature_store.errors import InputError
+from feature_store.format.codecs.registry import get_codec
 
 logits = arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(4, 30)), elements=st.floats(-80, 80, width=32))
 

@@ -10,11 +10,11 @@ import pytest
 from tiny_store import tiny_manifest, tiny_store, unit_data
 
 from feature_store import open_store
-from feature_store.checks.verify import verify
-from feature_store.cli import main
 from feature_store.commits.locks import exclusive, lock_name
-from feature_store.commits.record import ObjectProof, decode_record, encode_record
-from feature_store.layout import crc32c, object_checksum
+from feature_store.commits.record import ObjectChecksum, decode_record, encode_record
+from feature_store.format.layout import crc32c, object_checksum
+from feature_store.tools.cli import main
+from feature_store.tools.verify import verify
 
 SHARD = "taps/stage4/c/1/0/0/0"
 RECORD = "commits/u00000-v0-1.json"
@@ -94,7 +94,7 @@ def test_verify_lists_what_no_record_vouches_for(path):
     (path / "notes.txt").write_text("mine")
     (path / "taps/stage4/c/0/1/0/0.9-9.partial").write_bytes(b"half")
     report = verify(path)
-    assert {(f.kind, f.unit) for f in report.findings} == {("leftover", 0), ("leftover", 1)}
+    assert {(f.kind, f.unit) for f in report.findings} == {("orphan", 0), ("orphan", 1)}
     assert report.foreign == ["notes.txt"]
     assert report.missing_views == {0: [0, 1]}
 
@@ -123,7 +123,7 @@ def test_verify_finds_a_lie_that_every_checksum_confirms(path):
     (path / name).write_bytes(raw.tobytes())
     file = path / "commits/u00002-v0-1.json"
     old = decode_record("commits/u00002-v0-1.json", file.read_bytes())
-    objects = {**old.objects, name: ObjectProof(len(raw), object_checksum(raw))}
+    objects = {**old.objects, name: ObjectChecksum(len(raw), object_checksum(raw))}
     file.write_bytes(encode_record(dataclasses.replace(old, objects=objects)))
     (finding,) = verify(path).findings
     assert (finding.kind, finding.path) == ("keys", name)
@@ -144,7 +144,7 @@ def test_verify_names_a_record_that_leaves_an_object_out(path):
     old = decode_record(RECORD, file.read_bytes())
     objects = {name: proof for name, proof in old.objects.items() if name != SHARD}
     file.write_bytes(encode_record(dataclasses.replace(old, objects=objects)))
-    assert set(found(path)) == {("record", SHARD, 0), ("leftover", SHARD, 0)}
+    assert set(found(path)) == {("record", SHARD, 0), ("orphan", SHARD, 0)}
 
 
 @pytest.mark.parametrize("node", ["taps/stage4", "taps", "view/crop", "label"])
@@ -190,7 +190,7 @@ def test_verify_names_an_index_that_disagrees_with_a_record(path):
     digit = old.objects[SHARD].crc32c
     other = digit ^ 1 if len(str(digit ^ 1)) == len(str(digit)) else digit ^ 2
     changed = encode_record(
-        dataclasses.replace(old, objects={**old.objects, SHARD: ObjectProof(old.objects[SHARD].bytes, other)})
+        dataclasses.replace(old, objects={**old.objects, SHARD: ObjectChecksum(old.objects[SHARD].bytes, other)})
     )
     padded = changed.ljust(file.stat().st_size) if len(changed) <= file.stat().st_size else changed
     file.write_bytes(padded)

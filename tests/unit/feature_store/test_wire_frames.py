@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
+from feature_store.client.frames import MAX_HEADER_BYTES, decode, encode, read_frame
 from feature_store.errors import InputError, WireError
-from feature_store.wire import MAX_HEADER_BYTES, decode, encode, read_frame
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from tiny_store import BLOCKS, tiny_manifest, tiny_store, unit_data
 
-from feature_store import Store, open_store, writer
-from feature_store.codecs.registry import value_codecs
+from feature_store import Store, open_store
+from feature_store.backends.local import LocalObjects
 from feature_store.errors import InputError
-from feature_store.objects.local import LocalObjects
+from feature_store.format.codecs.registry import bound_codecs
+from feature_store.write import unit as writer
 
 
 def contents(store):
@@ -78,7 +79,7 @@ def test_write_commits_nothing_and_can_be_repeated_when_any_object_fails(tmp_pat
 
 
 def test_write_takes_rows_that_are_encoded_already(tmp_path):
-    from feature_store.codecs.registry import calibrated, value_codecs
+    from feature_store.format.codecs.registry import bound_codecs, calibrated
 
     manifest = tiny_manifest()
     manifest = dataclasses.replace(
@@ -86,7 +87,7 @@ def test_write_takes_rows_that_are_encoded_already(tmp_path):
     )
     data = unit_data(manifest, 0, quarantined={3: "broken"})
     manifest = calibrated(manifest, {"stage4": data.taps["stage4"][0]})
-    value = value_codecs(manifest)["taps/stage4"]
+    value = bound_codecs(manifest)["taps/stage4"]
     encoded = [value.encode(view) for view in data.taps["stage4"]]
     parts = {suffix: np.stack([view[suffix] for view in encoded]) for suffix in encoded[0]}
     one, two = (tiny_store(tmp_path / name, manifest, units=()) for name in "ab")
@@ -100,7 +101,7 @@ def test_write_gives_the_same_bytes_when_encoded_values_are_any_mapping(tmp_path
     manifest = tiny_manifest(codec="int8-channel")
     manifest = dataclasses.replace(manifest, logits_codec="f16")
     data = unit_data(manifest, 0)
-    codecs = value_codecs(manifest)
+    codecs = bound_codecs(manifest)
     written = {}
     for kind in (dict, MappingProxyType, UserDict, ChainMap):
         parts = {path: kind(_encoded(codecs[path], values)) for path, values in _values(data).items()}

@@ -10,11 +10,11 @@ import pytest
 from tiny_store import BLOCKS, everything, tiny_manifest, tiny_store, view_data
 
 from feature_store import Store, open_store
-from feature_store.checks.verify import verify
-from feature_store.commits import leftovers
+from feature_store.commits import orphans as orphans
 from feature_store.commits.locks import exclusive, lock_name, locked
 from feature_store.errors import CommittedError, ResourceError
-from feature_store.manifest import TarInfo
+from feature_store.format.manifest import TarInfo
+from feature_store.tools.verify import verify
 
 FORK = multiprocessing.get_context("fork")
 WRITERS = 3
@@ -116,15 +116,15 @@ def test_a_late_writer_of_overlapping_views_is_told_and_changes_nothing(tmp_path
     assert {f: f.read_bytes() for f in store.path.rglob("*") if f.is_file()} == before
 
 
-def test_remove_leftovers_leaves_a_unit_alone_when_its_writer_is_at_work(tmp_path):
+def test_remove_orphans_leaves_a_unit_alone_when_its_writer_is_at_work(tmp_path):
     store = tiny_store(tmp_path / "s", units=(0,))
     (store.path / "commits/u00000-v0-1.json").unlink()
     with exclusive(store.objects, lock_name(0), "-"):
-        assert store.remove_leftovers() == []
-    assert len(store.remove_leftovers()) > 20
+        assert store.remove_orphans() == []
+    assert len(store.remove_orphans()) > 20
 
 
-def test_remove_leftovers_locks_only_units_of_which_something_is_left(tmp_path, monkeypatch):
+def test_remove_orphans_locks_only_units_of_which_something_is_left(tmp_path, monkeypatch):
     store = tiny_store(tmp_path / "s", units=(0, 1))
     stray = store.path / "logits/c/1/2/0"
     stray.parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +132,9 @@ def test_remove_leftovers_locks_only_units_of_which_something_is_left(tmp_path, 
     (store.path / ".locks").mkdir(exist_ok=True)
     (store.path / ".locks/u00001").write_bytes(b"")  # its holder died after it committed
     names = []
-    monkeypatch.setattr(leftovers, "exclusive", lambda objects, name, refusal: names.append(name) or nullcontext())
+    monkeypatch.setattr(orphans, "exclusive", lambda objects, name, refusal: names.append(name) or nullcontext())
 
-    assert store.remove_leftovers() == ["logits/c/1/2/0"]
+    assert store.remove_orphans() == ["logits/c/1/2/0"]
 
     assert sorted(names) == [lock_name(1), lock_name(2)]  # a writer of another would have been refused meanwhile
 
@@ -152,8 +152,8 @@ def test_locked_waits_its_turn_when_others_remove_the_empty_folder(tmp_path):
             turn.result()
 
 
-def test_remove_leftovers_keeps_what_was_committed_since_the_store_was_opened(tmp_path):
+def test_remove_orphans_keeps_what_was_committed_since_the_store_was_opened(tmp_path):
     store = tiny_store(tmp_path / "s", units=())
     open_store(store.path).write_unit(0, 0, view_data(store.manifest, 0, range(2)))
-    assert store.remove_leftovers() == []
+    assert store.remove_orphans() == []
     assert open_store(store.path).committed.units == [0]

@@ -11,7 +11,7 @@ from torch import nn
 from training_world import samples, write_tar
 
 from feature_store.errors import FailedError, InputError
-from feature_store.tars.tar import Tar
+from feature_store.inputs.tar import Tar
 from student_trainer.checkpoint import Checkpoint, Progress, rng_state, save_checkpoint
 from student_trainer.evaluate import EvaluateConfig, Evaluator, count_flops, evaluate, forward_speed
 from student_trainer.student import Student

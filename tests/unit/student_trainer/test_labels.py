@@ -5,7 +5,7 @@ import pytest
 from training_world import samples, write_tar
 
 from feature_store.errors import InputError
-from feature_store.tars.tar import Tar
+from feature_store.inputs.tar import Tar
 from student_trainer.labels import require_label, require_labels
 
 

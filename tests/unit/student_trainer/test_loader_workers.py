@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Sampler
 
 from feature_store.errors import InputError, ResourceError, UserError
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
 from student_trainer.data import Batch, ViewDataset
 from student_trainer.loader import BatchLoader, worker_failures_told
 

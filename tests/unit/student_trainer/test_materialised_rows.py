@@ -11,14 +11,14 @@ from training_world import CLASSES, samples, write_tar
 
 from feature_store import open_store
 from feature_store.errors import InputError, MismatchError
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.inputs.tar import Tar
 from feature_store.store import Store
-from feature_store.tars.tar import Tar
 from feature_store.views import pixel_crc, view_tar
 from student_trainer.materialised import MaterialisedViews, StoredUnit, require_view_tars, stored_units
 from student_trainer.replay import StoredViews
-from teacher_service.caching import cache
-from teacher_service.views_out import tar_of
+from teacher_service.cache.job import cache
+from teacher_service.cache.write_views import tar_of
 
 SIZE = 32
 ROWS = [RowId(unit, position, view) for unit in (0, 1) for position in (0, 2) for view in (0, 1)]

@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from feature_store.terminal import Console
+from feature_store.tools.terminal import Console
 from student_trainer.progress import RunProgress
 
 

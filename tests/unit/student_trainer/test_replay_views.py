@@ -5,9 +5,9 @@ import pytest
 from training_world import SIZE, shared_world
 
 from feature_store.errors import InputError, MismatchError
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.inputs.tar import Tar, TarSample
 from feature_store.store import Store, open_store
-from feature_store.tars.tar import Tar, TarSample
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, view_policy
 from student_trainer.replay import CHECKED_ROWS, DrawnViews, StoredViews
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_store.errors import InputError, ResourceError
-from teacher_service.serving.batcher import Batcher, BatchRecord, BusyError, DeadlineError, DeviceFaultError
+from teacher_service.serve.live.batcher import Batcher, BatchRecord, BusyError, DeadlineError, DeviceFaultError
 
 SHAPE = (2, 3)
 

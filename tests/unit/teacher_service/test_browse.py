@@ -10,9 +10,9 @@ from PIL import Image
 from training_world import World, make_world, shared_world
 
 from feature_store.errors import InputError, UncommittedError
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
 from feature_store.store import open_store
-from teacher_service.serving.samples import Gallery, Sample, predictions
+from teacher_service.serve.page.browser import FeatureBrowser, Sample, predictions
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,8 @@ def test_nearest_neighbour_is_the_likest_row_when_there_is_a_likeness(world):
 
 
 def test_pictures_are_the_view_and_its_colours_when_asked_for(client, world):
-    from feature_store.analysis.features import replay_views
-    from feature_store.tars.tar import Tar
+    from feature_store.inputs.tar import Tar
+    from feature_store.tools.features import replay_views
 
     view = picture(client, "/v1/browse/units/0/views/1/rows/2/view.png")
     expected = replay_views(open_store(world.store), [Tar.open(url) for url in world.tars], [RowId(0, 2, 1)])[0]
@@ -131,16 +131,16 @@ def test_views_are_not_shown_when_the_service_has_no_tars(world):
     assert answer.status_code == 404
     assert "start it with --tars" in answer.json()["detail"]
     with pytest.raises(InputError, match=r"train-0\.tar is not among those"):
-        Gallery(lambda: open_store(world.store)).pixels(RowId(0, 0, 0))
+        FeatureBrowser(lambda: open_store(world.store)).pixels(RowId(0, 0, 0))
     with pytest.raises(UncommittedError):
-        Gallery(lambda: open_store(world.store)).pixels(RowId(0, 0, 7))
+        FeatureBrowser(lambda: open_store(world.store)).pixels(RowId(0, 0, 7))
 
 
 def test_sample_is_taken_anew_only_when_the_store_is_another_or_twice_as_large(tmp_path):
     store = open_store(make_world(tmp_path / "some", skip=[(0, 1), (1, 0), (1, 1)]).store)
     whole = open_store(make_world(tmp_path / "whole").store)
     current = [store]
-    gallery = Gallery(lambda: current[0])
+    gallery = FeatureBrowser(lambda: current[0])
     first = gallery.sample()
     assert gallery.sample() is first
     current[0] = whole
@@ -151,7 +151,7 @@ def test_sample_is_taken_anew_only_when_the_store_is_another_or_twice_as_large(t
 def test_sample_is_taken_anew_when_some_of_its_rows_are_withdrawn(tmp_path):
     world = make_world(tmp_path)
     current = [open_store(world.store)]
-    gallery = Gallery(lambda: current[0])
+    gallery = FeatureBrowser(lambda: current[0])
     assert {row.unit for row in gallery.sample().rows} == {0, 1}
     current[0].withdraw_unit(1)
     current[0] = open_store(world.store)

@@ -12,17 +12,17 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from tiny_jobs import encode_image, noise
 
-from feature_store import wire
+from feature_store.client import frames
 from feature_store.errors import ResourceError
 from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, draw_view, view_policy
-from teacher_service.serving.batcher import DeviceFaultError
-from teacher_service.serving.compute import compute_router
-from teacher_service.serving.config import ServeConfig
-from teacher_service.serving.live import Batching, LiveTeacher, TeacherModel
-from teacher_service.serving.service import Service
+from teacher_service.serve.config import ServeConfig
+from teacher_service.serve.live.batcher import DeviceFaultError
+from teacher_service.serve.live.teacher import Batching, LiveTeacher, TeacherModel
+from teacher_service.serve.routes.compute import compute_router
+from teacher_service.serve.service import Service
 
-FRAME = {"content-type": wire.MEDIA_TYPE}
+FRAME = {"content-type": frames.MEDIA_TYPE}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def client(live):
 
 
 def frame(**arrays: np.ndarray) -> bytes:
-    return b"".join(wire.encode(arrays).chunks())
+    return b"".join(frames.encode(arrays).chunks())
 
 
 def views(count: int, size: int = 32) -> np.ndarray:
@@ -55,7 +55,7 @@ def views(count: int, size: int = 32) -> np.ndarray:
 def test_features_are_the_teachers_when_views_are_sent(client, teacher):
     pixels = views(6)
     answer = client.post("/v1/features:compute?dtype=f32", content=frame(pixels=pixels), headers=FRAME)
-    arrays, metadata = wire.decode(answer.content)
+    arrays, metadata = frames.decode(answer.content)
     expected = teacher(torch.from_numpy(pixels))
     assert arrays.keys() == {"stage4", "stage3_prefix", "logits"}
     for name, tap in (*((n, expected.taps[n]) for n in ("stage4", "stage3_prefix")), ("logits", expected.logits)):
@@ -66,7 +66,7 @@ def test_features_are_the_teachers_when_views_are_sent(client, teacher):
 
 def test_features_are_half_precision_and_of_one_tap_when_asked_so(client):
     answer = client.post("/v1/features:compute?taps=stage4", content=frame(pixels=views(1)), headers=FRAME)
-    arrays, _ = wire.decode(answer.content)
+    arrays, _ = frames.decode(answer.content)
     assert {name: array.dtype for name, array in arrays.items()} == {"stage4": np.float16, "logits": np.float16}
 
 
@@ -82,7 +82,7 @@ def test_view_is_the_middle_or_the_one_asked_for_when_an_image_is_sent(client, t
     answer = client.post(
         f"/v1/features:compute?dtype=f32{query}", content=encode_image(pixels), headers={"content-type": "image/png"}
     )
-    arrays, _ = wire.decode(answer.content)
+    arrays, _ = frames.decode(answer.content)
     expected = teacher(torch.from_numpy(view[None]))
     np.testing.assert_allclose(arrays["stage4"], expected.taps["stage4"].numpy(), rtol=1e-3, atol=1e-4)
 
@@ -129,7 +129,7 @@ def test_request_is_refused_when_its_tap_is_unknown(client):
 def test_smallest_image_is_computed_when_it_has_one_pixel(client):
     body = encode_image(np.zeros((1, 1, 3), np.uint8))
     answer = client.post("/v1/features:compute", content=body, headers={"content-type": "image/png"})
-    assert np.isfinite(wire.decode(answer.content)[0]["logits"]).all()
+    assert np.isfinite(frames.decode(answer.content)[0]["logits"]).all()
 
 
 def test_teacher_is_described_when_asked(client, teacher):

@@ -11,7 +11,7 @@ from tiny_jobs import encode_image, noise
 
 from feature_store.errors import ImageError, InputError, ResourceError
 from feature_store.views import decode_image, decoding_work
-from teacher_service.serving.decoders import ImageDecoders, Worker, view_of_image
+from teacher_service.serve.live.decoders import ImageDecoders, Worker, view_of_image
 
 IMAGE = encode_image(noise(40, 48))
 

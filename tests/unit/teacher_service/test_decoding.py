@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny_jobs import noise_samples, write_tar
 
 from feature_store.errors import ResourceError, UserError
-from feature_store.tars.tar import Tar
+from feature_store.inputs.tar import Tar
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc, view_policy
-from teacher_service import decoding
-from teacher_service.decoding import Batch, Span, Task, ViewDataset, batch_spans, read_batches
+from teacher_service.cache import decode as decoding
+from teacher_service.cache.decode import Batch, Span, Task, ViewDataset, batch_spans, read_batches
 
 
 @pytest.fixture
@@ -182,9 +182,9 @@ _READ_FOR_EVER = """
 import sys, time
 from multiprocessing import active_children
 from itertools import repeat
-from feature_store.tars.tar import Tar
+from feature_store.inputs.tar import Tar
 from feature_store.views import view_policy
-from teacher_service.decoding import Task, ViewDataset, batch_spans, read_batches
+from teacher_service.cache.decode import Task, ViewDataset, batch_spans, read_batches
 
 if __name__ == "__main__":
     dataset = ViewDataset([Tar.open(sys.argv[1])], view_policy("rrc_flip", (8, 8)), 0)

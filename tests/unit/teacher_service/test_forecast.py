@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 from tiny_jobs import TinyTeacher, write_tars
 
-from teacher_service import forecast as forecast_module
 from teacher_service.config import TimedPlanConfig
-from teacher_service.forecast import forecast
-from teacher_service.planning import plan
-from teacher_service.timing import Timing
+from teacher_service.plan import sizes as forecast_module
+from teacher_service.plan.sizes import forecast
+from teacher_service.plan.survey import plan
+from teacher_service.plan.timing import Timing
 
 TIMING = Timing(
     samples=6, views=2, device="cpu", startup=2.0, calibration=1.0, workers=1, read=0.0, cut=0.0,

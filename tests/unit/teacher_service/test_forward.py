@@ -8,8 +8,8 @@ from tiny_jobs import TinyTeacher
 
 from feature_store.errors import ResourceError
 from feature_store.teacher.model import Teacher, TeacherOutput, load_teacher
-from teacher_service.forward import Forward, prepare_for_gpu
-from teacher_service.waits import Waits
+from teacher_service.cache.forward import Forward, prepare_for_gpu
+from teacher_service.cache.stage_timer import StageTimer
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def _limit_memory(teacher: Teacher, monkeypatch: pytest.MonkeyPatch, images: int
 def test_forward_gives_what_the_teacher_gives_whatever_its_batch_size(
     teacher: Teacher, pixels: torch.Tensor, batch_size: int
 ) -> None:
-    expected, waits = teacher(pixels), Waits()
+    expected, waits = teacher(pixels), StageTimer()
 
     arrays = Forward(teacher, ["stage4", "stage3"], batch_size, waits)(pixels).arrays()
 
@@ -57,7 +57,7 @@ def test_forward_halves_its_batches_for_good_when_memory_runs_out(
 ) -> None:
     expected = teacher(pixels).taps["stage4"]
     tried = _limit_memory(teacher, monkeypatch, 2)
-    forward = Forward(teacher, ["stage4"], 8, Waits())
+    forward = Forward(teacher, ["stage4"], 8, StageTimer())
 
     arrays = forward(pixels).arrays()
     forward(pixels[:4])
@@ -73,7 +73,7 @@ def test_forward_says_what_to_do_when_one_image_is_too_much(
     _limit_memory(teacher, monkeypatch, 0)
 
     with pytest.raises(ResourceError, match="single image: no room; use a GPU with more memory"):
-        Forward(teacher, ["stage4"], 4, Waits())(pixels)
+        Forward(teacher, ["stage4"], 4, StageTimer())(pixels)
 
 
 def test_forward_compiles_one_shape_when_the_last_batch_is_smaller(
@@ -88,7 +88,7 @@ def test_forward_compiles_one_shape_when_the_last_batch_is_smaller(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     expected = teacher(pixels)
 
-    arrays = Forward(teacher, ["stage4"], 4, Waits(), compile=True)(pixels).arrays()
+    arrays = Forward(teacher, ["stage4"], 4, StageTimer(), compile=True)(pixels).arrays()
 
     assert [each for each in shapes if each] == [[(4, 32, 32, 3)]]
     assert len(arrays["stage4"]) == len(arrays["logits"]) == 7
@@ -109,9 +109,9 @@ def test_preparing_for_a_gpu_keeps_the_teachers_numbers(teacher: Teacher, pixels
 
 
 def test_outputs_note_the_gpus_time_by_stage_when_its_events_have_happened() -> None:
-    from teacher_service.forward import Outputs, Part
+    from teacher_service.cache.forward import Outputs, Part
 
-    waited, waits = [], Waits()
+    waited, waits = [], StageTimer()
 
     def event(name: str) -> SimpleNamespace:
         return SimpleNamespace(synchronize=lambda: waited.append(name), elapsed_time=lambda end: 1500.0)

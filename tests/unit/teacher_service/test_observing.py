@@ -9,15 +9,15 @@ import pytest
 from tiny_jobs import TinyTeacher, write_tars
 
 from feature_store.errors import ResourceError
-from feature_store.manifest import Manifest
-from feature_store.tars.tar import Tar
-from feature_store.terminal import Console
+from feature_store.format.manifest import Manifest
+from feature_store.inputs.tar import Tar
+from feature_store.tools.terminal import Console
+from teacher_service.cache.decode import Task
+from teacher_service.cache.observers import append_event, observed
+from teacher_service.cache.pipeline import UnitDone
+from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig
-from teacher_service.decoding import Task
-from teacher_service.observing import append_event, observed
-from teacher_service.pipeline import UnitDone
-from teacher_service.planning import job_manifest, outline_teacher
-from teacher_service.waits import StageTimes
+from teacher_service.plan.survey import job_manifest, outline_teacher
 
 TASKS = [Task(0, range(2)), Task(1, range(2))]
 TIMES = StageTimes({"forward": 6.0, "decode": 9.0}, {"forward": 10.0, "decode": 10.0})

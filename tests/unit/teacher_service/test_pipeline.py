@@ -11,12 +11,12 @@ from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 
 from feature_store.errors import CommittedError
 from feature_store.store import Store, open_store
-from teacher_service import pipeline as pipeline_module
-from teacher_service.decoding import PREFETCH, Task
-from teacher_service.pipeline import BATCHES_AHEAD, Pipeline, PipelineReport, UnitDone
-from teacher_service.preparation import Job, prepare, remaining_tasks
-from teacher_service.rows import UnitRows
-from teacher_service.waits import STAGES
+from teacher_service.cache import pipeline as pipeline_module
+from teacher_service.cache.decode import PREFETCH, Task
+from teacher_service.cache.encode import UnitRows
+from teacher_service.cache.pipeline import BATCHES_AHEAD, Pipeline, PipelineReport, UnitDone
+from teacher_service.cache.prepare import Job, prepare, remaining_tasks
+from teacher_service.cache.stage_timer import STAGES
 
 
 @pytest.fixture

@@ -4,15 +4,15 @@ from pathlib import Path
 import pytest
 from tiny_jobs import TinyTeacher, write_tars
 
-from feature_store.manifest import Manifest
-from feature_store.tars.tar import Tar
-from feature_store.terminal import Console
+from feature_store.format.manifest import Manifest
+from feature_store.inputs.tar import Tar
+from feature_store.tools.terminal import Console
+from teacher_service.cache.decode import Task
+from teacher_service.cache.pipeline import UnitDone
+from teacher_service.cache.progress import Progress
+from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import PlanConfig
-from teacher_service.decoding import Task
-from teacher_service.pipeline import UnitDone
-from teacher_service.planning import job_manifest, outline_teacher
-from teacher_service.progress import Progress
-from teacher_service.waits import StageTimes
+from teacher_service.plan.survey import job_manifest, outline_teacher
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import torch
 from tiny_jobs import TinyTeacher, write_tars
 
 from feature_store.errors import InputError
-from feature_store.manifest import Manifest
-from feature_store.tars.tar import Tar
-from feature_store.writer import Values
-from teacher_service import rows as rows_module
+from feature_store.format.manifest import Manifest
+from feature_store.inputs.tar import Tar
+from feature_store.write.unit import Values
+from teacher_service.cache import encode as rows_module
+from teacher_service.cache.decode import Batch, Task
+from teacher_service.cache.encode import UnitRows
 from teacher_service.config import PlanConfig
-from teacher_service.decoding import Batch, Task
-from teacher_service.planning import job_manifest, outline_teacher
-from teacher_service.rows import UnitRows
+from teacher_service.plan.survey import job_manifest, outline_teacher
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ import timm
 from served_store import in_process, make_store, make_tokens
 from timm.data.config import resolve_model_data_config
 
-from feature_store.client import read_token
+from feature_store.client.connection import read_token
 from feature_store.errors import InputError, MismatchError
 from feature_store.teacher import model
 from teacher_service.cli import main
-from teacher_service.serving.app import create_app
-from teacher_service.serving.config import ServeConfig
-from teacher_service.serving.live import LiveTeacher
-from teacher_service.serving.server import _load_teacher
-from teacher_service.serving.service import Service
-from teacher_service.serving.tokens import TokenFile, create_token, read_tokens
+from teacher_service.serve.app import create_app
+from teacher_service.serve.config import ServeConfig
+from teacher_service.serve.live.teacher import LiveTeacher
+from teacher_service.serve.server import _load_teacher
+from teacher_service.serve.service import Service
+from teacher_service.serve.tokens import TokenFile, create_token, read_tokens
 
 SCOPES = ("read", "compute", "admin")
 PUBLIC = {"/livez", "/readyz"}

@@ -3,8 +3,8 @@ import gc
 import numpy as np
 import pytest
 
-from teacher_service.serving.batcher import BusyError
-from teacher_service.serving.memory import ResponseMemory
+from teacher_service.serve.live.batcher import BusyError
+from teacher_service.serve.memory import ResponseMemory
 
 MIB = 1 << 20
 

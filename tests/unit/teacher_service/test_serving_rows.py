@@ -10,11 +10,11 @@ from safetensors.numpy import load
 from served_store import COMMITTED_KEYS, QUARANTINED, UNCOMMITTED_UNIT, in_process, make_store
 from starlette.requests import ClientDisconnect
 
-from feature_store.blocks import blocks_sha256
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
+from feature_store.format.blocks import blocks_sha256
 from feature_store.store import open_store
-from teacher_service.serving.config import Limits
-from teacher_service.serving.streaming import in_thread
+from teacher_service.serve.config import Limits
+from teacher_service.serve.streaming import in_thread
 
 SHARD = "taps/stage4/c/0/0/0/0"
 
@@ -62,7 +62,7 @@ def test_row_is_found_by_key_in_the_path(ask, store):
 def test_rows_by_slashed_and_unicode_keys_are_found(serve, tmp_path, tiny_swin):
     from tiny_jobs import cache_config, noise_samples, write_tar
 
-    from teacher_service.caching import cache
+    from teacher_service.cache.job import cache
 
     samples = noise_samples("x", 2)
     for sample, key in zip(samples, ("class a/ünï", "%2e"), strict=True):
@@ -321,7 +321,7 @@ def test_rows_committed_later_are_served_after_a_refresh(serve, tmp_path, tiny_s
     tars = [str(tmp_path / f"{unit}.tar") for unit in range(3)]
     from tiny_jobs import cache_config
 
-    from teacher_service.caching import cache
+    from teacher_service.cache.job import cache
 
     cache(cache_config(tars, tiny_swin, path, views=2, policy="a2"))
     opened = ask.service.opened

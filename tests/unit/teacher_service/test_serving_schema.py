@@ -23,10 +23,10 @@ from schemathesis.specs.openapi.checks import (
 from served_store import InProcess, in_process, make_store, make_tokens
 
 from feature_store.teacher.model import load_teacher
-from teacher_service.serving.app import COMPUTE
-from teacher_service.serving.live import LiveTeacher
-from teacher_service.serving.service import Service
-from teacher_service.serving.tokens import TokenFile
+from teacher_service.serve.app import COMPUTE
+from teacher_service.serve.live.teacher import LiveTeacher
+from teacher_service.serve.service import Service
+from teacher_service.serve.tokens import TokenFile
 
 CASES = int(os.environ.get("SERVICE_CASES", "600"))
 REFUSED_FOR_WHAT_IS_STORED = (410, 412, 413, 416)  # of requests that have the right form

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from served_store import in_process, make_store
 
-from feature_store import wire
-from feature_store.sample import RowId
+from feature_store.format.addressing import RowId
 from feature_store.store import open_store
-from teacher_service.serving import streaming
+from teacher_service.serve import streaming
 
 ROWS = [RowId(1, 1, 1), RowId(0, 0, 0), RowId(0, 2, 0), RowId(0, 3, 0), RowId(1, 1, 1)]
 SHARD = "taps/stage4/c/0/0/0/0"
@@ -18,7 +17,7 @@ SHARD = "taps/stage4/c/0/0/0/0"
 
 @pytest.fixture(autouse=True)
 def _two_rows_are_long(monkeypatch, store):
-    monkeypatch.setattr(wire, "CHUNK_BYTES", 2 * store.source().row_bytes())
+    monkeypatch.setattr(frames, "CHUNK_BYTES", 2 * store.source().row_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +41,9 @@ def test_long_answer_is_byte_for_byte_the_one_read_whole(serve, tmp_path, tiny_s
     store = open_store(make_store(tmp_path, tiny_swin, tap_codec=tap_codec))
     ask = serve(store.path)
     if not cached:
-        monkeypatch.setattr("feature_store.reading.cached_rows.CachedRows.take", lambda *_: False)
+        monkeypatch.setattr("feature_store.read.page_cache.PageCacheReader.take", lambda *_: False)
     long = batch(ask, decode=False)
-    monkeypatch.setattr(wire, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(frames, "CHUNK_BYTES", 1 << 20)
     whole = batch(ask, decode=False)
     assert long.headers["content-length"] == str(len(long.body))
     assert long.body == whole.body
@@ -54,15 +53,15 @@ def test_long_answer_is_byte_for_byte_the_one_read_whole(serve, tmp_path, tiny_s
 
 
 def test_rest_is_read_in_threads_when_the_machine_has_only_some_of_it_in_memory(serve, store, monkeypatch):
-    from feature_store.reading.cached_rows import CachedRows
+    from feature_store.read.page_cache import PageCacheReader
 
-    take, taken = CachedRows.take, []
+    take, taken = PageCacheReader.take, []
 
     def some(rows, start, stop, memory):
         taken.append((start, stop))
         return len(taken) < 4 and take(rows, start, stop, memory)
 
-    monkeypatch.setattr(CachedRows, "take", some)
+    monkeypatch.setattr(PageCacheReader, "take", some)
     ask = serve(store.path)
     arrays, _ = batch(ask).frame()
     assert len(taken) == 5  # three pieces, and two tries of the fourth
@@ -99,7 +98,7 @@ def test_damaged_row_cuts_a_long_answer_short_and_the_next_one_says_why(serve, t
 def test_client_is_told_of_the_damage_when_its_long_answer_was_cut_short(tmp_path, tiny_swin):
     from app_transport import AppTransport
 
-    from feature_store.client import connect
+    from feature_store import connect
     from feature_store.errors import CorruptStoreError
 
     path = make_store(tmp_path, tiny_swin)
@@ -170,7 +169,7 @@ def test_nothing_is_closed_before_a_reader_in_a_thread_has_ended_when_sending_fa
 
 
 def test_memory_of_a_long_answer_is_bounded_by_its_pieces(serve, store, monkeypatch):
-    from teacher_service.serving.config import Limits
+    from teacher_service.serve.config import Limits
 
     row = store.source().row_bytes()
     most = 40 * row

@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from served_store import UNCOMMITTED_UNIT, in_process, make_store, make_tokens
 
-from feature_store.blocks import read_blocks
 from feature_store.commits.index import PATH as INDEX
 from feature_store.commits.index import decode_index
+from feature_store.format.blocks import read_blocks
 from feature_store.store import open_store
-from teacher_service.serving import routes_zarr
-from teacher_service.serving.config import Limits
+from teacher_service.serve.config import Limits
+from teacher_service.serve.routes import zarr as routes_zarr
 
 SECRET = b"the secret that is not served"
 SHARD = "taps/stage4/c/0/0/0/0"
@@ -155,7 +155,7 @@ def test_range_that_is_none_is_ignored(ask, store, header):
 
 
 def test_large_object_comes_in_pieces_and_takes_little_memory(tmp_path, tiny_swin, serve, monkeypatch):
-    monkeypatch.setattr("teacher_service.serving.routes_zarr._PIECE", 1000)
+    monkeypatch.setattr("teacher_service.serve.routes.zarr._PIECE", 1000)
     path = make_store(tmp_path, tiny_swin)
     ask = serve(path, limits=Limits(max_response_bytes=3000, max_bytes_in_flight=3000))
     assert get(ask, SHARD).body == (path / SHARD).read_bytes()

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from teacher_service.stages import Stage
+from teacher_service.cache.stage import Stage
 
 
 def test_stage_runs_calls_in_order_when_it_has_one_thread() -> None:

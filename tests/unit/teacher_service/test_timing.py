@@ -5,10 +5,10 @@ import pytest
 from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 
 from feature_store.errors import InputError
-from teacher_service.caching import cache
+from teacher_service.cache.job import cache
 from teacher_service.config import TimedPlanConfig
-from teacher_service.planning import open_tars
-from teacher_service.timing import Timing, measure
+from teacher_service.plan.survey import open_tars
+from teacher_service.plan.timing import Timing, measure
 
 TIMING = Timing(
     samples=100,

@@ -8,9 +8,9 @@ import pytest
 from tiny_jobs import TinyTeacher, noise_samples, write_tar
 
 from feature_store.errors import ResourceError
-from teacher_service.caching import cache
+from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig
-from teacher_service.planning import plan
+from teacher_service.plan.survey import plan
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 
-from teacher_service import waits
-from teacher_service.waits import StageTimes, Waits
+from teacher_service.cache import stage_timer as waits
+from teacher_service.cache.stage_timer import StageTimer, StageTimes
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_waits_share_the_time_since_the_first_batch_among_a_stages_workers(clock: list[float]) -> None:
-    measured = Waits({"decode": 4})
+    measured = StageTimer({"decode": 4})
     clock[0] += 50  # start-up
     measured.start()
     with measured.busy("forward"):
@@ -33,7 +33,7 @@ def test_waits_share_the_time_since_the_first_batch_among_a_stages_workers(clock
 def test_waits_know_nothing_before_the_first_batch(clock: list[float]) -> None:
     clock[0] += 5
 
-    assert Waits().times().share("forward") == 0
+    assert StageTimer().times().share("forward") == 0
 
 
 def test_stage_times_weigh_pipelines_by_their_time_when_joined() -> None:

@@ -6,12 +6,12 @@ from typing import Any, cast
 
 import pytest
 
+from feature_store.backends.local import LocalObjects
 from feature_store.errors import ResourceError
-from feature_store.objects.local import LocalObjects
 from feature_store.store import Store
-from teacher_service import writing
-from teacher_service.decoding import Task
-from teacher_service.writing import disk_error, write_unit
+from teacher_service.cache import write as writing
+from teacher_service.cache.decode import Task
+from teacher_service.cache.write import disk_error, write_unit
 
 
 def test_write_unit_raises_the_users_error_when_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:

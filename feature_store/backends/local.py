@@ -1,0 +1,540 @@
+"""Where a store's objects live: one protocol, and its implementation for local files."""
+
+import ctypes
+import errno
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from feature_store.errors import CorruptStoreError, InputError
+
+PARTIAL_SUFFIX = ".partial"
+# Buffers of one preadv or pwritev; Linux takes no more.
+IOV_MAX = os.sysconf("SC_IOV_MAX")
+OPEN_FILES = 8192
+# Local reads skip at most this much between two rows; a row's crc32c is 4 bytes.
+_LOCAL_GAP = 4096
+_SYNCS = 16
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
+_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # 0: not Linux
+# Written at once, then left to the disk: what takes smaller steps waits for it every now and then, for long.
+_WRITE_BEHIND = 32 << 20
+_skipped = memoryview(bytearray(_LOCAL_GAP))
+# What opening a socket, a device without driver, a directory (for writing) or a circle of links fails with.
+_SPECIAL_FILE = (errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ELOOP)
+
+Buffer: TypeAlias = bytes | memoryview | np.ndarray
+
+
+class ObjectStore(Protocol):
+    """Objects by path below one root. Paths are relative, with ``/`` between components.
+
+    A missing object is a FileNotFoundError, whatever stands behind; a network or service that gave up is a
+    ResourceError. Instances are used from many threads, survive pickling, and open what they need lazily in the
+    process that uses them.
+
+    Attributes:
+        url: Where the root is.
+        lists: Whether list and sizes work; web servers cannot.
+        in_flight: Reads worth having in flight at once.
+        gap_bytes: Two ranges of an object this far apart are cheaper read in one request than in two.
+        request_bytes: Most bytes worth asking for in one request. A reader's transport holds at most
+            ``in_flight * request_bytes``.
+        bytes_per_thread: Bytes worth another request in flight.
+    """
+
+    url: str
+    lists: bool
+    in_flight: int
+    gap_bytes: int
+    request_bytes: int
+    bytes_per_thread: int
+
+    def get(self, path: str) -> np.ndarray:
+        """A whole object, uint8."""
+        ...
+
+    def get_range(self, path: str, offset: int, length: int) -> np.ndarray:
+        """Bytes of an object from an offset, uint8; fewer than length, or none, where the object ends before."""
+        ...
+
+    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int], *, wait: bool = True) -> bool:
+        """Read consecutive bytes, each part into its own memory; a number is so many bytes to skip.
+
+        Args:
+            path: The object.
+            offset: Where to begin.
+            parts: Memory to fill, in order.
+            wait: False only takes what is in memory already.
+
+        Returns:
+            Whether it was read; always true when it may wait.
+
+        Raises:
+            EOFError: The object ends before the last part is full.
+        """
+        ...
+
+    def opened(self, path: str) -> "OpenFile | None":
+        """The file of an object, if there is one and it is open already."""
+        ...
+
+    def size(self, path: str) -> int:
+        """Bytes of an object."""
+        ...
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Paths of all objects that start with a prefix, sorted; a folder prefix ends with ``/``."""
+        ...
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of every object that list gives, by path."""
+        ...
+
+    def put(self, path: str, payload: Buffer | Iterable[Buffer], *, new: bool = False) -> None:
+        """Write an object, whole under its name or not at all; several buffers are written one after the other.
+
+        Args:
+            path: Its path.
+            payload: Its bytes; whatever comes out of an iterator instead of a buffer leaves no object.
+            new: Only if there is none yet, decided atomically.
+
+        Raises:
+            FileExistsError: new, and there is one.
+        """
+        ...
+
+    def sync(self, paths: Sequence[str]) -> None:
+        """Make the names of written objects durable; once for many objects, after their put."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Remove an object."""
+        ...
+
+    def forget(self, path: str) -> bool:
+        """Drop any copy of an object kept nearer than its origin; whether there was one."""
+        ...
+
+
+class LocalObjects:
+    """Objects as files in a directory.
+
+    ``put`` writes a temporary file, syncs it and renames it (or links it, for ``new``, which is atomic too).
+    Files are read with ``preadv``, through descriptors kept open up to half the process's limit, so that an
+    instance survives a fork; a pickled one opens its own.
+
+    Args:
+        root: The directory; need not exist yet.
+        open_files: Most files kept open between reads.
+    """
+
+    lists = True
+    in_flight = 16
+    gap_bytes = _LOCAL_GAP
+    request_bytes = 512 << 10  # the checksum that follows finds the bytes still in the processor's cache
+    bytes_per_thread = 256 << 10
+
+    def __init__(self, root: str | Path, open_files: int = OPEN_FILES) -> None:
+        self.root = Path(root)
+        self.url = str(self.root)
+        self._open_files = open_files
+        self._files = _OpenFiles(self.url, min(open_files, _descriptor_limit()))
+
+    def __reduce__(self):
+        return LocalObjects, (self.root, self._open_files)
+
+    def get(self, path: str) -> np.ndarray:
+        """See ObjectStore.get."""
+        with _MissingFolderIsMissingFile(), open(open_regular(self._file(path)), "rb") as file:
+            return np.fromfile(file, np.uint8)
+
+    def get_range(self, path: str, offset: int, length: int) -> np.ndarray:
+        """See ObjectStore.get_range."""
+        raw, done = np.empty(length, np.uint8), 0
+        file = self._files.open(path)
+        while got := os.preadv(file.descriptor, [memoryview(raw)[done:]], offset + done):
+            done += got
+        return raw[:done]
+
+    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int], *, wait: bool = True) -> bool:
+        """See ObjectStore.read_into; without waiting, from the page cache."""
+        file = self._files.open(path)
+        if not wait:
+            return bool(_NOWAIT) and _read_cached(file.descriptor, parts, offset)
+        buffers = _buffers(parts)
+        for start in range(0, len(buffers), IOV_MAX):
+            offset += _each_byte(os.preadv, file.descriptor, buffers[start : start + IOV_MAX], offset)
+        return True
+
+    def opened(self, path: str) -> "OpenFile | None":
+        """See ObjectStore.opened."""
+        return self._files.find(path)
+
+    def size(self, path: str) -> int:
+        """See ObjectStore.size."""
+        with _MissingFolderIsMissingFile():
+            return os.stat(self._file(path)).st_size  # noqa: PTH116
+
+    def list(self, prefix: str = "") -> list[str]:
+        """See ObjectStore.list."""
+        folder = prefix.rpartition("/")[0]
+        found: list[str] = []
+        for parent, _, names in os.walk(self.root / folder):
+            below = Path(parent).relative_to(self.root).as_posix()
+            start = "" if below == "." else f"{below}/"
+            found += [start + name for name in names]
+        return sorted(path for path in found if path.startswith(prefix))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """See ObjectStore.sizes."""
+        found: dict[str, int] = {}
+        folders = [prefix.rpartition("/")[0]]
+        while folders:
+            folder = folders.pop()
+            with suppress(FileNotFoundError), os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    path = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(path)
+                    elif path.startswith(prefix):
+                        with suppress(FileNotFoundError):  # renamed or removed since
+                            found[path] = _size(entry)
+        return found
+
+    def put(self, path: str, payload: Buffer | Iterable[Buffer], *, new: bool = False) -> None:
+        """See ObjectStore.put."""
+        target = Path(self._file(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL_SUFFIX}")
+        try:
+            _write_durably(partial, buffers_of(payload))
+            if new:
+                _move_new(partial, target)
+            else:
+                partial.rename(target)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+    def sync(self, paths: Sequence[str]) -> None:
+        """See ObjectStore.sync."""
+        sync_directories(self.root, paths)
+
+    def delete(self, path: str) -> None:
+        """See ObjectStore.delete."""
+        with _MissingFolderIsMissingFile():
+            Path(self._file(path)).unlink()
+        self._files.close(path)
+
+    def forget(self, path: str) -> bool:
+        """See ObjectStore.forget: there is no nearer copy, but a file replaced since is opened anew."""
+        self._files.close(path)
+        return False
+
+    def _file(self, path: str) -> str:
+        return file_below(self.url, path)
+
+
+def open_objects(url: str | Path, *, cache_dir: str | Path | None = None, cache_bytes: int = 0) -> ObjectStore:
+    """Objects below a local path or URL.
+
+    Args:
+        url: A path, ``file://``, ``s3://``, ``gs://`` or ``http(s)://`` (read only).
+        cache_dir: Local directory that keeps copies of what is read, for anything but local files.
+        cache_bytes: Most bytes the copies take together.
+
+    Raises:
+        InputError: Unknown scheme, the library for it is missing, or a cache that makes no sense.
+    """
+    scheme, separator, rest = str(url).partition("://")
+    local = not separator or scheme == "file"
+    if cache_dir is None:
+        if cache_bytes:
+            raise InputError(f"cache_bytes {cache_bytes} without cache_dir: say where the copies go")
+    elif local:
+        raise InputError(f"{url} is local already: leave cache_dir out")
+    if local:
+        return LocalObjects(Path(rest if separator else url))
+    from feature_store.backends.bucket import RemoteObjects
+
+    remote = RemoteObjects(str(url))
+    if cache_dir is None:
+        return remote
+    from feature_store.backends.cached import CachedObjects
+
+    return CachedObjects(remote, Path(cache_dir), cache_bytes)
+
+
+def file_below(folder: str, path: str) -> str:
+    """The file of an object.
+
+    Raises:
+        CorruptStoreError: The path leaves the folder. Paths may come from a store's own metadata and records.
+    """
+    if "\0" in path or not path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise CorruptStoreError(
+            f"{folder} refers to an object {path!r}, expected a path inside the store; restore the store from a copy"
+        )
+    return f"{folder}/{path}"
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file; a FIFO, socket or device of that name never blocks and is refused.
+
+    Args:
+        path: The file.
+        flags: Of ``os.open``.
+
+    Returns:
+        Its descriptor.
+
+    Raises:
+        FileNotFoundError: There is none.
+        CorruptStoreError: It is something else than a regular file.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in _SPECIAL_FILE:
+            raise not_regular(path, str(error.strerror)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise not_regular(path, "not a regular file")
+    return descriptor
+
+
+def not_regular(path: str | Path, what: str) -> CorruptStoreError:
+    """A FIFO, socket, device, directory or circle of links where an object should be."""
+    return CorruptStoreError(f"{path} cannot be an object: {what}, expected a regular file; restore it from a copy")
+
+
+def buffers_of(payload: Buffer | Iterable[Buffer]) -> Iterator[memoryview]:
+    """A payload as flat byte views."""
+    parts = [payload] if isinstance(payload, bytes | memoryview | np.ndarray) else payload
+    return (memoryview(part).cast("B") for part in parts if memoryview(part).nbytes)
+
+
+def scatter(payload: np.ndarray, offset: int, parts: Sequence[memoryview | int]) -> None:
+    """Copy bytes read from an offset into the parts of a read_into.
+
+    Raises:
+        EOFError: There are fewer bytes than the parts take.
+    """
+    raw, done = memoryview(payload), 0
+    for part in parts:
+        end = done + (part if isinstance(part, int) else len(part))
+        if end > len(raw):
+            raise EOFError(f"it ends at byte {offset + len(raw)}")
+        if not isinstance(part, int):
+            part[:] = raw[done:end]
+        done = end
+
+
+def _move_new(partial: Path, target: Path) -> None:
+    """Give a file its name if no file has it.
+
+    A hard link does both at once. File systems without them (FUSE, CIFS, exFAT) may know a rename that refuses to
+    replace. Where neither works the name is taken first, by an empty file, which a crash in between leaves behind:
+    readers take it for a damaged object.
+
+    Raises:
+        FileExistsError: One has it.
+    """
+    try:
+        os.link(partial, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if not _renamed_new(partial, target):
+            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            try:
+                partial.replace(target)
+            except BaseException:
+                target.unlink()
+                raise
+    else:
+        partial.unlink()
+
+
+def _renamed_new(partial: Path, target: Path) -> bool:
+    """Linux's rename with RENAME_NOREPLACE; false where kernel, C library or file system lack it."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(target))
+
+
+def sync_directories(root: Path, paths: Iterable[str]) -> None:
+    """Make the names of written objects durable, up to the store's root."""
+    folders = {parent for path in paths for parent in (root / path).parents if parent.is_relative_to(root)}
+    # At once, because syncs that wait together are committed together by the file system.
+    with ThreadPoolExecutor(max(1, min(_SYNCS, len(folders))), thread_name_prefix="feature-store-sync") as pool:
+        list(pool.map(_sync_directory, folders))
+
+
+def _size(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat().st_size
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return entry.stat(follow_symlinks=False).st_size  # opening it says what is wrong
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make the names in a folder durable, where its file system can (not CIFS or vboxsf)."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+class OpenFile:
+    """An open file; closed when the last reader lets go of it, so that another thread may still be reading."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = open_regular(path)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class _OpenFiles:
+    """The most recently used files of a folder, kept open."""
+
+    def __init__(self, folder: str, limit: int) -> None:
+        self._folder, self._limit = folder, limit
+        self._files: OrderedDict[str, OpenFile] = OrderedDict()
+
+    def find(self, path: str) -> OpenFile | None:
+        """A file, if it is open."""
+        return self._files.get(path)
+
+    def open(self, path: str) -> OpenFile:
+        """A file, opened now or before. Safe in threads: each step on the dictionary is atomic."""
+        file = self._files.get(path)
+        if file is None:
+            with _MissingFolderIsMissingFile():
+                file = self._files[path] = OpenFile(file_below(self._folder, path))
+            while len(self._files) > self._limit:
+                with suppress(KeyError):  # another thread was faster
+                    self._files.popitem(last=False)
+        return file
+
+    def close(self, path: str) -> None:
+        """Let go of a file."""
+        self._files.pop(path, None)
+
+
+def _descriptor_limit() -> int:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_FILES if soft == resource.RLIM_INFINITY else soft // 2
+
+
+class _MissingFolderIsMissingFile:
+    """A path through something that is not a folder names a missing object too."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, NotADirectoryError):
+            raise FileNotFoundError(*error.args) from error
+
+
+def _write_durably(path: Path, buffers: Iterable[memoryview]) -> None:
+    """Write a file as its bytes come; the disk works on the first while the last are still made."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        begun = end = 0
+        for some in _pieces(buffers):
+            end += _each_byte(os.pwritev, descriptor, some, end)
+            if end - begun >= _WRITE_BEHIND and hasattr(os, "posix_fadvise"):
+                # Linux starts to write these pages out, so that the disk does not wait for the sync.
+                os.posix_fadvise(descriptor, begun, end - begun, os.POSIX_FADV_DONTNEED)
+                begun = end
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _pieces(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    """The buffers in lists of at least _WRITE_BEHIND bytes, where a system call takes so many."""
+    some, length = [], 0
+    for buffer in buffers:
+        some.append(buffer)
+        length += len(buffer)
+        if length >= _WRITE_BEHIND or len(some) == IOV_MAX:
+            yield some
+            some, length = [], 0
+    if some:
+        yield some
+
+
+def _buffers(parts: Sequence[memoryview | int]) -> Sequence[memoryview]:
+    first = parts[0]
+    if len(parts) == 1 and not isinstance(first, int):  # the hot path
+        return (first,)
+    return [_skipped[:part] if isinstance(part, int) else part for part in parts]
+
+
+def _read_cached(descriptor: int, parts: Sequence[memoryview | int], offset: int) -> bool:
+    buffers = _buffers(parts)
+    wanted = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+    try:
+        return os.preadv(descriptor, buffers, offset, _NOWAIT) == wanted
+    except BlockingIOError:  # not there
+        return False
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot tell; or too many buffers
+            return False
+        raise
+
+
+def _each_byte(
+    call: Callable[[int, Sequence[memoryview], int], int],
+    descriptor: int,
+    buffers: Sequence[memoryview],
+    offset: int,
+) -> int:
+    """Repeat a preadv or pwritev until every byte is through: the kernel may stop earlier, at 2 GiB always."""
+    wanted = sum(map(len, buffers))
+    done = call(descriptor, buffers, offset)
+    while done < wanted:
+        got = call(descriptor, _after(buffers, done), offset + done)
+        if got == 0:
+            raise EOFError(f"it ends at byte {offset + done}")
+        done += got
+    return wanted
+
+
+def _after(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    rest = []
+    for buffer in buffers:
+        if done < len(buffer):
+            rest.append(buffer[done:])
+        done = max(0, done - len(buffer))
+    return rest

@@ -1,1 +1,0 @@
-"""Proving a store and mending it."""

@@ -1,0 +1,143 @@
+"""Which objects of a store count, and which an interrupted writer left behind."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from feature_store.backends.local import PARTIAL_SUFFIX, ObjectStore
+from feature_store.commits import index as commit_index
+from feature_store.commits import locks
+from feature_store.commits.locks import exclusive, lock_name
+from feature_store.commits.log import load_commits
+from feature_store.commits.record import FOLDER, CommitRecord, decode_record, parse_record_path
+from feature_store.errors import CorruptStoreError, ResourceError, UnknownFieldError
+from feature_store.format import blocks
+from feature_store.format.layout import array_specs
+from feature_store.format.manifest import Manifest
+
+_METADATA = "zarr.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an object's path says it is.
+
+    Attributes:
+        kind: ``object`` (a unit's), ``partial`` (begun, never finished), ``record``, ``fixed`` (belongs to every store)
+            or ``foreign`` (not of this format).
+        unit: Its unit, for the first three, if it has one.
+    """
+
+    kind: str
+    unit: int | None = None
+
+
+class Places:
+    """Reads paths of one store."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._specs = array_specs(manifest)
+
+    def of(self, path: str) -> Place:
+        """What a path is."""
+        if path.endswith(PARTIAL_SUFFIX):
+            whole = path.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
+            return Place("partial", self.of(whole).unit)
+        if (place := parse_record_path(path)) is not None:
+            return Place("record", place[0])
+        if path == commit_index.PATH or path.rpartition("/")[2] == _METADATA:
+            return Place("fixed")
+        if path.startswith((blocks.FOLDER, locks.FOLDER)):
+            return Place("fixed")
+        unit = self._unit(path)
+        return Place("foreign") if unit is None else Place("object", unit)
+
+    def _unit(self, path: str) -> int | None:
+        array, _, chunk = path.partition("/c/")
+        spec, numbers = self._specs.get(array), chunk.split("/")
+        if spec is None or not all(number.isdecimal() for number in numbers):
+            return None
+        leading = [int(number) for number in numbers]
+        view, unit = leading[:2] if spec.per_view and len(leading) > 1 else (None, leading[0])
+        return unit if spec.object_path(unit, view) == path else None
+
+
+def whole_objects(objects: ObjectStore) -> list[str]:
+    """Paths of all objects but unfinished ones and locks."""
+    return [path for path in objects.list() if not path.endswith(PARTIAL_SUFFIX) and not path.startswith(locks.FOLDER)]
+
+
+def find_orphans(
+    manifest: Manifest, paths: Iterable[str], records: Iterable[CommitRecord], doubtful: Iterable[int | None] = ()
+) -> dict[int | None, list[str]]:
+    """Objects no record vouches for, by unit; None for unfinished metadata.
+
+    Args:
+        manifest: The store's.
+        paths: Its objects.
+        records: What counts.
+        doubtful: Units with damaged records: what is theirs may yet count.
+    """
+    places, doubted = Places(manifest), set(doubtful)
+    by_unit: dict[int, list[CommitRecord]] = defaultdict(list)
+    for record in records:
+        by_unit[record.unit].append(record)
+    found: dict[int | None, list[str]] = defaultdict(list)
+    for path in paths:
+        place = places.of(path)
+        if place.kind not in ("object", "partial") or (place.unit in doubted and place.unit is not None):
+            continue
+        vouched = place.unit is not None and any(path in record.objects for record in by_unit.get(place.unit, ()))
+        if not vouched:
+            found[place.unit].append(path)
+    return dict(found)
+
+
+def remove(objects: ObjectStore, manifest: Manifest) -> list[str]:
+    """Delete what interrupted writers left; returns the paths.
+
+    A unit that a local process is writing now, or one with a damaged record, is left alone. In a bucket nothing
+    tells a writer at work from a dead one: call this only while no writer runs.
+    """
+    removed, there = [], objects.list()
+    committed, _ = load_commits(objects, manifest)  # a first look: units of which nothing is left are not locked
+    found = find_orphans(manifest, there, committed.records)
+    for unit, paths in {**{unit: [] for unit in locks.locked_units(there)}, **found}.items():
+        with suppress(ResourceError, CorruptStoreError, UnknownFieldError), exclusive(objects, lock_name(unit), "busy"):
+            records = [] if unit is None else read_records(objects, unit)
+            for path in paths:
+                if not any(path in record.objects for record in records):
+                    with suppress(FileNotFoundError):
+                        objects.delete(path)
+                        removed.append(path)
+    return sorted(removed)
+
+
+def withdraw(objects: ObjectStore, unit: int) -> None:
+    """Take a unit's records back and delete what they vouched for, so that it can be written anew, with other bytes.
+
+    Safe to interrupt: without records the unit was never written, and what is left of it are orphans.
+
+    Raises:
+        ResourceError: A process is writing the unit.
+        CorruptStoreError: A record is damaged.
+    """
+    with exclusive(objects, lock_name(unit), f"another process is writing unit {unit} of {objects.url}; wait for it"):
+        records = read_records(objects, unit)
+        first = [commit_index.PATH, *(record.path for record in records)]  # so that none speaks for what is gone
+        for paths in (first, sorted({path for record in records for path in record.objects})):
+            for path in paths:
+                with suppress(FileNotFoundError):
+                    objects.delete(path)
+            objects.sync(paths)
+
+
+def read_records(objects: ObjectStore, unit: int) -> list[CommitRecord]:
+    """A unit's records as they are now.
+
+    Raises:
+        CorruptStoreError: One is damaged.
+    """
+    paths = [path for path in objects.list(f"{FOLDER}u{unit:05d}-") if parse_record_path(path) is not None]
+    return [decode_record(path, objects.get(path).tobytes()) for path in paths]

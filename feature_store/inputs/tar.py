@@ -1,0 +1,231 @@
+"""One input tar as a sequence: from a position to a sample's key, encoded image and label.
+
+Nothing is ever extracted, so a member's name is a key and never a path.
+"""
+
+import copy
+import hashlib
+import os
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from feature_store.backends.local import OpenFile
+from feature_store.errors import ImageError, InputError, ResourceError
+from feature_store.inputs.copies import local_tar
+from feature_store.inputs.options import DEFAULT, TarOptions
+from feature_store.inputs.tar_index import TarIndex, index_tar
+from feature_store.inputs.urls import expand_tars, local_path, tar_name
+from feature_store.views import decode_image
+
+__all__ = ["Tar", "TarSample", "expand_tars"]
+
+_MOST_OPEN = 64  # files of a process; a data set has more tars than many systems let a process open
+_TAIL = 64  # bytes at an image's end: JPEG's last coded block, PNG's checksum; beside the next header, so cheap to read
+_MOST_DIGITS = 18  # of a label: what an int64 holds for certain
+_NOTES = 5  # notes shown
+
+
+class TarSample(NamedTuple):
+    """One sample as it lies in the tar: key, encoded image, class index."""
+
+    key: str
+    image: bytes
+    label: int
+
+
+_opened: deque["weakref.ref[Tar]"] = deque()  # those opened last, the oldest first
+
+
+class Tar:
+    """One input tar, indexed once, then read at random positions.
+
+    Its file is opened at the first read, and closed when many others were opened since. Every read names its own
+    offset (pread), so threads and forked processes may share a Tar; a pickled Tar carries its index and opens the
+    file anew.
+
+    Attributes:
+        url: Where the tar comes from.
+        name: Last component of the URL's path.
+        keys: Sample keys in webdataset's order; a sample's index here is its position.
+        header_sha256: Hash over names and sizes of all regular members, in order.
+        notes: What the user should know of it: files that belong to no sample, and so on.
+        problems: Why samples cannot be used, by position, as far as the headers tell.
+    """
+
+    def __init__(self, url: str, path: Path, index: TarIndex, notes: Sequence[str] = ()) -> None:
+        samples, self.header_sha256 = index.samples, index.header_sha256
+        self.url, self.name, self.notes = url, tar_name(url), (*notes, *index.notes)
+        self.keys = tuple(sample.key for sample in samples)
+        # arrays, because a data set has millions of samples and every worker process gets them all
+        self._images = np.array([sample.image for sample in samples], np.int64)
+        self._labels = np.array([sample.label for sample in samples], np.int64)
+        self.problems = {i: sample.problem for i, sample in enumerate(samples) if sample.problem}
+        self._path, self._file_size = path, path.stat().st_size
+
+    @classmethod
+    def open(cls, url: str, *, scratch: Path | None = None) -> "Tar":
+        """Index a tar's headers.
+
+        Args:
+            url: A path or URL as expand_tars gives and checks it; here it is opened without asking.
+            scratch: Directory for plain copies of remote and compressed tars, which are kept for later runs; None for
+                one under the system's temporary directory.
+
+        Raises:
+            InputError: Missing, not a tar, cut short, without samples, or with a key or member twice.
+            ResourceError: The file or URL cannot be read.
+        """
+        path, notes = local_tar(url, scratch)
+        try:
+            return cls(url, path, index_tar(url, path), notes)
+        except InputError:
+            if path != local_path(url):
+                path.unlink(missing_ok=True)  # a copy: the next run fetches it anew
+            raise
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, position: int) -> TarSample:
+        """Image bytes and label of the sample at a position.
+
+        Raises:
+            ImageError: The sample has no usable image or label; the message is the reason to quarantine it.
+            InputError: No such position, or the file changed since it was indexed.
+            ResourceError: The file cannot be read.
+        """
+        label = self.label(position)
+        return TarSample(self.keys[position], self._read(*self._images[position].tolist()), label)
+
+    def label(self, position: int) -> int:
+        """Class index of the sample at a position, without its image.
+
+        Raises:
+            ImageError: See read.
+            InputError: See read.
+            ResourceError: See read.
+        """
+        if not 0 <= position < len(self):
+            raise InputError(f"tar {self.url} has no position {position}, expected 0 to {len(self) - 1}")
+        if position in self.problems:
+            raise ImageError(self.problems[position])
+        label = self._read(*self._labels[position].tolist()).strip()
+        if not label.isdigit() or len(label) > _MOST_DIGITS:
+            raise ImageError(f"label is {label!r}, expected a class index in decimal digits")
+        return int(label)
+
+    def content_sha256(self) -> str:
+        """Hash over headers, labels and image endings: differs for tars whose members only have equal names and sizes.
+
+        Raises:
+            InputError: The file changed since it was indexed.
+            ResourceError: The file cannot be read.
+        """
+        digest = hashlib.sha256(self.header_sha256.encode())
+        for position, (image, label) in enumerate(zip(self._images.tolist(), self._labels.tolist(), strict=True)):
+            if position not in self.problems:
+                offset, size = image
+                tail = min(size, _TAIL)
+                digest.update(self._read(*label) + b"\n" + self._read(offset + size - tail, tail))
+        return digest.hexdigest()
+
+    def arranged(self, keys: Sequence[str]) -> "Tar":
+        """The same samples at the positions of these keys; a key without a sample is one that cannot be used."""
+        at = {key: position for position, key in enumerate(self.keys)}
+        order = [at.get(key, -1) for key in keys]
+        arranged = copy.copy(self)
+        arranged.keys = tuple(keys)
+        arranged._images, arranged._labels = self._images[order], self._labels[order]
+        lacking = {position: "it is no sample" for position, source in enumerate(order) if source < 0}
+        arranged.problems = lacking | {
+            position: self.problems[source] for position, source in enumerate(order) if source in self.problems
+        }
+        return arranged
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        self.__dict__.pop("_file", None)  # closed when no thread reads from it any more
+
+    def __enter__(self) -> "Tar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
+
+    def _read(self, offset: int, size: int) -> bytes:
+        try:
+            file = self._open_file()
+            data = os.pread(file.descriptor, size, offset)
+        except OSError as error:
+            raise ResourceError(f"tar {self.url} cannot be read: {error}; check the disk or mount") from error
+        if len(data) != size:
+            raise InputError(f"tar {self.url} was cut short while in use; restore it and start again")
+        return data
+
+    def _open_file(self) -> OpenFile:
+        if (file := self.__dict__.get("_file")) is not None:
+            return file
+        file = OpenFile(str(self._path))
+        size = os.fstat(file.descriptor).st_size
+        if size != self._file_size:
+            raise InputError(
+                f"tar {self.url} changed while in use: {self._file_size} bytes when it was indexed, {size} now; "
+                "start again"
+            )
+        kept = self.__dict__.setdefault("_file", file)  # atomic: of two threads opening at once, one wins
+        _opened.append(weakref.ref(self))
+        while len(_opened) > _MOST_OPEN:
+            with suppress(IndexError):  # another thread was faster
+                if (other := _opened.popleft()()) is not None:
+                    other.close()
+        return kept
+
+
+def open_tars(patterns: Sequence[str], options: TarOptions = DEFAULT) -> list[Tar]:
+    """Open tars by path, pattern or URL; at least one of their samples can be used.
+
+    Raises:
+        InputError: No tar, one that cannot be used, or none of all samples has an image and a label.
+        ResourceError: A file or URL cannot be read.
+    """
+    tars = [Tar.open(url, scratch=options.scratch) for url in expand_tars(patterns, allow_pipe=options.allow_pipe)]
+    _require_usable(tars)
+    return tars
+
+
+def _require_usable(tars: Sequence[Tar]) -> None:
+    """Refuse tars without a single usable sample; looks no further than the first one."""
+    first = ""
+    for tar, position in ((each, position) for each in tars for position in range(len(each))):
+        try:
+            decode_image(tar.read(position).image)
+        except ImageError as error:
+            first = first or f"{tar.keys[position]!r} of {tar.url}: {error}"
+        else:
+            return
+    raise InputError(
+        f"none of the {sum(map(len, tars))} samples of {len(tars)} tars can be used; the first, {first}. Give every "
+        "sample one image and one member cls with its class index in decimal digits: labels in json or txt members, in "
+        "names or as words are not read"
+    )
+
+
+def tar_notes(tars: Sequence[Tar]) -> list[str]:
+    """What the user should know of tars before work begins, shortened to a few lines."""
+    unusable = [(tar, position) for tar in tars for position in tar.problems]
+    notes = [note for tar in tars for note in tar.notes]
+    shown = notes[:_NOTES] + ([f"and {len(notes) - _NOTES} more notes of this kind"] if len(notes) > _NOTES else [])
+    if unusable:
+        tar, position = unusable[0]
+        first = f"the first, {tar.keys[position]!r} of {tar.url}: {tar.problems[position]}"
+        shown.append(f"{len(unusable)} of {sum(map(len, tars))} samples cannot be used; {first}")
+    return shown

@@ -1,0 +1,92 @@
+"""Finds the tar each unit of a store was written from, whatever it is called now."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from feature_store.errors import InputError, MismatchError
+from feature_store.inputs.tar import Tar
+from feature_store.inputs.urls import tar_name
+
+if TYPE_CHECKING:
+    from feature_store.store import Store
+
+_MOST_OPEN = 8
+_SHOWN = 3  # names listed in an error message
+
+
+def find_tar(store: "Store", unit: int, tars: Iterable[Tar]) -> Tar:
+    """The unit's tar among those given, by the hash of its headers: names need not be those of the store, nor differ.
+
+    Raises:
+        InputError: None of them is.
+        MismatchError: One has its name and other contents.
+    """
+    info, others = store.manifest.tars[unit], list[Tar]()
+    for tar in tars:
+        if tar.header_sha256 == info.header_sha256:
+            return unit_tar(store, unit, tar)
+        others.append(tar)
+    known = {each.header_sha256 for each in store.manifest.tars}
+    for tar in others:
+        if tar.name == info.name and tar.header_sha256 not in known:
+            return unit_tar(store, unit, tar)  # which says what differs
+    given = ", ".join(tar.name for tar in others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
+    raise InputError(f"tar {info.name} is not among those given ({given or 'none'}); add it to --tars")
+
+
+def unit_tar(store: "Store", unit: int, tar: Tar) -> Tar:
+    """The tar with its samples at the unit's positions.
+
+    Raises:
+        MismatchError: It is not the one the unit was written from.
+    """
+    info = store.manifest.tars[unit]
+    if tar.header_sha256 != info.header_sha256:
+        field = "samples" if len(tar) != info.samples else "header_sha256"
+        got = len(tar) if field == "samples" else tar.header_sha256
+        raise tar_changed(tar, field, getattr(info, field), got)
+    keys = store.keys(unit)
+    return tar if len(keys) == len(tar) else tar.arranged(keys)  # earlier versions gave hidden files places
+
+
+def tar_changed(tar: Tar, field: str, expected: object, got: object) -> MismatchError:
+    """The error of a tar that is not as it was when the store was written."""
+    remedy = f"{tar.url} changed since the store was written: restore it, or write a new store"
+    return MismatchError(f"tars[{tar.name}].{field}", expected=expected, got=got, remedy=remedy)
+
+
+class UnitTars:
+    """The tars of a store's units, each opened when it is asked for; used from many threads.
+
+    Args:
+        urls: All that are at hand, from expand_tars.
+        scratch: See Tar.open.
+    """
+
+    def __init__(self, urls: Sequence[str], scratch: Path | None = None) -> None:
+        self._urls, self._scratch = list(urls), scratch
+        self._hashes: dict[str, str] = {}
+        self._open: OrderedDict[str, Tar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, store: "Store", unit: int) -> Tar:
+        """The unit's tar; see find_tar."""
+        with self._lock:
+            return find_tar(store, unit, self._candidates(store, unit))
+
+    def _candidates(self, store: "Store", unit: int) -> Iterator[Tar]:
+        """The tars that can be it, the likeliest first: each is indexed once at most."""
+        info = store.manifest.tars[unit]
+        for url in sorted(self._urls, key=lambda url: tar_name(url) != info.name):
+            if tar_name(url) == info.name or self._hashes.get(url, info.header_sha256) == info.header_sha256:
+                yield self._opened(url)
+
+    def _opened(self, url: str) -> Tar:
+        tar = self._open.pop(url, None) or Tar.open(url, scratch=self._scratch)
+        self._hashes[url], self._open[url] = tar.header_sha256, tar
+        while len(self._open) > _MOST_OPEN:
+            self._open.popitem(last=False)
+        return tar

@@ -1,0 +1,146 @@
+"""Brings a store back to what its good records vouch for, and says which units must be written again."""
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feature_store.backends.local import ObjectStore, open_objects
+from feature_store.commits import index as commit_index
+from feature_store.commits import orphans as orphans
+from feature_store.commits.locks import exclusive, lock_name
+from feature_store.commits.log import load_commits
+from feature_store.commits.record import parse_record_path
+from feature_store.format.blocks import read_blocks
+from feature_store.format.manifest import Manifest
+from feature_store.tools.unit_check import Finding
+from feature_store.tools.verify import Report, verify
+from feature_store.write.create import ROOT, metadata, read_manifest
+
+DAMAGE = ("missing", "damaged", "record")  # what writing the unit again mends; the rest of the kinds is not that
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a repair did, or would do.
+
+    Attributes:
+        store: Where the store is.
+        done: Whether anything was changed; false for a dry run.
+        orphans: Objects of interrupted writers: deleted.
+        metadata: Metadata of groups and arrays: written again.
+        damaged: Commit records that vouch for what is damaged, and damaged ones: kept, unless dropping was asked for.
+        dropped: Those that were (or would be) removed, so that their units are written again.
+        redo: Units and views to write again with the same ``teacher-service cache`` command.
+        beyond_repair: What writing again does not fix: unreadable disks, repeated keys, the later blocks, the root,
+            records of a newer release.
+    """
+
+    store: str
+    done: bool
+    orphans: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    redo: dict[int, list[int]] = field(default_factory=dict)
+    beyond_repair: list[Finding] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+def repair(
+    url: str | Path,
+    *,
+    apply: bool = False,
+    drop_damaged: bool = False,
+    quick: bool = False,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Repair:
+    """Verify a store, then delete what interrupted writers left, and mend metadata and the commit index.
+
+    Committed data that is good is never touched. In a bucket, run it only while no writer does.
+
+    Args:
+        url: The store.
+        apply: Do it; otherwise only say what would be done.
+        drop_damaged: Also remove the records that vouch for damaged objects, and damaged records.
+        quick: Look for damage by existence and length only.
+        workers: Processes.
+        progress: Called with units done and in all.
+
+    Raises:
+        InputError: Not a store.
+        CorruptStoreError: Its manifest is damaged.
+    """
+    report = verify(url, quick=quick, workers=workers, progress=progress)
+    objects = open_objects(url)
+    manifest = read_manifest(objects)
+    damaged = _damaged_records(report)
+    mendable = [finding.path for finding in report.findings if finding.kind == "metadata" and finding.path != ROOT]
+    plan = Repair(
+        store=report.store,
+        done=apply,
+        orphans=[finding.path for finding in report.findings if finding.kind == "orphan"],
+        metadata=mendable,
+        damaged=damaged,
+        dropped=damaged if drop_damaged else [],
+        redo=_redo(report, damaged),
+        beyond_repair=[
+            finding
+            for finding in report.findings
+            if finding.kind in ("blocks", "unreadable", "keys", "newer")
+            or (finding.kind == "metadata" and finding.path == ROOT)
+        ],
+    )
+    return _apply(objects, manifest, plan) if apply else plan
+
+
+def _apply(objects: ObjectStore, manifest: Manifest, plan: Repair) -> Repair:
+    changed = [*plan.metadata, *plan.dropped]
+    with suppress(FileNotFoundError):
+        objects.delete(commit_index.PATH)  # first, so that it never speaks for a record that is gone
+        changed.append(commit_index.PATH)
+    if plan.metadata:
+        known = metadata(manifest, _tensors(objects, plan))
+        for path in plan.metadata:
+            objects.put(path, known[path])
+    for path in plan.dropped:
+        _drop(objects, path)
+    objects.sync(changed)
+    removed = orphans.remove(objects, manifest)
+    committed, _ = load_commits(objects, manifest)
+    commit_index.write_index(objects, manifest, committed.records)
+    return Repair(**{**plan.__dict__, "orphans": removed})
+
+
+def _tensors(objects: ObjectStore, plan: Repair) -> dict[str, np.ndarray]:
+    """The later blocks, unless they are what is damaged."""
+    return {} if any(finding.kind == "blocks" for finding in plan.beyond_repair) else read_blocks(objects)
+
+
+def _drop(objects: ObjectStore, path: str) -> None:
+    """Remove a record; its objects are orphans from here on."""
+    place = parse_record_path(path)
+    refusal = f"the unit of {path} is being written; try again later"
+    with exclusive(objects, lock_name(place[0] if place else None), refusal), suppress(FileNotFoundError):
+        objects.delete(path)
+
+
+def _damaged_records(report: Report) -> list[str]:
+    found = {finding.record or finding.path for finding in report.findings if finding.kind in DAMAGE}
+    return sorted(found)
+
+
+def _redo(report: Report, damaged: Iterable[str]) -> dict[int, list[int]]:
+    redo = {unit: set(views) for unit, views in report.missing_views.items()}
+    for path in damaged:
+        if (place := parse_record_path(path)) is not None:
+            unit, first, last = place
+            redo.setdefault(unit, set()).update(range(first, last + 1))
+    return {unit: sorted(views) for unit, views in sorted(redo.items())}

@@ -1,0 +1,1 @@
+"""Writing a store: create, units, extension."""

@@ -1,0 +1,50 @@
+"""Makes a store larger: more views, more tars; safe to interrupt and to repeat at every step."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from feature_store.backends.local import ObjectStore
+from feature_store.commits.locks import exclusive, lock_name
+from feature_store.errors import CorruptStoreError
+from feature_store.format.layout import array_specs
+from feature_store.format.manifest import Growth, Manifest
+from feature_store.write.create import ROOT, manifest_attributes, read_manifest
+
+
+def grow(objects: ObjectStore, wanted: Manifest) -> Growth:
+    """Give a store the views and tars of a manifest that it lacks.
+
+    Shapes of the arrays come first, the manifest last: until then the new rows exist for plain zarr clients only,
+    as fill values, and readers and writers of either manifest work. In a bucket, grow from one process at a time.
+
+    Raises:
+        MismatchError: The manifest is not this one's grown.
+        ResourceError: Another process is growing the store.
+        CorruptStoreError: Metadata is missing or damaged.
+    """
+    with exclusive(objects, lock_name(None), f"another process is growing {objects.url}; wait for it"):
+        growth = wanted.growth_from(read_manifest(objects))
+        if growth:
+            _resize_arrays(objects, growth.manifest)
+            _edit(objects, ROOT, lambda root: root["attributes"].update(manifest_attributes(growth.manifest)))
+            objects.sync([ROOT])
+    return growth
+
+
+def _resize_arrays(objects: ObjectStore, manifest: Manifest) -> None:
+    shapes = {f"{spec.path}/zarr.json": spec.shape(manifest) for spec in array_specs(manifest).values()}
+    for path, shape in shapes.items():
+        _edit(objects, path, lambda metadata, shape=shape: metadata.update(shape=shape))
+    objects.sync(list(shapes))
+
+
+def _edit(objects: ObjectStore, path: str, change: Callable[[dict[str, Any]], None]) -> None:
+    try:
+        metadata = json.loads(objects.get(path).tobytes())
+        change(metadata)
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise CorruptStoreError(
+            f"{path} is missing or damaged ({error}); `feature-store repair` restores metadata"
+        ) from error
+    objects.put(path, json.dumps(metadata, indent=2).encode())

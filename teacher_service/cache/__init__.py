@@ -1,0 +1,1 @@
+"""The cache job: tars through the teacher into a store."""

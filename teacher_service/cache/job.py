@@ -1,0 +1,137 @@
+"""The cache job: tars through the frozen teacher into a store, unit by unit, resumable after any interruption."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from feature_store.commits.locks import has_locks
+from feature_store.commits.record import encode_record
+from feature_store.store import Store, open_store
+from feature_store.tools.options import environment_number
+from feature_store.tools.terminal import Console
+from teacher_service.cache.decode import Task, warm_up
+from teacher_service.cache.observers import append_event
+from teacher_service.cache.pipeline import PipelineReport
+from teacher_service.cache.write_views import ViewTarWriter
+from teacher_service.config import CacheConfig
+from teacher_service.plan.sizes import forecast
+from teacher_service.plan.survey import remaining_bytes
+from teacher_service.share import local
+from teacher_service.share.claims import preparing
+from teacher_service.stopping import Stop
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What a cache job did.
+
+    Attributes:
+        store: The store's path.
+        units: Units of the store.
+        units_written: Units this run computed and committed.
+        units_skipped: Units an earlier run had committed.
+        units_left: Units that still lack views, because the run was stopped.
+        images: View images this run put through the teacher.
+        quarantined: Samples in the whole store that could not be used.
+        teacher_seconds: Seconds of this run the teacher worked.
+        seconds: Seconds of this run.
+        predicted_seconds: What the timed sample said; None without --time-samples.
+        images_per_second: View images per second of this run.
+        device_hours: Hours of its devices, from the first batch to the last commit, added up.
+        bytes_written: Bytes of the units this run committed.
+        predicted_bytes: What the plan says of them.
+        stages: Share of its time each stage worked, 0..1.
+        bottleneck: The stage the others waited for.
+        batch_size: Images per forward pass at the end; less than asked for if memory ran out.
+    """
+
+    store: str
+    units: int
+    units_written: int
+    units_skipped: int
+    units_left: int
+    images: int
+    quarantined: int
+    teacher_seconds: float
+    seconds: float
+    predicted_seconds: float | None
+    images_per_second: float
+    device_hours: float
+    bytes_written: int
+    predicted_bytes: int
+    stages: dict[str, float]
+    bottleneck: str
+    batch_size: int
+
+
+def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | None = None) -> CacheSummary:
+    """Run the teacher over every unit that is not committed yet.
+
+    Args:
+        config: What to do.
+        console: Where to show progress; None for nowhere.
+        stop: Set to stop early, see Pipeline.run; SIGTERM, SIGHUP and Ctrl-C set it too.
+
+    Raises:
+        InputError: Unknown teacher, unusable tars or checkpoint, or with strict an unreadable sample.
+        MismatchError: The store was begun with other settings; names the field.
+        ResourceError: Disk full, weights that cannot be fetched, a device that gave up.
+    """
+    processes = max(1, environment_number("WORLD_SIZE", 1))  # torchrun's, which time their samples at once
+    predicted = forecast(config, processes).seconds if config.time_samples else None
+    started = time.perf_counter()
+    warm_up(config.workers)
+    tasks, report = _run(config, console or Console(quiet=True), stop or Stop())
+    store = open_store(config.store)  # engines commit in other processes
+    with preparing(config.store):
+        if has_locks(store.objects):
+            store.remove_orphans()  # of workers that were killed; what is being written now has a lock
+        if config.views_out is not None:
+            ViewTarWriter(config.views_out, store).remove_orphans()
+        store.compact()
+    seconds = time.perf_counter() - started
+    units = len(store.manifest.tars)
+    summary = CacheSummary(
+        store=str(config.store),
+        units=units,
+        units_written=len({task.unit for task in report.committed}),
+        units_skipped=units - len({task.unit for task in tasks}),
+        units_left=len(store.committed.missing_views()),
+        images=report.images,
+        quarantined=sum(len(store.quarantined(unit)) for unit in store.committed.units),
+        teacher_seconds=report.times.busy.get("forward", 0.0),
+        seconds=seconds,
+        predicted_seconds=predicted,
+        images_per_second=report.images / seconds,
+        device_hours=report.times.available.get("forward", 0.0) / 3600,
+        bytes_written=sum(_bytes(store, task) for task in report.committed),
+        predicted_bytes=remaining_bytes(store.manifest, _views(report.committed)),
+        stages={stage: report.times.share(stage) for stage in report.times.available},
+        bottleneck=report.times.bottleneck,
+        batch_size=report.batch_size,
+    )
+    if config.log_jsonl is not None:
+        append_event(config.log_jsonl, "end", **asdict(summary))
+    return summary
+
+
+def _bytes(store: Store, task: Task) -> int:
+    """Bytes of a committed task's objects and of its record."""
+    record = store.committed.record(task.unit, task.views.start)
+    return sum(proof.bytes for proof in record.objects.values()) + len(encode_record(record))
+
+
+def _views(tasks: Sequence[Task]) -> dict[int, list[int]]:
+    views: dict[int, list[int]] = {}
+    for task in tasks:
+        views.setdefault(task.unit, []).extend(task.views)
+    return views
+
+
+def _run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:
+    """What the store lacked, and what the engine did of it."""
+    if config.engine == "ray":
+        from teacher_service.share import ray  # an optional extra
+
+        return ray.run(config, console, stop)
+    return local.run(config, console, stop)

@@ -1,0 +1,273 @@
+"""The pipeline: tasks in, committed units out, with every queue between the stages bounded.
+
+decode workers -> teacher -> encoder -> writer. What may be in memory, per process: ``decoding.PREFETCH`` batches for
+each decode worker, ``BATCHES_AHEAD`` batches computed and not yet encoded, and three units: one being written, one that
+waits for the writer in the encoder's hands, one being collected (more only where a unit is smaller than a batch).
+"""
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from feature_store.errors import CommittedError, InputError
+from feature_store.inputs.tar import Tar
+from feature_store.store import Store
+from feature_store.teacher.model import Teacher
+from teacher_service.cache.decode import Batch, Task, ViewDataset, batch_spans, read_batches
+from teacher_service.cache.encode import UnitRows
+from teacher_service.cache.forward import Forward, Outputs
+from teacher_service.cache.stage import Stage
+from teacher_service.cache.stage_timer import StageTimer, StageTimes
+from teacher_service.cache.write import write_unit
+from teacher_service.cache.write_views import ViewTarWriter
+from teacher_service.config import CacheConfig
+
+ENCODERS = 2  # threads that share the encoding of each batch
+BATCHES_AHEAD = 2  # keeps a GPU busy while one is being copied out and one encoded
+FINISH_SECONDS = 5.0  # a stopped pipeline finishes the unit under way if this suffices
+
+
+@dataclass(frozen=True)
+class UnitDone:
+    """A unit's views are committed; small, and fit to cross processes.
+
+    Attributes:
+        task: Which ones.
+        images: View images of them, quarantined ones included.
+        quarantined: Reason by position of samples that could not be used.
+        bytes: Bytes of the objects written.
+        times: The pipeline's working times so far.
+    """
+
+    task: Task
+    images: int
+    quarantined: dict[int, str]
+    bytes: int
+    times: StageTimes
+
+
+@dataclass(frozen=True)
+class PipelineReport:
+    """What one or several pipelines did.
+
+    Attributes:
+        committed: Tasks they committed.
+        abandoned: Tasks they had taken and did not commit: they were stopped, or another process was first.
+        images: View images that went through the teacher.
+        seconds: Seconds they ran; of several, the longest.
+        times: Their stages' working times.
+        batch_size: Images per forward pass at the end; less than asked for if memory ran out.
+    """
+
+    committed: tuple[Task, ...]
+    abandoned: tuple[Task, ...]
+    images: int
+    seconds: float
+    times: StageTimes
+    batch_size: int
+
+    @classmethod
+    def together(cls, reports: Sequence["PipelineReport"]) -> "PipelineReport":
+        """Of at least one pipeline that ran side by side."""
+        return cls(
+            committed=tuple(task for report in reports for task in report.committed),
+            abandoned=tuple(task for report in reports for task in report.abandoned),
+            images=sum(report.images for report in reports),
+            seconds=max(report.seconds for report in reports),
+            times=StageTimes.together(report.times for report in reports),
+            batch_size=min(report.batch_size for report in reports),
+        )
+
+
+class Pipeline:
+    """Puts units through the teacher into a store; several processes may each run one on the same store.
+
+    The bytes of a store depend on neither workers nor the order of tasks. A batch size (``--batch-size``, and what
+    remains of it after the device ran out of memory) can change the last bits of a float, nothing else.
+
+    Args:
+        config: How to compute.
+        store: Where to; each unit is locked while it is written, the store as a whole is not.
+        teacher: The frozen model, on its device.
+        tars: The store's, in its order.
+        dataset: Gives batches by span; default the tars' views.
+    """
+
+    def __init__(
+        self, config: CacheConfig, store: Store, teacher: Teacher, tars: Sequence[Tar], dataset: Any = None
+    ) -> None:
+        manifest = store.manifest
+        self._config, self._store, self._tars = config, store, tars
+        self._dataset = dataset or ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
+        self._views_out = None if config.views_out is None else ViewTarWriter(config.views_out, store)
+        self._waits = StageTimer({"decode": max(1, config.workers)})
+        self._forward = Forward(teacher, tuple(manifest.taps), config.batch_size, self._waits, compile=config.compile)
+
+    def run(
+        self,
+        tasks: Iterable[Task],
+        *,
+        on_commit: Callable[[UnitDone], None],
+        on_batch: Callable[[int, StageTimes], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> PipelineReport:
+        """Compute and commit tasks until there are no more, or until told to stop.
+
+        A task is pulled when a decode worker has room for it, so at most ``PREFETCH`` batches per worker ahead of the
+        teacher: an iterator may hand out tasks from a queue that others take from, too. It is asked in the calling
+        thread and should not make it wait long.
+
+        After a stop no task is pulled; the unit the teacher is at is finished if that takes ``FINISH_SECONDS`` at most
+        and dropped otherwise, finished units are written, the rest was never begun as far as the store knows.
+
+        Args:
+            tasks: What to do, in order.
+            on_commit: Told of each committed task, in the writer's thread.
+            on_batch: Told after each batch how many images the teacher was given so far, and of the stages.
+            stop: Set to stop early.
+
+        Raises:
+            UserError: See ``teacher_service.cache.job.cache``; committed units stay.
+        """
+        waits, started = self._waits, time.perf_counter()
+        run = _Run(self._store, self._views_out, self._tars, on_commit, waits)
+        stopping = _Stopping(stop or threading.Event())
+        with (
+            closing(self._batches(run.pulled(tasks, stopping.requested))) as batches,
+            Stage("unit-writer", threads=1, waiting=0) as writer,
+            ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder") as pool,
+            Stage("encoder", threads=1, waiting=BATCHES_AHEAD) as encoder,
+        ):
+            for batch in batches:
+                waits.start()
+                waits.add("decode", batch.seconds)
+                self._require_readable(batch)
+                if not stopping.goes_on(batch, run.images_left(batch)):
+                    break
+                outputs = self._forward(batch.pixels.flatten(0, 1))
+                encoder.submit(run.encode, batch, outputs, run.rows_of(batch), pool, writer)
+                run.images += batch.images
+                if on_batch is not None:
+                    on_batch(run.images, waits.times())
+        return run.report(time.perf_counter() - started, self._forward.batch_size)
+
+    def _batches(self, tasks: Iterable[Task]) -> Generator[Batch, None, None]:
+        sizes, views = [len(tar) for tar in self._tars], self._store.manifest.num_views
+        return read_batches(
+            self._dataset,
+            batch_spans(tasks, sizes, self._config.batch_size),
+            most_images=max(views, min(views * max(sizes), self._config.batch_size)),
+            workers=self._config.workers,
+            pin_memory=self._forward.device.type == "cuda",
+        )
+
+    def _require_readable(self, batch: Batch) -> None:
+        if self._config.strict and batch.quarantined:
+            position, reason = next(iter(batch.quarantined.items()))
+            tar = self._tars[batch.task.unit]
+            raise InputError(
+                f"sample {tar.keys[position]!r} of {tar.url} cannot be used: {reason}; "
+                "mend the tar, or run without --strict to quarantine it"
+            )
+
+
+class _Run:
+    """What one run has in hand: tasks it pulled, and units from their first batch to their commit."""
+
+    def __init__(
+        self,
+        store: Store,
+        views_out: ViewTarWriter | None,
+        tars: Sequence[Tar],
+        on_commit: Callable[[UnitDone], None],
+        waits: StageTimer,
+    ) -> None:
+        self._store, self._views_out, self._tars = store, views_out, tars
+        self._on_commit, self._waits = on_commit, waits
+        self._pulled: list[Task] = []
+        self._committed: list[Task] = []
+        self._rows: UnitRows | None = None
+        self.images = 0
+
+    def pulled(self, tasks: Iterable[Task], stop: threading.Event) -> Iterator[Task]:
+        """The tasks until told to stop."""
+        iterator = iter(tasks)
+        while not stop.is_set() and (task := next(iterator, None)) is not None:
+            self._pulled.append(task)
+            yield task
+
+    def images_left(self, batch: Batch) -> int:
+        """View images of a batch's task from this batch on."""
+        return (len(self._tars[batch.task.unit]) - batch.start) * len(batch.task.views)
+
+    def rows_of(self, batch: Batch) -> UnitRows:
+        """Where a batch's rows are collected; batches come task by task."""
+        if self._rows is None or batch.start == 0:
+            self._rows = UnitRows(self._store.manifest, self._tars[batch.task.unit].keys, len(batch.task.views))
+        return self._rows
+
+    def encode(self, batch: Batch, outputs: Outputs, rows: UnitRows, pool: Executor, writer: Stage) -> None:
+        """Encode a batch; the unit's last one hands the unit to the writer. In the encode thread."""
+        arrays = outputs.arrays()
+        logits = arrays.pop("logits", None)
+        with self._waits.busy("encode"):
+            rows.add(batch, arrays, logits, pool)
+        if rows.whole:
+            writer.submit(self._write, batch.task, rows)
+
+    def _write(self, task: Task, rows: UnitRows) -> None:
+        data = rows.data()
+        try:
+            with self._waits.busy("write"):
+                if self._views_out is not None:  # before the commit, which says that they are there
+                    self._views_out.write(task, rows.views())
+                write_unit(self._store, task, data)
+        except CommittedError:  # another worker was given it too, and was first
+            return
+        self._committed.append(task)
+        record = self._store.committed.record(task.unit, task.views.start)
+        self._on_commit(
+            UnitDone(
+                task=task,
+                images=len(data.keys) * len(task.views),
+                quarantined=data.quarantined,
+                bytes=sum(proof.bytes for proof in record.objects.values()),
+                times=self._waits.times(),
+            )
+        )
+
+    def report(self, seconds: float, batch_size: int) -> PipelineReport:
+        """What came of it."""
+        done = set(self._committed)
+        return PipelineReport(
+            committed=tuple(self._committed),
+            abandoned=tuple(task for task in self._pulled if task not in done),
+            images=self.images,
+            seconds=seconds,
+            times=self._waits.times(),
+            batch_size=batch_size,
+        )
+
+
+class _Stopping:
+    """Decides which batches are still worth computing once a stop was requested."""
+
+    def __init__(self, requested: threading.Event) -> None:
+        self.requested = requested
+        self._task: Task | None = None
+        self._started, self._deadline, self._images = 0.0, 0.0, 0
+
+    def goes_on(self, batch: Batch, left: int) -> bool:
+        """Whether to compute a batch; left counts the task's images from it on."""
+        now = time.perf_counter()
+        if not self.requested.is_set():
+            self._started = self._started or now
+            self._deadline, self._task = now + FINISH_SECONDS, batch.task
+            self._images += batch.images
+            return True
+        seconds_per_image = (now - self._started) / max(1, self._images)
+        return batch.task == self._task and now + left * seconds_per_image <= self._deadline

@@ -1,0 +1,187 @@
+"""Gets a cache job ready to run: its tars, its teacher, and the store it writes to."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+
+import numpy as np
+import torch
+from rich.filesize import decimal
+from torch import Tensor
+
+from feature_store.backends.local import LocalObjects, ObjectStore
+from feature_store.commits.record import FOLDER, parse_record_path
+from feature_store.errors import ResourceError
+from feature_store.format.codecs.registry import calibrated, needs_calibration
+from feature_store.format.manifest import Manifest
+from feature_store.inputs.tar import Tar
+from feature_store.store import Store, open_store
+from feature_store.teacher.bundle import bundle_sha256, bundle_state
+from feature_store.teacher.model import Teacher, load_teacher
+from teacher_service.cache.decode import Task, ViewDataset
+from teacher_service.cache.forward import Forward
+from teacher_service.cache.stage_timer import StageTimer
+from teacher_service.cache.write import disk_error
+from teacher_service.cache.write_views import ViewTarWriter
+from teacher_service.config import CacheConfig
+from teacher_service.devices import find_device
+from teacher_service.plan.survey import Plan, growth_of, job_manifest, store_exists, survey
+from teacher_service.share.claims import preparing
+
+CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that computing takes.
+
+    Attributes:
+        config: What to do.
+        plan: What it was predicted to write.
+        store: Where to.
+        teacher: The frozen model, on its device.
+        tars: The store's, in its order.
+    """
+
+    config: CacheConfig
+    plan: Plan
+    store: Store
+    teacher: Teacher
+    tars: tuple[Tar, ...]
+
+
+def prepare(config: CacheConfig) -> Job:
+    """A job whose store is there and has room for what the job asks for.
+
+    One process of a machine at a time: of several that run the same job, the first makes the store and learns its
+    codecs' statistics, the others find it.
+
+    Raises:
+        UserError: See ``teacher_service.cache.job.cache``.
+    """
+    plan, tars = survey(config)
+    if not plan.fits:
+        free = plan.free_bytes or 0
+        raise ResourceError(
+            f"{plan.store} needs {decimal(plan.remaining_bytes)} more, {decimal(free)} are free, "
+            f"{decimal(plan.remaining_bytes - free)} are missing; make room, or store fewer --views or --taps"
+        )
+    if (views := plan.view_tars) is not None and not views.fits:
+        free = views.free_bytes or 0
+        raise ResourceError(
+            f"{decimal(views.needed_bytes)} more are needed where the views go, {views.url}, and {decimal(free)} are "
+            f"free, about {decimal(views.needed_bytes - free)} are missing; make room, or take fewer --views"
+        )
+    teacher = load_job_teacher(config)
+    blocks = bundle_state(teacher.later_blocks)
+    manifest = job_manifest(config, tars, teacher.info, teacher.split, bundle_sha256(blocks))
+    with preparing(config.store):
+        if not store_exists(config.store):
+            if needs_calibration(manifest):
+                manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
+            _create(config, manifest, blocks, plan.remaining_bytes)
+        store = open_store(config.store)
+        if growth := growth_of(store, manifest):
+            store = store.grow(growth.manifest)
+        if config.retry_quarantined:
+            store = _without_usable_quarantine(store, tars)
+        if isinstance(store.objects, LocalObjects):  # in a bucket nothing tells another writer's from a dead one's
+            store.remove_orphans()
+        if config.views_out is not None:
+            views_out = ViewTarWriter(config.views_out, store)
+            views_out.require_committed()
+            views_out.remove_orphans()
+    return Job(config, plan, store, teacher, tars)
+
+
+def join(config: CacheConfig) -> Job:
+    """A job that was prepared already, on this machine or another one.
+
+    Raises:
+        UserError: See ``teacher_service.cache.job.cache``.
+    """
+    plan, tars = survey(config)
+    return Job(config, plan, open_store(config.store), load_job_teacher(config), tars)
+
+
+def load_job_teacher(config: CacheConfig) -> Teacher:
+    """The teacher a job asks for, on its device.
+
+    Raises:
+        InputError: Unknown teacher, or a checkpoint that does not fit it.
+        ResourceError: Its weights cannot be fetched, or the device cannot be used.
+    """
+    return load_teacher(
+        config.teacher,
+        checkpoint=config.checkpoint,
+        model_kwargs=config.model_kwargs,
+        depth=config.depth,
+        drop_prefix=config.drop_prefix,
+        compute_dtype=config.compute_dtype,
+        device=find_device(config.device),
+    )
+
+
+def _create(config: CacheConfig, manifest: Manifest, blocks: Mapping[str, Tensor], needed: int) -> None:
+    try:
+        Store.create(config.store, manifest, blocks)
+    except OSError as error:
+        raise disk_error(error, config.store, "the new store", needed) from error
+
+
+def _without_usable_quarantine(store: Store, tars: Sequence[Tar]) -> Store:
+    """The store without the units that quarantine a sample which can be used by now: they are to be written again.
+
+    Mended tars with other member names or sizes never get here: the store is of the ones it was begun with.
+    """
+    dataset = ViewDataset(tars, store.manifest.policy, store.manifest.seed)
+    quarantined = {(record.unit, position) for record in store.committed.records for position in record.quarantined}
+    usable = {
+        unit for unit, position in sorted(quarantined) if not dataset.sample(Task(unit, range(1)), position).reason
+    }
+    for unit in sorted(usable):
+        store.withdraw_unit(unit)
+    return open_store(store.objects.url) if usable else store
+
+
+def remaining_tasks(store: Store) -> list[Task]:
+    """What a store still lacks, unit by unit; a unit's missing views are one task where they follow each other."""
+    return [task for unit, views in store.committed.missing_views().items() for task in _tasks(unit, views)]
+
+
+def missing_parts(objects: ObjectStore, tasks: Iterable[Task]) -> list[Task]:
+    """What nobody has committed by now of tasks: a job with fewer views may have committed some of a task's views."""
+    parts = []
+    for unit, views in tasks:
+        places = [place for path in objects.list(f"{FOLDER}u{unit:05d}-") if (place := parse_record_path(path))]
+        committed = {view for _, first, last in places for view in range(first, last + 1)}
+        parts += _tasks(unit, [view for view in views if view not in committed])
+    return parts
+
+
+def _tasks(unit: int, views: Sequence[int]) -> list[Task]:
+    """Tasks of ascending views, cut where one is left out."""
+    numbered = groupby(enumerate(views), key=lambda pair: pair[1] - pair[0])
+    runs = [[view for _, view in run] for _, run in numbered]
+    return [Task(unit, range(run[0], run[-1] + 1)) for run in runs]
+
+
+def first_features(
+    config: CacheConfig, manifest: Manifest, teacher: Teacher, tars: Sequence[Tar]
+) -> dict[str, np.ndarray]:
+    """A first sample of every tap for codecs that learn from one: view 0 of the first readable samples.
+
+    Raises:
+        ResourceError: The device has too little memory for a single image.
+    """
+    dataset = ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
+    readable = (
+        view.views[0]
+        for unit, tar in enumerate(tars)
+        for position in range(len(tar))
+        if not (view := dataset.sample(Task(unit, range(1)), position)).reason
+    )
+    pixels = list(islice(readable, CALIBRATION_SAMPLES))
+    forward = Forward(teacher, tuple(manifest.taps), config.batch_size, StageTimer())
+    features = forward(torch.from_numpy(np.stack(pixels))).arrays()
+    return {name: features[name] for name in manifest.taps}

@@ -1,0 +1,48 @@
+"""Writes one finished unit, with the user's form of what can go wrong on the way to the disk."""
+
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from feature_store.errors import ResourceError
+from feature_store.store import Store
+from feature_store.tools.cli import DISK_FULL
+from feature_store.write.unit import UnitData
+from teacher_service.cache.decode import Task
+from teacher_service.plan.disk import free_bytes
+from teacher_service.plan.survey import remaining_bytes
+
+RESUME = "committed units are safe; mend it and run the same command again to go on"
+
+
+def disk_error(error: OSError, store: str | Path, what: str, needed: int = 0) -> ResourceError:
+    """The user's form of a failed write: what is missing, and how to go on.
+
+    Args:
+        error: What the system said.
+        store: The store.
+        what: What could not be written.
+        needed: Bytes that are still to be written, if known.
+    """
+    if error.errno not in DISK_FULL:
+        return ResourceError(f"{what} cannot be written to {store}: {error}; {RESUME}")
+    free = free_bytes(store) or 0
+    missing = f"{decimal(needed - free)} are missing" if needed > free else "a quota or file size limit is in the way"
+    return ResourceError(
+        f"{what} does not fit on the disk ({error.strerror}): {store} needs {decimal(needed)} more, "
+        f"{decimal(free)} are free, {missing}; {RESUME}"
+    )
+
+
+def write_unit(store: Store, task: Task, data: UnitData) -> None:
+    """Write and commit a unit's views.
+
+    Raises:
+        ResourceError: The disk is full or cannot be written, or another process is writing this unit.
+        CommittedError: Another process committed them first.
+    """
+    try:
+        store.write_unit(task.unit, task.views.start, data)
+    except OSError as error:
+        needed = remaining_bytes(store.manifest, store.committed.missing_views())
+        raise disk_error(error, store.objects.url, f"unit {task.unit}", needed) from error

@@ -1,0 +1,1 @@
+"""What a job will write, take and cost, before it runs."""

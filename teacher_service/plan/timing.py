@@ -1,0 +1,208 @@
+"""Times a job on a few samples, with the pipeline it will run through, and says how long the whole takes.
+
+Symbols: V views a sample, N samples, f teacher seconds an image, c(V) seconds an image of the whole pipeline.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from feature_store.errors import InputError
+from feature_store.format.codecs.registry import calibrated, needs_calibration
+from feature_store.inputs.tar import Tar, TarSample
+from feature_store.store import Store
+from feature_store.teacher.bundle import bundle_sha256, bundle_state
+from feature_store.teacher.model import Teacher, load_teacher
+from feature_store.write.create import ROOT
+from teacher_service.cache.decode import Task, ViewDataset
+from teacher_service.cache.pipeline import Pipeline
+from teacher_service.cache.prepare import CALIBRATION_SAMPLES, first_features
+from teacher_service.cache.stage_timer import StageTimes
+from teacher_service.config import CacheConfig, TimedPlanConfig
+from teacher_service.devices import find_device
+from teacher_service.plan.disk import existing_folder
+from teacher_service.plan.survey import job_manifest
+
+SPLIT_SAMPLES = 16  # images that tell decoding from cutting views
+SPLIT_VIEWS = 5
+
+
+class TarPart:
+    """Some consecutive samples of a tar, as a unit of their own."""
+
+    def __init__(self, tar: Tar, positions: range) -> None:
+        self.name, self.url, self.header_sha256 = tar.name, tar.url, tar.header_sha256
+        self.keys = tuple(tar.keys[i] for i in positions)
+        self._tar, self._first = tar, positions.start
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, position: int) -> TarSample:
+        """See Tar.read."""
+        return self._tar.read(self._first + position)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a sample took on this machine, in seconds.
+
+    Attributes:
+        samples: Samples that were timed.
+        views: Views of each.
+        device: Where the teacher ran.
+        startup: From the start to the second batch, once a job.
+        calibration: Learning the codecs' statistics, once a store.
+        workers: Decode workers; 0 decodes in the teacher's own process.
+        read: Reading and decoding one sample, in one worker.
+        cut: Cutting one view of it, in one worker.
+        busy: Per image, of each stage after decoding.
+    """
+
+    samples: int
+    views: int
+    device: str
+    startup: float
+    calibration: float
+    workers: int
+    read: float
+    cut: float
+    busy: dict[str, float]
+
+    def decode(self, views: int) -> float:
+        """Per image, of all workers together, when V views are cut from each decode."""
+        return (self.read / views + self.cut) / max(1, self.workers)
+
+    def seconds_per_image(self, views: int) -> float:
+        """c(V): stages overlap, so the slowest decides; without workers decoding and the teacher take turns."""
+        decode = self.decode(views)
+        first = [decode + self.busy["forward"]] if not self.workers else [decode, self.busy["forward"]]
+        return max(*first, *self.busy.values())
+
+    def seconds(self, images: float, views: int, *, new: bool = True) -> float:
+        """A job's of so many images, V of each sample; a store that is there already has its statistics."""
+        return self.startup + self.calibration * new + images * self.seconds_per_image(views)
+
+    def break_even_epochs(self, views: int) -> float:
+        """Epochs of one student after which the cache has cost less than the teacher in the training loop.
+
+        Online, each epoch of each student runs the teacher on N images: N f. The cache runs it once: N V c(V).
+        Reading, decoding and augmenting images costs both ways the same, and rows are read while the student computes,
+        so epochs = V c(V) / f: V if decoding keeps up with the teacher. It counts the teacher's time only: a cached
+        run needs no memory for the teacher beside the student, either.
+        """
+        return views * self.seconds_per_image(views) / self.busy["forward"]
+
+    def break_even_students(self, views: int, epochs: int) -> float:
+        """Students of E epochs each after which it has: S E f = V c(V)."""
+        return self.break_even_epochs(views) / epochs
+
+
+def measure(config: TimedPlanConfig, tars: Sequence[Tar]) -> Timing:
+    """Put the first samples through the pipeline into a store that is deleted again.
+
+    The teacher has random weights: they take as long as trained ones, and need not be fetched.
+
+    Args:
+        config: What to compute, and how.
+        tars: The job's.
+
+    Raises:
+        UserError: As the job would.
+    """
+    if sum(map(len, tars)) < 2:
+        raise InputError("--time-samples needs two samples to time, the tars hold one; leave it out")
+    started = time.perf_counter()
+    teacher = load_teacher(
+        config.teacher,
+        pretrained=False,
+        model_kwargs=config.model_kwargs,
+        depth=config.depth,
+        drop_prefix=config.drop_prefix,
+        compute_dtype=config.compute_dtype,
+        device=find_device(config.device),
+    )
+    parts = cast(list[Tar], _parts(tars, config))  # as much of one as the pipeline needs
+    with _scratch_job(config, teacher, parts) as (job, store, calibration):
+        pipeline = Pipeline(job, store, teacher, parts)
+        first, *rest = [Task(unit, range(config.views)) for unit in range(len(parts))]
+        warm_up = pipeline.run([first], on_commit=lambda done: None)
+        startup = time.perf_counter() - started - calibration
+        timed = pipeline.run(rest, on_commit=lambda done: None)
+    busy = {stage: value / timed.images for stage, value in _difference(timed.times, warm_up.times).items()}
+    read, cut = _split(ViewDataset(parts, store.manifest.policy, config.seed), config.views)
+    scale = busy.pop("decode") * config.views / (read + config.views * cut)
+    samples = sum(map(len, parts))
+    return Timing(
+        samples=timed.images // config.views,
+        views=config.views,
+        device=str(next(teacher.parameters()).device),
+        startup=startup,
+        calibration=calibration * min(CALIBRATION_SAMPLES, sum(map(len, tars))) / samples,
+        workers=config.workers,
+        read=read * scale,
+        cut=cut * scale,
+        busy=busy,
+    )
+
+
+def _parts(tars: Sequence[Tar], config: TimedPlanConfig) -> list[TarPart]:
+    """Units of the first samples: one of a batch to warm up with, then the rest."""
+    left = min(config.time_samples, sum(map(len, tars)))
+    first = max(1, min(config.batch_size // config.views, left // 2))
+    parts = []
+    for tar in tars:
+        start = 0
+        while left and start < len(tar):
+            count = min(left, len(tar) - start, len(tar) if parts else first)
+            parts.append(TarPart(tar, range(start, start + count)))
+            start, left = start + count, left - count
+    return parts
+
+
+@contextmanager
+def _scratch_job(
+    config: TimedPlanConfig, teacher: Teacher, parts: Sequence[Tar]
+) -> Iterator[tuple[CacheConfig, Store, float]]:
+    """A job with a store (and views) of its own on the real one's disk, and seconds its codecs took to learn."""
+    blocks = bundle_state(teacher.later_blocks)
+    own = replace(config, capacity=None, key_width=None)
+    manifest = job_manifest(own, parts, teacher.info, teacher.split, bundle_sha256(blocks))
+    started = time.perf_counter()
+    near = existing_folder(config.store)
+    near = near.parent if (near / ROOT).exists() else near  # beside a store, never in it
+    with tempfile.TemporaryDirectory(dir=near, prefix=".teacher-service-timing-") as folder:
+        values: dict[str, Any] = {each.name: getattr(own, each.name) for each in fields(TimedPlanConfig)}
+        values["store"] = Path(folder) / "store"
+        if own.views_out is not None:  # the real ones may be there already
+            values["views_out"] = str(Path(folder) / "views")
+        job = CacheConfig(**values)
+        if needs_calibration(manifest):
+            manifest = calibrated(manifest, first_features(job, manifest, teacher, parts))
+        calibration = time.perf_counter() - started
+        yield job, Store.create(job.store, manifest, blocks), calibration
+
+
+def _difference(later: StageTimes, earlier: StageTimes) -> dict[str, float]:
+    return {stage: seconds - earlier.busy[stage] for stage, seconds in later.busy.items()}
+
+
+def _split(dataset: ViewDataset, views: int) -> tuple[float, float]:
+    """Seconds to read and decode a sample, and to cut a view of it; only their ratio is used."""
+    few, many = views, views + SPLIT_VIEWS
+    seconds = {few: 0.0, many: 0.0}
+    room = np.zeros((many, *dataset.policy.size, 3), np.uint8)  # memory used again, as in a worker
+    for position in range(min(SPLIT_SAMPLES, len(dataset.tars[0]))):
+        for count in seconds:
+            started = time.perf_counter()
+            dataset.sample(Task(0, range(count)), position, room[:count])
+            seconds[count] += time.perf_counter() - started
+    total = min(SPLIT_SAMPLES, len(dataset.tars[0]))
+    cut = max(0.0, seconds[many] - seconds[few]) / SPLIT_VIEWS / total
+    return max(0.0, seconds[few] / total - views * cut), cut

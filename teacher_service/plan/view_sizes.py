@@ -1,0 +1,83 @@
+"""How much room materialised views take, from a sample of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from feature_store.backends.local import LocalObjects, open_objects
+from feature_store.errors import InputError
+from feature_store.format.manifest import Manifest
+from feature_store.inputs.tar import Tar
+from teacher_service.cache.decode import Task, ViewDataset
+from teacher_service.plan.disk import existing_folder, free_bytes
+
+MEASURED = 64
+_BLOCK = 512  # of a tar: each member has one before it and fills its last one
+_RECORD = 20 * _BLOCK  # a tar's end is filled up to one
+
+
+@dataclass(frozen=True)
+class ViewTars:
+    """What materialised views take, about: JPEGs differ in size.
+
+    Attributes:
+        url: Where they go.
+        view_bytes: Of one view with its label, on average.
+        total_bytes: Of all tars.
+        remaining_bytes: Of those still to be written.
+        needed_bytes: The same, and what the store still needs if it is on the same disk.
+        free_bytes: Free disk there; None for a bucket.
+    """
+
+    url: str
+    view_bytes: float
+    total_bytes: int
+    remaining_bytes: int
+    needed_bytes: int
+    free_bytes: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for them."""
+        return self.free_bytes is None or self.needed_bytes <= self.free_bytes
+
+
+def view_tars(
+    url: str, manifest: Manifest, tars: Sequence[Tar], remaining_images: int, store: str | Path, store_bytes: int
+) -> ViewTars:
+    """Predict from the first view of some samples, spread over the tars.
+
+    Args:
+        url: Where they go.
+        manifest: The store's.
+        tars: Its tars.
+        remaining_images: Views still to be written.
+        store: Where the store is.
+        store_bytes: What it still needs.
+    """
+    size, images = mean_view_bytes(manifest, tars), sum(map(len, tars)) * manifest.num_views
+    total = round(size * images) + len(tars) * manifest.num_views * _RECORD // 2
+    remaining = round(total * remaining_images / images)
+    same_disk = _device(url) is not None and _device(url) == _device(store)
+    return ViewTars(url, size, total, remaining, remaining + store_bytes * same_disk, free_bytes(url))
+
+
+def mean_view_bytes(manifest: Manifest, tars: Sequence[Tar]) -> float:
+    """Bytes a view takes in a tar, label included, on average over MEASURED samples.
+
+    Raises:
+        InputError: None of them can be read.
+    """
+    dataset = ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
+    places = [(unit, position) for unit, tar in enumerate(tars) for position in range(len(tar))]
+    step = max(1, len(places) // MEASURED)
+    samples = [dataset.sample(Task(unit, range(1)), position) for unit, position in places[::step][:MEASURED]]
+    jpegs = [len(sample.encoded[0]) for sample in samples if sample.reason is None]
+    if not jpegs:
+        raise InputError(f"none of {len(samples)} images tried can be read ({samples[0].reason}); mend the tars")
+    whole_blocks = [-(-size // _BLOCK) * _BLOCK for size in jpegs]
+    return sum(whole_blocks) / len(jpegs) + 3 * _BLOCK  # the JPEG's header, the label's, the label
+
+
+def _device(url: str | Path) -> int | None:
+    return existing_folder(url).stat().st_dev if isinstance(open_objects(url), LocalObjects) else None

@@ -1,0 +1,116 @@
+"""The outermost layer: gives every request its id, counts it, and writes one JSON line about it."""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from datetime import UTC, datetime
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from feature_store.tools.terminal import json_text
+from teacher_service.serve.metrics import Metrics
+from teacher_service.serve.problems import Problem
+from teacher_service.serve.sendfile import FILES
+
+LOGGER = "teacher_service.access"
+HEADER = "X-Request-ID"
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_UNROUTED = "none"  # one label for everything that no route answers: paths of strangers must not become series
+_QUIET = frozenset({"/livez", "/readyz", "/metrics"})
+
+
+class AccessLogMiddleware:
+    """Request ids, metrics and the access log.
+
+    Neither query nor headers are logged: that is where secrets travel.
+
+    Args:
+        app: The rest of the service.
+        metrics: What counts.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+        self._logger = logging.getLogger(LOGGER)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and keep the account of it."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request = _Request(scope, receive, send)
+        self._metrics.in_work.inc()
+        try:
+            await self._app(scope, request.receive, request.send)
+        except ClientDisconnect:
+            pass  # whoever asked has left, and the status in the account stays 0
+        except asyncio.CancelledError:  # the time to drain is over; the server closes the connection
+            if not request.status:
+                await Problem("not-ready", "the service stops; ask another one").send(
+                    scope, request.receive, request.send
+                )
+        except Exception as error:
+            if request.status:  # too late for an answer: the server closes the connection
+                raise
+            self._logger.exception("request %s failed", scope["state"]["request_id"], exc_info=error)
+            problem = Problem("internal", "see the service's log by this request id")
+            await problem.send(scope, request.receive, request.send)
+        finally:
+            self._metrics.in_work.dec()
+            self._record(request)
+
+    def _record(self, request: "_Request") -> None:
+        scope, seconds = request.scope, time.monotonic() - request.started
+        route = getattr(scope.get("route"), "path", None) or scope["state"].get("route", _UNROUTED)
+        self._metrics.requests.labels(route, scope["method"], request.status).inc()
+        self._metrics.seconds.labels(route).observe(seconds)
+        self._metrics.sent.labels(route).inc(request.sent)
+        self._metrics.received.labels(route).inc(request.received)
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": scope["state"]["request_id"],
+            "client": scope["client"][0] if scope.get("client") else None,
+            "token": scope["state"].get("token_name"),
+            "method": scope["method"],
+            "path": scope.get("raw_path", b"").decode("ascii", "replace"),
+            "route": route,
+            "status": request.status,
+            "bytes": request.sent,
+            "seconds": round(seconds, 6),
+            "complete": request.complete,
+        }
+        level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
+        self._logger.log(level, "%s", json_text(line))
+
+
+class _Request:
+    """One request's account; its receive and send pass on what they count."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = Headers(scope=scope).get(HEADER, "")
+        state = scope.setdefault("state", {})
+        state["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        self.scope, self._receive, self._send = scope, receive, send
+        self.started = time.monotonic()
+        self.status, self.sent, self.received, self.complete = 0, 0, 0, False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.received += len(message.get("body", b""))
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers[HEADER] = self.scope["state"]["request_id"]
+            headers["X-Content-Type-Options"] = "nosniff"
+        await self._send(message)
+        if message["type"] == FILES:
+            self.sent += sum(span.nbytes for span in message["spans"])
+        elif message["type"] == "http.response.body":
+            self.sent += len(message.get("body", b""))
+            self.complete = not message.get("more_body", False)

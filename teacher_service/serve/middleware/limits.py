@@ -1,0 +1,124 @@
+"""What a request may cost before any route sees it: how many at once, how large, how slow."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from feature_store.errors import UserError
+from teacher_service.serve.config import Limits
+from teacher_service.serve.problems import Problem, problem_of
+
+_PROBES = frozenset({"/livez", "/readyz", "/metrics"})
+_SMALL_BODY_BYTES = 4 << 20  # of requests that are JSON
+
+
+class LimitsMiddleware:
+    """Refuses requests beyond the limits, from their headers alone where those tell.
+
+    Args:
+        app: What answers the others.
+        limits: The limits.
+        large_bodies: Paths that take POST with bodies up to ``limits.max_body_bytes``, others take JSON; each with what
+            raises a UserError about headers whose body need not be sent.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, limits: Limits, large_bodies: Mapping[str, Callable[[Headers], None]] | None = None
+    ) -> None:
+        self._app, self._limits, self._large = app, limits, large_bodies or {}
+        self._in_work = self._body_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or let the application."""
+        if scope["type"] != "http" or scope["path"] in _PROBES:
+            return await self._app(scope, receive, send)
+        try:
+            body = _Body(receive, self._most_bytes(scope["path"]), self._limits.body_seconds)
+            length = self._require(scope, body)
+        except Problem as problem:
+            return await problem.send(scope, receive, send)
+        except UserError as error:
+            return await problem_of(error).send(scope, receive, send)
+        self._in_work += 1
+        self._body_bytes += length
+        try:
+            return await self._app(scope, body.receive, send)
+        finally:
+            self._in_work -= 1
+            self._body_bytes -= length
+
+    def _require(self, scope: Scope, body: "_Body") -> int:
+        """Bytes the body may have; raises what refuses the request."""
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        size = len(scope.get("raw_path", b"")) + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in headers)
+        if size > self._limits.max_header_bytes:
+            raise Problem(
+                "headers-too-large", f"path and headers have {size:,} bytes, at most {self._limits.max_header_bytes:,}"
+            )
+        length = _body_length(headers, body.most)
+        if length > body.most:
+            raise body.too_large()
+        if self._in_work >= self._limits.max_requests:
+            raise Problem(
+                "overloaded", f"{self._in_work} requests are in work, at most {self._limits.max_requests}; try later"
+            )
+        together = self._body_bytes + length
+        if self._body_bytes and together > self._limits.max_bytes_in_flight:
+            raise Problem(
+                "overloaded",
+                f"{self._body_bytes:,} bytes of bodies are in work and this one may have {length:,} bytes, at most "
+                f"{self._limits.max_bytes_in_flight:,} are allowed; try later",
+            )
+        if scope["method"] == "POST" and scope["path"] in self._large:
+            scope["state"]["route"] = scope["path"]  # no router will say so if this refuses
+            self._large[scope["path"]](Headers(raw=headers))
+        return length
+
+    def _most_bytes(self, path: str) -> int:
+        most = self._limits.max_body_bytes
+        return most if path in self._large else min(most, _SMALL_BODY_BYTES)
+
+
+def _body_length(headers: list[tuple[bytes, bytes]], most: int) -> int:
+    """What a body may have at most: its Content-Length, or if it comes in chunks all that is allowed."""
+    for name, value in headers:
+        if name == b"transfer-encoding":
+            return most
+        if name == b"content-length" and value.isdigit():
+            return int(value[:20])
+    return 0
+
+
+class _Body:
+    """A request's body as it arrives; raises a Problem in whatever waits for it."""
+
+    def __init__(self, receive: Receive, most: int, seconds: float) -> None:
+        self._receive, self.most, self._seconds = receive, most, seconds
+        self._received, self._whole = 0, False
+        self._deadline: float | None = None
+
+    async def receive(self) -> Message:
+        if self._whole:  # only a disconnect can follow, whenever it comes
+            return await self._receive()
+        loop = asyncio.get_running_loop()
+        self._deadline = self._deadline or loop.time() + self._seconds
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise Problem(
+                "request-timeout",
+                f"the body took longer than {self._seconds:g} seconds",
+                headers={"Connection": "close"},
+            ) from None
+        self._received += len(message.get("body", b""))
+        self._whole = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        if self._received > self.most:
+            raise self.too_large()
+        return message
+
+    def too_large(self) -> Problem:
+        return Problem("too-large", f"the body has more than {self.most:,} bytes")

@@ -1,0 +1,37 @@
+"""The page at ``/``: three files of its own, no others, under a policy that lets nothing else run."""
+
+from importlib import resources
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+FILES = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript", "/icon.svg": "image/svg+xml"}
+"""Public: they say nothing about the store, which the page asks for with the visitor's token."""
+
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def page_router() -> APIRouter:
+    """The routes."""
+    router = APIRouter(include_in_schema=False)
+    for path, kind in FILES.items():
+        router.add_api_route(path, _answer(path, kind), methods=["GET"], response_class=Response)
+    return router
+
+
+def _answer(path: str, kind: str):
+    name = path.removeprefix("/") or "index.html"
+    content = (resources.files("teacher_service.serve.page") / "static" / name).read_bytes()
+
+    async def answer() -> Response:
+        return Response(content, media_type=kind, headers=_HEADERS)
+
+    return answer

@@ -1,0 +1,319 @@
+"""Routes of the page: what the store holds, how far it is, what happens, and single rows to look at."""
+
+import io
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Path, Query
+from fastapi.responses import Response
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, BeforeValidator, Field
+from starlette.concurrency import run_in_threadpool
+
+from feature_store.format.addressing import RowId
+from feature_store.store import Store
+from feature_store.tools.terminal import printable
+from teacher_service.serve.page.browser import TAP, FeatureBrowser, predictions
+from teacher_service.serve.problems import Problem, documented
+from teacher_service.serve.routes.batch_bodies import MAX_INT
+from teacher_service.serve.routes.rows import Served, Unit, View
+from teacher_service.serve.service import Service
+
+_SHOWN_CLASSES, _SHOWN_NEIGHBOURS = 5, 8
+Shown = Annotated[str, BeforeValidator(printable)]
+"""Text from outside: names of files may hold what has no form in UTF-8, and overrides of the direction of writing."""
+Position = Annotated[int, Path(ge=0, le=MAX_INT, description="Position in the unit.", examples=[0])]
+First = Annotated[int, Query(ge=0, le=MAX_INT, description="First entry.")]
+Count = Annotated[int, Query(ge=1, le=500, description="Most entries.")]
+_ROW_PROBLEMS = documented("uncommitted", "quarantined", "invalid-request", "corrupt-store", "not-ready", "resource")
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "A picture", "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+class Summary(BaseModel):
+    """What the store holds."""
+
+    teacher: Shown
+    weights: str = Field(description="sha256 of the teacher's weights")
+    input_size: list[int]
+    classes: int
+    taps: dict[str, str]
+    logits: Shown
+    views: Shown
+    units: int
+    samples: int
+    rows: int = Field(description="Committed rows")
+    of_rows: int
+    bytes: int
+    objects: int
+    quarantined: int
+    num_views: int
+    fingerprint: str
+    licence: Shown
+    live: bool = Field(description="Whether the service computes features too")
+    pixels: bool = Field(description="Whether views can be shown")
+
+
+class Activity(BaseModel):
+    """Counters since the service began; rates are differences of two answers."""
+
+    seconds: float = Field(description="This machine's clock")
+    requests: float
+    bytes: float
+    rows: float = Field(description="Cached rows served")
+    computed: float = Field(description="Views through the live teacher")
+    queue: float = Field(description="Views that wait for it")
+    committed: int = Field(description="Units times views that may be read")
+    of_committed: int
+
+
+class UnitEntry(BaseModel):
+    """One tar."""
+
+    unit: int
+    tar: Shown
+    samples: int
+    views: list[int] = Field(description="Committed views")
+
+
+class Units(BaseModel):
+    """Some of the tars."""
+
+    units: list[UnitEntry]
+    total: int
+
+
+class SampleEntry(BaseModel):
+    """One sample of a tar."""
+
+    position: int
+    key: Shown
+    label: int
+    quarantined: bool
+
+
+class Samples(BaseModel):
+    """Some of a tar's samples."""
+
+    samples: list[SampleEntry]
+    total: int
+
+
+class ClassEntry(BaseModel):
+    """A predicted class."""
+
+    label: int
+    probability: float
+
+
+class NeighbourEntry(BaseModel):
+    """A row that is like another one."""
+
+    unit: int
+    position: int
+    view: int
+    key: Shown
+    similarity: float
+
+
+class RowEntry(BaseModel):
+    """One row, to look at."""
+
+    unit: int
+    position: int
+    view: int
+    tar: Shown
+    key: Shown
+    label: int
+    classes: list[ClassEntry]
+    neighbours: list[NeighbourEntry]
+
+
+class QuarantineEntry(BaseModel):
+    """A sample that could not be used."""
+
+    tar: Shown
+    position: int
+    key: Shown
+    reason: Shown
+
+
+class Quarantine(BaseModel):
+    """Some of the samples that could not be used."""
+
+    samples: list[QuarantineEntry]
+    total: int
+
+
+def browse_router(gallery: FeatureBrowser) -> APIRouter:
+    """The routes.
+
+    Args:
+        gallery: Looks at rows.
+    """
+    router = APIRouter(prefix="/v1/browse", tags=["page"])
+
+    @router.get("/summary", responses=documented("not-ready"))
+    def summary(service: Served) -> Summary:
+        """What the store holds, in a few lines."""
+        return _summary(service, gallery)
+
+    @router.get("/activity", responses=documented("not-ready"))
+    def activity(service: Served) -> Activity:
+        """How much is committed and how much was done so far."""
+        return _activity(service)
+
+    @router.get("/units", responses=documented("not-ready", "invalid-request"))
+    def units(service: Served, first: First = 0, count: Count = 100) -> Units:
+        """Tars and their committed views."""
+        store = service.store
+        tars = store.manifest.tars
+        numbers = range(first, min(first + count, len(tars)))
+        return Units(units=[_unit(store, unit) for unit in numbers], total=len(tars))
+
+    @router.get("/units/{unit}/samples", responses=_ROW_PROBLEMS)
+    def samples(service: Served, unit: Unit, first: First = 0, count: Count = 24) -> Samples:
+        """Samples of a committed tar."""
+        return _samples(service.store, unit, first, count)
+
+    @router.get("/units/{unit}/views/{view}/rows/{position}", responses=_ROW_PROBLEMS)
+    def row(service: Served, unit: Unit, view: View, position: Position) -> RowEntry:
+        """A row's likeliest classes, and the rows most like it among a sample of the store's."""
+        return _row(service.store, gallery, _known(service.store, RowId(unit, position, view)))
+
+    @router.get(
+        "/units/{unit}/views/{view}/rows/{position}/map.png",
+        responses=_PICTURE | _ROW_PROBLEMS,
+        response_class=Response,
+    )
+    async def colours(service: Served, unit: Unit, view: View, position: Position) -> Response:
+        """A row's features as colours, a pixel per token; a colour means the same in every row."""
+        row = _known(service.store, RowId(unit, position, view))
+        return await run_in_threadpool(lambda: _picture(gallery.colours(row)))
+
+    @router.get(
+        "/units/{unit}/views/{view}/rows/{position}/view.png",
+        responses=_PICTURE | _ROW_PROBLEMS | documented("not-found"),
+        response_class=Response,
+    )
+    async def pixels(service: Served, unit: Unit, view: View, position: Position) -> Response:
+        """A row's view, made from its tar and compared with what the teacher saw."""
+        if not gallery.has_pixels:
+            raise Problem("not-found", "this service has no tars to show views from; start it with --tars")
+        row = _known(service.store, RowId(unit, position, view))
+        return await run_in_threadpool(lambda: _picture(gallery.pixels(row)))
+
+    @router.get("/quarantine", responses=documented("not-ready", "invalid-request"))
+    def quarantine(service: Served, first: First = 0, count: Count = 100) -> Quarantine:
+        """Samples that could not be used, and why."""
+        found = service.opened.summary["quarantined"]
+        return Quarantine(samples=[QuarantineEntry(**each) for each in found[first : first + count]], total=len(found))
+
+    return router
+
+
+def _summary(service: Service, gallery: FeatureBrowser) -> Summary:
+    opened = service.opened
+    manifest, found = opened.store.manifest, opened.summary
+    teacher, policy = manifest.teacher, manifest.policy
+    return Summary(
+        teacher=teacher.name,
+        weights=teacher.weights_sha256,
+        input_size=list(teacher.input_size),
+        classes=teacher.num_classes,
+        taps={
+            name: f"{tap.tokens} tokens x {tap.channels} channels, {tap.codec}" for name, tap in manifest.taps.items()
+        },
+        logits=manifest.logits_codec or "none",
+        views=f"{manifest.num_views} by policy {policy.name}, {policy.size[0]} x {policy.size[1]} pixels, "
+        f"seed {manifest.seed}",
+        units=len(manifest.tars),
+        samples=found["samples"],
+        rows=found["committed_rows"],
+        of_rows=found["samples"] * manifest.num_views,
+        bytes=found["bytes"],
+        objects=found["objects"],
+        quarantined=len(found["quarantined"]),
+        num_views=manifest.num_views,
+        fingerprint=found["fingerprint"],
+        licence=manifest.licence,
+        live=service.live is not None,
+        pixels=gallery.has_pixels,
+    )
+
+
+def _activity(service: Service) -> Activity:
+    totals = _totals(service.metrics.text().decode())
+    manifest = service.store.manifest
+    return Activity(
+        seconds=time.monotonic(),
+        requests=totals.get("scalekd_http_requests_total", 0),
+        bytes=totals.get("scalekd_http_response_bytes_total", 0),
+        rows=totals.get("scalekd_rows_total", 0),
+        computed=totals.get("scalekd_batch_rows_sum", 0),
+        queue=totals.get("scalekd_queue_rows", 0),
+        committed=int(totals.get("scalekd_committed_views", 0)),
+        of_committed=len(manifest.tars) * manifest.num_views,
+    )
+
+
+def _totals(text: str) -> dict[str, float]:
+    """Prometheus' samples by name, added up over their labels."""
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+    return totals
+
+
+def _unit(store: Store, unit: int) -> UnitEntry:
+    tar = store.manifest.tars[unit]
+    return UnitEntry(unit=unit, tar=tar.name, samples=tar.samples, views=sorted(store.committed_views(unit)))
+
+
+def _known(store: Store, row: RowId) -> RowId:
+    """The row, of a unit there is."""
+    if row.unit >= len(store.manifest.tars):
+        raise Problem(
+            "uncommitted", f"there is no unit {row.unit}: the store has units 0..{len(store.manifest.tars) - 1}"
+        )
+    return row
+
+
+def _samples(store: Store, unit: int, first: int, count: int) -> Samples:
+    _known(store, RowId(unit, 0, 0))
+    if not store.committed_views(unit):
+        raise Problem("uncommitted", f"unit {unit} ({store.manifest.tars[unit].name}) is not committed yet")
+    keys, labels, quarantined = store.keys(unit), store.labels(unit), store.quarantined(unit)
+    positions = range(first, min(first + count, len(keys)))
+    entries = [
+        SampleEntry(position=at, key=keys[at], label=int(labels[at]), quarantined=at in quarantined) for at in positions
+    ]
+    return Samples(samples=entries, total=len(keys))
+
+
+def _row(store: Store, gallery: FeatureBrowser, row: RowId) -> RowEntry:
+    batch = gallery.read(row)
+    features = batch.taps[TAP][0].astype(np.float32)
+    classes = [] if batch.logits is None else predictions(batch.logits[0], _SHOWN_CLASSES)
+    neighbours = gallery.sample().neighbours(row, features, _SHOWN_NEIGHBOURS)
+    return RowEntry(
+        **row._asdict(),
+        tar=store.manifest.tars[row.unit].name,
+        key=store.keys(row.unit)[row.position],
+        label=int(store.labels(row.unit)[row.position]),
+        classes=[ClassEntry(**asdict(each)) for each in classes],
+        neighbours=[
+            NeighbourEntry(**each.row._asdict(), key=each.key, similarity=each.similarity) for each in neighbours
+        ],
+    )
+
+
+def _picture(pixels: np.ndarray) -> Response:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return Response(file.getvalue(), media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})

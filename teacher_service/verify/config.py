@@ -1,0 +1,50 @@
+"""What a user can ask of ``verify``: a frozen configuration, read by tyro and by Python callers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from feature_store.inputs.options import TarOptions
+from feature_store.processes import usable_cpus
+from feature_store.tools.options import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(TarOptions):
+    """What is to be verified, and against what; all other settings are the store's own.
+
+    Attributes:
+        tars: The store's tars: paths, brace patterns, URLs; all of them.
+        store: The store: a directory or URL.
+        teacher: timm model name, compared with the store's; default the store's.
+        checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
+        sample: Rows to compute anew, chosen at random. For checksums alone there is `feature-store verify`.
+        seed: Chooses the rows.
+        batch_size: Rows per forward pass.
+        workers: Processes that compare checksums.
+        device: Where the teacher runs, e.g. cuda:1; auto takes a GPU if there is one.
+        json: Print the whole report as JSON.
+    """
+
+    tars: Positional[tuple[str, ...]]
+    store: str
+    teacher: str | None = None
+    checkpoint: Path | None = None
+    sample: int = 64
+    seed: int = 0
+    batch_size: int = 32
+    workers: int = usable_cpus()
+    device: str = "auto"
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values no run could use.
+
+        Raises:
+            InputError: Names the option, the value and what is accepted.
+        """
+        require(self.sample >= 1, "--sample", self.sample, "at least 1 (for checksums alone: `feature-store verify`)")
+        require(self.seed >= 0, "--seed", self.seed, "0 or more")
+        require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
+        require(self.workers >= 1, "--workers", self.workers, "at least 1")
