@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from served_store import in_process, make_store
 
+from feature_store.client import frames
 from feature_store.format.addressing import RowId
 from feature_store.store import open_store
 from teacher_service.serve import streaming
