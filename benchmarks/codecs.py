@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from benchmarks.trained_teacher import CLASSES, SIDE, TEACHERS, accuracy, train_teacher, write_store
 from feature_store import Store
-from feature_store.format.codecs.registry import CODECS, BoundCodec, get_codec
+from feature_store.format.codecs.bound import BoundCodec
+from feature_store.format.codecs.registry import CODECS, get_codec
 from feature_store.inputs.tar import Tar, expand_tars
 from feature_store.teacher.model import load_teacher
 from feature_store.teacher.torch_codecs import TorchDecoder
@@ -169,7 +170,7 @@ def scalekd_errors(store: Store, tar: str, steps: int) -> dict[str, Any]:
     """Errors of ScaleKD's terms and their gradients by codec, for a new student and for one after some steps."""
     measurement = Measurement(store, tar)
     sample = store.source().read(store.source().unit_rows(0, 0)[:256])
-    taps = [BoundCodec.learn("taps/stage4", get_codec(name), sample.taps["stage4"]) for name in CODECS]
+    taps = [BoundCodec.learn("stage4", get_codec(name), sample.taps["stage4"]) for name in CODECS]
     logits = [BoundCodec("logits", get_codec(name), (CLASSES,)) for name in LOGITS_CODECS]
     report = {"start": _errors(measurement, taps, logits)}
     measurement.train(steps)
@@ -194,11 +195,11 @@ def _errors(measurement: Measurement, taps: Sequence[BoundCodec], logits: Sequen
 
 
 def _gradients(measurement: Measurement, batch: Batch, codec: BoundCodec | None) -> dict[str, tuple[float, Tensor]]:
-    values = {"taps/stage4": batch.taps["stage4"], "logits": batch.logits}
-    teacher = {path: torch.from_numpy(array) for path, array in values.items()}
+    values = {"stage4": batch.taps["stage4"], "logits": batch.logits}
+    teacher = {name: torch.from_numpy(array) for name, array in values.items()}
     if codec is not None:
-        teacher[codec.path] = TorchDecoder(codec)(codec.encode(values[codec.path]))
-    return measurement.gradients(batch, teacher["taps/stage4"], teacher["logits"])
+        teacher[codec.name] = TorchDecoder(codec)(codec.encode(values[codec.name]))
+    return measurement.gradients(batch, teacher["stage4"], teacher["logits"])
 
 
 def _term_error(exact: Sequence[tuple[float, Tensor]], got: Sequence[tuple[float, Tensor]]) -> dict[str, float]:
@@ -215,16 +216,16 @@ def _batches(store: Store, url: str) -> Iterator[Batch]:
     tar, params, labels, source = Tar.open(url), store.view_params(0, 0), store.labels(0), store.source()
     rows, rng = source.unit_rows(0, 0), np.random.default_rng(0)
     while True:
-        chosen = [rows[i] for i in rng.permutation(len(rows))[:BATCH]]
+        chosen = rows[rng.permutation(len(rows))[:BATCH]]
         pixels = []
-        for row in chosen:
-            drawn = params[row.position]
+        for position in chosen[:, 1].tolist():
+            drawn = params[position]
             assert drawn is not None
-            pixels.append(apply_view(decode_image(tar.read(row.position).image), drawn, SIDE))
+            pixels.append(apply_view(decode_image(tar.read(position).image), drawn, SIDE))
         images_BCHW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
         batch = source.read(chosen)
         assert batch.logits is not None
-        picked = torch.from_numpy(labels[[row.position for row in chosen]])
+        picked = torch.from_numpy(labels[chosen[:, 1]])
         yield Batch(images_BCHW, picked, batch.taps, batch.logits)
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import tyro
 
 from feature_store import Store, open_store
-from feature_store.commits.checksum_table import ChecksumOrder
 from feature_store.commits.record import CommitRecord, ObjectChecksum, encode_record
 from feature_store.format.addressing import encode_keys
-from feature_store.format.layout import array_specs, encode_chunk, object_checksum
+from feature_store.format.arrays import encode_chunk
+from feature_store.format.checksums import object_checksum
 from feature_store.format.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
 from feature_store.format.versions import software_versions
 from feature_store.views import view_policy
@@ -75,7 +75,7 @@ def make_store(config: Config) -> float:
     """Write records and keys; seconds the commit index took."""
     manifest = sparse_manifest(config)
     store = Store.create(config.folder, manifest, {})
-    spec, order, rng = array_specs(manifest)["key"], ChecksumOrder(manifest), np.random.default_rng(0)
+    spec, rng = store.layout.arrays["key"], np.random.default_rng(0)
     (config.folder / "commits").mkdir()
     (config.folder / spec.path / "c").mkdir()
     for unit, tar in enumerate(manifest.tars):
@@ -85,7 +85,7 @@ def make_store(config: Config) -> float:
         path.write_bytes(chunk.tobytes())
         for first in range(0, config.views, config.views_per_record):
             views = range(first, first + config.views_per_record)
-            paths = order.paths(unit, views)
+            paths = store.layout.object_paths(unit, views)
             proofs = {p: ObjectChecksum(10**8 + i, int(rng.integers(2**32))) for i, p in enumerate(paths)}
             proofs[spec.object_path(unit)] = ObjectChecksum(chunk.nbytes, object_checksum(chunk))
             record = CommitRecord(

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from webdataset.writer import TarWriter
 
 from benchmarks.official_style import official_style_loss
-from feature_store.format.addressing import RowId
+from feature_store.format.addressing import RowId, Rows, row_array
 from feature_store.source import FeatureBatch, FeatureSource
 from feature_store.store import Store, open_store
 from feature_store.teacher.model import build_model
@@ -85,16 +85,16 @@ class MemorySource:
 
     def read(
         self,
-        rows: Sequence[RowId],
+        rows: Rows,
         taps: Sequence[str] | None = None,
         *,
         pixels: np.ndarray | None = None,
         decode: bool = False,
     ) -> FeatureBatch:
         """See FeatureSource.read; what a trainer asks for, nothing is decoded."""
-        at = [self._at[row] for row in rows]
+        at = [self._at[RowId(*row)] for row in row_array(rows).tolist()]
         encoded = {tap: {name: part[at] for name, part in self._encoded[tap].items()} for tap in taps or self._encoded}
-        return FeatureBatch(tuple(rows), {}, None if self._logits is None else self._logits[at], encoded)
+        return FeatureBatch(row_array(rows), {}, None if self._logits is None else self._logits[at], encoded)
 
 
 class Bench:

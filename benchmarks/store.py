@@ -25,10 +25,11 @@ import tyro
 from benchmarks.store_data import CHANNELS, ROW_BYTES, TOKENS, make_data, make_linked_store, make_manifest, make_store
 from benchmarks.store_floor import RawFiles, write_raw
 from feature_store import RowId, Store
-from feature_store.format.layout import ShardBuilder, value_specs
+from feature_store.format.addressing import row_ids
+from feature_store.format.arrays import ShardBuilder
+from feature_store.format.layout import StoreLayout
 from feature_store.format.versions import software_versions
 from feature_store.read.reader import ZarrSource
-from feature_store.read.streaming import ShuffledStream
 
 BATCH = 256
 Contenders = Mapping[str, Callable[[Sequence[RowId]], Any]]
@@ -97,13 +98,12 @@ def settings(config: Config) -> dict[str, Any]:
 def reading(store: Store, config: Config) -> dict[str, Any]:
     places = [(unit, view) for view in range(config.views) for unit in range(config.units)]
     raw, direct = RawFiles(store.path, places), RawFiles(store.path, places, direct=True)
-    ordered = [row for place in places for row in store.source().unit_rows(*place)]
+    ordered = [row for place in places for row in row_ids(store.source().unit_rows(*place))]
     memory = store.source().buffers(BATCH)
-    stream = ShuffledStream(store.source(), places, seed=0)
     found = {}
     for name, batches in {
         "sequential": batches_of(ordered, config.rounds),
-        "shard-shuffled": batches_of(stream.rows(0), config.rounds),
+        "shard-shuffled": batches_of(shard_shuffled(store.source(), places), config.rounds),
         "random": random_batches(ordered, config.rounds),
     }.items():
         for threads in (1, 2, 8):
@@ -120,12 +120,11 @@ def reading(store: Store, config: Config) -> dict[str, Any]:
         base="O_DIRECT, 8 in flight",
         before=raw.drop_cache,
     )
-    found["whole shuffled epoch"] = whole_epochs(store, raw, stream)
     return found
 
 
 def ours(store: Store, memory: dict[str, np.ndarray], threads: int) -> Callable[[Sequence[RowId]], Any]:
-    source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
+    source = ZarrSource(store.objects, store.layout, store.committed, threads=threads)
     return lambda rows: source.read(rows, out=memory)
 
 
@@ -134,28 +133,22 @@ def floor(raw: RawFiles, memory: dict[str, np.ndarray], threads: int) -> Callabl
     return lambda rows: raw.read(rows, flat[: len(rows)], threads)
 
 
-def whole_epochs(store: Store, raw: RawFiles, stream: ShuffledStream, repeats: int = 7) -> dict[str, Any]:
-    """The stream as a trainer uses it, next to the same rows in the same order by preadv."""
-    memory = store.source().buffers(BATCH)
-    read, rows = floor(raw, memory, 8), stream.rows(0)
-
-    def by_preadv(_: Sequence[RowId]) -> None:
-        for start in range(0, len(rows), BATCH):
-            read(rows[start : start + BATCH])
-
-    def by_stream(_: Sequence[RowId]) -> None:
-        for _batch in stream.batches(0):
-            pass
-
-    return take_turns({"preadv, 8 threads": by_preadv, "store": by_stream}, [rows] * repeats, base="preadv, 8 threads")
+def shard_shuffled(source: ZarrSource, places: Sequence[tuple[int, int]], together: int = 4) -> list[RowId]:
+    """Rows of shards in random order, shuffled across a few shards at a time."""
+    rng, rows = np.random.default_rng(0), []
+    order = rng.permutation(len(places))
+    for start in range(0, len(places), together):
+        some = np.concatenate([source.unit_rows(*places[at]) for at in order[start : start + together]])
+        rows += row_ids(some[rng.permutation(len(some))])
+    return rows
 
 
 def writing(config: Config, repeats: int = 9) -> dict[str, Any]:
     """One unit: its objects and its commit record, against its shards alone as raw files."""
     manifest = make_manifest(1, config.views, config.samples)
-    data, spec = make_data(manifest, 0), value_specs(manifest)["taps/stage4"]
+    data, spec = make_data(manifest, 0), StoreLayout(manifest).arrays["taps/stage4"]
     payloads = []
-    for values in np.asarray(data.taps["stage4"]):
+    for values in data.features["stage4"][""]:
         shard = ShardBuilder(spec, config.samples)
         rows = shard.add(np.arange(config.samples), values)
         payloads.append(np.concatenate([part.reshape(-1) for part in (*rows, shard.finish())]))

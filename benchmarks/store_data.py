@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from feature_store import Store, open_store
-from feature_store.commits.checksum_table import ChecksumOrder
 from feature_store.commits.record import CommitRecord, encode_record
+from feature_store.format.layout import StoreLayout
 from feature_store.format.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
 from feature_store.format.versions import software_versions
 from feature_store.views import draw_view, view_policy
-from feature_store.write.unit import UnitData
+from feature_store.write.unit import EncodedUnit
 
 TOKENS, CHANNELS = 49, 1536
 ROW_BYTES = TOKENS * CHANNELS * 2
@@ -36,19 +36,18 @@ def make_manifest(units: int, views: int, samples: int) -> Manifest:
     )
 
 
-def make_data(manifest: Manifest, unit: int) -> UnitData:
+def make_data(manifest: Manifest, unit: int) -> EncodedUnit:
     samples, views = manifest.tars[unit].samples, manifest.num_views
     rng = np.random.default_rng(unit)
     values = rng.standard_normal((views, samples, TOKENS * CHANNELS), np.float32).astype(np.float16)
     params = draw_view(manifest.policy, 0, "key", 0, (500, 375))
-    return UnitData(
+    return EncodedUnit(
         keys=[f"{unit:05d}/{at:06d}" for at in range(samples)],
         labels=np.zeros(samples, np.int64),
         quarantined={},
         params=[[params] * samples] * views,
         pixel_crc=np.zeros((views, samples), np.uint32),
-        taps={"stage4": values.reshape(views, samples, TOKENS, CHANNELS)},
-        logits=None,
+        features={"stage4": {"": values.reshape(views, samples, TOKENS, CHANNELS)}},  # as codec f16 encodes them
     )
 
 
@@ -68,15 +67,16 @@ def make_linked_store(path: Path, units: int, samples: int) -> Store:
     manifest = make_manifest(units, 1, samples)
     store = Store.create(path, manifest, {})
     store.write_unit(0, 0, make_data(manifest, 0))
-    first, order = store.committed.record(0, 0), ChecksumOrder(manifest)
+    first = store.committed.record(0, 0)
     for unit in range(1, units):
-        _link_unit(path, manifest, first, order, unit)
+        _link_unit(path, store.layout, first, unit)
     store.compact()
     return open_store(path)
 
 
-def _link_unit(path: Path, manifest: Manifest, first: CommitRecord, order: ChecksumOrder, unit: int) -> None:
-    tar, sources, targets = manifest.tars[unit], order.paths(0, range(1)), order.paths(unit, range(1))
+def _link_unit(path: Path, layout: StoreLayout, first: CommitRecord, unit: int) -> None:
+    tar = layout.manifest.tars[unit]
+    sources, targets = layout.object_paths(0, range(1)), layout.object_paths(unit, range(1))
     proofs = {new: first.proof(old) for old, new in zip(sources, targets, strict=True)}
     for old, new in zip(sources, targets, strict=True):
         (path / new).parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from feature_store.inputs.tar import Tar
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, build_model, load_teacher, normalise
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, pixel_crc, view_policy
-from feature_store.write.unit import UnitData
+from feature_store.write.unit import EncodedUnit
 
 CLASSES, SIDE, BATCH = 100, 32, 64
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -122,9 +122,8 @@ def write_store(kind: str, checkpoint: Path, tars: Sequence[str], path: Path) ->
     opened = [Tar.open(url) for url in tars]
     manifest = _manifest(teacher, opened, view_policy("rrc_flip", SIDE, scale=(0.35, 1.0)))
     store = Store.create(path, manifest, bundle_state(teacher.later_blocks))
-    with store.locked_for_writing():
-        for unit, tar in enumerate(opened):
-            store.write_unit(unit, 0, _unit(teacher, tar, manifest.policy))
+    for unit, tar in enumerate(opened):
+        store.write_unit(unit, 0, _unit(store, teacher, tar))
     return store
 
 
@@ -145,19 +144,20 @@ def _manifest(teacher: Teacher, tars: Sequence[Tar], policy: ViewPolicy) -> Mani
     )
 
 
-def _unit(teacher: Teacher, tar: Tar, policy: ViewPolicy) -> UnitData:
+def _unit(store: Store, teacher: Teacher, tar: Tar) -> EncodedUnit:
+    policy = store.manifest.policy
     samples = [tar.read(position) for position in range(len(tar))]
     images = [decode_image(sample.image) for sample in samples]
     params = [draw_view(policy, 0, s.key, 0, image.size) for s, image in zip(samples, images, strict=True)]
     pixels = np.stack([apply_view(image, drawn, SIDE) for image, drawn in zip(images, params, strict=True)])
     outputs = [teacher(part) for part in torch.from_numpy(pixels).split(250)]
-    taps = {name: torch.cat([o.taps[name] for o in outputs]).numpy()[None] for name in teacher.tap_shapes}
-    return UnitData(
+    values = {name: torch.cat([o.taps[name] for o in outputs]).numpy()[None] for name in teacher.tap_shapes}
+    values["logits"] = torch.cat([o.logits for o in outputs if o.logits is not None]).numpy()[None]
+    return EncodedUnit(
         keys=list(tar.keys),
         labels=np.array([sample.label for sample in samples]),
         quarantined={},
         params=[list(params)],
         pixel_crc=np.array([[pixel_crc(view) for view in pixels]], np.uint32),
-        taps=taps,
-        logits=torch.cat([o.logits for o in outputs if o.logits is not None]).numpy()[None],
+        features={name: codec.encode(values[name]) for name, codec in store.layout.codecs.items()},
     )

@@ -1,4 +1,4 @@
-"""Where a trainer's teacher features come from: one protocol, whatever stands behind it."""
+"""FeatureSource: the protocol of everything that gives teacher features by row."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from feature_store.format.addressing import RowId
+from feature_store.format.addressing import Rows
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,13 @@ class FeatureBatch:
     """Teacher outputs for B rows, in the order asked for.
 
     Attributes:
-        rows: The B addresses.
+        rows: The B addresses: int64 [B, 3], unit, position and view of each.
         taps: Array [B, N, C] per tap name, in the dtype the source holds.
         logits: Teacher logits [B, classes], or None if the teacher has no classifier.
         encoded: Instead of taps, for a source asked not to decode them: the codec's arrays by suffix, per tap name.
     """
 
-    rows: tuple[RowId, ...]
+    rows: np.ndarray
     taps: dict[str, np.ndarray]
     logits: np.ndarray | None
     encoded: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class FeatureSource(Protocol):
 
     def read(
         self,
-        rows: Sequence[RowId],
+        rows: Rows,
         taps: Sequence[str] | None = None,
         *,
         pixels: np.ndarray | None = None,
@@ -47,7 +47,7 @@ class FeatureSource(Protocol):
         """Features of the given rows.
 
         Args:
-            rows: Addresses; any order, repeats allowed.
+            rows: Addresses, RowIds or integers [B, 3]; any order, repeats allowed.
             taps: Tap names; None for all the source holds.
             pixels: The rows' view pixels, uint8 [B, H, W, 3]. Required when ``needs_pixels``.
             decode: False leaves taps of a source that holds them encoded as they are, in ``encoded``.

@@ -1,7 +1,7 @@
-"""A store: create it, open it, look rows up, add units, let it grow."""
+"""Store: one open store."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,24 +9,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from feature_store.backends.local import LocalObjects, ObjectStore, open_objects
+from feature_store.backends.base import ObjectStore
+from feature_store.backends.local import LocalObjects
+from feature_store.backends.open import open_objects
 from feature_store.commits import index as commit_index
 from feature_store.commits import orphans as orphans
 from feature_store.commits.locks import exclusive, lock_name
 from feature_store.commits.log import CommitLog, load_commits, load_store
 from feature_store.commits.record import FOLDER, CommitRecord, already_committed, decode_record, parse_record_path
+from feature_store.commits.root import ROOT
 from feature_store.errors import InputError
-from feature_store.format.addressing import RowId, decode_keys
-from feature_store.format.blocks import read_blocks
-from feature_store.format.codecs.registry import require_calibrated
-from feature_store.format.layout import array_specs
+from feature_store.format.addressing import decode_keys
+from feature_store.format.codecs.bound import require_calibrated
+from feature_store.format.layout import StoreLayout
 from feature_store.format.manifest import Manifest
+from feature_store.read.blocks import read_blocks
 from feature_store.read.key_index import KeyIndex
 from feature_store.read.reader import ObjectReader, ZarrSource
 from feature_store.views import ViewParams
-from feature_store.write.create import ROOT, skeleton
+from feature_store.write.create import skeleton
 from feature_store.write.extend import grow
-from feature_store.write.unit import UnitData, write_unit
+from feature_store.write.unit import EncodedUnit, write_unit
 
 if TYPE_CHECKING:
     import torch
@@ -34,27 +37,25 @@ if TYPE_CHECKING:
     from feature_store.teacher.split import LaterBlocks
 
 
-def open_store(url: str | Path, *, cache_dir: str | Path | None = None, cache_bytes: int = 0) -> "Store":
+def open_store(url: str | Path) -> "Store":
     """Open an existing store.
 
     Args:
         url: A path, ``file://``, ``s3://``, ``gs://`` or ``http(s)://``.
-        cache_dir: Local directory that keeps copies of what is read, for anything but local files.
-        cache_bytes: Most bytes the copies take together.
 
     Raises:
         InputError: Not a store, of another format version, or on a file system this build cannot reach.
         CorruptStoreError: The manifest or a commit record is damaged.
     """
-    return open_store_in(open_objects(url, cache_dir=cache_dir, cache_bytes=cache_bytes))
+    return open_store_in(open_objects(url))
 
 
 def open_store_in(objects: ObjectStore) -> "Store":
     """Open the store whose objects these are; see open_store."""
-    manifest, committed, problems = load_store(objects)
+    layout, committed, problems = load_store(objects)
     if problems:
         raise problems[0].error
-    return Store(objects, manifest, committed)
+    return Store(objects, layout, committed)
 
 
 class Store:
@@ -62,14 +63,15 @@ class Store:
 
     Attributes:
         objects: Where it is.
+        layout: Its arrays, codecs and object addresses.
         manifest: What it claims.
         committed: Which rows may be read.
     """
 
-    def __init__(self, objects: ObjectStore, manifest: Manifest, committed: CommitLog) -> None:
-        self.objects, self.manifest, self.committed = objects, manifest, committed
-        self._specs = array_specs(manifest)
-        self._reader = ObjectReader(objects, manifest.capacity)
+    def __init__(self, objects: ObjectStore, layout: StoreLayout, committed: CommitLog) -> None:
+        self.objects, self.layout, self.committed = objects, layout, committed
+        self.manifest = layout.manifest
+        self._reader = ObjectReader(objects, layout.capacity)
 
     @classmethod
     def create(cls, path: str | Path, manifest: Manifest, blocks: Mapping[str, ArrayLike]) -> "Store":
@@ -104,7 +106,8 @@ class Store:
                     f"another process made {path} meanwhile; open it, or run the same command again to go on with it"
                 ) from error
         objects.sync([ROOT])
-        return cls(objects, manifest, CommitLog(manifest))
+        layout = StoreLayout(manifest)
+        return cls(objects, layout, CommitLog(layout))
 
     @property
     def path(self) -> Path:
@@ -119,7 +122,7 @@ class Store:
 
     def source(self, taps: Sequence[str] | None = None) -> ZarrSource:
         """Features by row; taps None for all."""
-        return ZarrSource(self.objects, self.manifest, self.committed, taps)
+        return ZarrSource(self.objects, self.layout, self.committed, taps)
 
     def later_blocks(self, device: "str | torch.device" = "cpu") -> "LaterBlocks":
         """The teacher's later blocks, built from the store alone.
@@ -132,8 +135,8 @@ class Store:
 
         return build_later_blocks(self.manifest, read_blocks(self.objects), device)
 
-    def rows(self, keys: Sequence[str], view: int) -> list[RowId]:
-        """Addresses of samples by key, in the order given; fastest for a thousand at once.
+    def rows(self, keys: Sequence[str], view: int) -> np.ndarray:
+        """Addresses of samples by key, in the order given: int64 [n, 3], unit, position and view of each.
 
         Raises:
             InputError: A key no committed unit holds.
@@ -193,14 +196,14 @@ class Store:
 
     @property
     def _param_names(self) -> list[str]:
-        paths = [path.removeprefix("view/") for path in self._specs if path.startswith("view/")]
+        paths = [path.removeprefix("view/") for path in self.layout.arrays if path.startswith("view/")]
         return [name for name in paths if name != "pixel_crc"]
 
     def pixel_crcs(self, unit: int, view: int) -> np.ndarray:
         """CRC-32 of the view's pixels per sample: uint32 [n]; 0 where quarantined."""
         return self._view_values("view/pixel_crc", unit, view)
 
-    def write_unit(self, unit: int, first_view: int, data: UnitData) -> None:
+    def write_unit(self, unit: int, first_view: int, data: EncodedUnit) -> None:
         """Write and commit V views of a unit, see ``feature_store.write.unit``.
 
         Any number of processes may write at once. Of two that write the same, one does so whole.
@@ -222,7 +225,7 @@ class Store:
                 if first < views.stop and last >= views.start:
                     raise already_committed(unit, name, path)
             self._forget_index(unit, views)
-            record = write_unit(self.objects, self.manifest, unit, first_view, data, self._shared_proofs(others))
+            record = write_unit(self.objects, self.layout, unit, first_view, data, self._shared_proofs(others))
         self.committed.replace(record)
         self.__dict__.pop("_key_index", None)
 
@@ -236,7 +239,7 @@ class Store:
         if not records:
             return {}
         record = decode_record(records[0], self.objects.get(records[0]).tobytes())
-        paths = [spec.object_path(record.unit) for spec in self._specs.values() if not spec.per_view]
+        paths = [spec.object_path(record.unit) for spec in self.layout.per_unit]
         return {path: record.proof(path) for path in paths}
 
     def _forget_index(self, unit: int, views: range) -> None:
@@ -251,8 +254,8 @@ class Store:
         Returns:
             How many records it covers.
         """
-        committed, _ = load_commits(self.objects, self.manifest)
-        return commit_index.write_index(self.objects, self.manifest, committed.records)
+        committed, _ = load_commits(self.objects, self.layout)
+        return commit_index.write_index(self.objects, self.layout, committed.records)
 
     def grow(self, manifest: Manifest) -> "Store":
         """The same store with the views and tars of a manifest that it lacks; see ``Manifest.growth_from``.
@@ -266,22 +269,9 @@ class Store:
         grow(self.objects, manifest)
         return open_store_in(self.objects)
 
-    @contextmanager
-    def locked_for_writing(self) -> Iterator[None]:
-        """Be the only job on a local store; released by the kernel if the process dies.
-
-        Writers that leave the choice of units to others do not need it: write_unit protects each unit.
-
-        Raises:
-            ResourceError: Another job is.
-        """
-        refusal = f"another process is writing {self.objects.url}; wait for it or stop it"
-        with exclusive(self.objects, "store", refusal):
-            yield
-
     def remove_orphans(self) -> list[str]:
         """Delete what interrupted writers left; units being written now are left alone. See orphans."""
-        return orphans.remove(self.objects, self.manifest)
+        return orphans.remove(self.objects, self.layout)
 
     def withdraw_unit(self, unit: int) -> None:
         """Make a committed unit one that was never written; see orphans.withdraw. Open the store again after it.
@@ -293,19 +283,13 @@ class Store:
         """
         orphans.withdraw(self.objects, unit)
 
-    def info(self) -> dict[str, Any]:
-        """What the store holds, as JSON: see ``feature-store info``."""
-        from feature_store.tools.info import summarise
-
-        return summarise(self)
-
     def _first_record(self, unit: int) -> CommitRecord:
         return self.committed.record(unit, min(self.committed.views(unit), default=0))
 
     def _unit_values(self, name: str, unit: int) -> np.ndarray:
-        record, spec = self._first_record(unit), self._specs[name]
+        record, spec = self._first_record(unit), self.layout.arrays[name]
         return self._reader.chunk(spec, record)[: record.samples]
 
     def _view_values(self, name: str, unit: int, view: int) -> np.ndarray:
         record = self.committed.record(unit, view)
-        return self._reader.chunk(self._specs[name], record, view)[: record.samples]
+        return self._reader.chunk(self.layout.arrays[name], record, view)[: record.samples]

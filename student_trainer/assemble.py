@@ -11,7 +11,6 @@ from torch import nn
 
 from feature_store.client.connection import Client
 from feature_store.errors import InputError, MismatchError, ResourceError
-from feature_store.format.codecs.registry import bound_codecs
 from feature_store.inputs.tar import Tar, tar_notes
 from feature_store.source import FeatureSource
 from feature_store.store import Store
@@ -262,8 +261,7 @@ def _source(
 def _decoders(config: TrainConfig, store: Store | None, taps: Sequence[str]) -> dict[str, TorchDecoder]:
     if store is None or config.is_live:
         return {}
-    codecs = bound_codecs(store.manifest)
-    return {tap: TorchDecoder(codecs[f"taps/{tap}"]) for tap in taps}
+    return {tap: TorchDecoder(store.layout.codecs[tap]) for tap in taps}
 
 
 def _num_classes(config: TrainConfig, store: Store | None, teacher: Teacher | None) -> int:

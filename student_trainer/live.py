@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from feature_store.errors import InputError, MismatchError
-from feature_store.format.addressing import RowId
+from feature_store.format.addressing import RowId, Rows, row_array
 from feature_store.format.manifest import Manifest, SplitInfo, TeacherInfo
 from feature_store.source import FeatureBatch
 from feature_store.teacher.model import Teacher
@@ -41,7 +41,7 @@ class LiveSource:
 
     def read(
         self,
-        rows: Sequence[RowId],
+        rows: Rows,
         taps: Sequence[str] | None = None,
         *,
         pixels: np.ndarray | None = None,
@@ -62,7 +62,7 @@ class LiveSource:
         features = {name: output.taps[name].cpu().numpy() for name in names}
         logits = None if output.logits is None else output.logits.cpu().numpy()
         self.seconds += time.perf_counter() - start
-        return FeatureBatch(tuple(rows), features, logits)
+        return FeatureBatch(row_array(rows), features, logits)
 
     def iter_unit(
         self, unit: int, view: int, taps: Sequence[str] | None = None, *, batch_size: int = 256

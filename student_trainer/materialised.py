@@ -8,7 +8,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from feature_store.backends.bucket import RemoteObjects
-from feature_store.backends.local import LocalObjects, open_objects
+from feature_store.backends.local import LocalObjects
+from feature_store.backends.open import open_objects
 from feature_store.errors import InputError, MismatchError
 from feature_store.format.addressing import RowId
 from feature_store.inputs.copies import copy_object, copy_once

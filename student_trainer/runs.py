@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from feature_store.backends.base import PARTIAL_SUFFIX
 from feature_store.backends.files import write_text
-from feature_store.backends.local import PARTIAL_SUFFIX
 from feature_store.commits.locks import locked
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.format.versions import software_versions

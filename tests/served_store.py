@@ -17,12 +17,13 @@ from urllib.parse import unquote
 
 import numpy as np
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, write_tar
+from tiny_store import encoded
 
 from feature_store.client import frames
-from feature_store.format.blocks import read_blocks
 from feature_store.format.manifest import TapInfo
+from feature_store.read.blocks import read_blocks
 from feature_store.store import Store, open_store
-from feature_store.write.unit import UnitData
+from feature_store.write.unit import EncodedUnit
 from teacher_service.cache.job import cache
 from teacher_service.serve.app import create_app
 from teacher_service.serve.config import Limits, ServeConfig
@@ -55,14 +56,17 @@ def make_wide_store(folder: Path, path: Path) -> Path:
     large = Store.create(folder / "wide.zarr", replace(small.manifest, taps=taps), read_blocks(small.objects))
     samples, views = small.manifest.tars[0].samples, small.manifest.num_views
     rng = np.random.default_rng(0)
-    data = UnitData(
+    data = EncodedUnit(
         keys=small.keys(0),
         labels=small.labels(0),
         quarantined=small.quarantined(0),
         params=[small.view_params(0, view) for view in range(views)],
         pixel_crc=np.stack([small.pixel_crcs(0, view) for view in range(views)]),
-        taps={"stage4": rng.standard_normal((views, samples, 49, 512), np.float32)},
-        logits=rng.standard_normal((views, samples, 4), np.float32),
+        features=encoded(
+            large.manifest,
+            stage4=rng.standard_normal((views, samples, 49, 512), np.float32),
+            logits=rng.standard_normal((views, samples, 4), np.float32),
+        ),
     )
     large.write_unit(0, 0, data)
     return folder / "wide.zarr"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from feature_store.format.layout import crc32c
+from feature_store.format.checksums import crc32c
 from feature_store.format.manifest import fingerprint_of
 
 GROWTH = ("num_views", "tars", "software", "licence")

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from feature_store.format.addressing import RowId
-from feature_store.format.blocks import blocks_sha256
+from feature_store.format.codecs.bound import bind_codecs
 from feature_store.format.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
 from feature_store.format.versions import software_versions
+from feature_store.read.blocks import blocks_sha256
 from feature_store.store import Store
 from feature_store.views import draw_view, view_policy
-from feature_store.write.unit import UnitData
+from feature_store.write.unit import EncodedUnit
 
 SAMPLES = (5, 3, 4)
 TOKENS, CHANNELS, CLASSES, VIEWS = 4, 6, 3, 2
@@ -34,15 +35,20 @@ def tiny_manifest(*, policy: str = "a2", codec: str = "f16", seed: int = 3, view
     )
 
 
+def encoded(manifest: Manifest, **values: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """Values [V, n, ...] by name as a store of this manifest holds them."""
+    return {name: codec.encode(values[name]) for name, codec in bind_codecs(manifest).items()}
+
+
 def unit_data(
     manifest: Manifest, unit: int, *, views: int | None = None, quarantined: dict[int, str] | None = None
-) -> UnitData:
+) -> EncodedUnit:
     views = manifest.num_views if views is None else views
     quarantined = quarantined or {}
     rng = np.random.default_rng(unit)
     samples = manifest.tars[unit].samples
     keys = [f"key/{unit}-{position}" for position in range(samples)]
-    return UnitData(
+    return EncodedUnit(
         keys=keys,
         labels=rng.integers(0, CLASSES, samples),
         quarantined=quarantined,
@@ -54,21 +60,24 @@ def unit_data(
             for view in range(views)
         ],
         pixel_crc=rng.integers(0, 2**32, (views, samples), dtype=np.uint32),
-        taps={"stage4": rng.standard_normal((views, samples, TOKENS, CHANNELS)).astype(np.float32)},
-        logits=rng.standard_normal((views, samples, CLASSES)).astype(np.float32),
+        features=encoded(
+            manifest,
+            stage4=rng.standard_normal((views, samples, TOKENS, CHANNELS)).astype(np.float32),
+            logits=rng.standard_normal((views, samples, CLASSES)).astype(np.float32),
+        ),
     )
 
 
 def view_data(
     manifest: Manifest, unit: int, views: range, quarantined: dict[int, str] | None = None, salt: int = 0
-) -> UnitData:
+) -> EncodedUnit:
     """Like unit_data for any range of views; what a view holds depends on nothing but unit, view and salt."""
     quarantined = quarantined or {}
     samples = manifest.tars[unit].samples
     keys = [f"key/{unit}-{position}" for position in range(samples)]
     rngs = [np.random.default_rng([unit, view, salt]) for view in views]
     shape = (samples, TOKENS, CHANNELS)
-    return UnitData(
+    return EncodedUnit(
         keys=keys,
         labels=(np.arange(samples) + unit) % CLASSES,
         quarantined=quarantined,
@@ -80,8 +89,11 @@ def view_data(
             for view in views
         ],
         pixel_crc=np.stack([rng.integers(0, 2**32, samples, dtype=np.uint32) for rng in rngs]),
-        taps={"stage4": np.stack([rng.standard_normal(shape).astype(np.float32) for rng in rngs])},
-        logits=np.stack([rng.standard_normal((samples, CLASSES)).astype(np.float32) for rng in rngs]),
+        features=encoded(
+            manifest,
+            stage4=np.stack([rng.standard_normal(shape).astype(np.float32) for rng in rngs]),
+            logits=np.stack([rng.standard_normal((samples, CLASSES)).astype(np.float32) for rng in rngs]),
+        ),
     )
 
 
@@ -99,13 +111,12 @@ def everything(store: Store) -> tuple:
     per_unit = [(store.keys(unit), store.labels(unit).tolist(), store.quarantined(unit)) for unit in units]
     per_view = [(store.view_params(*place), store.pixel_crcs(*place).tolist()) for place in views]
     logits = None if batch.logits is None else batch.logits.tobytes()
-    return batch.rows, batch.taps["stage4"].tobytes(), logits, per_unit, per_view
+    return batch.rows.tolist(), batch.taps["stage4"].tobytes(), logits, per_unit, per_view
 
 
 def tiny_store(path: Path, manifest: Manifest | None = None, units: tuple[int, ...] = (0, 1, 2), **data) -> Store:
     manifest = manifest or tiny_manifest()
     store = Store.create(path, manifest, BLOCKS)
-    with store.locked_for_writing():
-        for unit in units:
-            store.write_unit(unit, 0, unit_data(manifest, unit, **data))
+    for unit in units:
+        store.write_unit(unit, 0, unit_data(manifest, unit, **data))
     return store

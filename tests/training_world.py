@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from feature_store.errors import ImageError
+from feature_store.format.codecs.bound import bind_codecs
 from feature_store.format.manifest import Manifest, TapInfo, TarInfo
 from feature_store.format.versions import software_versions
 from feature_store.inputs.tar import Tar
@@ -24,7 +25,7 @@ from feature_store.store import Store
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, pixel_crc, view_policy
-from feature_store.write.unit import UnitData
+from feature_store.write.unit import EncodedUnit
 from student_trainer.config import TrainConfig
 
 CLASSES = 4
@@ -131,15 +132,14 @@ def write_store(
         software=software_versions(),
     )
     store = Store.create(path, manifest, blocks)
-    with store.locked_for_writing():
-        for unit, tar in enumerate(opened):
-            for view in range(num_views):
-                if (unit, view) not in skip:
-                    store.write_unit(unit, view, _unit(manifest, teacher, tar, view))
+    for unit, tar in enumerate(opened):
+        for view in range(num_views):
+            if (unit, view) not in skip:
+                store.write_unit(unit, view, _unit(manifest, teacher, tar, view))
     return store
 
 
-def _unit(manifest: Manifest, teacher: Teacher, tar: Tar, view: int) -> UnitData:
+def _unit(manifest: Manifest, teacher: Teacher, tar: Tar, view: int) -> EncodedUnit:
     count, (height, width) = len(tar), manifest.policy.size
     pixels = np.zeros((count, height, width, 3), np.uint8)
     params, quarantined, labels = [], {}, np.full(count, -1, np.int64)
@@ -156,14 +156,14 @@ def _unit(manifest: Manifest, teacher: Teacher, tar: Tar, view: int) -> UnitData
         pixels[position] = apply_view(image, params[-1], manifest.policy.size)
     crcs = np.array([0 if params[i] is None else pixel_crc(pixels[i]) for i in range(count)], np.uint32)
     output = teacher(torch.from_numpy(pixels))
-    return UnitData(
+    values = output.taps if output.logits is None else {**output.taps, "logits": output.logits}
+    return EncodedUnit(
         keys=list(tar.keys),
         labels=labels,
         quarantined=quarantined,
         params=[params],
         pixel_crc=crcs[None],
-        taps={name: output.taps[name].numpy()[None] for name in manifest.taps},
-        logits=None if output.logits is None else output.logits.numpy()[None],
+        features={name: codec.encode(values[name].numpy()[None]) for name, codec in bind_codecs(manifest).items()},
     )
 
 

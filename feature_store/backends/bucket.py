@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from feature_store.backends.base import Buffer, buffers_of, scatter
 from feature_store.backends.credentials import failure, s3_options
-from feature_store.backends.local import Buffer, buffers_of, scatter
 from feature_store.errors import InputError, ResourceError, UserError
 
 SCHEMES = ("s3", "gs", "http", "https")
@@ -136,9 +136,8 @@ class RemoteObjects:
         with self._errors(path) as (obstore, store):
             obstore.delete(store, path)
 
-    def forget(self, path: str) -> bool:
-        """See ObjectStore.forget: there is no nearer copy."""
-        return False
+    def forget(self, path: str) -> None:
+        """See ObjectStore.forget: nothing is kept."""
 
     def _require_writable(self, what: str) -> None:
         if self._read_only:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from feature_store.backends.local import PARTIAL_SUFFIX, sync_directories
+from feature_store.backends.base import PARTIAL_SUFFIX
+from feature_store.backends.local import sync_directories
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where a store's objects live: one protocol, and its implementation for local files."""
+"""LocalObjects: a store's objects as files of a folder."""
 
 import ctypes
 import errno
@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from feature_store.errors import CorruptStoreError, InputError
+from feature_store.backends.base import PARTIAL_SUFFIX, Buffer, buffers_of
+from feature_store.errors import CorruptStoreError
 
-PARTIAL_SUFFIX = ".partial"
 # Buffers of one preadv or pwritev; Linux takes no more.
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 OPEN_FILES = 8192
@@ -25,104 +24,11 @@ _LOCAL_GAP = 4096
 _SYNCS = 16
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # 0: not Linux
-# Written at once, then left to the disk: what takes smaller steps waits for it every now and then, for long.
+# Flush every 32 MiB; smaller steps stall on writeback.
 _WRITE_BEHIND = 32 << 20
 _skipped = memoryview(bytearray(_LOCAL_GAP))
 # What opening a socket, a device without driver, a directory (for writing) or a circle of links fails with.
 _SPECIAL_FILE = (errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ELOOP)
-
-Buffer: TypeAlias = bytes | memoryview | np.ndarray
-
-
-class ObjectStore(Protocol):
-    """Objects by path below one root. Paths are relative, with ``/`` between components.
-
-    A missing object is a FileNotFoundError, whatever stands behind; a network or service that gave up is a
-    ResourceError. Instances are used from many threads, survive pickling, and open what they need lazily in the
-    process that uses them.
-
-    Attributes:
-        url: Where the root is.
-        lists: Whether list and sizes work; web servers cannot.
-        in_flight: Reads worth having in flight at once.
-        gap_bytes: Two ranges of an object this far apart are cheaper read in one request than in two.
-        request_bytes: Most bytes worth asking for in one request. A reader's transport holds at most
-            ``in_flight * request_bytes``.
-        bytes_per_thread: Bytes worth another request in flight.
-    """
-
-    url: str
-    lists: bool
-    in_flight: int
-    gap_bytes: int
-    request_bytes: int
-    bytes_per_thread: int
-
-    def get(self, path: str) -> np.ndarray:
-        """A whole object, uint8."""
-        ...
-
-    def get_range(self, path: str, offset: int, length: int) -> np.ndarray:
-        """Bytes of an object from an offset, uint8; fewer than length, or none, where the object ends before."""
-        ...
-
-    def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int], *, wait: bool = True) -> bool:
-        """Read consecutive bytes, each part into its own memory; a number is so many bytes to skip.
-
-        Args:
-            path: The object.
-            offset: Where to begin.
-            parts: Memory to fill, in order.
-            wait: False only takes what is in memory already.
-
-        Returns:
-            Whether it was read; always true when it may wait.
-
-        Raises:
-            EOFError: The object ends before the last part is full.
-        """
-        ...
-
-    def opened(self, path: str) -> "OpenFile | None":
-        """The file of an object, if there is one and it is open already."""
-        ...
-
-    def size(self, path: str) -> int:
-        """Bytes of an object."""
-        ...
-
-    def list(self, prefix: str = "") -> list[str]:
-        """Paths of all objects that start with a prefix, sorted; a folder prefix ends with ``/``."""
-        ...
-
-    def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Bytes of every object that list gives, by path."""
-        ...
-
-    def put(self, path: str, payload: Buffer | Iterable[Buffer], *, new: bool = False) -> None:
-        """Write an object, whole under its name or not at all; several buffers are written one after the other.
-
-        Args:
-            path: Its path.
-            payload: Its bytes; whatever comes out of an iterator instead of a buffer leaves no object.
-            new: Only if there is none yet, decided atomically.
-
-        Raises:
-            FileExistsError: new, and there is one.
-        """
-        ...
-
-    def sync(self, paths: Sequence[str]) -> None:
-        """Make the names of written objects durable; once for many objects, after their put."""
-        ...
-
-    def delete(self, path: str) -> None:
-        """Remove an object."""
-        ...
-
-    def forget(self, path: str) -> bool:
-        """Drop any copy of an object kept nearer than its origin; whether there was one."""
-        ...
 
 
 class LocalObjects:
@@ -236,43 +142,12 @@ class LocalObjects:
             Path(self._file(path)).unlink()
         self._files.close(path)
 
-    def forget(self, path: str) -> bool:
-        """See ObjectStore.forget: there is no nearer copy, but a file replaced since is opened anew."""
+    def forget(self, path: str) -> None:
+        """See ObjectStore.forget."""
         self._files.close(path)
-        return False
 
     def _file(self, path: str) -> str:
         return file_below(self.url, path)
-
-
-def open_objects(url: str | Path, *, cache_dir: str | Path | None = None, cache_bytes: int = 0) -> ObjectStore:
-    """Objects below a local path or URL.
-
-    Args:
-        url: A path, ``file://``, ``s3://``, ``gs://`` or ``http(s)://`` (read only).
-        cache_dir: Local directory that keeps copies of what is read, for anything but local files.
-        cache_bytes: Most bytes the copies take together.
-
-    Raises:
-        InputError: Unknown scheme, the library for it is missing, or a cache that makes no sense.
-    """
-    scheme, separator, rest = str(url).partition("://")
-    local = not separator or scheme == "file"
-    if cache_dir is None:
-        if cache_bytes:
-            raise InputError(f"cache_bytes {cache_bytes} without cache_dir: say where the copies go")
-    elif local:
-        raise InputError(f"{url} is local already: leave cache_dir out")
-    if local:
-        return LocalObjects(Path(rest if separator else url))
-    from feature_store.backends.bucket import RemoteObjects
-
-    remote = RemoteObjects(str(url))
-    if cache_dir is None:
-        return remote
-    from feature_store.backends.cached import CachedObjects
-
-    return CachedObjects(remote, Path(cache_dir), cache_bytes)
 
 
 def file_below(folder: str, path: str) -> str:
@@ -317,28 +192,6 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
 def not_regular(path: str | Path, what: str) -> CorruptStoreError:
     """A FIFO, socket, device, directory or circle of links where an object should be."""
     return CorruptStoreError(f"{path} cannot be an object: {what}, expected a regular file; restore it from a copy")
-
-
-def buffers_of(payload: Buffer | Iterable[Buffer]) -> Iterator[memoryview]:
-    """A payload as flat byte views."""
-    parts = [payload] if isinstance(payload, bytes | memoryview | np.ndarray) else payload
-    return (memoryview(part).cast("B") for part in parts if memoryview(part).nbytes)
-
-
-def scatter(payload: np.ndarray, offset: int, parts: Sequence[memoryview | int]) -> None:
-    """Copy bytes read from an offset into the parts of a read_into.
-
-    Raises:
-        EOFError: There are fewer bytes than the parts take.
-    """
-    raw, done = memoryview(payload), 0
-    for part in parts:
-        end = done + (part if isinstance(part, int) else len(part))
-        if end > len(raw):
-            raise EOFError(f"it ends at byte {offset + len(raw)}")
-        if not isinstance(part, int):
-            part[:] = raw[done:end]
-        done = end
 
 
 def _move_new(partial: Path, target: Path) -> None:

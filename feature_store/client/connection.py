@@ -16,7 +16,6 @@ from feature_store.client.service import RetryPolicy, ServiceClient
 from feature_store.client.source import REQUEST_BYTES, HttpSource, require_store
 from feature_store.client.transport import Transport
 from feature_store.errors import InputError
-from feature_store.format.addressing import addresses
 from feature_store.format.manifest import Manifest
 from feature_store.store import Store, open_store_in
 
@@ -78,7 +77,7 @@ class Client:
             ResourceError: The service stayed busy or out of reach.
         """
         batch = self._source.read_keys([keys] if isinstance(keys, str) else keys, view, taps)
-        found = Features(batch.taps, rows=addresses(batch.rows))
+        found = Features(batch.taps, rows=batch.rows)
         return found if batch.logits is None else Features(found, logits=batch.logits)
 
     def source(self, taps: Sequence[str] | None = None) -> HttpSource:

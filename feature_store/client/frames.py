@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from feature_store.errors import InputError, WireError
-from feature_store.format.layout import crc32c
+from feature_store.format.checksums import crc32c
 
 MEDIA_TYPE = "application/vnd.safetensors"
 CHUNK_BYTES = 1 << 20

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from feature_store.client import frames
 from feature_store.client.service import ServiceClient, at_once
 from feature_store.errors import InputError, MismatchError, UnknownFieldError, WireError
-from feature_store.format.addressing import RowId
+from feature_store.format.addressing import RowId, Rows, row_array
 from feature_store.format.manifest import SplitInfo, TeacherInfo
 from feature_store.format.parsing import parse
 from feature_store.source import FeatureBatch
@@ -69,7 +69,7 @@ class RemoteLiveSource:
 
     def read(
         self,
-        rows: Sequence[RowId],
+        rows: Rows,
         taps: Sequence[str] | None = None,
         *,
         pixels: np.ndarray | None = None,
@@ -91,7 +91,7 @@ class RemoteLiveSource:
         start = time.perf_counter()
         arrays = self.compute(pixels, names)
         self.seconds += time.perf_counter() - start
-        return FeatureBatch(tuple(rows), {name: arrays[name] for name in names}, arrays.get(LOGITS))
+        return FeatureBatch(row_array(rows), {name: arrays[name] for name in names}, arrays.get(LOGITS))
 
     def iter_unit(
         self, unit: int, view: int, taps: Sequence[str] | None = None, *, batch_size: int = 256

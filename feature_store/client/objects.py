@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from feature_store.backends.local import Buffer, scatter
+from feature_store.backends.base import Buffer, scatter
 from feature_store.client.service import ServiceClient, content_length
 from feature_store.client.transport import Response
 from feature_store.errors import InputError, WireError
@@ -29,7 +29,7 @@ class _Missing(Enum):
 
 
 class ServedObjects:
-    """Objects below ``/v1/zarr``, see ``feature_store.backends.local.ObjectStore``.
+    """Objects below ``/v1/zarr``, see ``feature_store.backends.base.ObjectStore``.
 
     Connections are each process's own: forked workers may read what their parent has read.
     """
@@ -110,9 +110,8 @@ class ServedObjects:
         """
         raise self._unable("delete")
 
-    def forget(self, path: str) -> bool:
-        """See ObjectStore.forget: there is no nearer copy."""
-        return False
+    def forget(self, path: str) -> None:
+        """See ObjectStore.forget: nothing is kept."""
 
     def _unable(self, what: str) -> InputError:
         return InputError(f"cannot {what} objects of {self.url}: it is served read only; use the store's own path")

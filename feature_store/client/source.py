@@ -10,7 +10,7 @@ import numpy as np
 
 from feature_store.client.service import ServiceClient, at_once
 from feature_store.errors import InputError, MismatchError, WireError
-from feature_store.format.addressing import RowId, addresses
+from feature_store.format.addressing import Rows, row_array
 from feature_store.source import FeatureBatch
 from feature_store.store import Store
 
@@ -53,7 +53,7 @@ class HttpSource:
 
     def read(
         self,
-        rows: Sequence[RowId],
+        rows: Rows,
         taps: Sequence[str] | None = None,
         *,
         pixels: np.ndarray | None = None,
@@ -64,10 +64,11 @@ class HttpSource:
 
         Raises:
             MismatchError: The service has another store by now.
-            ResourceError: It was busy or out of reach for as long as the service's patience.
+            ResourceError: It was busy or out of reach for as long as the retry policy allows.
             WireError: Its answers stayed damaged.
             UncommittedError, QuarantinedError, CorruptStoreError, InputError: See ZarrSource.read.
         """
+        rows = row_array(rows)
         memory = self._layout.memory(len(rows), taps, out or {})
         self.fill(rows, memory, taps)
         return self._layout.batch(rows, memory, taps, decode=decode)
@@ -97,8 +98,8 @@ class HttpSource:
                 if ready is not None:
                     yield ready.result()
 
-    def unit_rows(self, unit: int, view: int) -> list[RowId]:
-        """All readable rows of one unit and view, in position order.
+    def unit_rows(self, unit: int, view: int) -> np.ndarray:
+        """All readable rows of one unit and view in position order: int64 [n, 3].
 
         Raises:
             UncommittedError: They were not committed when the store was opened.
@@ -113,15 +114,14 @@ class HttpSource:
         """Bytes of one row in the buffers, and nearly as many on the wire."""
         return self._layout.row_bytes(taps)
 
-    def fill(self, rows: Sequence[RowId], memory: Mapping[str, np.ndarray], taps: Sequence[str] | None = None) -> None:
-        """Read rows into memory that fits, see buffers.
+    def fill(self, rows: np.ndarray, memory: Mapping[str, np.ndarray], taps: Sequence[str] | None = None) -> None:
+        """Read rows [n, 3] into memory that fits, see buffers.
 
         Raises:
             UserError: See read.
         """
-        asked = addresses(rows)
-        got = self._ask("rows", asked.tolist(), memory, taps)
-        if not np.array_equal(got, asked):
+        got = self._ask("rows", rows.tolist(), memory, taps)
+        if not np.array_equal(got, rows):
             raise WireError(f"{self.service.url} answered with other rows than those asked for; check what is between")
 
     def read_keys(self, keys: Sequence[str], view: int, taps: Sequence[str] | None = None) -> FeatureBatch:
@@ -132,7 +132,7 @@ class HttpSource:
         """
         memory = self._layout.memory(len(keys), taps, {})
         rows = self._ask("keys", [[key, view] for key in keys], memory, taps)
-        return self._layout.batch([RowId(*row) for row in rows.tolist()], memory, taps)
+        return self._layout.batch(rows, memory, taps)
 
     def _ask(
         self, what: str, names: list[Any], memory: Mapping[str, np.ndarray], taps: Sequence[str] | None

@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from feature_store.backends.local import LocalObjects, ObjectStore, open_regular
+from feature_store.backends.base import ObjectStore
+from feature_store.backends.local import LocalObjects, open_regular
 from feature_store.errors import ResourceError
 
 FOLDER = ".locks/"

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from feature_store.backends.local import ObjectStore
+from feature_store.backends.base import ObjectStore
 from feature_store.commits import index as commit_index
-from feature_store.commits.checksum_table import ChecksumOrder, pack_checksums
+from feature_store.commits.checksum_table import pack_checksums
 from feature_store.commits.index import CommitIndex
 from feature_store.commits.record import FOLDER, CommitRecord, decode_record, parse_record_path
+from feature_store.commits.root import read_manifest
 from feature_store.errors import CorruptStoreError, InputError, QuarantinedError, UncommittedError, UserError
 from feature_store.format.addressing import RowId
-from feature_store.format.manifest import Manifest
-from feature_store.write.create import read_manifest
+from feature_store.format.layout import StoreLayout
 
 _logger = logging.getLogger(__name__)
 
@@ -29,9 +29,8 @@ class CommitLog:
     Records in the commit index stay packed there until they are asked for.
     """
 
-    def __init__(self, manifest: Manifest, records: Iterable[CommitRecord] = ()) -> None:
-        self._manifest = manifest
-        self._order = ChecksumOrder(manifest)
+    def __init__(self, layout: StoreLayout, records: Iterable[CommitRecord] = ()) -> None:
+        self._layout, self._manifest = layout, (manifest := layout.manifest)
         self._lines = np.full((len(manifest.tars), manifest.num_views), _NONE, np.int32)
         self._index: CommitIndex | None = None
         self._records: dict[int, CommitRecord] = {}
@@ -54,7 +53,7 @@ class CommitLog:
                 f"{other.path} and {record.path} vouch for the same view; remove one of them with "
                 "`feature-store repair --yes --drop-damaged`"
             )
-        packed = pack_checksums(self._order, record.unit, record.views, record.objects)
+        packed = pack_checksums(self._layout, record.unit, record.views, record.objects)
         self._records[self._next_line] = replace(record, objects=packed)
         self._lines[record.unit, record.views] = self._next_line
         self._next_line += 1
@@ -174,34 +173,34 @@ class RecordProblem:
     error: UserError
 
 
-def load_store(objects: ObjectStore, *, use_index: bool = True) -> tuple[Manifest, CommitLog, list[RecordProblem]]:
-    """A store's manifest, and what load_commits gives.
+def load_store(objects: ObjectStore, *, use_index: bool = True) -> tuple[StoreLayout, CommitLog, list[RecordProblem]]:
+    """A store's layout, and what load_commits gives.
 
     Raises:
         InputError: Not a store of this format.
         CorruptStoreError: Its manifest is damaged.
     """
-    manifest = read_manifest(objects)
-    committed, problems = load_commits(objects, manifest, use_index=use_index)
+    layout = StoreLayout(read_manifest(objects))
+    committed, problems = load_commits(objects, layout, use_index=use_index)
     if problems:
-        manifest = read_manifest(objects)  # it may have grown before the records were listed
-        committed, problems = load_commits(objects, manifest, use_index=use_index)
-    return manifest, committed, problems
+        layout = StoreLayout(read_manifest(objects))  # the store may have grown before the records were listed
+        committed, problems = load_commits(objects, layout, use_index=use_index)
+    return layout, committed, problems
 
 
 def load_commits(
-    objects: ObjectStore, manifest: Manifest, *, use_index: bool = True
+    objects: ObjectStore, layout: StoreLayout, *, use_index: bool = True
 ) -> tuple[CommitLog, list[RecordProblem]]:
     """What a store's commit records vouch for, and the records that cannot be believed.
 
     The commit index spares reading the records that it covers and that are there in the length it says.
     """
     if not objects.lists:
-        return _indexed_alone(objects, manifest), []
+        return _indexed_alone(objects, layout), []
     sizes = objects.sizes(FOLDER)
-    committed, problems = CommitLog(manifest), []
+    committed, problems = CommitLog(layout), []
     paths = {path for path in sizes if path.endswith(".json")}
-    if use_index and commit_index.PATH in sizes and (index := _read_index(objects, manifest)) is not None:
+    if use_index and commit_index.PATH in sizes and (index := _read_index(objects, layout)) is not None:
         names = index.paths()
         claimed = index.columns["bytes"].tolist()
         present = np.array([sizes.get(path) == size for path, size in zip(names, claimed, strict=True)], bool)
@@ -209,7 +208,7 @@ def load_commits(
             committed.add_indexed(index, present)
             paths -= {path for path, there in zip(names, present, strict=True) if there}
         except CorruptStoreError:
-            committed = CommitLog(manifest)
+            committed = CommitLog(layout)
     ordered = sorted(paths, key=lambda path: (parse_record_path(path) or (-1,), path))
     for path, found in zip(ordered, _read_all(objects, ordered), strict=True):
         try:
@@ -222,15 +221,15 @@ def load_commits(
     return committed, problems
 
 
-def _indexed_alone(objects: ObjectStore, manifest: Manifest) -> CommitLog:
+def _indexed_alone(objects: ObjectStore, layout: StoreLayout) -> CommitLog:
     """What the commit index says, where records cannot be listed: those published since are not seen."""
-    index = _read_index(objects, manifest)
+    index = _read_index(objects, layout)
     if index is None:
         raise InputError(
             f"{objects.url} cannot be listed and has no commit index of this store in {commit_index.PATH}; call "
             "Store.compact() where it can be written, then publish it again"
         )
-    committed = CommitLog(manifest)
+    committed = CommitLog(layout)
     committed.add_indexed(index, np.ones(len(index), bool))
     return committed
 
@@ -252,9 +251,9 @@ def _read(objects: ObjectStore, path: str) -> CommitRecord | UserError | None:
         return error
 
 
-def _read_index(objects: ObjectStore, manifest: Manifest) -> CommitIndex | None:
+def _read_index(objects: ObjectStore, layout: StoreLayout) -> CommitIndex | None:
     try:
-        return commit_index.decode_index(objects.get(commit_index.PATH).tobytes(), manifest)
+        return commit_index.decode_index(objects.get(commit_index.PATH).tobytes(), layout)
     except FileNotFoundError:
         return None
     except CorruptStoreError as error:

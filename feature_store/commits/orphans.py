@@ -1,26 +1,24 @@
-"""Which objects of a store count, and which an interrupted writer left behind."""
+"""Orphan objects: what interrupted writers left behind."""
 
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from feature_store.backends.local import PARTIAL_SUFFIX, ObjectStore
+from feature_store.backends.base import PARTIAL_SUFFIX, ObjectStore
 from feature_store.commits import index as commit_index
 from feature_store.commits import locks
 from feature_store.commits.locks import exclusive, lock_name
 from feature_store.commits.log import load_commits
 from feature_store.commits.record import FOLDER, CommitRecord, decode_record, parse_record_path
 from feature_store.errors import CorruptStoreError, ResourceError, UnknownFieldError
-from feature_store.format import blocks
-from feature_store.format.layout import array_specs
-from feature_store.format.manifest import Manifest
+from feature_store.format.layout import BLOCKS, StoreLayout
 
 _METADATA = "zarr.json"
 
 
 @dataclass(frozen=True)
-class Place:
+class ObjectKind:
     """What an object's path says it is.
 
     Attributes:
@@ -33,34 +31,19 @@ class Place:
     unit: int | None = None
 
 
-class Places:
-    """Reads paths of one store."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self._specs = array_specs(manifest)
-
-    def of(self, path: str) -> Place:
-        """What a path is."""
-        if path.endswith(PARTIAL_SUFFIX):
-            whole = path.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
-            return Place("partial", self.of(whole).unit)
-        if (place := parse_record_path(path)) is not None:
-            return Place("record", place[0])
-        if path == commit_index.PATH or path.rpartition("/")[2] == _METADATA:
-            return Place("fixed")
-        if path.startswith((blocks.FOLDER, locks.FOLDER)):
-            return Place("fixed")
-        unit = self._unit(path)
-        return Place("foreign") if unit is None else Place("object", unit)
-
-    def _unit(self, path: str) -> int | None:
-        array, _, chunk = path.partition("/c/")
-        spec, numbers = self._specs.get(array), chunk.split("/")
-        if spec is None or not all(number.isdecimal() for number in numbers):
-            return None
-        leading = [int(number) for number in numbers]
-        view, unit = leading[:2] if spec.per_view and len(leading) > 1 else (None, leading[0])
-        return unit if spec.object_path(unit, view) == path else None
+def classify_path(layout: StoreLayout, path: str) -> ObjectKind:
+    """The kind of object a path of the store belongs to."""
+    if path.endswith(PARTIAL_SUFFIX):
+        whole = path.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
+        return ObjectKind("partial", classify_path(layout, whole).unit)
+    if (record := parse_record_path(path)) is not None:
+        return ObjectKind("record", record[0])
+    if path == commit_index.PATH or path.rpartition("/")[2] == _METADATA:
+        return ObjectKind("fixed")
+    if path.startswith((BLOCKS, locks.FOLDER)):
+        return ObjectKind("fixed")
+    address = layout.address(path)
+    return ObjectKind("foreign") if address is None else ObjectKind("object", address.unit)
 
 
 def whole_objects(objects: ObjectStore) -> list[str]:
@@ -69,23 +52,23 @@ def whole_objects(objects: ObjectStore) -> list[str]:
 
 
 def find_orphans(
-    manifest: Manifest, paths: Iterable[str], records: Iterable[CommitRecord], doubtful: Iterable[int | None] = ()
+    layout: StoreLayout, paths: Iterable[str], records: Iterable[CommitRecord], doubtful: Iterable[int | None] = ()
 ) -> dict[int | None, list[str]]:
     """Objects no record vouches for, by unit; None for unfinished metadata.
 
     Args:
-        manifest: The store's.
+        layout: The store's.
         paths: Its objects.
         records: What counts.
         doubtful: Units with damaged records: what is theirs may yet count.
     """
-    places, doubted = Places(manifest), set(doubtful)
+    doubted = set(doubtful)
     by_unit: dict[int, list[CommitRecord]] = defaultdict(list)
     for record in records:
         by_unit[record.unit].append(record)
     found: dict[int | None, list[str]] = defaultdict(list)
     for path in paths:
-        place = places.of(path)
+        place = classify_path(layout, path)
         if place.kind not in ("object", "partial") or (place.unit in doubted and place.unit is not None):
             continue
         vouched = place.unit is not None and any(path in record.objects for record in by_unit.get(place.unit, ()))
@@ -94,15 +77,15 @@ def find_orphans(
     return dict(found)
 
 
-def remove(objects: ObjectStore, manifest: Manifest) -> list[str]:
+def remove(objects: ObjectStore, layout: StoreLayout) -> list[str]:
     """Delete what interrupted writers left; returns the paths.
 
     A unit that a local process is writing now, or one with a damaged record, is left alone. In a bucket nothing
     tells a writer at work from a dead one: call this only while no writer runs.
     """
     removed, there = [], objects.list()
-    committed, _ = load_commits(objects, manifest)  # a first look: units of which nothing is left are not locked
-    found = find_orphans(manifest, there, committed.records)
+    committed, _ = load_commits(objects, layout)  # a first look: units of which nothing is left are not locked
+    found = find_orphans(layout, there, committed.records)
     for unit, paths in {**{unit: [] for unit in locks.locked_units(there)}, **found}.items():
         with suppress(ResourceError, CorruptStoreError, UnknownFieldError), exclusive(objects, lock_name(unit), "busy"):
             records = [] if unit is None else read_records(objects, unit)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field, TypeAdapter
 
-from feature_store.backends.local import ObjectStore
+from feature_store.backends.base import ObjectStore
 from feature_store.errors import CommittedError, CorruptStoreError, InputError, MismatchError, UnknownFieldError
-from feature_store.format.layout import crc32c
+from feature_store.format.checksums import crc32c
 from feature_store.format.manifest import Manifest
 from feature_store.format.parsing import STRICT, Count, Natural, Text, Unsigned32, load_json, parse
 
@@ -21,7 +22,7 @@ _NAME = re.compile(r"u(\d{5,})-v(\d+)-(\d+)\.json")
 
 @dataclass(frozen=True)
 class ObjectChecksum:
-    """Length of one written object, and the crc32c it ends with (``feature_store.format.layout.object_checksum``)."""
+    """Length of one written object, and the crc32c it ends with; see ``checksums.object_checksum``."""
 
     bytes: Natural
     crc32c: Unsigned32
@@ -66,6 +67,16 @@ class CommitRecord:
     def views(self) -> range:
         """Views it vouches for."""
         return range(self.first_view, self.last_view + 1)
+
+    @property
+    def readable(self) -> np.ndarray:
+        """Positions that hold features, ascending: int64; those of quarantined samples are left out."""
+        return np.setdiff1d(np.arange(self.samples), list(self.quarantined))
+
+    def rows(self, view: int) -> np.ndarray:
+        """Addresses of the readable rows of one view in position order: int64 [n, 3]."""
+        readable = self.readable
+        return np.column_stack([np.full(len(readable), self.unit), readable, np.full(len(readable), view)])
 
     def proof(self, path: str) -> ObjectChecksum:
         """Length and checksum of one of its objects.

@@ -1,9 +1,9 @@
-"""Names of things: sample keys, their hashes, and row addresses."""
+"""Sample keys and row addresses."""
 
 import hashlib
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -22,9 +22,26 @@ class RowId(NamedTuple):
         return self.unit * capacity + self.position
 
 
-def addresses(rows: Sequence[RowId]) -> np.ndarray:
-    """Rows as int64 [n, 3]: unit, position and view of each."""
-    return np.fromiter(chain.from_iterable(rows), np.int64, 3 * len(rows)).reshape(-1, 3)
+Rows: TypeAlias = "Sequence[RowId] | np.ndarray"
+"""Row addresses as a caller may give them; inside they are int64 [n, 3]: unit, position and view of each."""
+
+
+def row_array(rows: Rows) -> np.ndarray:
+    """Rows as int64 [n, 3].
+
+    Raises:
+        InputError: An array of another shape or dtype.
+    """
+    if not isinstance(rows, np.ndarray):
+        return np.fromiter(chain.from_iterable(rows), np.int64, 3 * len(rows)).reshape(-1, 3)
+    if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype.kind not in "iu":
+        raise InputError(f"rows are {rows.dtype} {list(rows.shape)}, expected integers [n, 3]: unit, position, view")
+    return rows.astype(np.int64, copy=False)
+
+
+def row_ids(rows: np.ndarray) -> list[RowId]:
+    """Rows int64 [n, 3] as RowIds, for work that goes row by row."""
+    return [RowId(*row) for row in rows.tolist()]
 
 
 def key_hash(key: str) -> int:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from feature_store.format.layout import CRC_BYTES, ArraySpec
+from feature_store.format.arrays import ArraySpec
+from feature_store.format.checksums import CRC_BYTES
 
 NO_ROW = -1
 _FIRST_SLOTS = 16

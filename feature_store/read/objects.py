@@ -1,22 +1,15 @@
 """Reads small objects whole and shard indexes, each proven by a commit record."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
-from feature_store.backends.local import ObjectStore
+from feature_store.backends.base import ObjectStore
 from feature_store.commits.record import CommitRecord
 from feature_store.errors import CorruptStoreError, ResourceError
-from feature_store.format.layout import (
-    CRC_BYTES,
-    ArraySpec,
-    damaged,
-    decode_chunk,
-    decode_shard_index,
-    object_checksum,
-    shard_index_bytes,
-)
+from feature_store.format.arrays import ArraySpec, decode_chunk, decode_shard_index, shard_index_bytes
+from feature_store.format.checksums import CRC_BYTES, damaged, object_checksum
 
 
 class ObjectReader:
@@ -36,8 +29,7 @@ class ObjectReader:
         Raises:
             CorruptStoreError: Missing, of another length or damaged.
         """
-        path = spec.object_path(record.unit, view)
-        return self._again_from_origin(path, lambda: self._chunk(spec, record, path))
+        return self._chunk(spec, record, spec.object_path(record.unit, view))
 
     def index(self, spec: ArraySpec, record: CommitRecord, view: int) -> np.ndarray:
         """Offset and length of each row's inner chunk in a shard, uint64 [S, 2]; MISSING_CHUNK where there is none.
@@ -46,7 +38,11 @@ class ObjectReader:
             CorruptStoreError: The shard is missing, of another length, or its index is damaged.
         """
         path = spec.object_path(record.unit, view)
-        return self._again_from_origin(path, lambda: self._index(record, path))
+        try:
+            return self._index(record, path)
+        except CorruptStoreError:
+            self.objects.forget(path)
+            raise
 
     def _chunk(self, spec: ArraySpec, record: CommitRecord, path: str) -> np.ndarray:
         proof = record.proof(path)
@@ -67,15 +63,6 @@ class ObjectReader:
                 raise _wrong_length(path, self.objects.size(path), expected)
         _require_checksum(raw, path, record)
         return decode_shard_index(raw, self.capacity, path)
-
-    def _again_from_origin(self, path: str, read: Callable[[], np.ndarray]) -> np.ndarray:
-        """A damaged copy in a cache is not a damaged object."""
-        try:
-            return read()
-        except CorruptStoreError:
-            if not self.objects.forget(path):
-                raise
-            return read()
 
 
 @contextmanager

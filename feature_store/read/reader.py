@@ -1,4 +1,4 @@
-"""ZarrSource: rows straight from the shards into memory, each one proven by a commit record and its own checksum."""
+"""ZarrSource: rows from the shards into memory, each checked against its checksum."""
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -6,13 +6,14 @@ from functools import partial
 
 import numpy as np
 
-from feature_store.backends.local import ObjectStore
+from feature_store.backends.base import ObjectStore
 from feature_store.commits.log import CommitLog
 from feature_store.errors import CorruptStoreError, InputError, UncommittedError
-from feature_store.format.addressing import RowId, addresses
-from feature_store.format.codecs.registry import BoundCodec, bound_codecs
-from feature_store.format.layout import ArraySpec, coded_specs, damaged, shard_index_bytes
-from feature_store.format.manifest import Manifest
+from feature_store.format.addressing import RowId, Rows, row_array
+from feature_store.format.arrays import ArraySpec, shard_index_bytes
+from feature_store.format.checksums import damaged
+from feature_store.format.codecs.bound import LOGITS, BoundCodec
+from feature_store.format.layout import StoreLayout
 from feature_store.processes import PerProcess
 from feature_store.read.locate import NO_ROW, RowLocations, ShardIndexCache, ShardTable, shard_table
 from feature_store.read.objects import ObjectReader
@@ -20,7 +21,6 @@ from feature_store.read.page_cache import PageCacheReader
 from feature_store.read.transfers import Transfer, read_all, run_all
 from feature_store.source import FeatureBatch
 
-LOGITS = "logits"
 TABLE_BYTES = 64 << 20
 
 
@@ -34,7 +34,7 @@ class ZarrSource:
 
     Args:
         objects: The store's objects.
-        manifest: Its manifest.
+        layout: Its layout.
         committed: Which rows may be read.
         taps: Taps read unless told otherwise; None for all.
         threads: Requests in flight; None for what suits the object store.
@@ -50,7 +50,7 @@ class ZarrSource:
     def __init__(
         self,
         objects: ObjectStore,
-        manifest: Manifest,
+        layout: StoreLayout,
         committed: CommitLog,
         taps: Sequence[str] | None = None,
         *,
@@ -59,21 +59,25 @@ class ZarrSource:
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, got {threads}; leave it out for a fitting number")
-        self.objects, self.manifest = objects, manifest
+        self.objects, self.layout = objects, layout
         self._committed = committed
         self._threads = objects.in_flight if threads is None else threads
         self.stride_bytes = objects.in_flight * objects.request_bytes
-        self._reader = ObjectReader(objects, manifest.capacity)
-        self.codecs = {_name(path): value for path, value in bound_codecs(manifest).items()}
-        self._specs = {_name(spec.path): spec for value in self.codecs.values() for spec in coded_specs(value)}
+        self._reader = ObjectReader(objects, layout.capacity)
+        self.codecs = layout.codecs
+        self._specs = {
+            _buffer_name(name, suffix): spec
+            for name, parts in layout.features.items()
+            for suffix, spec in parts.items()
+        }
         # Not by a method of this source: the circle would keep its files open until a garbage collection.
-        shards = len(manifest.tars) * manifest.num_views
-        self._tables = PerProcess(partial(_Tables, list(self._specs.values()), shards, manifest.capacity, table_bytes))
-        self.tap_names = self._known(manifest.taps if taps is None else taps)
+        shards = len(layout.manifest.tars) * layout.manifest.num_views
+        self._tables = PerProcess(partial(_Tables, list(self._specs.values()), shards, layout.capacity, table_bytes))
+        self.tap_names = self._known(layout.manifest.taps if taps is None else taps)
 
     def read(
         self,
-        rows: Sequence[RowId],
+        rows: Rows,
         taps: Sequence[str] | None = None,
         *,
         pixels: np.ndarray | None = None,
@@ -83,7 +87,7 @@ class ZarrSource:
         """See FeatureSource.read; pixels are not looked at.
 
         Args:
-            rows: Addresses; any order, repeats allowed.
+            rows: Addresses, RowIds or integers [B, 3]; any order, repeats allowed.
             taps: Tap names; None for all the source has.
             pixels: Not looked at.
             out: Memory to read into by array, for as many as wanted: ``stage4``, ``stage4.scale``, ``logits``, each
@@ -94,9 +98,10 @@ class ZarrSource:
             UncommittedError: A row was never committed.
             QuarantinedError: A row's sample was quarantined.
             CorruptStoreError: Committed bytes are missing or damaged.
-            ResourceError: The disk or the network gave up.
+            ResourceError: The disk or the network failed.
             InputError: Unknown tap, or memory in out that does not fit.
         """
+        rows = row_array(rows)
         memory = self.memory(len(rows), taps, out or {})
         self.fill(rows, memory)
         return self.batch(rows, memory, taps, decode=decode)
@@ -116,14 +121,13 @@ class ZarrSource:
         for start in range(0, len(rows), batch_size):
             yield self.read(rows[start : start + batch_size], taps, out=out, decode=decode)
 
-    def unit_rows(self, unit: int, view: int) -> list[RowId]:
-        """All readable rows of one unit and view, in position order.
+    def unit_rows(self, unit: int, view: int) -> np.ndarray:
+        """All readable rows of one unit and view in position order: int64 [n, 3].
 
         Raises:
             UncommittedError: They were never committed.
         """
-        record = self._committed.record(unit, view)
-        return [RowId(unit, i, view) for i in range(record.samples) if i not in record.quarantined]
+        return self._committed.record(unit, view).rows(view)
 
     def buffers(self, rows: int, taps: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Memory that fits ``out`` of read: arrays [rows, ...] by name, their pages touched."""
@@ -150,13 +154,13 @@ class ZarrSource:
         """Bytes of one row in the buffers."""
         return sum(spec.row_bytes for spec in self._specs_of(taps).values())
 
-    def fill(self, rows: Sequence[RowId], memory: Mapping[str, np.ndarray]) -> None:
-        """Read rows into memory that fits, see buffers; what it holds no array for is not read.
+    def fill(self, rows: np.ndarray, memory: Mapping[str, np.ndarray]) -> None:
+        """Read rows [n, 3] into memory that fits, see buffers; what it holds no array for is not read.
 
         Raises:
             UncommittedError, QuarantinedError, CorruptStoreError, ResourceError: See read.
         """
-        if not rows or not memory:
+        if not len(rows) or not memory:
             return self._refuse(rows)
         shards, positions = self._places(rows)
         transfers = []
@@ -167,8 +171,8 @@ class ZarrSource:
             transfers.append(Transfer(spec, shards, positions, located, flat))
         return read_all(self.objects, transfers, self._threads)
 
-    def locate(self, rows: Sequence[RowId], taps: Sequence[str] | None = None) -> dict[str, RowLocations]:
-        """Where each array has some rows; at least one row.
+    def locate(self, rows: np.ndarray, taps: Sequence[str] | None = None) -> dict[str, RowLocations]:
+        """Where each array has some rows [n, 3]; at least one row.
 
         Raises:
             UncommittedError, QuarantinedError, CorruptStoreError, ResourceError: See read.
@@ -176,7 +180,7 @@ class ZarrSource:
         shards, positions = self._places(rows)
         return {name: self._locate(spec, shards, positions, rows) for name, spec in self._specs_of(taps).items()}
 
-    def cached_rows(self, located: Mapping[str, RowLocations]) -> dict[str, PageCacheReader]:
+    def page_cache(self, located: Mapping[str, RowLocations]) -> dict[str, PageCacheReader]:
         """Readers by array of rows that may be in the machine's memory; see compressed."""
         return {name: PageCacheReader(self.objects, self._specs[name], some) for name, some in located.items()}
 
@@ -186,20 +190,20 @@ class ZarrSource:
 
     def batch(
         self,
-        rows: Sequence[RowId],
+        rows: np.ndarray,
         memory: Mapping[str, np.ndarray],
         taps: Sequence[str] | None = None,
         *,
         decode: bool = True,
     ) -> FeatureBatch:
-        """A batch over memory that holds the rows."""
+        """A batch over memory that holds the rows [n, 3]."""
         parts = {
-            name: {suffix: memory[_name(path)][: len(rows)] for suffix, path in self.codecs[name].paths.items()}
+            name: {suffix: memory[_buffer_name(name, suffix)][: len(rows)] for suffix in self.layout.features[name]}
             for name in self._wanted(taps)
         }
         decoded = {n: _decoded(self.codecs[n], part) for n, part in parts.items() if decode or n == LOGITS}
         encoded = {} if decode else {name: part for name, part in parts.items() if name != LOGITS}
-        return FeatureBatch(tuple(rows), decoded, decoded.pop(LOGITS, None), encoded)
+        return FeatureBatch(rows, decoded, decoded.pop(LOGITS, None), encoded)
 
     def _wanted(self, taps: Sequence[str] | None) -> list[str]:
         names = self.tap_names if taps is None else self._known(taps)
@@ -208,27 +212,26 @@ class ZarrSource:
     def _known(self, taps: Iterable[str]) -> tuple[str, ...]:
         names = tuple(taps)
         for name in names:
-            if name not in self.manifest.taps:
-                stored = ", ".join(self.manifest.taps)
+            if name not in self.layout.manifest.taps:
+                stored = ", ".join(self.layout.manifest.taps)
                 raise InputError(f"the store has no tap {name!r}; it has: {stored}; cache it with --taps")
         return names
 
     def _specs_of(self, taps: Sequence[str] | None) -> dict[str, ArraySpec]:
-        paths = [path for name in self._wanted(taps) for path in self.codecs[name].paths.values()]
-        return {_name(path): self._specs[_name(path)] for path in paths}
+        wanted = [_buffer_name(name, suffix) for name in self._wanted(taps) for suffix in self.layout.features[name]]
+        return {name: self._specs[name] for name in wanted}
 
-    def _places(self, rows: Sequence[RowId]) -> tuple[np.ndarray, np.ndarray]:
+    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Number of the shard and position in its unit, int64 [n] each, of rows that may be there."""
-        units, positions, views = addresses(rows).T
-        bounds = len(self.manifest.tars), self.manifest.capacity, self.manifest.num_views
+        manifest = self.layout.manifest
+        units, positions, views = rows.T
+        bounds = len(manifest.tars), manifest.capacity, manifest.num_views
         for column, bound in zip((units, positions, views), bounds, strict=True):
             if column.min() < 0 or column.max() >= bound:
                 self._refuse(rows)
-        return units * self.manifest.num_views + views, positions
+        return units * manifest.num_views + views, positions
 
-    def _locate(
-        self, spec: ArraySpec, shards: np.ndarray, positions: np.ndarray, rows: Sequence[RowId]
-    ) -> RowLocations:
+    def _locate(self, spec: ArraySpec, shards: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> RowLocations:
         tables = self._tables()
         try:
             with tables.lock:
@@ -238,27 +241,27 @@ class ZarrSource:
             raise
         if (absent := np.flatnonzero(located.offsets == NO_ROW)).size:
             self._refuse(rows)
-            row = rows[int(absent[0])]
+            row = RowId(*rows[int(absent[0])].tolist())
             path = spec.object_path(row.unit, row.view)
             raise CorruptStoreError(damaged(path, f"position {row.position} has no row"))
         return located
 
-    def _refuse(self, rows: Sequence[RowId]) -> None:
+    def _refuse(self, rows: np.ndarray) -> None:
         """Raise what is wrong with the first row that may not be read, if there is one."""
-        for row in rows:
-            self._committed.require(row)
+        for row in rows.tolist():
+            self._committed.require(RowId(*row))
 
     def _load(self, spec: ArraySpec, shards: list[int]) -> list[ShardTable]:
-        places = [divmod(shard, self.manifest.num_views) for shard in shards]
+        places = [divmod(shard, self.layout.manifest.num_views) for shard in shards]
         return run_all([partial(self._shard_table, spec, unit, view) for unit, view in places], self._threads)
 
     def _shard_table(self, spec: ArraySpec, unit: int, view: int) -> ShardTable:
         record = self._committed.record(unit, view)
-        readable = np.arange(self.manifest.capacity) < record.samples
-        readable[list(record.quarantined)] = False
+        readable = np.zeros(self.layout.capacity, bool)
+        readable[record.readable] = True
         checksums = self._reader.chunk(spec.checksums, record, view)
         path, index = spec.object_path(unit, view), self._reader.index(spec, record, view)
-        nbytes = record.proof(path).bytes - shard_index_bytes(self.manifest.capacity)
+        nbytes = record.proof(path).bytes - shard_index_bytes(self.layout.capacity)
         return shard_table(spec, path, nbytes, index, checksums, readable)
 
 
@@ -271,8 +274,9 @@ class _Tables:
         self.lock = threading.Lock()
 
 
-def _name(path: str) -> str:
-    return path.removeprefix("taps/")
+def _buffer_name(name: str, suffix: str) -> str:
+    """Name of an array in ``buffers``: ``stage4``, ``stage4.scale``, ``logits``."""
+    return f"{name}.{suffix}" if suffix else name
 
 
 def _decoded(value: BoundCodec, parts: dict[str, np.ndarray]) -> np.ndarray:

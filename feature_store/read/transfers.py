@@ -9,18 +9,20 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from feature_store.backends.local import IOV_MAX, ObjectStore
+from feature_store.backends.base import ObjectStore
+from feature_store.backends.local import IOV_MAX
 from feature_store.errors import CorruptStoreError
-from feature_store.format.layout import ArraySpec, crc32c, damaged, decode_row
+from feature_store.format.arrays import ArraySpec, decode_row
+from feature_store.format.checksums import crc32c, damaged
 from feature_store.processes import PerProcess, usable_cpus
 from feature_store.read.locate import RowLocations
-from feature_store.read.objects import object_error, object_errors
+from feature_store.read.objects import object_error
 from feature_store.read.page_cache import RUN_BYTES, PageCacheReader, ReadRequest
 
 _ROWS_PER_REQUEST = IOV_MAX // 2  # each with the gap before it
 _CORES = usable_cpus()
-_ALONE_BYTES = 128 << 10  # of a run; several threads wait for each other at every call, and do better with RUN_BYTES
-_COLD = 4  # misses in a row after which the rest counts as missed: to ask is to start reading, out of order
+_ALONE_BYTES = 128 << 10  # run size with one thread; larger runs reduce lock contention with several
+_COLD = 4  # After so many consecutive page-cache misses stop probing: each probe would trigger readahead out of order.
 _Request: TypeAlias = "tuple[_Job, int, int]"
 _Runs: TypeAlias = "ReadRequest | _CompressedReadRequest"
 # Of all sources in the process; threads start when they are needed.
@@ -165,7 +167,9 @@ class _Job:
             raise object_error(self._paths[start], error) from error
         for at, row in enumerate(rows, start):
             if crc32c(row) != self._checksums[at]:
-                self._read_again(at, row)
+                self._objects.forget(self._paths[at])
+                position = self._transfer.positions[self._indices[at]]
+                raise CorruptStoreError(damaged(self._paths[at], f"the crc32c of position {position} does not match"))
             if self._zstd:
                 out = self._transfer.out[self._indices[at]]
                 decode_row(self._transfer.spec, np.frombuffer(row, np.uint8), out, self._paths[at])
@@ -187,16 +191,6 @@ class _Job:
             parts.append(row)
             end = self._offsets[at] + self._lengths[at]
         return parts
-
-    def _read_again(self, at: int, row: memoryview) -> None:
-        """A damaged copy in a cache is not a damaged object."""
-        path = self._paths[at]
-        if self._objects.forget(path):
-            with object_errors(path):
-                self._read_into(path, self._offsets[at], [row])
-        if crc32c(row) != self._checksums[at]:
-            position = self._transfer.positions[self._indices[at]]
-            raise CorruptStoreError(damaged(path, f"the crc32c of position {position} does not match"))
 
 
 class _CompressedReadRequest:

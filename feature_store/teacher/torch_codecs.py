@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from feature_store.format.codecs.bound import BoundCodec
 from feature_store.format.codecs.floats import Bfloat16Codec, FloatCodec
 from feature_store.format.codecs.group_quantise import GROUP, GroupCodec
 from feature_store.format.codecs.quantise import Int8ChannelCodec, Int8Codec
-from feature_store.format.codecs.registry import BoundCodec
 from feature_store.format.codecs.top_k import TopKCodec
 
 Parts = Mapping[str, Tensor]

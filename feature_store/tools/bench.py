@@ -9,10 +9,10 @@ import numpy as np
 from rich.table import Table
 
 from feature_store.errors import InputError
-from feature_store.format.addressing import RowId
+from feature_store.format.arrays import decode_row, encode_row
 from feature_store.format.codecs.base import ZSTD_SUFFIX
-from feature_store.format.codecs.registry import CODECS, BoundCodec, get_codec
-from feature_store.format.layout import coded_specs, decode_row, encode_row
+from feature_store.format.codecs.bound import LOGITS, BoundCodec
+from feature_store.format.codecs.registry import CODECS, get_codec
 from feature_store.tools.loss_terms import FEATURE_TERMS, Term, distillation, softmax, without_mean
 from feature_store.tools.row_subset import pick, sampled_shards
 from feature_store.tools.terminal import Console
@@ -101,7 +101,7 @@ def bench_codecs(store: "Store", names: Sequence[str] = (), rows: int = 512, see
         "taps": {},
     }
     for tap, values in batch.taps.items():
-        bound = [BoundCodec.learn(f"taps/{tap}", codec, sample.taps[tap].astype(np.float32)) for codec in codecs]
+        bound = [BoundCodec.learn(tap, codec, sample.taps[tap].astype(np.float32)) for codec in codecs]
         terms = {name: term for name, term in FEATURE_TERMS.items() if name != "alternative" or _has_mean(values)}
         report["taps"][tap] = _measure_all(bound, values.astype(np.float32), terms, seed)
     if batch.logits is not None:
@@ -109,7 +109,7 @@ def bench_codecs(store: "Store", names: Sequence[str] = (), rows: int = 512, see
         fitting = [
             get_codec(name) for name in _LOGITS_CODECS if not name.startswith("top") or int(name[3:]) < classes[0]
         ]
-        bound = [BoundCodec("logits", codec, classes) for codec in fitting]
+        bound = [BoundCodec(LOGITS, codec, classes) for codec in fitting]
         report["logits"] = _measure_all(bound, batch.logits.astype(np.float32), {"kd": distillation}, seed)
     return report
 
@@ -154,12 +154,12 @@ def stand_ins(values: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndar
     return {"early": noise, "late": values + spread * rng.standard_normal(values.shape, np.float32)}
 
 
-def _choose(store: "Store", rows: int, rng: np.random.Generator) -> tuple[list[RowId], list[RowId]]:
+def _choose(store: "Store", rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Rows to calibrate on, and others to measure on."""
     found = sampled_shards(store, rng)
     first = found[0][: min(_CALIBRATION_ROWS, sum(map(len, found)) // 2)]
-    others = [row for shard in found for row in shard][len(first) :]
-    if not first or not others:
+    others = np.concatenate(found)[len(first) :]
+    if not len(first) or not len(others):
         raise InputError(
             f"{store.objects.url} has too few committed rows to measure on; cache at least one unit of two samples"
         )
@@ -168,7 +168,7 @@ def _choose(store: "Store", rows: int, rng: np.random.Generator) -> tuple[list[R
 
 def _round_trip(codec: BoundCodec, values: np.ndarray) -> tuple[np.ndarray, int, float, float]:
     """Decoded values, stored bytes, and the best seconds to encode and to decode."""
-    specs = dict(zip((part.suffix for part in codec.parts), coded_specs(codec), strict=True))
+    specs = codec.arrays
     runs = []
     for _ in range(_REPEATS):
         begun = time.perf_counter()

@@ -21,7 +21,7 @@ from feature_store.errors import CorruptStoreError, InputError, ResourceError, U
 from feature_store.inputs.options import DEFAULT, TarOptions
 from feature_store.processes import usable_cpus
 from feature_store.store import open_store
-from feature_store.tools.info import print_summary
+from feature_store.tools.info import print_summary, summarise
 from feature_store.tools.terminal import Console, LogFormatter, say, say_json
 
 WRONG_USAGE = 2
@@ -40,7 +40,7 @@ def info(path: Annotated[str, tyro.conf.Positional], json: bool = False) -> None
         path: The store: a directory or URL.
         json: Print JSON instead of a table.
     """
-    summary = open_store(path).info()
+    summary = summarise(open_store(path))
     if json:
         say_json(summary, indent=2)
     else:

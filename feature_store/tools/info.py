@@ -9,7 +9,6 @@ from rich.table import Table
 
 from feature_store.commits.checksum_table import total_bytes
 from feature_store.commits.record import CommitRecord, ObjectChecksum
-from feature_store.format.layout import array_specs
 from feature_store.tools.terminal import Console
 
 if TYPE_CHECKING:
@@ -126,9 +125,8 @@ def _unit(unit: int | None) -> str:
 
 def _repeated(store: "Store", records: list[CommitRecord]) -> list[ObjectChecksum]:
     """Proofs of objects without views that an earlier record of the same unit gave already."""
-    shared = [spec for spec in array_specs(store.manifest).values() if not spec.per_view]
     later = [record for before, record in pairwise(records) if before.unit == record.unit]
-    return [record.proof(spec.object_path(record.unit)) for record in later for spec in shared]
+    return [record.proof(spec.object_path(record.unit)) for record in later for spec in store.layout.per_unit]
 
 
 def _quarantined(store: "Store", unit: int) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from feature_store.errors import InputError
-from feature_store.format.addressing import RowId
 from feature_store.inputs.options import DEFAULT, TarOptions
 from feature_store.inputs.tar import Tar, open_tars
 from feature_store.tools.features import (
@@ -97,18 +96,19 @@ def plot(
     """
     pyplot = _pyplot()
     grid, rng = _grid(store, tap), np.random.default_rng(seed)
-    chosen = pick([row for shard in sampled_shards(store, rng) for row in shard], rows, rng)
+    chosen = pick(np.concatenate(sampled_shards(store, rng)), rows, rng)
     features_nNC = store.source([tap]).read(chosen).taps[tap].astype(np.float32)
     energy_HW, profile = frequency_energy(features_nNC, grid), channel_profile(features_nNC)
     opened = open_tars(tars, tar_options) if tars else []
-    shown = pick(_with_tars(store, chosen, opened), thumbnails, rng) if tars else []
+    shown = pick(_with_tars(store, chosen, opened), thumbnails, rng) if tars else chosen[:0]
     pixels = replay_views(store, opened, shown) if tars else None
     with pyplot.rc_context(_STYLE):
         pictures = [_frequency_picture(energy_HW, len(chosen)), _channel_picture(profile, len(chosen))]
         if pixels is not None:
             values = store.source([tap]).read(shown).taps[tap].astype(np.float32)
             colours = principal_colours(values, grid, features_nNC)
-            pictures.append(_view_picture(pixels, colours, [f"{row.unit}/{row.position} v{row.view}" for row in shown]))
+            names = [f"{unit}/{position} v{view}" for unit, position, view in shown]
+            pictures.append(_view_picture(pixels, colours, names))
         out.mkdir(parents=True, exist_ok=True)
         files = [_save(picture, out) for picture in pictures]
     for picture in pictures:
@@ -140,13 +140,13 @@ def _grid(store: "Store", tap: str) -> tuple[int, int]:
     return grids[tap]
 
 
-def _with_tars(store: "Store", rows: list[RowId], tars: Sequence[Tar]) -> list[RowId]:
+def _with_tars(store: "Store", rows: np.ndarray, tars: Sequence[Tar]) -> np.ndarray:
     """Rows whose tars were given, or tars of the same names, spread over the rows."""
     infos, hashes, given = store.manifest.tars, {tar.header_sha256 for tar in tars}, {tar.name for tar in tars}
     names = [tar.name for tar in infos]
-    same = [row for row in rows if infos[row.unit].header_sha256 in hashes]
-    found = same or [row for row in rows if names[row.unit] in given]
-    if not found:
+    same = [infos[unit].header_sha256 in hashes for unit in rows[:, 0]]
+    found = rows[same if any(same) else [names[unit] in given for unit in rows[:, 0]]]
+    if not len(found):
         raise InputError(
             f"none of the rows drawn is in the tars given ({', '.join(sorted(given))}); the store was written from "
             f"{', '.join(names[:3])}{'...' if len(names) > 3 else ''}: give those with --tars"

@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from feature_store.backends.local import ObjectStore, open_objects
+from feature_store.backends.base import ObjectStore
+from feature_store.backends.open import open_objects
 from feature_store.commits import index as commit_index
 from feature_store.commits import orphans as orphans
 from feature_store.commits.locks import exclusive, lock_name
 from feature_store.commits.log import load_commits
 from feature_store.commits.record import parse_record_path
-from feature_store.format.blocks import read_blocks
-from feature_store.format.manifest import Manifest
+from feature_store.commits.root import ROOT, read_manifest
+from feature_store.format.layout import StoreLayout
+from feature_store.read.blocks import read_blocks
 from feature_store.tools.unit_check import Finding
 from feature_store.tools.verify import Report, verify
-from feature_store.write.create import ROOT, metadata, read_manifest
+from feature_store.write.create import metadata
 
 DAMAGE = ("missing", "damaged", "record")  # what writing the unit again mends; the rest of the kinds is not that
 
@@ -80,7 +82,7 @@ def repair(
     """
     report = verify(url, quick=quick, workers=workers, progress=progress)
     objects = open_objects(url)
-    manifest = read_manifest(objects)
+    layout = StoreLayout(read_manifest(objects))
     damaged = _damaged_records(report)
     mendable = [finding.path for finding in report.findings if finding.kind == "metadata" and finding.path != ROOT]
     plan = Repair(
@@ -98,24 +100,24 @@ def repair(
             or (finding.kind == "metadata" and finding.path == ROOT)
         ],
     )
-    return _apply(objects, manifest, plan) if apply else plan
+    return _apply(objects, layout, plan) if apply else plan
 
 
-def _apply(objects: ObjectStore, manifest: Manifest, plan: Repair) -> Repair:
+def _apply(objects: ObjectStore, layout: StoreLayout, plan: Repair) -> Repair:
     changed = [*plan.metadata, *plan.dropped]
     with suppress(FileNotFoundError):
         objects.delete(commit_index.PATH)  # first, so that it never speaks for a record that is gone
         changed.append(commit_index.PATH)
     if plan.metadata:
-        known = metadata(manifest, _tensors(objects, plan))
+        known = metadata(layout.manifest, _tensors(objects, plan))
         for path in plan.metadata:
             objects.put(path, known[path])
     for path in plan.dropped:
         _drop(objects, path)
     objects.sync(changed)
-    removed = orphans.remove(objects, manifest)
-    committed, _ = load_commits(objects, manifest)
-    commit_index.write_index(objects, manifest, committed.records)
+    removed = orphans.remove(objects, layout)
+    committed, _ = load_commits(objects, layout)
+    commit_index.write_index(objects, layout, committed.records)
     return Repair(**{**plan.__dict__, "orphans": removed})
 
 

@@ -1,11 +1,10 @@
-"""Some rows of a store, spread over its units and views, without listing all of them."""
+"""Random subsets of a store's rows, spread over units and views."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from feature_store.errors import InputError
-from feature_store.format.addressing import RowId
 
 if TYPE_CHECKING:
     from feature_store.store import Store
@@ -13,8 +12,8 @@ if TYPE_CHECKING:
 _SHARDS = 16
 
 
-def sampled_shards(store: "Store", rng: np.random.Generator) -> list[list[RowId]]:
-    """All readable rows of up to 16 units and views: of the first committed one, and of others at random.
+def sampled_shards(store: "Store", rng: np.random.Generator) -> list[np.ndarray]:
+    """All readable rows [n, 3] of up to 16 units and views: of the first committed one, and of others at random.
 
     Raises:
         InputError: No unit is committed.
@@ -27,6 +26,6 @@ def sampled_shards(store: "Store", rng: np.random.Generator) -> list[list[RowId]
     return [source.unit_rows(*shard) for shard in (shards[0], *(shards[i] for i in others))]
 
 
-def pick(rows: list[RowId], count: int, rng: np.random.Generator) -> list[RowId]:
-    """Up to so many of the rows at random, in their own order."""
-    return [rows[i] for i in sorted(rng.permutation(len(rows))[:count])]
+def pick(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Up to so many of the rows [n, 3] at random, in their own order."""
+    return rows[np.sort(rng.permutation(len(rows))[:count])]

@@ -5,24 +5,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from feature_store.backends.local import ObjectStore
-from feature_store.commits.checksum_table import ChecksumOrder
+from feature_store.backends.base import ObjectStore
 from feature_store.commits.record import CommitRecord, ObjectChecksum
 from feature_store.errors import CorruptStoreError, UserError
 from feature_store.format.addressing import decode_keys, key_hash
-from feature_store.format.layout import (
-    CRC_BYTES,
+from feature_store.format.arrays import (
     MISSING_CHUNK,
     ArraySpec,
-    array_specs,
-    crc32c,
     decode_chunk,
     decode_row,
     decode_shard_index,
-    object_checksum,
     shard_index_bytes,
 )
-from feature_store.format.manifest import Manifest
+from feature_store.format.checksums import CRC_BYTES, crc32c, object_checksum
+from feature_store.format.layout import ObjectAddress, StoreLayout
 
 
 @dataclass(frozen=True)
@@ -69,13 +65,12 @@ class UnitChecks:
 
     Args:
         objects: The store's.
-        manifest: What it claims.
+        layout: Its layout.
         sizes: Bytes of the store's objects: then only those are compared, and no contents.
     """
 
-    def __init__(self, objects: ObjectStore, manifest: Manifest, sizes: Mapping[str, int] | None = None) -> None:
-        self.objects, self.manifest, self.sizes = objects, manifest, sizes
-        self.specs, self.order = array_specs(manifest), ChecksumOrder(manifest)
+    def __init__(self, objects: ObjectStore, layout: StoreLayout, sizes: Mapping[str, int] | None = None) -> None:
+        self.objects, self.layout, self.sizes = objects, layout, sizes
 
     def check(self, records: Sequence[CommitRecord]) -> UnitCheck:
         """Check a unit by all its commit records, at least one."""
@@ -84,8 +79,8 @@ class UnitChecks:
 
 class _UnitChecker:
     def __init__(self, checks: UnitChecks, records: Sequence[CommitRecord]) -> None:
-        self._objects, self._manifest, self._sizes = checks.objects, checks.manifest, checks.sizes
-        self._specs, self._order, self._records = checks.specs, checks.order, records
+        self._objects, self._layout, self._sizes = checks.objects, checks.layout, checks.sizes
+        self._capacity, self._records = checks.layout.capacity, records
         self._proofs: dict[str, ObjectChecksum] = {}
         self._check = UnitCheck(records[0].unit)
 
@@ -109,7 +104,7 @@ class _UnitChecker:
         self._check.findings.append(Finding(kind, path, message, record.unit, record.path))
 
     def _list(self, record: CommitRecord) -> None:
-        expected = set(self._order.paths(record.unit, record.views))
+        expected = set(self._layout.object_paths(record.unit, record.views))
         for path in sorted(expected ^ record.objects.keys()):
             what = (
                 "the record does not list it" if path in expected else "the record lists it, but it is no object of it"
@@ -144,23 +139,24 @@ class _UnitChecker:
 
     def _inside(self, record: CommitRecord, path: str, raw: np.ndarray) -> list[str]:
         """What an object's own checksums say against it."""
-        spec = self._specs.get(path.partition("/c/")[0])
-        if spec is None:
+        address = self._layout.address(path)
+        if address is None:
             return []
+        spec = address.array
         try:
             if spec.sharded:
-                return self._shard(spec, record, path, raw)
-            decode_chunk(spec, raw, self._manifest.capacity, path)
+                return self._shard(address, record, path, raw)
+            decode_chunk(spec, raw, self._capacity, path)
         except (CorruptStoreError, ValueError) as error:
             return [str(error)]
         return []
 
-    def _shard(self, spec: ArraySpec, record: CommitRecord, path: str, raw: np.ndarray) -> list[str]:
+    def _shard(self, address: ObjectAddress, record: CommitRecord, path: str, raw: np.ndarray) -> list[str]:
         """Every row has its place, its bytes, its checksum in the shard, and the same one in the table beside it."""
-        tail = shard_index_bytes(self._manifest.capacity)
-        index = decode_shard_index(raw[-tail:], self._manifest.capacity, path)
+        spec, tail = address.array, shard_index_bytes(self._capacity)
+        index = decode_shard_index(raw[-tail:], self._capacity, path)
         found = np.flatnonzero(index[:, 0] != MISSING_CHUNK)
-        expected = np.setdiff1d(np.arange(record.samples), list(record.quarantined))
+        expected = record.readable
         if not np.array_equal(found, expected):
             return [f"it holds rows {_some(found)}, expected {_some(expected)}"]
         starts, lengths = index[found].astype(np.int64).T
@@ -168,7 +164,7 @@ class _UnitChecker:
         ends = np.append(0, (starts + lengths)[order])
         if not np.array_equal(np.append(starts[order], len(raw) - tail), ends):
             return ["its rows overlap or leave gaps"]
-        table = self._table(spec, record, path)
+        table = self._table(address, path)
         wrong = [
             position
             for position, start, length in zip(found.tolist(), starts.tolist(), lengths.tolist(), strict=True)
@@ -176,13 +172,12 @@ class _UnitChecker:
         ]
         return [f"rows at positions {_some(wrong)} do not match their checksums"] if wrong else []
 
-    def _table(self, spec: ArraySpec, record: CommitRecord, path: str) -> np.ndarray | None:
+    def _table(self, address: ObjectAddress, path: str) -> np.ndarray | None:
         """The row checksums beside a shard; None if they are damaged, which is a finding of theirs."""
-        view = int(path.partition("/c/")[2].partition("/")[0])
-        beside = spec.checksums
+        beside = address.array.checksums
         try:
-            raw = self._objects.get(beside.object_path(record.unit, view))
-            return decode_chunk(beside, raw, self._manifest.capacity, path)
+            raw = self._objects.get(beside.object_path(address.unit, address.view))
+            return decode_chunk(beside, raw, self._capacity, path)
         except (OSError, UserError, ValueError):
             return None
 
@@ -193,7 +188,7 @@ class _UnitChecker:
         if keys is None or hashes is None:
             return
         self._check.keys = keys[: record.samples]
-        path = self._specs["key"].object_path(record.unit)
+        path = self._layout.arrays["key"].object_path(record.unit)
         try:
             names = decode_keys(self._check.keys)
         except CorruptStoreError as error:
@@ -206,10 +201,10 @@ class _UnitChecker:
             self._add("keys", path, "there are keys after the tar's last sample", record)
 
     def _objects_chunk(self, name: str, record: CommitRecord) -> np.ndarray | None:
-        spec = self._specs[name]
+        spec = self._layout.arrays[name]
         path = spec.object_path(record.unit)
         try:
-            return decode_chunk(spec, self._objects.get(path), self._manifest.capacity, path)
+            return decode_chunk(spec, self._objects.get(path), self._capacity, path)
         except (OSError, UserError, ValueError):
             return None
 

@@ -11,21 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from feature_store.backends.local import ObjectStore, open_objects
+from feature_store.backends.base import ObjectStore
+from feature_store.backends.open import open_objects
 from feature_store.commits import index as commit_index
 from feature_store.commits.locks import is_held
 from feature_store.commits.log import CommitLog, RecordProblem, load_store
-from feature_store.commits.orphans import Places, find_orphans, read_records
+from feature_store.commits.orphans import classify_path, find_orphans, read_records
 from feature_store.commits.record import CommitRecord
+from feature_store.commits.root import ROOT
 from feature_store.errors import UnknownFieldError, UserError
-from feature_store.format.blocks import FOLDER as BLOCKS
-from feature_store.format.blocks import blocks_sha256, read_blocks
-from feature_store.format.layout import array_specs
-from feature_store.format.manifest import Manifest
+from feature_store.format.layout import BLOCKS, StoreLayout
 from feature_store.format.parsing import load_json
 from feature_store.processes import become_worker
+from feature_store.read.blocks import blocks_sha256, read_blocks
 from feature_store.tools.unit_check import Finding, UnitCheck, UnitChecks
-from feature_store.write.create import ROOT, metadata
+from feature_store.write.create import metadata
 
 _ROOT = b'{"zarr_format": 3, "node_type": "group"}'  # its attributes are the manifest, which was read
 _UNUSED = "consolidated_metadata"
@@ -67,7 +67,7 @@ class _Scan:
     """A store's listing and records, read once."""
 
     objects: ObjectStore
-    manifest: Manifest
+    layout: StoreLayout
     sizes: dict[str, int]
     committed: CommitLog
     problems: list[RecordProblem]
@@ -93,8 +93,8 @@ def verify(
         CorruptStoreError: Its manifest is damaged.
     """
     objects = open_objects(url)
-    manifest, committed, problems = load_store(objects, use_index=False)
-    scan = _Scan(objects, manifest, objects.sizes(), committed, problems)
+    layout, committed, problems = load_store(objects, use_index=False)
+    scan = _Scan(objects, layout, objects.sizes(), committed, problems)
     units = committed.units
     checks = []
     for check in _checks(scan, units, quick, workers):
@@ -129,11 +129,11 @@ def _checks(scan: _Scan, units: Sequence[int], quick: bool, workers: int) -> Ite
     for record in scan.committed.records:
         records[record.unit].append(record)
     if quick or workers <= 1 or len(units) <= 1:
-        checks = UnitChecks(scan.objects, scan.manifest, scan.sizes if quick else None)
+        checks = UnitChecks(scan.objects, scan.layout, scan.sizes if quick else None)
         yield from (checks.check(records[unit]) for unit in units)
         return
     with ProcessPoolExecutor(
-        min(workers, len(units)), get_context("spawn"), _start_worker, (scan.objects, scan.manifest)
+        min(workers, len(units)), get_context("spawn"), _start_worker, (scan.objects, scan.layout)
     ) as pool:
         yield from pool.map(_check_in_worker, (records[unit] for unit in units), chunksize=1)
 
@@ -141,10 +141,10 @@ def _checks(scan: _Scan, units: Sequence[int], quick: bool, workers: int) -> Ite
 _worker: UnitChecks  # of a worker process
 
 
-def _start_worker(objects: ObjectStore, manifest: Manifest) -> None:
+def _start_worker(objects: ObjectStore, layout: StoreLayout) -> None:
     global _worker
     become_worker()
-    _worker = UnitChecks(objects, manifest)
+    _worker = UnitChecks(objects, layout)
 
 
 def _check_in_worker(records: Sequence[CommitRecord]) -> UnitCheck:
@@ -153,7 +153,7 @@ def _check_in_worker(records: Sequence[CommitRecord]) -> UnitCheck:
 
 def _metadata(scan: _Scan, tensors: Mapping[str, np.ndarray] | None) -> Iterator[Finding]:
     """Groups and arrays must be what the manifest, and the later blocks' tensors if known, make them."""
-    for path, expected in {**metadata(scan.manifest, tensors or {}), ROOT: _ROOT}.items():
+    for path, expected in {**metadata(scan.layout.manifest, tensors or {}), ROOT: _ROOT}.items():
         if tensors is None and path.startswith(BLOCKS):
             continue
         try:
@@ -194,9 +194,9 @@ def _blocks(scan: _Scan) -> tuple[dict[str, np.ndarray] | None, list[Finding]]:
         tensors = read_blocks(scan.objects)
     except (UserError, OSError) as error:
         return None, [Finding("blocks", where, f"the later blocks cannot be read: {error}")]
-    if (got := blocks_sha256(tensors)) != scan.manifest.blocks_sha256:
+    if (got := blocks_sha256(tensors)) != scan.layout.manifest.blocks_sha256:
         return None, [
-            Finding("blocks", where, f"sha256 {got}, the manifest says {scan.manifest.blocks_sha256}; {remedy}")
+            Finding("blocks", where, f"sha256 {got}, the manifest says {scan.layout.manifest.blocks_sha256}; {remedy}")
         ]
     return tensors, []
 
@@ -219,7 +219,7 @@ def _index(scan: _Scan) -> tuple[list[Finding], list[str]]:
         return [Finding("index", commit_index.PATH, f"it cannot be read: {error}; {remedy}")], []
     if not commit_index.is_whole(raw):
         return [Finding("index", commit_index.PATH, f"it is damaged; {remedy}")], []
-    index = commit_index.decode_index(raw, scan.manifest)
+    index = commit_index.decode_index(raw, scan.layout)
     if index is None:
         return [], [commit_index.PATH]
     lines = {path: line for line, path in enumerate(index.paths())}
@@ -250,11 +250,11 @@ def _repeated_keys(checks: Iterable[UnitCheck]) -> Iterator[Finding]:
 
 def _orphans(scan: _Scan) -> Iterator[Finding]:
     doubtful = [problem.unit for problem in scan.problems]
-    found = find_orphans(scan.manifest, scan.sizes, scan.committed.records, doubtful)
+    found = find_orphans(scan.layout, scan.sizes, scan.committed.records, doubtful)
     for unit, paths in found.items():
         if is_held(scan.objects, unit):
             continue  # not left over: its writer is at work
-        for path in find_orphans(scan.manifest, sorted(paths), _records_now(scan, unit)).get(unit, ()):
+        for path in find_orphans(scan.layout, sorted(paths), _records_now(scan, unit)).get(unit, ()):
             yield Finding(
                 "orphan", path, "no commit record vouches for it; `feature-store repair --yes` deletes it", unit
             )
@@ -266,12 +266,11 @@ def _records_now(scan: _Scan, unit: int | None) -> list[CommitRecord]:
 
 
 def _foreign(scan: _Scan) -> list[str]:
-    places = Places(scan.manifest)
-    known = {f"{path}/zarr.json" for path in array_specs(scan.manifest)}
+    known = {f"{path}/zarr.json" for path in scan.layout.arrays}
     return sorted(
         path
         for path in scan.sizes
-        if places.of(path).kind == "foreign"
+        if classify_path(scan.layout, path).kind == "foreign"
         or (path.endswith("/zarr.json") and path not in known and not _is_group(path))
     )
 

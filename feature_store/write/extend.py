@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from feature_store.backends.local import ObjectStore
+from feature_store.backends.base import ObjectStore
 from feature_store.commits.locks import exclusive, lock_name
+from feature_store.commits.root import ROOT, manifest_attributes, read_manifest
 from feature_store.errors import CorruptStoreError
-from feature_store.format.layout import array_specs
+from feature_store.format.layout import StoreLayout
 from feature_store.format.manifest import Growth, Manifest
-from feature_store.write.create import ROOT, manifest_attributes, read_manifest
 
 
 def grow(objects: ObjectStore, wanted: Manifest) -> Growth:
@@ -33,7 +33,8 @@ def grow(objects: ObjectStore, wanted: Manifest) -> Growth:
 
 
 def _resize_arrays(objects: ObjectStore, manifest: Manifest) -> None:
-    shapes = {f"{spec.path}/zarr.json": spec.shape(manifest) for spec in array_specs(manifest).values()}
+    layout = StoreLayout(manifest)
+    shapes = {f"{spec.path}/zarr.json": layout.shape(spec) for spec in layout.arrays.values()}
     for path, shape in shapes.items():
         _edit(objects, path, lambda metadata, shape=shape: metadata.update(shape=shape))
     objects.sync(list(shapes))

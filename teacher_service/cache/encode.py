@@ -9,10 +9,9 @@ from functools import partial
 
 import numpy as np
 
-from feature_store.format.codecs.registry import bound_codecs
-from feature_store.format.manifest import Manifest
+from feature_store.format.layout import StoreLayout
 from feature_store.views import ViewParams
-from feature_store.write.unit import UnitData
+from feature_store.write.unit import EncodedUnit
 from teacher_service.cache.decode import Batch
 
 PIECE_SAMPLES = 8  # of a batch, encoded by one thread at a time
@@ -22,17 +21,17 @@ class UnitRows:
     """One unit's rows while its batches come in, already encoded, so that they take little memory.
 
     Args:
-        manifest: The store's.
+        layout: The store's.
         keys: The unit's n sample keys.
         num_views: Views that are collected, V.
     """
 
-    def __init__(self, manifest: Manifest, keys: Sequence[str], num_views: int) -> None:
+    def __init__(self, layout: StoreLayout, keys: Sequence[str], num_views: int) -> None:
         rows = (num_views, len(keys))
-        self._codecs = bound_codecs(manifest)
-        self._values = {
-            path: {part.suffix: np.full((*rows, *part.row_shape), part.fill, part.dtype) for part in codec.parts}
-            for path, codec in self._codecs.items()
+        self._codecs = layout.codecs
+        self._features = {
+            name: {suffix: np.full((*rows, *spec.row_shape), spec.fill, spec.dtype) for suffix, spec in parts.items()}
+            for name, parts in layout.features.items()
         }
         self._keys, self._labels = list(keys), np.full(len(keys), -1, np.int64)
         self._quarantined: dict[int, str] = {}
@@ -41,16 +40,13 @@ class UnitRows:
         self._pixel_crc = np.zeros(rows, np.uint32)
         self._missing = len(keys)
 
-    def add(
-        self, batch: Batch, taps: Mapping[str, np.ndarray], logits: np.ndarray | None, pool: Executor | None = None
-    ) -> None:
-        """Take one batch with the teacher's outputs [b * V, ...]; a pool's threads share the encoding.
+    def add(self, batch: Batch, outputs: Mapping[str, np.ndarray], pool: Executor | None = None) -> None:
+        """Take one batch with the teacher's outputs [b * V, ...] by name; a pool's threads share the encoding.
 
         Raises:
             InputError: A value is not finite or too large for its codec.
         """
         span = slice(batch.start, batch.start + len(batch))
-        outputs = {f"taps/{name}": values for name, values in taps.items()} | {"logits": logits}
         step = PIECE_SAMPLES if pool else len(batch)
         pieces = [range(start, min(start + step, len(batch))) for start in range(0, len(batch), step)]
         list((pool.map if pool else map)(partial(self._encode, batch.start, outputs), pieces))
@@ -62,13 +58,13 @@ class UnitRows:
             encoded[span] = jpegs
         self._missing -= len(batch)
 
-    def _encode(self, first: int, outputs: Mapping[str, np.ndarray | None], piece: range) -> None:
+    def _encode(self, first: int, outputs: Mapping[str, np.ndarray], piece: range) -> None:
         """Encode some of a batch's samples; first is the position of the batch's first one."""
         views, span = len(self._params), slice(first + piece.start, first + piece.stop)
-        for path, codec in self._codecs.items():
-            values = np.asarray(outputs[path])[piece.start * views : piece.stop * views]
+        for name, codec in self._codecs.items():
+            values = outputs[name][piece.start * views : piece.stop * views]
             for suffix, encoded in codec.encode(values).items():
-                self._values[path][suffix][:, span] = self._by_view(encoded)
+                self._features[name][suffix][:, span] = self._by_view(encoded)
 
     @property
     def whole(self) -> bool:
@@ -87,14 +83,13 @@ class UnitRows:
             for view in self._encoded
         ]
 
-    def data(self) -> UnitData:
+    def data(self) -> EncodedUnit:
         """The finished unit."""
-        return UnitData(
+        return EncodedUnit(
             keys=self._keys,
             labels=self._labels,
             quarantined=self._quarantined,
             params=self._params,
             pixel_crc=self._pixel_crc,
-            taps={path.removeprefix("taps/"): parts for path, parts in self._values.items() if path != "logits"},
-            logits=self._values.get("logits"),
+            features=self._features,
         )

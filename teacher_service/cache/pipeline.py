@@ -207,15 +207,14 @@ class _Run:
     def rows_of(self, batch: Batch) -> UnitRows:
         """Where a batch's rows are collected; batches come task by task."""
         if self._rows is None or batch.start == 0:
-            self._rows = UnitRows(self._store.manifest, self._tars[batch.task.unit].keys, len(batch.task.views))
+            self._rows = UnitRows(self._store.layout, self._tars[batch.task.unit].keys, len(batch.task.views))
         return self._rows
 
     def encode(self, batch: Batch, outputs: Outputs, rows: UnitRows, pool: Executor, writer: Stage) -> None:
         """Encode a batch; the unit's last one hands the unit to the writer. In the encode thread."""
         arrays = outputs.arrays()
-        logits = arrays.pop("logits", None)
         with self._waits.busy("encode"):
-            rows.add(batch, arrays, logits, pool)
+            rows.add(batch, arrays, pool)
         if rows.whole:
             writer.submit(self._write, batch.task, rows)
 

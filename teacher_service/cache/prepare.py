@@ -9,10 +9,11 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor
 
-from feature_store.backends.local import LocalObjects, ObjectStore
+from feature_store.backends.base import ObjectStore
+from feature_store.backends.local import LocalObjects
 from feature_store.commits.record import FOLDER, parse_record_path
 from feature_store.errors import ResourceError
-from feature_store.format.codecs.registry import calibrated, needs_calibration
+from feature_store.format.codecs.bound import calibrated, needs_calibration
 from feature_store.format.manifest import Manifest
 from feature_store.inputs.tar import Tar
 from feature_store.store import Store, open_store

@@ -7,7 +7,7 @@ from rich.filesize import decimal
 from feature_store.errors import ResourceError
 from feature_store.store import Store
 from feature_store.tools.cli import DISK_FULL
-from feature_store.write.unit import UnitData
+from feature_store.write.unit import EncodedUnit
 from teacher_service.cache.decode import Task
 from teacher_service.plan.disk import free_bytes
 from teacher_service.plan.survey import remaining_bytes
@@ -34,7 +34,7 @@ def disk_error(error: OSError, store: str | Path, what: str, needed: int = 0) ->
     )
 
 
-def write_unit(store: Store, task: Task, data: UnitData) -> None:
+def write_unit(store: Store, task: Task, data: EncodedUnit) -> None:
     """Write and commit a unit's views.
 
     Raises:

@@ -9,7 +9,9 @@ from tarfile import TarError
 
 from webdataset.writer import TarWriter
 
-from feature_store.backends.local import PARTIAL_SUFFIX, LocalObjects, open_objects
+from feature_store.backends.base import PARTIAL_SUFFIX
+from feature_store.backends.local import LocalObjects
+from feature_store.backends.open import open_objects
 from feature_store.commits.locks import lock_name, locked
 from feature_store.errors import InputError, ResourceError
 from feature_store.store import Store

@@ -4,7 +4,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from feature_store.backends.local import LocalObjects, open_objects
+from feature_store.backends.local import LocalObjects
+from feature_store.backends.open import open_objects
 
 
 def free_bytes(url: str | Path) -> int | None:

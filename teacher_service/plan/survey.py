@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
-from feature_store.backends.local import open_objects
+from feature_store.backends.open import open_objects
 from feature_store.commits.record import CommitRecord, ObjectChecksum, encode_record
+from feature_store.commits.root import ROOT
 from feature_store.errors import InputError, MismatchError
+from feature_store.format.checksums import CRC_BYTES
 from feature_store.format.codecs.base import ZSTD_SUFFIX
-from feature_store.format.layout import CRC_BYTES, array_specs, object_bytes
+from feature_store.format.layout import StoreLayout
 from feature_store.format.manifest import Growth, Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
 from feature_store.format.versions import software_versions
 from feature_store.inputs import tar as input_tars
@@ -23,7 +25,6 @@ from feature_store.teacher.split import split_teacher
 from feature_store.tools.options import require
 from feature_store.views import view_policy
 from feature_store.views.files import JPEG
-from feature_store.write.create import ROOT
 from teacher_service.config import PlanConfig
 from teacher_service.plan.disk import free_bytes
 from teacher_service.plan.view_sizes import ViewTars, view_tars
@@ -256,7 +257,7 @@ def predict(manifest: Manifest, block_bytes: Sequence[int], store: str | Path, m
         missing: Views it still lacks, by unit; None if it does not exist.
     """
     kinds = sum((_unit_bytes(manifest, unit) for unit in range(len(manifest.tars))), Counter[str]())
-    arrays = [*(spec.sharded for spec in array_specs(manifest).values()), *(False for _ in block_bytes)]
+    arrays = [*(spec.sharded for spec in StoreLayout(manifest).arrays.values()), *(False for _ in block_bytes)]
     metadata = _json_bytes(manifest.to_dict()) + sum(SHARDED_BYTES if shard else ARRAY_BYTES for shard in arrays)
     fixed = Counter({"teacher/blocks": sum(block_bytes) + CRC_BYTES * len(block_bytes), "metadata": metadata})
     everything = {unit: list(range(manifest.num_views)) for unit in range(len(manifest.tars))}
@@ -301,11 +302,11 @@ def _unit_bytes(manifest: Manifest, unit: int) -> Counter[str]:
 
 def _unit_objects(manifest: Manifest, unit: int) -> list[tuple[str, str, int]]:
     """Kind, path and bytes of each object of a unit without quarantined samples."""
-    samples = manifest.tars[unit].samples
+    samples, layout = manifest.tars[unit].samples, StoreLayout(manifest)
     return [
         (spec.path if spec.sharded else "samples and views", spec.object_path(unit, view), size)
-        for spec in array_specs(manifest).values()
-        for size in [object_bytes(spec, samples, manifest.capacity)]
+        for spec in layout.arrays.values()
+        for size in [layout.object_bytes(spec, samples)]
         for view in (range(manifest.num_views) if spec.per_view else [None])
     ]
 

@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from feature_store.commits.root import ROOT
 from feature_store.errors import InputError
-from feature_store.format.codecs.registry import calibrated, needs_calibration
+from feature_store.format.codecs.bound import calibrated, needs_calibration
 from feature_store.inputs.tar import Tar, TarSample
 from feature_store.store import Store
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher, load_teacher
-from feature_store.write.create import ROOT
 from teacher_service.cache.decode import Task, ViewDataset
 from teacher_service.cache.pipeline import Pipeline
 from teacher_service.cache.prepare import CALIBRATION_SAMPLES, first_features

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from feature_store.backends.local import LocalObjects, open_objects
+from feature_store.backends.local import LocalObjects
+from feature_store.backends.open import open_objects
 from feature_store.errors import InputError
 from feature_store.format.manifest import Manifest
 from feature_store.inputs.tar import Tar

@@ -10,15 +10,13 @@ from starlette.types import Receive, Scope, Send
 
 from feature_store.client import frames
 from feature_store.errors import InputError
-from feature_store.format.addressing import RowId, addresses
+from feature_store.format.codecs.bound import LOGITS
 from feature_store.read.reader import ZarrSource
 from teacher_service.serve.memory import Reservation
 from teacher_service.serve.problems import Problem
 from teacher_service.serve.row_stream import ROWS, RowStream, metadata_of
 from teacher_service.serve.service import Service, StoreSnapshot
 from teacher_service.serve.streaming import StreamedResponse
-
-_LOGITS = "logits"
 
 
 class FrameResponse(Response):
@@ -41,14 +39,14 @@ class FrameResponse(Response):
 def rows_response(
     service: Service,
     opened: StoreSnapshot,
-    rows: Sequence[RowId],
+    rows: np.ndarray,
     taps: Sequence[str],
     decode: bool,
     headers: Mapping[str, str] | None = None,
     *,
     check: bool = True,
 ) -> Response:
-    """Rows as a frame: arrays by tap, ``logits``, and ``rows``; undecoded, the codec's arrays as stored.
+    """Rows [n, 3] as a frame: arrays by tap, ``logits``, and ``rows``; undecoded, the codec's arrays as stored.
 
     A long one is read while it is sent: its checksums are made from those the store has of each row. See RowStream for
     ``check``.
@@ -58,7 +56,7 @@ def rows_response(
         BusyError: More than all answers together may hold.
         UncommittedError, QuarantinedError, CorruptStoreError, ResourceError: See ZarrSource.read.
     """
-    source, shards = opened.source, {(row.unit, row.view) for row in rows}
+    source, shards = opened.source, set(map(tuple, np.unique(rows[:, ::2], axis=0).tolist()))
     stored = len(rows) * source.row_bytes(taps)
     made = len(rows) * _decoded_row_bytes(source, taps) if decode else 0
     _require_allowed(service, len(rows), stored + made)
@@ -81,7 +79,7 @@ def rows_response(
 
 
 def _read(
-    service: Service, opened: StoreSnapshot, rows: Sequence[RowId], taps: Sequence[str], decode: bool, nbytes: int
+    service: Service, opened: StoreSnapshot, rows: np.ndarray, taps: Sequence[str], decode: bool, nbytes: int
 ) -> frames.Frame:
     """Rows read as a whole."""
     source = opened.source
@@ -98,7 +96,7 @@ def _read(
         del arrays, memory
         reservation.release()
         raise
-    return frames.encode({**arrays, ROWS: addresses(rows)}, metadata_of(opened))
+    return frames.encode({**arrays, ROWS: rows}, metadata_of(opened))
 
 
 def require_rows(most: int, rows: int) -> None:
@@ -135,13 +133,13 @@ def _arrays(memory: np.ndarray, empty: Mapping[str, np.ndarray], rows: int) -> d
 
 def _decoded(
     source: ZarrSource,
-    rows: Sequence[RowId],
+    rows: np.ndarray,
     arrays: Mapping[str, np.ndarray],
     taps: Sequence[str],
     reservation: Reservation,
 ) -> dict[str, np.ndarray]:
     batch = source.batch(rows, arrays, taps)
-    values = dict(batch.taps) if batch.logits is None else {**batch.taps, _LOGITS: batch.logits}
+    values = dict(batch.taps) if batch.logits is None else {**batch.taps, LOGITS: batch.logits}
     for value in values.values():
         reservation.bind(_owner(value))
     return {name: np.ascontiguousarray(value) for name, value in values.items()}
@@ -156,7 +154,7 @@ def _owner(array: np.ndarray) -> np.ndarray:
 
 def _decoded_row_bytes(source: ZarrSource, taps: Sequence[str]) -> int:
     """Bytes of what decoding a row makes anew: float32 of all that is not stored as plain values."""
-    wanted = {*taps, _LOGITS}
+    wanted = {*taps, LOGITS}
     return sum(
         4 * int(np.prod(value.shape))
         for name, value in source.codecs.items()

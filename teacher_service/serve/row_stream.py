@@ -8,20 +8,19 @@ import numpy as np
 
 from feature_store.client import frames
 from feature_store.errors import CorruptStoreError, ResourceError
-from feature_store.format.addressing import RowId, addresses
-from feature_store.format.layout import crc32c, joined_crc32c
+from feature_store.format.checksums import combined_crc32c, crc32c
 from teacher_service.serve.service import Service, StoreSnapshot, whereabouts
 from teacher_service.serve.streaming import Piece, read_ahead
 
 ROWS = "rows"
 """Array of every answer with rows: unit, position and view of each, int64 [B, 3]."""
 
-_TRIES = 2  # a page that somebody else is using is as good as not there, for a moment
+_TRIES = 2  # a locked page can look uncached
 
 
 def metadata_of(opened: StoreSnapshot) -> dict[str, str]:
     """The strings of every frame of rows."""
-    return {"store": opened.source.manifest.identity()}
+    return {"store": opened.store.manifest.identity()}
 
 
 class RowStream:
@@ -30,7 +29,7 @@ class RowStream:
     Args:
         service: Gives the memory.
         opened: The store; what is asked for is not compressed in it.
-        rows: At least one.
+        rows: At least one, int64 [n, 3].
         taps: Taps, beside the logits.
         check: Whether rows are compared with their checksums before they are sent; False only for a server that sends
             files and a client that compares the frame's.
@@ -41,16 +40,16 @@ class RowStream:
     """
 
     def __init__(
-        self, service: Service, opened: StoreSnapshot, rows: Sequence[RowId], taps: Sequence[str], *, check: bool = True
+        self, service: Service, opened: StoreSnapshot, rows: np.ndarray, taps: Sequence[str], *, check: bool = True
     ) -> None:
         self._memory, self._source, self._rows, self._check = service.memory, opened.source, rows, check
         located, empty = self._source.locate(rows, taps), self._source.buffers(0, taps)
-        self._cached = self._source.cached_rows(located)
+        self._cached = self._source.page_cache(located)
         self._empty = {name: empty[name] for name in frames.wire_order(empty)}
         self._row_bytes = {name: array.itemsize * int(np.prod(array.shape[1:])) for name, array in self._empty.items()}
-        listed = addresses(rows)
+        listed = np.ascontiguousarray(rows)
         described = {name: (array.dtype, (len(rows), *array.shape[1:])) for name, array in self._empty.items()}
-        checksums = {name: joined_crc32c(some.checksums, self._row_bytes[name]) for name, some in located.items()}
+        checksums = {name: combined_crc32c(some.checksums, self._row_bytes[name]) for name, some in located.items()}
         header = frames.header(
             {ROWS: (listed.dtype, listed.shape), **described},
             {ROWS: crc32c(listed), **checksums},

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from feature_store.backends.local import open_objects
+from feature_store.backends.open import open_objects
+from feature_store.commits.root import read_manifest
 from feature_store.errors import InputError, MismatchError, ResourceError, UserError
 from feature_store.processes import become_worker, stop_signals
 from feature_store.tools.terminal import LogFormatter, say, say_json
-from feature_store.write.create import read_manifest
 from teacher_service.serve.app import create_app
 from teacher_service.serve.config import ServeConfig
 from teacher_service.serve.metrics import MULTIPROCESS_DIR

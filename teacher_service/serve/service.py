@@ -5,21 +5,21 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
-from feature_store.backends.local import ObjectStore, open_objects
+from feature_store.backends.base import ObjectStore
+from feature_store.backends.open import open_objects
 from feature_store.commits import index as commit_index
 from feature_store.commits.record import FOLDER
+from feature_store.commits.root import ROOT
 from feature_store.errors import ResourceError, UserError
-from feature_store.format.layout import ArraySpec, array_specs
 from feature_store.read.reader import ZarrSource
 from feature_store.store import Store, open_store
 from feature_store.tools.info import summarise
-from feature_store.write.create import ROOT
 from teacher_service.serve.config import ServeConfig
 from teacher_service.serve.memory import ResponseMemory
 from teacher_service.serve.metrics import Metrics
@@ -41,16 +41,11 @@ class StoreSnapshot:
         store: The store.
         source: Its rows.
         state: What was there: the root's bytes, and the size of every object among the commit records.
-        specs: Its arrays by path.
     """
 
     store: Store
     source: ZarrSource
     state: tuple[bytes, Mapping[str, int]]
-    specs: dict[str, ArraySpec] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "specs", array_specs(self.store.manifest))
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -62,7 +57,7 @@ class StoreSnapshot:
         """The commit index of what is open: whoever cannot list, a reader behind HTTP, opens the store by it."""
         sizes = self.state[1]
         records = [(record, sizes[record.path]) for record in self.store.committed.records if record.path in sizes]
-        return commit_index.build_index(self.store.manifest, records).encode()
+        return commit_index.build_index(self.store.layout, records).encode()
 
 
 class Service:

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
-from feature_store.backends.local import LocalObjects, ObjectStore
+from feature_store.backends.base import ObjectStore
+from feature_store.backends.local import LocalObjects
 from feature_store.commits import index as commit_index
 from feature_store.commits.record import CommitRecord, parse_record_path
+from feature_store.commits.root import ROOT
 from feature_store.errors import CorruptStoreError, InputError, ResourceError, UncommittedError
-from feature_store.format import blocks
-from feature_store.format.layout import CRC_BYTES, ArraySpec, damaged
-from feature_store.write.create import ROOT
+from feature_store.format.arrays import ArraySpec
+from feature_store.format.checksums import CRC_BYTES, damaged
+from feature_store.format.layout import BLOCKS
 from teacher_service.serve.problems import Problem
 from teacher_service.serve.service import StoreSnapshot, whereabouts
 
@@ -55,7 +57,7 @@ def find_object(opened: StoreSnapshot, path: str) -> ServedObject:
     if path.rpartition("/")[2] == _METADATA or parse_record_path(path) is not None:
         with closing(_open(opened.store.objects, path, missing=_not_found)) as file:
             return _in_memory(file.whole())
-    return _block(opened, path) if path.startswith(blocks.FOLDER) else _committed(opened, path)
+    return _block(opened, path) if path.startswith(BLOCKS) else _committed(opened, path)
 
 
 def _block(opened: StoreSnapshot, path: str) -> ServedObject:
@@ -73,7 +75,10 @@ def _block(opened: StoreSnapshot, path: str) -> ServedObject:
 
 def _committed(opened: StoreSnapshot, path: str) -> ServedObject:
     """An object of a unit. What no record vouches for does not exist, though a writer may be at it."""
-    spec, unit, view = _address(opened, path)
+    address = opened.store.layout.address(path)
+    if address is None:
+        raise _not_found()
+    spec, unit, view = address
     try:
         views = opened.store.committed.views(unit)
         record = opened.store.committed.record(unit, min(views, default=0) if view is None else view)
@@ -85,17 +90,6 @@ def _committed(opened: StoreSnapshot, path: str) -> ServedObject:
         file.close()
         raise CorruptStoreError(damaged(path, f"it has {file.size} bytes, its commit record says {proof.bytes}"))
     return ServedObject(file.size, _tag(opened, spec, record, path, view), file.read_into, file.close)
-
-
-def _address(opened: StoreSnapshot, path: str) -> tuple[ArraySpec, int, int | None]:
-    array, _, chunk = path.partition("/c/")
-    spec, numbers = opened.specs.get(array), chunk.split("/")
-    if spec is not None and all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
-        leading = [int(number) for number in numbers]
-        view, unit = leading[:2] if spec.per_view and len(leading) > 1 else (None, leading[0])
-        if spec.object_path(unit, view) == path:
-            return spec, unit, view
-    raise _not_found()
 
 
 def _tag(opened: StoreSnapshot, spec: ArraySpec, record: CommitRecord, path: str, view: int | None) -> str:

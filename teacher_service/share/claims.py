@@ -5,7 +5,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from feature_store.backends.local import LocalObjects, ObjectStore, open_objects
+from feature_store.backends.base import ObjectStore
+from feature_store.backends.local import LocalObjects
+from feature_store.backends.open import open_objects
 from feature_store.commits.locks import FOLDER, lock_name, locked, machine_folder
 from feature_store.commits.record import record_path
 from feature_store.errors import InputError, ResourceError

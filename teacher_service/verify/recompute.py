@@ -14,10 +14,11 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
-from feature_store.backends.local import open_objects
+from feature_store.backends.open import open_objects
+from feature_store.commits.root import read_manifest
 from feature_store.errors import CorruptStoreError, ImageError, MismatchError, UserError
 from feature_store.format.addressing import RowId
-from feature_store.format.codecs.registry import BoundCodec, bound_codecs
+from feature_store.format.codecs.bound import LOGITS, BoundCodec
 from feature_store.format.manifest import Manifest
 from feature_store.inputs.tar import expand_tars
 from feature_store.inputs.unit_tars import UnitTars
@@ -27,7 +28,6 @@ from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.tools.verify import Report
 from feature_store.tools.verify import verify as verify_checksums
 from feature_store.views import ViewParams, check_pixels, decode_image, replay_view
-from feature_store.write.create import read_manifest
 from teacher_service.cache.forward import Forward
 from teacher_service.cache.stage_timer import StageTimer
 from teacher_service.devices import find_device
@@ -123,8 +123,7 @@ def sampled_rows(store: Store, count: int, rng: np.random.Generator) -> list[Row
     rows = []
     for row, shard in zip(chosen.tolist(), np.searchsorted(ends, chosen, side="right").tolist(), strict=True):
         record, view = shards[shard]
-        readable = [i for i in range(record.samples) if i not in record.quarantined]
-        rows.append(RowId(record.unit, readable[row - int(ends[shard])], view))
+        rows.append(RowId(record.unit, int(record.readable[row - int(ends[shard])]), view))
     return rows
 
 
@@ -157,7 +156,7 @@ class _DeepCheck:
     def __init__(self, store: Store, forward: Forward, tars: UnitTars) -> None:
         self.store, self.worst, self.mismatches = store, dict[str, float](), list[Mismatch]()
         self._forward, self._tars, self._source = forward, tars, store.source()
-        self._codecs = bound_codecs(store.manifest)
+        self._codecs = store.layout.codecs
         self._compute_error = COMPUTE_ERROR[store.manifest.teacher.compute_dtype]
         self._stored_view = lru_cache(maxsize=2)(partial(_StoredView.read, store))
 
@@ -166,10 +165,9 @@ class _DeepCheck:
         pixels = {row: view for row in rows if (view := self._pixels(row)) is not None}
         if not pixels:
             return
-        outputs = self._forward(torch.from_numpy(np.stack(list(pixels.values())))).arrays()
-        fresh = {name if name == "logits" else f"taps/{name}": values for name, values in outputs.items()}
+        fresh = self._forward(torch.from_numpy(np.stack(list(pixels.values())))).arrays()
         for at, row in enumerate(pixels):
-            self._compare(row, {path: fresh[path][at : at + 1] for path in self._codecs})
+            self._compare(row, {name: fresh[name][at : at + 1] for name in self._codecs})
 
     def _pixels(self, row: RowId) -> np.ndarray | None:
         """The row's view, made anew; None, and a mismatch, if it is not what the teacher saw."""
@@ -194,15 +192,16 @@ class _DeepCheck:
         return pixels
 
     def _compare(self, row: RowId, fresh: Mapping[str, np.ndarray]) -> None:
-        """Compare one row's stored values with computed ones [1, ...] by path."""
+        """Compare one row's stored values with computed ones [1, ...] by name."""
         try:
             batch = self._source.read([row])
         except CorruptStoreError as error:
             self._differs(row, "stored", str(error))
             return
-        stored = {f"taps/{name}": values for name, values in batch.taps.items()} | {"logits": batch.logits}
-        for path, codec in self._codecs.items():
-            distance, allowed = row_distance(codec, np.asarray(stored[path]), fresh[path], self._compute_error)
+        stored = {**batch.taps, LOGITS: batch.logits}
+        for name, codec in self._codecs.items():
+            distance, allowed = row_distance(codec, np.asarray(stored[name]), fresh[name], self._compute_error)
+            path = codec.array_path("")
             self.worst[path] = max(self.worst.get(path, 0.0), distance / allowed)
             if not distance <= allowed:  # NaN is a mismatch too
                 self._differs(

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from feature_store import Store, open_store
-from feature_store.format.blocks import blocks_sha256
-from feature_store.format.codecs.registry import calibrated
+from feature_store.format.codecs.bound import bind_codecs, calibrated
 from feature_store.format.manifest import Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
+from feature_store.read.blocks import blocks_sha256
 from feature_store.views import draw_view, view_policy
-from feature_store.write.unit import UnitData
+from feature_store.write.unit import EncodedUnit
 
 HERE = Path(__file__).parent
 STORE, EXPECTED = HERE / "store_v1", HERE / "store_v1.json"
@@ -69,11 +69,11 @@ def manifest(views: int, tars: int) -> Manifest:
     )
 
 
-def unit_data(of: Manifest, unit: int, views: range, quarantined: dict[int, str] | None = None) -> UnitData:
+def unit_data(of: Manifest, unit: int, views: range, quarantined: dict[int, str] | None = None) -> EncodedUnit:
     """Values by formula."""
     quarantined = quarantined or {}
     keys = [f"é{unit}/{position}" for position in range(TARS[unit][1])]
-    return UnitData(
+    return EncodedUnit(
         keys=keys,
         labels=np.array([-1 if i in quarantined else (unit + i) % CLASSES for i in range(len(keys))]),
         quarantined=quarantined,
@@ -85,8 +85,10 @@ def unit_data(of: Manifest, unit: int, views: range, quarantined: dict[int, str]
             for view in views
         ],
         pixel_crc=np.array([[1000 * unit + 100 * view + i for i in range(len(keys))] for view in views], np.uint32),
-        taps={name: np.stack([values(name, unit, view) for view in views]) for name in TAPS},
-        logits=np.stack([values("logits", unit, view) for view in views]),
+        features={
+            name: codec.encode(np.stack([values(name, unit, view) for view in views]))
+            for name, codec in bind_codecs(of).items()
+        },
     )
 
 

@@ -13,7 +13,7 @@ from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, wri
 
 from feature_store import RowId, open_store
 from feature_store.errors import InputError, MismatchError
-from feature_store.format.codecs.registry import bound_codecs
+from feature_store.format.codecs.bound import bound_codecs
 from feature_store.inputs.tar import Tar
 from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc

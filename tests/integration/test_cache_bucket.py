@@ -8,7 +8,7 @@ import pytest
 from servers import FlakyProxy, s3_server
 from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 
-from feature_store.backends.local import open_objects
+from feature_store.backends.open import open_objects
 from feature_store.errors import ResourceError
 from teacher_service.cache.job import cache
 from teacher_service.cli import main

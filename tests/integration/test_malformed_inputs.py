@@ -22,7 +22,7 @@ from servers import s3_server
 from tiny_jobs import TinyTeacher, encode_image, noise
 
 from feature_store import open_store
-from feature_store.backends.local import open_objects
+from feature_store.backends.open import open_objects
 from feature_store.tools.cli import main as store_main
 from teacher_service.cli import main
 

@@ -9,7 +9,7 @@ from servers import s3_server
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, write_tar
 
 from feature_store import open_store
-from feature_store.backends.local import open_objects
+from feature_store.backends.open import open_objects
 from feature_store.errors import MismatchError, QuarantinedError
 from feature_store.tools.cli import main as store_main
 from feature_store.tools.verify import verify

@@ -14,11 +14,11 @@ from tiny_jobs import TinyTeacher, cache_config, noise_samples, write_tar, write
 from feature_store import open_store
 from feature_store.errors import InputError, MismatchError
 from feature_store.format.addressing import RowId
-from feature_store.format.blocks import read_blocks
+from feature_store.read.blocks import read_blocks
 from feature_store.store import Store
 from feature_store.teacher.model import Teacher, TeacherOutput
 from feature_store.tools.verify import verify as verify_checksums
-from feature_store.write.unit import UnitData
+from feature_store.write.unit import EncodedUnit
 from teacher_service.cache.job import cache
 from teacher_service.cli import main
 from teacher_service.verify.config import VerifyConfig
@@ -48,23 +48,27 @@ def _config(tars: tuple[str, ...], teacher: TinyTeacher, store: Path | str, **op
     return VerifyConfig(tars=tars, store=str(store), checkpoint=teacher.checkpoint, **defaults | options)
 
 
-def _contents(store: Store, unit: int) -> UnitData:
+def _contents(store: Store, unit: int) -> EncodedUnit:
     """What a unit holds, as it was given to the store."""
     views, samples = range(VIEWS), store.manifest.tars[unit].samples
     rows = [[RowId(unit, i, view) for i in range(samples)] for view in views]
-    batches = [store.source().read(some) for some in rows]
-    return UnitData(
+    batches = [store.source().read(some, decode=False) for some in rows]
+    stored = {
+        name: {part: np.stack([batch.encoded[name][part] for batch in batches]) for part in parts}
+        for name, parts in batches[0].encoded.items()
+    }
+    stored["logits"] = {"": np.stack([batch.logits for batch in batches])}
+    return EncodedUnit(
         keys=store.keys(unit),
         labels=store.labels(unit),
         quarantined=store.quarantined(unit),
         params=[store.view_params(unit, view) for view in views],
         pixel_crc=np.stack([store.pixel_crcs(unit, view) for view in views]),
-        taps={name: np.stack([batch.taps[name] for batch in batches]) for name in store.manifest.taps},
-        logits=np.stack([batch.logits for batch in batches]),
+        features=stored,
     )
 
 
-def _rewritten(store: Store, path: Path, change: Callable[[UnitData], UnitData]) -> Path:
+def _rewritten(store: Store, path: Path, change: Callable[[EncodedUnit], EncodedUnit]) -> Path:
     """A store with the same manifest whose first unit was changed before it was written."""
     copy = Store.create(path, store.manifest, read_blocks(store.objects))
     for unit in store.committed.units:
@@ -119,9 +123,10 @@ def test_verify_finds_nothing_when_teacher_computes_in_low_precision(
 def test_verify_finds_swapped_rows_when_their_checksums_were_swapped_too(
     tmp_path: Path, store: Store, tars: tuple[str, ...], tiny_swin: TinyTeacher
 ) -> None:
-    def swap(data: UnitData) -> UnitData:
+    def swap(data: EncodedUnit) -> EncodedUnit:
         order = [0, 3, 2, 1, 4, 5]  # rows 1 and 3
-        return replace(data, taps=data.taps | {"stage4": data.taps["stage4"][:, order]})
+        moved = {part: values[:, order] for part, values in data.features["stage4"].items()}
+        return replace(data, features={**data.features, "stage4": moved})
 
     path = _rewritten(store, tmp_path / "swapped", swap)
     assert not verify_checksums(path).findings

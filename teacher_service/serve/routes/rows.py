@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
@@ -15,7 +16,6 @@ from starlette.concurrency import run_in_threadpool
 from feature_store.client import frames
 from feature_store.commits.record import CommitRecord
 from feature_store.errors import InputError
-from feature_store.format.addressing import RowId
 from feature_store.tools.terminal import json_text
 from teacher_service.serve.conditions import not_modified
 from teacher_service.serve.frames import require_rows, rows_response
@@ -169,13 +169,12 @@ def rows_router() -> APIRouter:
         opened = service.opened
         names = _known(opened, None if taps is None else taps.split(","))
         record = _record(opened, unit, view)
-        positions = range(start, min(start + count, record.samples))
-        left_out = sum(position in positions for position in record.quarantined)
-        require_rows(service.config.limits.max_rows, len(positions) - left_out)
+        positions = record.rows(view)[:, 1]
+        rows = record.rows(view)[(start <= positions) & (positions < start + count)]
+        require_rows(service.config.limits.max_rows, len(rows))
         tag = _etag(opened, record, view, [unit, view, start, count, names, decode])
         if (same := not_modified(tag, if_none_match)) is not None:
             return same
-        rows = [RowId(unit, position, view) for position in positions if position not in record.quarantined]
         headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
         return await in_thread(request.receive, rows_response, service, opened, rows, names, decode, headers)
 
@@ -206,16 +205,18 @@ def _batch_response(
 ) -> Response:
     names = _known(opened, asked.taps)
     check = asked.check or FILES not in request.scope.get("extensions", {})
-    rows = _found(opened, asked.keys) if isinstance(asked, BatchByKey) else [RowId(*row) for row in asked.rows]
+    by_key = isinstance(asked, BatchByKey)
+    rows = _found(opened, asked.keys) if by_key else np.array(asked.rows, np.int64).reshape(-1, 3)
     return rows_response(service, opened, rows, names, asked.decode, check=check)
 
 
-def _found(opened: StoreSnapshot, keys: Sequence[tuple[str, int]]) -> list[RowId]:
+def _found(opened: StoreSnapshot, keys: Sequence[tuple[str, int]]) -> np.ndarray:
     try:
-        found = opened.store.rows([key for key, _ in keys], 0)
+        rows = opened.store.rows([key for key, _ in keys], 0)
     except InputError as error:
         raise Problem("unknown-key", str(error)) from error
-    return [RowId(row.unit, row.position, view) for row, (_, view) in zip(found, keys, strict=True)]
+    rows[:, 2] = [view for _, view in keys]
+    return rows
 
 
 def _known(opened: StoreSnapshot, taps: Sequence[str] | None) -> tuple[str, ...]:
@@ -236,7 +237,7 @@ def _record(opened: StoreSnapshot, unit: int, view: int) -> CommitRecord:
 def _etag(opened: StoreSnapshot, record: CommitRecord, view: int, asked: list[Any]) -> str:
     """A strong tag: the store, the checksums of everything that decides the bytes, and what was asked for."""
     manifest = opened.store.manifest
-    tables = [spec.checksums.object_path(record.unit, view) for spec in opened.specs.values() if spec.sharded]
+    tables = [spec.checksums.object_path(record.unit, view) for spec in opened.store.layout.per_view if spec.sharded]
     proofs = [(path, record.proof(path).crc32c) for path in tables]
     text = json.dumps([_ANSWER_VERSION, manifest.identity(), sorted(record.quarantined), proofs, asked])
     return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from feature_store.client import frames
-from feature_store.format.blocks import read_blocks
+from feature_store.read.blocks import read_blocks
 from teacher_service.serve.conditions import not_modified, parse_range, require_match
 from teacher_service.serve.frames import FrameResponse
 from teacher_service.serve.problems import documented

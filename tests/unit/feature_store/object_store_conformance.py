@@ -135,6 +135,15 @@ class ObjectStoreConformance:
         with pytest.raises(FileNotFoundError):
             objects.get("a/c/0")
 
+    def test_forget_lets_go_of_an_object_that_was_replaced(self, objects):
+        objects.put("a/c/0", CONTENT)
+        objects.get_range("a/c/0", 0, 1)
+        objects.put("a/c/0", CONTENT[::-1])
+        assert objects.forget("a/c/0") is None
+        assert objects.opened("a/c/0") is None
+        assert objects.get_range("a/c/0", 0, 9).tobytes() == CONTENT[::-1][:9]
+        assert objects.forget("never/c/0") is None
+
     def test_a_pickled_one_reads_the_same(self, objects):
         objects.put("a/c/0", CONTENT)
         objects.get("a/c/0")

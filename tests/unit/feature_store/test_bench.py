@@ -6,7 +6,7 @@ import pytest
 from tiny_store import tiny_manifest, tiny_store
 
 from feature_store.errors import InputError
-from feature_store.format.codecs.registry import calibrated
+from feature_store.format.codecs.bound import calibrated
 from feature_store.format.manifest import TapInfo
 from feature_store.tools.bench import bench_codecs, stand_ins
 from feature_store.tools.cli import main

@@ -1,5 +1,6 @@
 """What a codec states it keeps, it keeps: alone, through a store, and for a client that is not this project's."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,24 +9,22 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tiny_store import tiny_manifest, tiny_store, unit_data
+from tiny_store import BLOCKS, tiny_manifest, tiny_store, unit_data
 
-from feature_store import open_store
+from feature_store import Store, open_store
 from feature_store.errors import InputError
 from feature_store.format.codecs.base import blocks
-from feature_store.format.codecs.group_quantise import pack, unpack
-from feature_store.format.codecs.quantise import float16_at_least
-from feature_store.format.codecs.registry import (
-    CODECS,
-    DEFAULT_TAP_CODEC,
+from feature_store.format.codecs.bound import (
     MOST_ROW_BYTES,
     BoundCodec,
-    bound_codecs,
+    bind_codecs,
     calibrated,
-    get_codec,
     needs_calibration,
     require_decodable,
 )
+from feature_store.format.codecs.group_quantise import pack, unpack
+from feature_store.format.codecs.quantise import float16_at_least
+from feature_store.format.codecs.registry import CODECS, DEFAULT_TAP_CODEC, get_codec
 from feature_store.format.manifest import Manifest, TapInfo
 
 CALIBRATED = ("int8", "int6", "int4")
@@ -33,7 +32,7 @@ ALL = [*CODECS, *(f"{name}+zstd" for name in CODECS)]
 
 
 def bound(name: str, values: np.ndarray, sample: np.ndarray | None = None) -> BoundCodec:
-    return BoundCodec.learn("taps/stage4", get_codec(name), values if sample is None else sample)
+    return BoundCodec.learn("stage4", get_codec(name), values if sample is None else sample)
 
 
 def heavy_features(rows: int = 12, tokens: int = 5, channels: int = 70) -> np.ndarray:
@@ -195,7 +194,7 @@ def test_unpack_gives_back_what_was_packed(channels, width, random):
 
 def test_int4_uses_the_lowest_code_for_the_largest_value_of_a_group():
     values = heavy_features(1, 1, 32)
-    codec = bound("int4", values, heavy_features(50, 5, 32))
+    codec = bound("int4", values, heavy_features(250, 1, 32))
     codes = unpack(codec.encode(values)[""], 4, 32)
     assert codes.min() == 0
 
@@ -364,13 +363,18 @@ def manifest_with(codec: str, logits_codec: str = "f16") -> Manifest:
     return replace(tiny_manifest(), taps={"stage4": TapInfo(4, 6, codec)}, logits_codec=logits_codec)
 
 
-def tap_sample(manifest: Manifest, unit: int = 0) -> np.ndarray:
-    return unit_data(manifest, unit).taps["stage4"].reshape(-1, 4, 6)
+def tap_values(unit: int) -> np.ndarray:
+    """The values [V, n, N, C] that unit_data encodes, float32."""
+    return unit_data(manifest_with("f32"), unit).features["stage4"][""]
+
+
+def tap_sample() -> np.ndarray:
+    return tap_values(0).reshape(-1, 4, 6)
 
 
 def test_calibrated_gives_the_same_manifest_when_the_sample_is_the_same():
     manifest = manifest_with("int8")
-    first, again = (calibrated(manifest, {"stage4": tap_sample(manifest)}) for _ in range(2))
+    first, again = (calibrated(manifest, {"stage4": tap_sample()}) for _ in range(2))
     assert first.fingerprint() == again.fingerprint() != manifest.fingerprint()
     assert Manifest.from_dict(first.to_dict()) == first
 
@@ -409,7 +413,7 @@ def test_needs_calibration_names_the_taps_without_statistics():
     taps = {name: TapInfo(4, 6, codec) for name, codec in (("a", "f16"), ("b", "int8"), ("c", "int4+zstd"))}
     manifest = replace(tiny_manifest(), taps=taps)
     assert needs_calibration(manifest) == ("b", "c")
-    learnt = calibrated(manifest, {name: tap_sample(manifest_with("f16")) for name in "bc"})
+    learnt = calibrated(manifest, {name: tap_sample() for name in "bc"})
     assert needs_calibration(learnt) == ()
     assert learnt.taps["a"] == taps["a"]
 
@@ -459,8 +463,60 @@ def test_calibrated_refuses_when_the_sample_does_not_fit(sample):
 
 
 def test_a_resumed_job_takes_the_statistics_of_the_store():
-    begun = calibrated(manifest_with("int8"), {"stage4": tap_sample(manifest_with("int8"))})
+    begun = calibrated(manifest_with("int8"), {"stage4": tap_sample()})
     begun.require_equal(manifest_with("int8").with_statistics_of(begun), "-")
+
+
+# ---- bound to a store's values
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 0), (1, 2, 2)])
+def test_bound_codec_encodes_rows_of_any_leading_shape_as_rows_in_a_line(name, leading):
+    values = heavy_features(max(1, int(np.prod(leading))))
+    codec = bound(name, values)
+    rows = values[: int(np.prod(leading))]
+    encoded, flat = codec.encode(rows.reshape(*leading, 5, 70)), codec.encode(rows)
+    assert {suffix: part.shape for suffix, part in encoded.items()} == {
+        suffix: (*leading, *spec.row_shape) for suffix, spec in codec.arrays.items()
+    }
+    assert {suffix: part.dtype for suffix, part in encoded.items()} == {s: a.dtype for s, a in codec.arrays.items()}
+    for suffix, part in flat.items():
+        assert np.array_equal(encoded[suffix].reshape(part.shape), part), suffix
+
+
+@pytest.mark.parametrize("name", ["f16", "int8-channel", "int4+zstd"])
+def test_bound_codec_refuses_a_nan_in_any_view(name):
+    values = heavy_features().reshape(2, 6, 5, 70)
+    codec = bound(name, values[0])
+    values[1, 3, 2, 1] = np.nan
+    with pytest.raises(InputError, match=f"codec {re.escape(name)} cannot hold"):
+        codec.encode(values)
+
+
+def test_bind_codecs_names_taps_and_logits_and_their_arrays():
+    codecs = bind_codecs(manifest_with("int4", "top2+zstd"))
+    assert {name: codec.name for name, codec in codecs.items()} == {"stage4": "stage4", "logits": "logits"}
+    assert [spec.path for spec in codecs["stage4"].arrays.values()] == [
+        "taps/stage4", "taps/stage4.group", "taps/stage4.scale",
+    ]  # fmt: skip
+    assert {suffix: spec.path for suffix, spec in codecs["logits"].arrays.items()} == {
+        "": "logits", "values": "logits.values",
+    }  # fmt: skip
+    assert all(
+        codec.array_path(suffix) == spec.path for codec in codecs.values() for suffix, spec in codec.arrays.items()
+    )
+    assert list(bind_codecs(replace(manifest_with("f16"), logits_codec=None))) == ["stage4"]
+
+
+def test_bind_codecs_refuses_a_tap_named_like_the_logits(tmp_path):
+    manifest = replace(tiny_manifest(), taps={"logits": TapInfo(4, 6, "f16")})
+    for logits_codec in ("f16", None):
+        with pytest.raises(InputError, match="a tap named 'logits', which means the logits; rename the tap"):
+            bind_codecs(replace(manifest, logits_codec=logits_codec))
+    with pytest.raises(InputError, match="rename the tap"):
+        Store.create(tmp_path / "s", manifest, BLOCKS)
+    assert not (tmp_path / "s").exists()
 
 
 # ---- through a store
@@ -469,32 +525,32 @@ def test_a_resumed_job_takes_the_statistics_of_the_store():
 @pytest.mark.parametrize("name", ALL)
 def test_store_gives_decoded_values_and_plain_zarr_the_parts(name, tmp_path):
     manifest = manifest_with(name)
-    manifest = calibrated(manifest, {"stage4": tap_sample(manifest)})
+    manifest = calibrated(manifest, {"stage4": tap_sample()})
     tiny_store(tmp_path / "s", manifest, quarantined={1: "unreadable"})
-    store, codec = open_store(tmp_path / "s"), bound_codecs(manifest)["taps/stage4"]
+    store, codec = open_store(tmp_path / "s"), bind_codecs(manifest)["stage4"]
     group = zarr.open_group(tmp_path / "s", mode="r")
     for unit in range(3):
         good = [i for i in range(manifest.tars[unit].samples) if i != 1]
-        values = unit_data(manifest, unit).taps["stage4"][1][good]
+        values = tap_values(unit)[1][good]
         parts = codec.encode(values)
         batches = list(store.source().iter_unit(unit, 1))
         read = np.concatenate([batch.taps["stage4"] for batch in batches])
         assert np.array_equal(read, codec.decode(parts).astype(read.dtype))
         assert (np.abs(read.astype(np.float64) - values) <= codec.max_error(values)).all()
         rows = unit * manifest.capacity + np.array(good)
-        for suffix, path in codec.paths.items():
-            assert np.array_equal(group[path][1][rows], parts[suffix]), path
+        for suffix, spec in codec.arrays.items():
+            assert np.array_equal(group[spec.path][1][rows], parts[suffix]), spec.path
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_objects_equal_zarr_pythons_own_when_it_writes_the_same_parts(name, tmp_path):
     manifest = manifest_with(name)
-    manifest = replace(calibrated(manifest, {"stage4": tap_sample(manifest)}), num_views=1)
+    manifest = replace(calibrated(manifest, {"stage4": tap_sample()}), num_views=1)
     ours, theirs = tiny_store(tmp_path / "ours", manifest), tiny_store(tmp_path / "theirs", manifest, units=())
     source, target = zarr.open_group(ours.path, mode="r"), zarr.open_group(theirs.path, mode="r+")
     full = [unit for unit, tar in enumerate(manifest.tars) if tar.samples == manifest.capacity]
     assert full
-    for path in bound_codecs(manifest)["taps/stage4"].paths.values():
+    for path in (spec.path for spec in bind_codecs(manifest)["stage4"].arrays.values()):
         with zarr.config.set({"array.write_empty_chunks": True}):
             target[path][...] = source[path][...]
         for unit in full:
@@ -509,41 +565,16 @@ def test_a_foreign_client_is_told_how_to_read_bf16(tmp_path):
     array = zarr.open_group(tmp_path / "s", mode="r")["taps/stage4"]
     assert array.attrs["encoding"].startswith("bfloat16 bit patterns")
     values = (array[0, :5].astype("u4") << 16).view("f4")
-    assert np.allclose(values, unit_data(manifest, 0).taps["stage4"][0], rtol=2**-8)
+    assert np.allclose(values, tap_values(0)[0], rtol=2**-8)
     unwritten = (array[0, 8:10].astype("u4") << 16).view("f4")
     assert np.isnan(unwritten).all()
 
 
-def test_a_unit_may_be_handed_over_encoded(tmp_path):
-    manifest = manifest_with("int8")
-    manifest = calibrated(manifest, {"stage4": tap_sample(manifest)})
-    codec, data = bound_codecs(manifest)["taps/stage4"], unit_data(manifest, 0)
-    views = [codec.encode(view) for view in data.taps["stage4"]]
-    encoded = {part.suffix: np.stack([view[part.suffix] for view in views]) for part in codec.parts}
-    store = tiny_store(tmp_path / "a", manifest, units=(0,))
-    other = tiny_store(tmp_path / "b", manifest, units=())
-    with other.locked_for_writing():
-        other.write_unit(0, 0, replace(data, taps={"stage4": encoded}))
-    for path in ("taps/stage4/c/1/0/0/0", "taps/stage4.scale/c/1/0/0", "taps/stage4.crc32c/c/0/0"):
-        assert (store.path / path).read_bytes() == (other.path / path).read_bytes()
-
-
-def test_write_unit_refuses_when_an_encoded_part_is_missing(tmp_path):
-    manifest = calibrated(manifest_with("int8"), {"stage4": tap_sample(manifest_with("int8"))})
-    store = tiny_store(tmp_path / "s", manifest, units=())
-    data = replace(unit_data(manifest, 0), taps={"stage4": {"": np.zeros((2, 5, 4, 6), np.int8)}})
-    with (
-        store.locked_for_writing(),
-        pytest.raises(InputError, match=r"taps.stage4\['scale'\] of unit 0 has shape None"),
-    ):
-        store.write_unit(0, 0, data)
-
-
 def test_source_gives_the_parts_when_asked_not_to_decode(tmp_path):
-    manifest = calibrated(manifest_with("int4"), {"stage4": tap_sample(manifest_with("int4"))})
+    manifest = calibrated(manifest_with("int4"), {"stage4": tap_sample()})
     store = tiny_store(tmp_path / "s", manifest)
     rows = store.rows(["key/0-1", "key/2-3"], 1)
-    source, codec = store.source(), bound_codecs(manifest)["taps/stage4"]
+    source, codec = store.source(), store.layout.codecs["stage4"]
     encoded = source.read(rows, decode=False).encoded["stage4"]
     assert set(encoded) == {"", "group", "scale"}
     assert np.array_equal(codec.decode(encoded), source.read(rows).taps["stage4"])

@@ -10,7 +10,7 @@ from tiny_store import everything, tiny_manifest, tiny_store, view_data
 from feature_store import RowId, open_store
 from feature_store.backends.local import LocalObjects
 from feature_store.commits import index as commit_index
-from feature_store.commits.checksum_table import ChecksumOrder, ChecksumTable, pack_checksums, total_bytes
+from feature_store.commits.checksum_table import ChecksumTable, pack_checksums, total_bytes
 from feature_store.commits.index import build_index, decode_index, is_whole, write_index
 from feature_store.commits.locks import (
     exclusive,
@@ -22,7 +22,7 @@ from feature_store.commits.locks import (
     machine_folder,
 )
 from feature_store.commits.log import CommitLog, load_commits, load_store
-from feature_store.commits.orphans import Place, Places, find_orphans, read_records, whole_objects, withdraw
+from feature_store.commits.orphans import ObjectKind, classify_path, find_orphans, read_records, whole_objects, withdraw
 from feature_store.commits.record import (
     CommitRecord,
     ObjectChecksum,
@@ -42,20 +42,22 @@ from feature_store.errors import (
     ResourceError,
     UncommittedError,
 )
-from feature_store.format.layout import array_specs, crc32c
+from feature_store.format.checksums import crc32c
+from feature_store.format.layout import StoreLayout
 from feature_store.format.manifest import TarInfo
 
 MANIFEST = replace(tiny_manifest(views=4), tars=tuple(TarInfo(f"tar-{u}.tar", 5, f"{u}" * 64) for u in range(3)))
-ORDER = ChecksumOrder(MANIFEST)
+LAYOUT = StoreLayout(MANIFEST)
 
 
 def record_of(unit: int, first: int = 0, last: int = 3, **changes) -> CommitRecord:
     """A record whose objects' proofs all differ."""
     tar, views = MANIFEST.tars[unit], range(first, last + 1)
+    paths = LAYOUT.object_paths(unit, views)
     record = CommitRecord(
         store=MANIFEST.identity(), unit=unit, first_view=first, last_view=last, tar=tar.name,
         tar_sha256=tar.header_sha256, samples=tar.samples, quarantined={},
-        objects={path: ObjectChecksum(at + 10, 2**32 - 1 - at) for at, path in enumerate(ORDER.paths(unit, views))},
+        objects={path: ObjectChecksum(at + 10, 2**32 - 1 - at) for at, path in enumerate(paths)},
         software={"numpy": "2"},
     )  # fmt: skip
     return replace(record, **changes)
@@ -150,6 +152,17 @@ def test_require_of_accepts_the_last_unit_and_view():
     record_of(2, 3, 3).require_of(MANIFEST)
 
 
+@pytest.mark.parametrize("quarantined", [{}, {0: "a"}, {4: "a", 1: "b"}, dict.fromkeys(range(5), "all")])
+def test_readable_rows_are_those_that_are_not_quarantined_in_position_order(quarantined):
+    record = record_of(1, 2, 3, quarantined=quarantined)
+    good = [position for position in range(5) if position not in quarantined]
+    assert (record.readable.dtype, record.readable.tolist()) == (np.int64, good)
+    for view in record.views:
+        rows = record.rows(view)
+        assert (rows.dtype, rows.shape) == (np.int64, (len(good), 3))
+        assert rows.tolist() == [[1, position, view] for position in good]
+
+
 def test_proof_names_the_record_when_an_object_is_not_listed():
     record = record_of(0)
     assert record.proof("label/c/0") == record.objects["label/c/0"]
@@ -176,19 +189,20 @@ def test_first_writer_of_a_record_wins(tmp_path):
 @pytest.mark.parametrize("views", [range(4), range(1, 3)])
 def test_packed_proofs_are_the_mapping_they_were_made_of(views):
     proofs = record_of(2, views.start, views.stop - 1).objects
-    packed = pack_checksums(ORDER, 2, views, proofs)
+    packed = pack_checksums(LAYOUT, 2, views, proofs)
     assert isinstance(packed, ChecksumTable)
     assert dict(packed) == proofs
-    assert len(packed) == len(proofs) == ORDER.shared + len(views) * ORDER.per_view
+    assert len(packed) == len(proofs) == len(LAYOUT.per_unit) + len(views) * len(LAYOUT.per_view)
     assert total_bytes(packed) == total_bytes(proofs) == sum(proof.bytes for proof in proofs.values())
 
 
 def test_proof_order_has_arrays_without_views_first():
-    specs = array_specs(MANIFEST)
-    assert ORDER.arrays == sorted(specs, key=lambda path: specs[path].per_view)
-    assert ORDER.paths(1, range(2, 4))[: ORDER.shared] == ["label/c/1", "key/c/1/0", "key_hash/c/1"]
-    assert ORDER.paths(1, range(2, 4))[ORDER.shared] == "view/crop/c/2/1/0"
-    assert ORDER.paths(1, range(2, 4))[-1] == "logits.crc32c/c/3/1"
+    arrays = LAYOUT.arrays.values()
+    assert [*LAYOUT.per_unit, *LAYOUT.per_view] == sorted(arrays, key=lambda spec: spec.per_view)
+    paths, shared = LAYOUT.object_paths(1, range(2, 4)), len(LAYOUT.per_unit)
+    assert paths[:shared] == ["label/c/1", "key/c/1/0", "key_hash/c/1"]
+    assert paths[shared] == "view/crop/c/2/1/0"
+    assert paths[-1] == "logits.crc32c/c/3/1"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +213,7 @@ def test_proof_order_has_arrays_without_views_first():
     ],
 )  # fmt: skip
 def test_packed_proofs_have_no_objects_of_other_units_views_and_arrays(path):
-    packed = pack_checksums(ORDER, 2, range(1, 3), record_of(2, 1, 2).objects)
+    packed = pack_checksums(LAYOUT, 2, range(1, 3), record_of(2, 1, 2).objects)
     assert path not in packed
     with pytest.raises(KeyError):
         packed[path]
@@ -209,7 +223,7 @@ def test_proofs_stay_as_they_are_when_they_are_not_exactly_a_units():
     proofs = record_of(2).objects
     fewer = {path: proof for path, proof in proofs.items() if path != "label/c/2"}
     for unusual in (fewer, {**proofs, "more": ObjectChecksum(1, 1)}, {**fewer, "other": ObjectChecksum(1, 1)}):
-        assert pack_checksums(ORDER, 2, range(4), unusual) is unusual
+        assert pack_checksums(LAYOUT, 2, range(4), unusual) is unusual
 
 
 # ---- rows
@@ -217,21 +231,21 @@ def test_proofs_stay_as_they_are_when_they_are_not_exactly_a_units():
 
 def test_committed_rows_know_units_views_and_records():
     records = [record_of(2, 1, 2), record_of(0, 2, 3), record_of(0, 0, 1)]
-    rows = CommitLog(MANIFEST, records)
+    rows = CommitLog(LAYOUT, records)
     assert [record.path for record in rows.records] == [records[2].path, records[1].path, records[0].path]
     assert all(same(rows.record(r.unit, view), r) for r in records for view in r.views)
     assert (rows.units, rows.complete_units, rows.places) == ([0, 2], 1, 6)
     assert [rows.views(unit) for unit in (-1, 0, 1, 2, 3)] == [set(), {0, 1, 2, 3}, set(), {1, 2}, set()]
     assert rows.missing_views() == {1: [0, 1, 2, 3], 2: [0, 3]}
     assert not rows.is_indexed(0, range(2))
-    whole = CommitLog(MANIFEST, [record_of(unit) for unit in range(3)])
+    whole = CommitLog(LAYOUT, [record_of(unit) for unit in range(3)])
     assert whole.missing_views() == {}
     assert (whole.complete_units, whole.places) == (3, 12)
 
 
 @pytest.mark.parametrize("view", [-1, 0, 4])
 def test_record_says_which_views_are_committed_when_one_is_not(view):
-    rows = CommitLog(MANIFEST, [record_of(0, 1, 3)])
+    rows = CommitLog(LAYOUT, [record_of(0, 1, 3)])
     message = rf"view {view} of unit 0 \(tar-0.tar\) was never committed; .* this unit: \[1, 2, 3\]; finish the store"
     with pytest.raises(UncommittedError, match=message):
         rows.record(0, view)
@@ -242,7 +256,7 @@ def test_record_says_which_views_are_committed_when_one_is_not(view):
 
 
 def test_require_refuses_rows_beyond_the_tar_and_quarantined_ones():
-    rows = CommitLog(MANIFEST, [record_of(0, quarantined={2: "no label"})])
+    rows = CommitLog(LAYOUT, [record_of(0, quarantined={2: "no label"})])
     for position in (0, 1, 3, 4):
         rows.require(RowId(0, position, 3))
     for position in (-1, 5):
@@ -253,7 +267,7 @@ def test_require_refuses_rows_beyond_the_tar_and_quarantined_ones():
 
 
 def test_add_refuses_when_any_view_is_taken_and_names_both_records():
-    rows = CommitLog(MANIFEST, [record_of(0, 0, 1)])
+    rows = CommitLog(LAYOUT, [record_of(0, 0, 1)])
     message = r"commits/u00000-v0-1.json and commits/u00000-v1-3.json vouch for the same view; remove one .*repair"
     with pytest.raises(CorruptStoreError, match=message):
         rows.add(record_of(0, 1, 3))
@@ -263,7 +277,7 @@ def test_add_refuses_when_any_view_is_taken_and_names_both_records():
 
 
 def test_replace_takes_the_place_of_records_of_its_views_and_of_no_others():
-    rows = CommitLog(MANIFEST, [record_of(0, 0, 1), record_of(0, 2, 2), record_of(1)])
+    rows = CommitLog(LAYOUT, [record_of(0, 0, 1), record_of(0, 2, 2), record_of(1)])
     rows.replace(record_of(0, 1, 1, quarantined={4: "x"}))
     assert rows.views(0) == {1, 2}
     assert rows.record(0, 1).quarantined == {4: "x"}
@@ -282,13 +296,13 @@ RECORDS = [
 ]
 
 
-def indexed(records=RECORDS, manifest=MANIFEST):
-    packed = CommitLog(manifest, records).records
-    return build_index(manifest, [(record, 100 + at) for at, record in enumerate(packed)])
+def indexed(records=RECORDS, layout=LAYOUT):
+    packed = CommitLog(layout, records).records
+    return build_index(layout, [(record, 100 + at) for at, record in enumerate(packed)])
 
 
 def test_index_gives_back_the_records_it_was_made_of():
-    index = decode_index(indexed().encode(), MANIFEST)
+    index = decode_index(indexed().encode(), LAYOUT)
     assert len(index) == 3
     assert all(same(index.record(line), record) for line, record in enumerate(RECORDS))
     assert index.paths() == [record.path for record in RECORDS]
@@ -302,7 +316,7 @@ def test_index_gives_back_the_records_it_was_made_of():
 
 
 def test_index_of_no_records_is_one():
-    index = decode_index(indexed([]).encode(), MANIFEST)
+    index = decode_index(indexed([]).encode(), LAYOUT)
     assert (len(index), index.paths(), index.objects) == (0, [], 0)
     assert not index.covers(0, range(4))
 
@@ -311,12 +325,12 @@ def test_index_serves_a_store_that_has_grown_and_none_whose_tars_differ(caplog):
     """It says how many tars it is about; unit 2 has no record in it."""
     raw = indexed().encode()
     more = replace(MANIFEST, tars=(*MANIFEST.tars, TarInfo("more.tar", 5, "f" * 64)))
-    assert len(decode_index(raw, more)) == 3
+    assert len(decode_index(raw, StoreLayout(more))) == 3
     other = replace(MANIFEST, tars=(*MANIFEST.tars[:2], TarInfo("other.tar", 5, "f" * 64)))
-    assert len(decode_index(raw, other)) == 3
+    assert len(decode_index(raw, StoreLayout(other))) == 3
     assert caplog.text == ""
     renamed = replace(MANIFEST, tars=(MANIFEST.tars[0], replace(MANIFEST.tars[1], name="x.tar"), MANIFEST.tars[2]))
-    assert decode_index(raw, renamed) is None
+    assert decode_index(raw, StoreLayout(renamed)) is None
     assert "commits/index is ignored, the records are read instead: it is another store's, or about tars" in caplog.text
 
 
@@ -331,7 +345,7 @@ def test_build_index_leaves_records_with_unusual_objects_out():
 @pytest.mark.parametrize("raw", [b"", b"abcd", b"\0\0\0\0", b"xyz"])
 def test_an_index_is_not_whole_when_it_has_no_content(raw):
     assert not is_whole(raw)
-    assert decode_index(raw, MANIFEST) is None
+    assert decode_index(raw, LAYOUT) is None
 
 
 def test_an_index_is_whole_when_its_crc_is_right_whatever_it_holds():
@@ -356,13 +370,13 @@ def test_decode_index_says_why_it_is_ignored(changes, message, caplog):
     index = indexed()
     object.__setattr__(index, "columns", {**index.columns, **{k: v for k, v in changes.items() if k in index.columns}})
     object.__setattr__(index, "proofs", {**index.proofs, **{k: v for k, v in changes.items() if k in index.proofs}})
-    assert decode_index(index.encode(), MANIFEST) is None
+    assert decode_index(index.encode(), LAYOUT) is None
     assert message in caplog.text
 
 
 def test_decode_index_accepts_the_last_position_as_quarantined_and_none_beyond(caplog):
     """Of the tar of its line: unit 1 is at lines 1 and 2."""
-    short = replace(MANIFEST, tars=(replace(MANIFEST.tars[0], samples=2), *MANIFEST.tars[1:]))
+    short = StoreLayout(replace(MANIFEST, tars=(replace(MANIFEST.tars[0], samples=2), *MANIFEST.tars[1:])))
     records = [replace(record_of(0), samples=2), record_of(1, quarantined={4: "x"})]
     assert decode_index(indexed(records, short).encode(), short).record(1).quarantined == {4: "x"}
     records = [replace(record_of(0), samples=2, quarantined={2: "x"}), record_of(1)]
@@ -374,9 +388,9 @@ def test_write_index_covers_the_records_that_are_there(tmp_path):
     objects = LocalObjects(tmp_path)
     for record in RECORDS[:2]:
         write_commit(objects, record)
-    packed = CommitLog(MANIFEST, RECORDS).records
-    assert write_index(objects, MANIFEST, packed) == 2
-    index = decode_index(objects.get(commit_index.PATH).tobytes(), MANIFEST)
+    packed = CommitLog(LAYOUT, RECORDS).records
+    assert write_index(objects, LAYOUT, packed) == 2
+    index = decode_index(objects.get(commit_index.PATH).tobytes(), LAYOUT)
     assert index.paths() == [record.path for record in RECORDS[:2]]
     assert index.columns["bytes"].tolist() == [len(encode_record(record)) for record in RECORDS[:2]]
 
@@ -400,24 +414,24 @@ def reads(objects, monkeypatch):
 
 
 def test_load_commits_reads_only_records_that_the_index_does_not_cover(objects, monkeypatch):
-    write_index(objects, MANIFEST, CommitLog(MANIFEST, RECORDS[:2]).records)
+    write_index(objects, LAYOUT, CommitLog(LAYOUT, RECORDS[:2]).records)
     seen = reads(objects, monkeypatch)
-    committed, problems = load_commits(objects, MANIFEST)
+    committed, problems = load_commits(objects, LAYOUT)
     assert problems == []
     assert seen == [commit_index.PATH, RECORDS[2].path]
     assert [same(*pair) for pair in zip(committed.records, RECORDS, strict=True)] == [True] * 3
     assert [committed.is_indexed(r.unit, r.views) for r in RECORDS] == [True, True, False]
     del seen[:]
-    load_commits(objects, MANIFEST, use_index=False)
+    load_commits(objects, LAYOUT, use_index=False)
     assert sorted(seen) == sorted(record.path for record in RECORDS)
 
 
 def test_load_commits_does_not_believe_the_index_about_records_that_are_gone_or_of_another_length(objects):
-    write_index(objects, MANIFEST, CommitLog(MANIFEST, RECORDS).records)
+    write_index(objects, LAYOUT, CommitLog(LAYOUT, RECORDS).records)
     objects.delete(RECORDS[0].path)
     other = record_of(1, 0, 0, software={"a longer name": "1"})
     objects.put(other.path, encode_record(other))
-    committed, problems = load_commits(objects, MANIFEST)
+    committed, problems = load_commits(objects, LAYOUT)
     assert problems == []
     assert [record.path for record in committed.records] == [RECORDS[1].path, RECORDS[2].path]
     assert committed.record(1, 0).software == {"a longer name": "1"}
@@ -429,7 +443,7 @@ def test_load_commits_names_records_that_cannot_be_believed_and_believes_the_res
     objects.put("commits/notes.txt", b"mine")
     second = record_of(1, 3, 3)
     write_commit(objects, second)
-    committed, problems = load_commits(objects, MANIFEST)
+    committed, problems = load_commits(objects, LAYOUT)
     assert [(problem.path, problem.unit) for problem in problems] == [
         ("commits/notes.json", None), (RECORDS[0].path, 0), (second.path, 1),
     ]  # fmt: skip
@@ -446,17 +460,17 @@ def test_load_commits_passes_over_records_that_are_gone_since_they_were_listed(o
         return get(self, path)
 
     monkeypatch.setattr(type(objects), "get", gone)
-    committed, problems = load_commits(objects, MANIFEST)
+    committed, problems = load_commits(objects, LAYOUT)
     assert problems == []
     assert [record.path for record in committed.records] == [RECORDS[0].path, RECORDS[2].path]
 
 
 def test_load_commits_reads_all_records_when_the_index_has_one_twice(objects):
-    twice = [(record, 0) for record in CommitLog(MANIFEST, RECORDS[:1]).records] * 2
+    twice = [(record, 0) for record in CommitLog(LAYOUT, RECORDS[:1]).records] * 2
     sizes = objects.sizes("commits/")
-    index = build_index(MANIFEST, [(record, sizes[record.path]) for record, _ in twice])
+    index = build_index(LAYOUT, [(record, sizes[record.path]) for record, _ in twice])
     objects.put(commit_index.PATH, index.encode())
-    committed, problems = load_commits(objects, MANIFEST)
+    committed, problems = load_commits(objects, LAYOUT)
     assert problems == []
     assert [record.path for record in committed.records] == [record.path for record in RECORDS]
 
@@ -466,10 +480,10 @@ def test_load_commits_takes_the_index_alone_when_records_cannot_be_listed(object
     with pytest.raises(
         InputError, match=r"cannot be listed and has no commit index .* in commits/index; call Store.co"
     ):
-        load_commits(objects, MANIFEST)
-    write_index(objects, MANIFEST, CommitLog(MANIFEST, RECORDS[:2]).records)
+        load_commits(objects, LAYOUT)
+    write_index(objects, LAYOUT, CommitLog(LAYOUT, RECORDS[:2]).records)
     seen = reads(objects, monkeypatch)
-    committed, problems = load_commits(objects, MANIFEST)
+    committed, problems = load_commits(objects, LAYOUT)
     assert (problems, seen) == ([], [commit_index.PATH])
     assert [record.path for record in committed.records] == [record.path for record in RECORDS[:2]]
 
@@ -487,8 +501,8 @@ def test_load_store_reads_the_manifest_again_when_it_has_grown_meanwhile(tmp_pat
         return small if path == "zarr.json" and seen.count(path) == 1 else get(self, path)
 
     monkeypatch.setattr(LocalObjects, "get", first_the_old_one)
-    manifest, committed, problems = load_store(LocalObjects(store.path))
-    assert (manifest.num_views, problems) == (3, [])
+    layout, committed, problems = load_store(LocalObjects(store.path))
+    assert (layout.manifest.num_views, problems) == (3, [])
     assert committed.views(0) == {0, 1, 2}
 
 
@@ -498,32 +512,32 @@ def test_load_store_reads_the_manifest_again_when_it_has_grown_meanwhile(tmp_pat
 @pytest.mark.parametrize(
     ("path", "place"),
     [
-        ("label/c/2", Place("object", 2)),
-        ("key/c/2/0", Place("object", 2)),
-        ("view/crop/c/3/1/0", Place("object", 1)),
-        ("taps/stage4/c/0/12/0/0", Place("object", 12)),
-        ("taps/stage4.crc32c/c/0/12", Place("object", 12)),
-        ("taps/stage4/c/0/12/0/0.77-1.partial", Place("partial", 12)),
-        ("commits/u00004-v0-1.json.77-1.partial", Place("partial", 4)),
-        ("zarr.json.77-1.partial", Place("partial")),
-        ("commits/u00004-v0-1.json", Place("record", 4)),
-        ("commits/index", Place("fixed")),
-        ("zarr.json", Place("fixed")),
-        ("taps/stage4/zarr.json", Place("fixed")),
-        ("teacher/blocks/norm.weight/c/0", Place("fixed")),
-        (".locks/u00001", Place("fixed")),
-        ("notes.txt", Place("foreign")),
-        ("label/c/x", Place("foreign")),
-        ("label/c/02", Place("foreign")),
-        ("label/c/2/0", Place("foreign")),
-        ("taps/stage4/c/0/12/0/1", Place("foreign")),
-        ("taps/stage4/c/3", Place("foreign")),
-        ("taps/other/c/0/1/0/0", Place("foreign")),
-        ("commits/notes.txt", Place("foreign")),
+        ("label/c/2", ObjectKind("object", 2)),
+        ("key/c/2/0", ObjectKind("object", 2)),
+        ("view/crop/c/3/1/0", ObjectKind("object", 1)),
+        ("taps/stage4/c/0/12/0/0", ObjectKind("object", 12)),
+        ("taps/stage4.crc32c/c/0/12", ObjectKind("object", 12)),
+        ("taps/stage4/c/0/12/0/0.77-1.partial", ObjectKind("partial", 12)),
+        ("commits/u00004-v0-1.json.77-1.partial", ObjectKind("partial", 4)),
+        ("zarr.json.77-1.partial", ObjectKind("partial")),
+        ("commits/u00004-v0-1.json", ObjectKind("record", 4)),
+        ("commits/index", ObjectKind("fixed")),
+        ("zarr.json", ObjectKind("fixed")),
+        ("taps/stage4/zarr.json", ObjectKind("fixed")),
+        ("teacher/blocks/norm.weight/c/0", ObjectKind("fixed")),
+        (".locks/u00001", ObjectKind("fixed")),
+        ("notes.txt", ObjectKind("foreign")),
+        ("label/c/x", ObjectKind("foreign")),
+        ("label/c/02", ObjectKind("foreign")),
+        ("label/c/2/0", ObjectKind("foreign")),
+        ("taps/stage4/c/0/12/0/1", ObjectKind("foreign")),
+        ("taps/stage4/c/3", ObjectKind("foreign")),
+        ("taps/other/c/0/1/0/0", ObjectKind("foreign")),
+        ("commits/notes.txt", ObjectKind("foreign")),
     ],
 )
-def test_places_know_what_a_path_is(path, place):
-    assert Places(MANIFEST).of(path) == place
+def test_classify_path_knows_what_a_path_is(path, place):
+    assert classify_path(LAYOUT, path) == place
 
 
 def test_find_orphans_spares_what_is_vouched_for_and_what_a_damaged_record_may_vouch_for():
@@ -531,12 +545,12 @@ def test_find_orphans_spares_what_is_vouched_for_and_what_a_damaged_record_may_v
         "label/c/0", "label/c/1", "label/c/2", "view/crop/c/0/0/0", "view/crop/c/2/0/0", "zarr.json",
         "zarr.json.1-1.partial", "label/c/0.1-1.partial", "notes.txt", record_of(0, 0, 1).path,
     ]  # fmt: skip
-    found = find_orphans(MANIFEST, paths, [record_of(0, 0, 1)], [2, None])
+    found = find_orphans(LAYOUT, paths, [record_of(0, 0, 1)], [2, None])
     assert found == {
         0: ["view/crop/c/2/0/0", "label/c/0.1-1.partial"], 1: ["label/c/1"], None: ["zarr.json.1-1.partial"],
     }  # fmt: skip
-    assert find_orphans(MANIFEST, paths[:2], [record_of(0), record_of(1)]) == {}
-    assert find_orphans(MANIFEST, paths[:1], [record_of(1)]) == {0: ["label/c/0"]}
+    assert find_orphans(LAYOUT, paths[:2], [record_of(0), record_of(1)]) == {}
+    assert find_orphans(LAYOUT, paths[:1], [record_of(1)]) == {0: ["label/c/0"]}
 
 
 def test_whole_objects_are_neither_unfinished_nor_locks(tmp_path):

@@ -72,6 +72,6 @@ def test_grow_syncs_the_arrays_before_the_root_says_so(tmp_path, monkeypatch):
     events = watched(monkeypatch, store.path)
     store.grow(tiny_manifest(views=5))
     said = events.index(("name", "zarr.json"))
-    for path in store._specs:
+    for path in store.layout.arrays:
         require_durable(events, said, f"{path}/zarr.json")
     require_durable(events, len(events), "zarr.json")

@@ -174,7 +174,7 @@ class TestStaleIndex:
         open_store(store.path).write_unit(1, 0, view_data(store.manifest, 1, range(2), salt=5))
         assert np.array_equal(
             open_store(store.path).source().read([RowId(1, 0, 0)]).taps["stage4"][0],
-            view_data(store.manifest, 1, range(1), salt=5).taps["stage4"][0, 0].astype(np.float16),
+            view_data(store.manifest, 1, range(1), salt=5).features["stage4"][""][0, 0],
         )
         assert verify(store.path).findings == []
 
@@ -343,7 +343,7 @@ def _state(path, manifest):
         for view in store.committed_views(unit):
             expected = view_data(manifest, unit, range(view, view + 1))
             (batch,) = store.source().iter_unit(unit, view)
-            assert np.array_equal(batch.taps["stage4"], expected.taps["stage4"][0].astype(np.float16))
+            assert np.array_equal(batch.taps["stage4"], expected.features["stage4"][""][0])
             assert np.array_equal(store.pixel_crcs(unit, view), expected.pixel_crc[0])
             assert store.view_params(unit, view) == expected.params[0]
     kinds = {finding.kind for finding in verify(path).findings}

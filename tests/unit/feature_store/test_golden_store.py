@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from feature_store import RowId, open_store
-from feature_store.format.blocks import read_blocks
+from feature_store.read.blocks import read_blocks
 from feature_store.tools.verify import verify
 
 pytestmark = pytest.mark.golden
@@ -62,4 +62,4 @@ def test_golden_store_can_be_written_on(tmp_path, script):
     store.write_unit(2, 2, script.unit_data(store.manifest, 2, range(2, 3)))
     assert verify(path).findings == []
     assert verify(path).missing_views == {}
-    assert open_store(path).rows(["é0/3", "é2/1"], 2) == [RowId(0, 3, 2), RowId(2, 1, 2)]
+    assert open_store(path).rows(["é0/3", "é2/1"], 2).tolist() == [[0, 3, 2], [2, 1, 2]]

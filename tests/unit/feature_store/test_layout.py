@@ -9,27 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_store import CHANNELS, CLASSES, SAMPLES, TOKENS, tiny_manifest, tiny_store, unit_data
 
-from feature_store.errors import CorruptStoreError
-from feature_store.format.layout import (
-    CRC_BYTES,
+from feature_store.errors import CorruptStoreError, InputError
+from feature_store.format.arrays import (
     MISSING_CHUNK,
     ShardBuilder,
-    array_specs,
-    crc32c,
     decode_chunk,
     decode_row,
     decode_shard_index,
     encode_chunk,
     encode_row,
-    joined_crc32c,
-    joined_crc32cs,
-    object_bytes,
-    object_checksum,
-    shard_bytes,
     shard_index_bytes,
-    value_specs,
 )
+from feature_store.format.checksums import CRC_BYTES, combined_crc32c, crc32c, object_checksum
+from feature_store.format.layout import ObjectAddress, StoreLayout
 from feature_store.format.manifest import TapInfo
+
+LAYOUT = StoreLayout(tiny_manifest())
+TAP, LABEL = LAYOUT.arrays["taps/stage4"], LAYOUT.arrays["label"]
+ZSTD_TAP = replace(TAP, zstd=True)
 
 
 def test_store_written_by_us_reads_equal_when_opened_with_plain_zarr(tmp_path):
@@ -41,8 +38,8 @@ def test_store_written_by_us_reads_equal_when_opened_with_plain_zarr(tmp_path):
         rows = slice(unit * manifest.capacity, unit * manifest.capacity + SAMPLES[unit])
         good = [i for i in range(SAMPLES[unit]) if i != 1]
         taps, logits = group["taps/stage4"][:, rows], group["logits"][:, rows]
-        assert np.array_equal(taps[:, good], data.taps["stage4"].astype(np.float16)[:, good])
-        assert np.array_equal(logits[:, good], data.logits.astype(np.float16)[:, good])
+        assert np.array_equal(taps[:, good], data.features["stage4"][""][:, good])
+        assert np.array_equal(logits[:, good], data.features["logits"][""][:, good])
         assert np.isnan(taps[:, 1]).all()
         assert np.isnan(logits[:, 1]).all()
         assert np.array_equal(group["label"][rows], data.labels)
@@ -68,7 +65,7 @@ def test_objects_equal_zarr_pythons_own_when_it_writes_the_same_values(tmp_path,
     theirs = tiny_store(tmp_path / "theirs", manifest, units=())
     source, target = zarr.open_group(ours.path, mode="r"), zarr.open_group(theirs.path, mode="r+")
     with zarr.config.set({"array.write_empty_chunks": True}):
-        for path in array_specs(manifest):
+        for path in ours.layout.arrays:
             target[path][...] = source[path][...]
     compared = 0
     for record in ours.committed.records:
@@ -81,63 +78,45 @@ def test_objects_equal_zarr_pythons_own_when_it_writes_the_same_values(tmp_path,
     assert compared > 60
 
 
-def test_array_shapes_are_view_row_token_channel(tmp_path):
-    manifest = tiny_manifest()
-    specs = array_specs(manifest)
+def test_array_shapes_are_view_row_token_channel():
     rows = len(SAMPLES) * max(SAMPLES)
-    assert specs["taps/stage4"].shape(manifest) == (2, rows, TOKENS, CHANNELS)
-    assert specs["logits"].shape(manifest) == (2, rows, CLASSES)
-    assert specs["label"].shape(manifest) == (rows,)
-    assert specs["taps/stage4"].object_path(1, 0) == "taps/stage4/c/0/1/0/0"
-    assert specs["label"].object_path(2) == "label/c/2"
+    assert LAYOUT.shape(TAP) == (2, rows, TOKENS, CHANNELS)
+    assert LAYOUT.shape(LAYOUT.arrays["logits"]) == (2, rows, CLASSES)
+    assert LAYOUT.shape(LABEL) == (rows,)
+    assert TAP.object_path(1, 0) == "taps/stage4/c/0/1/0/0"
+    assert LABEL.object_path(2) == "label/c/2"
 
 
 def test_ops_arrays_are_absent_when_the_policy_has_no_randaugment():
-    assert "view/ops" not in array_specs(tiny_manifest(policy="rrc_flip"))
+    assert "view/ops" not in StoreLayout(tiny_manifest(policy="rrc_flip")).arrays
 
 
 @settings(max_examples=25)
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.integers(0, 3))
 def test_object_bytes_predicts_exactly_what_is_written(written, spare):
-    spec = array_specs(tiny_manifest())["taps/stage4"]
     capacity = len(written) + spare
-    values = np.zeros((sum(written), *spec.row_shape), spec.dtype)
-    builder = ShardBuilder(spec, capacity)
+    values = np.zeros((sum(written), *TAP.row_shape), TAP.dtype)
+    builder = ShardBuilder(TAP, capacity)
     parts = [*builder.add(np.flatnonzero(written), values), builder.finish()]
-    assert sum(part.nbytes for part in parts) == builder.nbytes == object_bytes(spec, sum(written), capacity)
+    assert sum(part.nbytes for part in parts) == builder.nbytes == TAP.object_bytes(sum(written), capacity)
 
 
 @given(st.integers(0, 43), st.integers(0, 7))
 def test_decode_chunk_refuses_when_any_bit_flips(byte, bit):
-    spec = array_specs(tiny_manifest())["label"]
-    raw = encode_chunk(spec, np.arange(3), 5)
+    raw = encode_chunk(LABEL, np.arange(3), 5)
     raw[byte] ^= 1 << bit
     with pytest.raises(CorruptStoreError, match="crc32c"):
-        decode_chunk(spec, raw, 5, "label/c/0")
+        decode_chunk(LABEL, raw, 5, "label/c/0")
 
 
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=12), st.integers(1, 40))
-def test_joined_crc32c_is_that_of_all_bytes_one_after_the_other(pieces, nbytes):
+def test_combined_crc32c_is_that_of_all_bytes_one_after_the_other(pieces, nbytes):
     equal = [piece.ljust(nbytes, b"\0")[:nbytes] for piece in pieces]
     checksums = np.array([crc32c(piece) for piece in equal], np.uint32)
-    assert joined_crc32c(checksums, nbytes) == crc32c(b"".join(equal))
+    assert combined_crc32c(checksums, nbytes) == crc32c(b"".join(equal))
 
 
-@given(st.lists(st.binary(min_size=9, max_size=9), min_size=1, max_size=12), st.data())
-def test_joined_crc32cs_are_those_of_each_range(pieces, data):
-    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(pieces) - 1))))) if len(pieces) > 1 else []
-    starts, stops = [0, *cuts], [*cuts, len(pieces)]
-    checksums = np.array([crc32c(piece) for piece in pieces], np.uint32)
-    joined = joined_crc32cs(checksums, np.array(starts), np.array(stops), 9)
-    assert joined == [crc32c(b"".join(pieces[start:stop])) for start, stop in zip(starts, stops, strict=True)]
-
-
-TAP = array_specs(tiny_manifest())["taps/stage4"]
-LABEL = array_specs(tiny_manifest())["label"]
-ZSTD_TAP = replace(TAP, zstd=True)
-
-
-def test_array_specs_are_those_of_every_store_of_the_format():
+def test_arrays_are_those_of_every_store_of_the_format():
     """Path, dtype, row, whether it has views and is sharded, fill and axes: the metadata of written stores."""
     box, op, no, views, rows = ("left_top_width_height",), ("op",), (False, False), (True, False), (True, True)
     expected = [
@@ -159,21 +138,24 @@ def test_array_specs_are_those_of_every_store_of_the_format():
         ("logits.crc32c", "<u4", (), *views, "0", ()),
     ]
     manifest = replace(tiny_manifest(), taps={"stage4": TapInfo(TOKENS, CHANNELS, "int8+zstd")})
-    specs = array_specs(manifest)
+    layout = StoreLayout(manifest)
+    specs = layout.arrays
     assert [
         (s.path, s.dtype.str, s.row_shape, s.per_view, s.sharded, str(s.fill), s.dimensions) for s in specs.values()
     ] == expected
     assert [path for path, spec in specs.items() if spec.zstd] == ["taps/stage4"]
     assert [path for path, spec in specs.items() if spec.attributes] == ["taps/stage4"]
     assert list(specs) == [spec.path for spec in specs.values()]
-    assert list(value_specs(manifest)) == list(specs)[:-3]
+    assert list(layout.values) == list(specs)[:-3]
+    assert {name: [spec.path for spec in parts.values()] for name, parts in layout.features.items()} == {
+        "stage4": ["taps/stage4", "taps/stage4.scale"], "logits": ["logits"],
+    }  # fmt: skip
+    assert {name: codec.codec.name for name, codec in layout.codecs.items()} == {"stage4": "int8+zstd", "logits": "f16"}
 
 
 def test_shapes_and_paths_have_views_only_where_the_array_has():
-    manifest = tiny_manifest()
-    assert (TAP.unit_shape(manifest), LABEL.unit_shape(manifest)) == ((1, 5, TOKENS, CHANNELS), (5,))
-    assert (TAP.inner_shape(), TAP.row_bytes, LABEL.row_bytes) == ((1, 1, TOKENS, CHANNELS), 48, 8)
-    assert replace(TAP, per_view=False).inner_shape() == (1, TOKENS, CHANNELS)
+    assert (LAYOUT.unit_shape(TAP), LAYOUT.unit_shape(LABEL)) == ((1, 5, TOKENS, CHANNELS), (5,))
+    assert (TAP.row_bytes, LABEL.row_bytes) == (48, 8)
     assert TAP.checksums.object_path(3, 1) == "taps/stage4.crc32c/c/1/3"
     assert LABEL.object_path(2, 1) == "label/c/2"
 
@@ -183,8 +165,8 @@ def test_chunk_is_padded_with_the_fill_value_and_ends_with_its_crc():
     assert raw[:-CRC_BYTES].view("<i8").tolist() == [7, 8, -1, -1]
     assert object_checksum(raw) == crc32c(raw[:-CRC_BYTES]) == int.from_bytes(raw[-4:].tobytes(), "little")
     assert decode_chunk(LABEL, raw, 4, "-").tolist() == [7, 8, -1, -1]
-    assert raw.nbytes == object_bytes(LABEL, 2, 4)
-    boxes = array_specs(tiny_manifest())["view/crop"]
+    assert raw.nbytes == LABEL.object_bytes(2, 4)
+    boxes = LAYOUT.arrays["view/crop"]
     assert decode_chunk(boxes, encode_chunk(boxes, np.ones((1, 4)), 2), 2, "-").tolist() == [[1] * 4, [0] * 4]
 
 
@@ -253,21 +235,73 @@ def test_decode_row_refuses_when_it_cannot_be_decompressed(stored):
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
-def test_shard_bytes_bounds_rows_that_zstd_cannot_compress(tokens):
+def test_object_bytes_bounds_rows_that_zstd_cannot_compress(tokens):
     """Closely: plans reserve this much."""
     spec = replace(ZSTD_TAP, dtype=np.dtype("u1"), row_shape=(tokens, 64))
     rows = np.random.default_rng(0).integers(0, 256, (3, tokens, 64), np.uint8)
     _, shard = built(spec, [0, 1, 2], rows, 5)
-    most = shard_bytes(spec, 3, 5)
+    most = spec.object_bytes(3, 5)
     assert shard.nbytes <= most <= shard.nbytes + 3 * (spec.row_bytes // 256 + 64)
-    assert object_bytes(spec, 3, 5) == most
-    assert shard_bytes(replace(spec, zstd=False), 3, 5) == 3 * (64 * tokens + 4) + 5 * 16 + 4
+    assert replace(spec, zstd=False).object_bytes(3, 5) == 3 * (64 * tokens + 4) + 5 * 16 + 4
 
 
-def test_joined_crc32cs_of_many_ranges_of_any_length_are_those_of_each():
-    pieces = [bytes([i] * 300) for i in range(20)]
-    checksums = np.array([crc32c(piece) for piece in pieces], np.uint32)
-    starts, stops = np.array([0, 3, 5, 19]), np.array([1, 20, 7, 20])
-    expected = [crc32c(b"".join(pieces[a:b])) for a, b in zip(starts, stops, strict=True)]
-    assert joined_crc32cs(checksums, starts, stops, 300) == expected
-    assert [joined_crc32c(checksums[a:b], 300) for a, b in zip(starts, stops, strict=True)] == expected
+def test_layout_refuses_an_unknown_codec():
+    with pytest.raises(InputError, match="unknown codec 'int3'"):
+        StoreLayout(tiny_manifest(codec="int3"))
+
+
+def test_layout_gives_each_arrays_object_bytes_for_its_own_capacity():
+    assert [LAYOUT.object_bytes(spec, 2) for spec in (TAP, LABEL)] == [2 * (48 + 4) + 5 * 16 + 4, 5 * 8 + 4]
+
+
+@given(st.integers(0, 10**12), st.integers(0, 10**12))
+def test_address_is_the_inverse_of_object_path_for_every_array(unit, view):
+    """Also for units and views the manifest does not have: the store may have grown since."""
+    addresses = [ObjectAddress(spec, unit, view if spec.per_view else None) for spec in LAYOUT.arrays.values()]
+    assert [LAYOUT.address(array.object_path(u, v)) for array, u, v in addresses] == addresses
+
+
+@pytest.mark.parametrize("spec", LAYOUT.arrays.values(), ids=lambda spec: spec.path)
+def test_address_is_none_for_near_misses_of_every_arrays_path(spec):
+    path = spec.object_path(3, 2)
+    array, _, chunk = path.partition("/c/")
+    numbers = chunk.split("/")
+    for at in range(len(numbers)):
+        for wrong in ("", "-1", "+3", " 3", "3 ", "03", "00", "x", "1.0", "1_0", "0x1", "\u00b2", "\u0663", "9" * 5000):
+            near = "/".join([array, "c", *numbers[:at], wrong, *numbers[at + 1 :]])
+            assert LAYOUT.address(near) is None, near
+    fewer = "/".join([array, "c", *numbers[:-1]])
+    for near in (
+        fewer, f"{path}/0", f"{path}/", f"/{path}", f"x/{path}", f"{path}.1-1.partial", f"{array}/{chunk}",
+        f"{array}/c", f"{array}/c/", f"{array}//c/{chunk}", f"{array}/c//{chunk}", f"{array}/c/c/{chunk}",
+        f"{array}/C/{chunk}", f"{array}/d/{chunk}", f"{array}/zarr.json", f"{array}x/c/{chunk}", array, chunk,
+    ):  # fmt: skip
+        assert LAYOUT.address(near) is None, near
+    for at in range(1 + spec.per_view, len(numbers)):  # a row is one chunk along its own axes
+        near = "/".join([array, "c", *numbers[:at], "1", *numbers[at + 1 :]])
+        assert LAYOUT.address(near) is None, near
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/", "c", "/c/", "taps/other/c/0/1/0/0", "stage4/c/0/1/0/0", "zarr.json", "commits/index"]
+)
+def test_address_is_none_for_paths_of_no_array(path):
+    assert LAYOUT.address(path) is None
+
+
+@given(st.text(alphabet="0123456789/c-+_ \u0660\u00b2", max_size=12), st.sampled_from(list(LAYOUT.arrays)))
+def test_address_of_any_text_is_none_or_of_exactly_that_path(text, array):
+    path = f"{array}/c/{text}"
+    address = LAYOUT.address(path)
+    assert address is None or address.array.object_path(address.unit, address.view) == path
+
+
+@given(st.integers(0, 9), st.integers(0, 3), st.integers(1, 3))
+def test_object_index_is_the_place_in_object_paths(unit, first, count):
+    views = range(first, first + count)
+    paths = LAYOUT.object_paths(unit, views)
+    assert [LAYOUT.object_index(path, unit, views) for path in paths] == list(range(len(paths)))
+    assert len(set(paths)) == len(LAYOUT.per_unit) + count * len(LAYOUT.per_view)
+    for path in [LABEL.object_path(unit + 1), TAP.object_path(unit, first + count), TAP.path, "notes.txt"]:
+        with pytest.raises(KeyError):
+            LAYOUT.object_index(path, unit, views)

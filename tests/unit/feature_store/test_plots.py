@@ -53,8 +53,7 @@ def store(tmp_path, tar) -> Store:
                 pixels = apply_view(decode_image(tar.read(position).image), drawn, manifest.policy.size)
                 data.pixel_crc[view, position] = pixel_crc(pixels)
     store = tiny_store(tmp_path / "s", manifest, units=())
-    with store.locked_for_writing():
-        store.write_unit(0, 0, data)
+    store.write_unit(0, 0, data)
     return store
 
 
@@ -104,23 +103,23 @@ def test_colours_are_finite_when_features_are_constant_or_few(channels):
 
 def test_replayed_views_are_those_the_teacher_saw(store, tar):
     rows = [RowId(0, 4, 1), RowId(0, 0, 0)]
-    pixels = replay_views(store, [tar], rows)
+    pixels = replay_views(store, [tar], np.array(rows))
     assert [pixel_crc(view) for view in pixels] == [store.pixel_crcs(0, r.view)[r.position] for r in rows]
 
 
 def test_replay_refuses_when_the_tar_is_missing_or_another(store, tmp_path):
     with pytest.raises(InputError, match=r"tar tar-0.tar is not among those given \(none\); add it to --tars"):
-        replay_views(store, [], [RowId(0, 0, 0)])
+        replay_views(store, [], np.array([[0, 0, 0]]))
     (tmp_path / "b").mkdir()
     other = write(tmp_path / "b" / "tar-0.tar", tar_bytes([("key/0-0.png", png(9)), ("key/0-0.cls", b"1")]))
     with pytest.raises(MismatchError, match=r"tars\[tar-0.tar\].samples differs"):
-        replay_views(store, [Tar.open(other)], [RowId(0, 0, 0)])
+        replay_views(store, [Tar.open(other)], np.array([[0, 0, 0]]))
 
 
 def test_replay_refuses_when_pixels_are_not_those_of_the_store(store, tar, monkeypatch):
     monkeypatch.setattr("feature_store.tools.features.replay_view", lambda *_: np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(MismatchError, match="pixels of sample 'key/0-0', view 0"):
-        replay_views(store, [tar], [RowId(0, 0, 0)])
+        replay_views(store, [tar], np.array([[0, 0, 0]]))
 
 
 def test_plot_writes_pictures_and_one_page_that_holds_them(store, tar, tmp_path):

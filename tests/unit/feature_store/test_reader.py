@@ -4,6 +4,7 @@ import gc
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from feature_store import RowId, open_store
 from feature_store.backends.local import LocalObjects
 from feature_store.errors import CorruptStoreError, InputError, QuarantinedError, ResourceError, UncommittedError
-from feature_store.format.layout import CRC_BYTES, array_specs
+from feature_store.format.checksums import CRC_BYTES
+from feature_store.format.codecs.bound import calibrated
+from feature_store.format.manifest import TarInfo
 from feature_store.read import transfers
 from feature_store.read.locate import ShardIndexCache, bytes_per_shard
 from feature_store.read.page_cache import ReadRequest
@@ -32,7 +35,7 @@ def store(tmp_path):
 
 def expected(store, rows):
     units = {unit: unit_data(store.manifest, unit) for unit in range(3)}
-    return np.float16([units[r.unit].taps["stage4"][r.view, r.position] for r in rows])
+    return np.float16([units[r.unit].features["stage4"][""][r.view, r.position] for r in rows])
 
 
 def test_read_fills_the_given_memory_and_refers_to_it(store):
@@ -48,6 +51,22 @@ def test_read_fills_memory_of_torch_tensors(store):
     tensor = torch.zeros(7, 4, 6, dtype=torch.float16)
     store.source().read(ROWS[:7], out={"stage4": tensor.numpy()})
     assert np.array_equal(tensor.numpy(), expected(store, ROWS[:7]))
+
+
+def test_read_gives_the_same_for_row_ids_and_integers(store):
+    rows = [ROWS[at] for at in np.random.default_rng(0).integers(0, len(ROWS), 30)]
+    source, ids = store.source(), store.source().read(rows)
+    for given in (np.array(rows), np.array(rows, np.int32), np.array(rows, np.uint16), [tuple(row) for row in rows]):
+        batch = source.read(given)
+        assert (batch.rows.dtype, batch.rows.tolist()) == (np.int64, ids.rows.tolist())
+        assert batch.taps["stage4"].tobytes() == ids.taps["stage4"].tobytes()
+        assert batch.logits.tobytes() == ids.logits.tobytes()
+
+
+@pytest.mark.parametrize("rows", [np.zeros(3, np.int64), np.zeros((2, 2), np.int64), np.zeros((2, 3), np.float32)])
+def test_read_refuses_arrays_that_are_no_rows(store, rows):
+    with pytest.raises(InputError, match=r"expected integers \[n, 3\]: unit, position, view"):
+        store.source().read(rows)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +93,7 @@ def test_read_refuses_memory_for_what_is_not_read(store):
 
 def test_read_of_nothing_gives_an_empty_batch(store):
     batch = store.source().read([])
-    assert batch.rows == ()
+    assert (batch.rows.dtype, batch.rows.shape) == (np.int64, (0, 3))
     assert batch.taps["stage4"].shape == (0, 4, 6)
     assert batch.logits.shape == (0, CLASSES)
 
@@ -101,7 +120,7 @@ def test_read_names_the_first_bad_row_whatever_comes_after(tmp_path):
 @pytest.mark.parametrize("threads", [1, 2, 8])
 def test_read_gives_the_same_rows_with_any_number_of_threads(store, threads, monkeypatch):
     monkeypatch.setattr(LocalObjects, "bytes_per_thread", 1)
-    source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
+    source = ZarrSource(store.objects, store.layout, store.committed, threads=threads)
     rng = np.random.default_rng(threads)
     for _ in range(20):
         rows = [ROWS[at] for at in rng.integers(0, len(ROWS), 40)]
@@ -113,7 +132,7 @@ def test_read_gives_the_same_rows_when_some_are_not_in_memory(store, threads, mo
     monkeypatch.setattr(LocalObjects, "bytes_per_thread", 1)
     rng, take = np.random.default_rng(threads), ReadRequest.take
     monkeypatch.setattr(ReadRequest, "take", lambda runs, at: rng.random() < 0.5 and take(runs, at))
-    source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
+    source = ZarrSource(store.objects, store.layout, store.committed, threads=threads)
     for _ in range(20):
         rows = [ROWS[at] for at in rng.integers(0, len(ROWS), 40)]
         assert np.array_equal(source.read(rows).taps["stage4"], expected(store, rows))
@@ -121,7 +140,7 @@ def test_read_gives_the_same_rows_when_some_are_not_in_memory(store, threads, mo
 
 def test_source_refuses_no_threads(store):
     with pytest.raises(InputError, match="threads must be at least 1, got 0"):
-        ZarrSource(store.objects, store.manifest, store.committed, threads=0)
+        ZarrSource(store.objects, store.layout, store.committed, threads=0)
 
 
 class CountingObjects(LocalObjects):
@@ -145,7 +164,7 @@ class CountingObjects(LocalObjects):
 
 def test_rows_side_by_side_are_read_in_one_request(store):
     objects = CountingObjects(store.path)
-    source = ZarrSource(objects, store.manifest, store.committed)
+    source = ZarrSource(objects, store.layout, store.committed)
     source.read(ROWS)
     objects.calls.clear()
     source.read(ROWS[::-1])
@@ -156,10 +175,10 @@ def test_rows_side_by_side_are_read_in_one_request(store):
 
 
 def test_requests_are_cut_where_the_object_store_says(store, monkeypatch):
-    row = array_specs(store.manifest)["taps/stage4"].row_bytes
+    row = store.layout.arrays["taps/stage4"].row_bytes
     monkeypatch.setattr(LocalObjects, "request_bytes", 2 * (row + 4))
     objects = CountingObjects(store.path)
-    source = ZarrSource(objects, store.manifest, store.committed)
+    source = ZarrSource(objects, store.layout, store.committed)
     rows = [RowId(0, i, 0) for i in range(5)]
     assert np.array_equal(source.read(rows).taps["stage4"], expected(store, rows))
     assert objects.calls.count("taps/stage4/c/0/0/0/0") == 1 + 3
@@ -181,7 +200,7 @@ def little_is_much(monkeypatch):
 def test_rows_are_read_in_runs_and_alone(store, threads, in_memory, monkeypatch):
     rng, take = np.random.default_rng(threads), ReadRequest.take
     monkeypatch.setattr(ReadRequest, "take", lambda runs, at: rng.random() < in_memory and take(runs, at))
-    source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
+    source = ZarrSource(store.objects, store.layout, store.committed, threads=threads)
     for _ in range(20):
         starts = rng.integers(0, len(ROWS), 6)
         rows = [row for start in starts for row in ROWS[start : start + rng.integers(1, 9)]]
@@ -210,9 +229,9 @@ def test_rows_are_no_longer_looked_for_in_memory_when_many_are_not_there(store, 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_damaged_row_in_a_run_is_named(store, threads, monkeypatch):
     monkeypatch.setattr(transfers, "_CORES", 2)
-    source = ZarrSource(store.objects, store.manifest, store.committed, threads=threads)
+    source = ZarrSource(store.objects, store.layout, store.committed, threads=threads)
     source.read(ROWS)
-    size = array_specs(store.manifest)["taps/stage4"].row_bytes + CRC_BYTES
+    size = store.layout.arrays["taps/stage4"].row_bytes + CRC_BYTES
     shard = store.path / "taps/stage4/c/1/2/0/0"
     content = shard.read_bytes()
     for position in range(4):
@@ -234,19 +253,18 @@ def test_more_rows_than_one_system_call_takes(tmp_path):
     """Logits of six bytes: thousands of neighbours."""
     samples = 2 * _ROWS_PER_REQUEST + 7
     manifest = tiny_manifest(policy="rrc_flip", views=1)
-    tar = manifest.tars[0].__class__("tar-0.tar", samples, "0" * 64)
-    manifest = manifest.__class__(**{**manifest.__dict__, "tars": (tar,), "capacity": samples})
+    manifest = replace(manifest, tars=(TarInfo("tar-0.tar", samples, "0" * 64),), capacity=samples)
     data = unit_data(manifest, 0)
     store = tiny_store(tmp_path / "s", manifest, units=(0,))
     rows = [RowId(0, i, 0) for i in range(samples)]
-    assert np.array_equal(store.source().read(rows).logits, np.float16(data.logits[0]))
+    assert np.array_equal(store.source().read(rows).logits, data.features["logits"][""][0])
 
 
 def test_tables_stay_within_their_budget_when_shards_do_not_fit(store):
     """Six shards, room for two: every batch still comes out right, in any order."""
-    specs = array_specs(store.manifest)
-    budget = 2 * 2 * max(bytes_per_shard(specs[path], 5) for path in ("taps/stage4", "logits"))
-    source = ZarrSource(store.objects, store.manifest, store.committed, table_bytes=budget)
+    specs = [store.layout.arrays[path] for path in ("taps/stage4", "logits")]
+    budget = 2 * 2 * max(bytes_per_shard(spec, 5) for spec in specs)
+    source = ZarrSource(store.objects, store.layout, store.committed, table_bytes=budget)
     rng = np.random.default_rng(0)
     for _ in range(30):
         rows = [ROWS[at] for at in rng.permutation(len(ROWS))]
@@ -270,7 +288,7 @@ def test_files_are_closed_as_soon_as_a_source_is_let_go_of(store):
 
 
 def test_tables_load_each_shard_once_while_they_fit(store):
-    spec = array_specs(store.manifest)["taps/stage4"]
+    spec = store.layout.arrays["taps/stage4"]
     tables, loaded = ShardIndexCache(spec, 6, 5, 1 << 20), []
 
     def load(shards):
@@ -323,18 +341,15 @@ def test_read_after_an_error_in_another_thread_still_works(store, monkeypatch):
 
 @pytest.mark.parametrize("codec", ["int8", "int8-channel+zstd", "f16+zstd", "bf16"])
 def test_encoded_parts_come_without_decoding_when_asked(tmp_path, codec):
-    from feature_store.format.codecs.registry import bound_codecs, calibrated, needs_calibration
-
     manifest = tiny_manifest(codec="f16")
-    taps = {name: tap.__class__(tap.tokens, tap.channels, codec) for name, tap in manifest.taps.items()}
-    manifest = manifest.__class__(**{**manifest.__dict__, "taps": taps})
-    if needs_calibration(manifest):
-        manifest = calibrated(manifest, {"stage4": unit_data(manifest, 0).taps["stage4"][0]})
+    sample = unit_data(manifest, 0).features["stage4"][""][0].astype(np.float32)
+    taps = {name: replace(tap, codec=codec) for name, tap in manifest.taps.items()}
+    manifest = calibrated(replace(manifest, taps=taps), {"stage4": sample})
     source = tiny_store(tmp_path / "s", manifest).source()
     decoded = source.read(ROWS)
     out = source.buffers(len(ROWS))
     encoded = source.read(ROWS, decode=False, out=out)
-    value = bound_codecs(manifest)["taps/stage4"]
+    value = source.codecs["stage4"]
     assert encoded.taps == {}
     assert encoded.encoded["stage4"].keys() == {part.suffix for part in value.parts}
     assert all(

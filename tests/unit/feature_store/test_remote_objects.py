@@ -1,11 +1,9 @@
-"""Buckets, web servers and the cache before them, against servers on loopback."""
+"""Buckets and web servers, against servers on loopback."""
 
 import os
-import resource
 import signal
 import time
 
-import numpy as np
 import pytest
 from object_store_conformance import CONTENT, ObjectStoreConformance
 from servers import WebServer, s3_server
@@ -13,11 +11,8 @@ from tiny_store import BLOCKS, everything, tiny_manifest, tiny_store, unit_data
 
 from feature_store import Store, open_store
 from feature_store.backends.bucket import RemoteObjects
-from feature_store.backends.cached import BLOCK_BYTES, CachedObjects
 from feature_store.backends.local import LocalObjects
 from feature_store.errors import CorruptStoreError, InputError, ResourceError
-
-CACHE_BYTES = 2 * RemoteObjects.in_flight * BLOCK_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +38,6 @@ class TestBucket(ObjectStoreConformance):
         return RemoteObjects(bucket)
 
 
-class TestCachedBucket(ObjectStoreConformance):
-    @pytest.fixture
-    def objects(self, bucket, tmp_path):
-        return CachedObjects(RemoteObjects(bucket), tmp_path / "cache", CACHE_BYTES)
-
-
 def test_a_store_in_a_bucket_is_the_same_store_as_on_disk(bucket, tmp_path):
     local = tiny_store(tmp_path / "local")
     remote = Store.create(bucket, tiny_manifest(), BLOCKS)
@@ -66,7 +55,7 @@ def test_a_bucket_keeps_the_objects_of_an_uncommitted_writer_when_another_one_ha
     store.write_unit(0, 0, data)
     before = everything(store)
     store.objects.delete("commits/u00000-v0-1.json")  # as if the first writer were not done yet
-    data.taps["stage4"][0, 0, 0, 0] += 1
+    data.features["stage4"][""][0, 0, 0, 0] += 1
     with pytest.raises(
         ResourceError, match=r"exists with other bytes: another process is writing unit 0 \(tar-0.tar\)"
     ):
@@ -169,109 +158,13 @@ def test_a_process_forked_after_use_is_refused_instead_of_hanging(web):
     assert os.waitstatus_to_exitcode(ended[1]) == 7
 
 
-class TestCache:
-    @pytest.fixture
-    def origin(self, web):
-        self.web = web
-        return LocalObjects(web.folder)
-
-    def cached(self, web, tmp_path, limit=CACHE_BYTES):
-        return CachedObjects(RemoteObjects(web.url), tmp_path / "cache", limit)
-
-    def test_a_second_read_asks_the_origin_nothing(self, origin, web, tmp_path):
-        origin.put("a/c/0", CONTENT)
-        target = bytearray(10)
-        for objects in (self.cached(web, tmp_path), self.cached(web, tmp_path)):
-            objects.read_into("a/c/0", 7, [memoryview(target)])
-            assert bytes(target) == CONTENT[7:17]
-            assert objects.get("a/c/0").tobytes() == CONTENT
-        assert len(web.requests) == 2
-
-    def test_metadata_is_always_asked_for(self, origin, web, tmp_path):
-        objects = self.cached(web, tmp_path)
-        origin.put("zarr.json", b"old")
-        assert objects.get("zarr.json").tobytes() == b"old"
-        origin.put("zarr.json", b"new")
-        assert objects.get("zarr.json").tobytes() == b"new"
-
-    def test_reads_across_blocks_are_put_together(self, origin, web, tmp_path, monkeypatch):
-        monkeypatch.setattr("feature_store.backends.cached.BLOCK_BYTES", 100)
-        objects = self.cached(web, tmp_path)
-        origin.put("a/c/0", CONTENT)
-        rng = np.random.default_rng(0)
-        for _ in range(50):
-            offset = int(rng.integers(0, 5000))
-            one, gap, two = (int(n) for n in rng.integers(1, 400, 3))
-            first, second = bytearray(one), bytearray(two)
-            objects.read_into("a/c/0", offset, [memoryview(first), gap, memoryview(second)])
-            assert bytes(first) == CONTENT[offset : offset + one]
-            assert bytes(second) == CONTENT[offset + one + gap : offset + one + gap + two]
-
-    def test_the_longest_unused_go_first_and_the_limit_holds(self, origin, web, tmp_path, monkeypatch):
-        monkeypatch.setattr("feature_store.backends.cached.BLOCK_BYTES", 1000)
-        objects = CachedObjects(RemoteObjects(web.url), tmp_path / "cache", 32_000)
-        for at in range(60):
-            origin.put(f"a/c/{at}", bytes([at]) * 1000)
-        for at in range(60):
-            objects.get(f"a/c/{at}")
-            os.utime(tmp_path / "cache" / objects._name / f"a/c/{at}/whole", (at, at))
-            objects.get("a/c/0")  # used all the time
-            kept = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.name != ".bytes"]
-            assert sum(file.stat().st_size for file in kept) <= 32_000
-        names = {file.parent.name for file in kept}
-        assert "0" in names
-        assert "59" in names
-        assert "1" not in names
-        assert len(names) > 25
-
-    def test_a_wrong_ledger_is_mended_by_the_next_eviction(self, origin, web, tmp_path, monkeypatch):
-        monkeypatch.setattr("feature_store.backends.cached.BLOCK_BYTES", 1000)
-        objects = CachedObjects(RemoteObjects(web.url), tmp_path / "cache", 32_000)
-        (tmp_path / "cache/.bytes").write_bytes(b"999999")
-        origin.put("a/c/0", bytes(1000))
-        objects.get("a/c/0")
-        assert (tmp_path / "cache/.bytes").read_bytes() == b"1000"
-        assert len(web.requests) == 1
-        objects.get("a/c/0")
-        assert len(web.requests) == 1
-
-    def test_a_read_is_answered_when_there_is_no_room_for_a_copy(self, origin, web, tmp_path):
-        origin.put("a/c/0", CONTENT)
-        objects = self.cached(web, tmp_path)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # neither for the copy nor for the ledger
-        try:
-            assert objects.get("a/c/0").tobytes() == CONTENT
-            assert objects.get_range("a/c/0", 5, 7).tobytes() == CONTENT[5:12]
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert objects.get("a/c/0").tobytes() == CONTENT
-
-    def test_damaged_copies_are_replaced_from_the_origin(self, origin, web, tmp_path):
-        """As after a power cut: every copy in the cache torn or changed, the store itself whole."""
-        local = tiny_store(tmp_path / "local")
-        local.compact()
-        copy_to(web.folder, local)
-        url, options = web.url, {"cache_dir": tmp_path / "cache", "cache_bytes": CACHE_BYTES}
-        assert everything(open_store(url, **options)) == everything(local)
-        copies = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.name != ".bytes"]
-        assert len(copies) > 10
-        for at, file in enumerate(copies):
-            content = bytearray(file.read_bytes())
-            content[len(content) // 2] ^= 1
-            file.write_bytes(content[: len(content) - at % 2])
-        assert everything(open_store(url, **options)) == everything(local)
-        web.requests.clear()
-        assert everything(open_store(url, **options)) == everything(local)
-        assert not [path for _, path, _ in web.requests if "/c/" in path]
-
-    def test_damage_at_the_origin_is_not_hidden(self, origin, web, tmp_path):
-        local = tiny_store(tmp_path / "local")
-        local.compact()
-        copy_to(web.folder, local)
-        file = web.folder / "taps/stage4/c/0/0/0/0"
-        content = bytearray(file.read_bytes())
-        content[3] ^= 1
-        file.write_bytes(content)
-        with pytest.raises(CorruptStoreError, match="crc32c of position 0 does not match"):
-            everything(open_store(web.url, cache_dir=tmp_path / "cache", cache_bytes=CACHE_BYTES))
+def test_damage_behind_a_web_server_is_refused(web, tmp_path):
+    local = tiny_store(tmp_path / "local")
+    local.compact()
+    copy_to(web.folder, local)
+    file = web.folder / "taps/stage4/c/0/0/0/0"
+    content = bytearray(file.read_bytes())
+    content[3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CorruptStoreError, match="crc32c of position 0 does not match"):
+        everything(open_store(web.url))

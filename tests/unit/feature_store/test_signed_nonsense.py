@@ -22,6 +22,7 @@ from feature_store import open_store
 from feature_store.backends.local import LocalObjects
 from feature_store.errors import CorruptStoreError, InputError, UnknownFieldError, UserError
 from feature_store.tools.cli import main
+from feature_store.tools.info import summarise
 from feature_store.tools.repair import repair
 from feature_store.tools.verify import verify
 
@@ -77,6 +78,7 @@ MANIFESTS = {
     "unknown codec": (inside("taps", "stage4", codec="int9"), "unknown codec 'int9'"),
     "codec of another shape": (inside(logits_codec="int8"), "is a codec of taps"),
     "tap outside of the store": (lambda m: m["taps"].update({"../../x": m["taps"]["stage4"]}), r"\.\./\.\./x"),
+    "tap named like the logits": (lambda m: m["taps"].update(logits=m["taps"]["stage4"]), "a tap named 'logits'"),
     "tars as numbers": (inside(tars=[1, 2]), r"'tars\[0\]' is 1"),
     "tars as an object": (inside(tars={}), "'tars' is {}"),
     "policy as a list": (inside(policy=[]), r"'policy' is \[\]"),
@@ -374,7 +376,7 @@ def use_every_door(path):
     """Open, read, summarise, verify: each works, or says in its own words why not."""
     for door in (
         lambda: everything(open_store(path)),
-        lambda: json.dumps(open_store(path).info()),
+        lambda: json.dumps(summarise(open_store(path))),
         lambda: verify(path),
     ):
         with suppress(UserError):
@@ -416,12 +418,13 @@ def test_every_door_works_or_refuses_when_a_records_field_is_nonsense(tmp_path, 
 def test_reading_refuses_when_a_signed_shard_index_points_outside_of_its_shard(tmp_path):
     """Offsets and lengths of 64 bits, with right checksums everywhere."""
     from feature_store.format.addressing import RowId
-    from feature_store.format.layout import array_specs, crc32c, shard_index_bytes
+    from feature_store.format.arrays import shard_index_bytes
+    from feature_store.format.checksums import crc32c
 
     for offset, length in ((2**64 - 2, 52), (2**63, 52), (10**6, 52), (0, 2**63), (0, 2**64 - 2), (0, 0)):
         shutil.rmtree(tmp_path / "s", ignore_errors=True)
         store = tiny_store(tmp_path / "s", tiny_manifest(codec="f16+zstd"), units=(0,))
-        path = array_specs(store.manifest)["taps/stage4"].object_path(0, 0)
+        path = store.layout.arrays["taps/stage4"].object_path(0, 0)
         file = store.path / path
         raw, tail = bytearray(file.read_bytes()), shard_index_bytes(store.manifest.capacity)
         raw[-tail : -tail + 16] = np.array([offset, length], "<u8").tobytes()

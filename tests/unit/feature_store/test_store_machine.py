@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tiny_store import BLOCKS, everything, tiny_manifest, view_data
 
 from feature_store import RowId, Store, open_store
-from feature_store.backends.local import PARTIAL_SUFFIX, LocalObjects
+from feature_store.backends.base import PARTIAL_SUFFIX
+from feature_store.backends.local import LocalObjects
 from feature_store.errors import CommittedError, UncommittedError
 from feature_store.format.manifest import TarInfo
 from feature_store.tools.verify import verify
@@ -167,9 +168,9 @@ class StoreMachine(RuleBasedStateMachine):
             expected = self.data(unit, range(view, view + 1), salt, quarantined)
             good = [i for i in range(len(expected.keys)) if i not in quarantined]
             batch = source.read([RowId(unit, i, view) for i in good])
-            assert np.array_equal(batch.taps["stage4"], expected.taps["stage4"][0, good].astype(np.float16))
+            assert np.array_equal(batch.taps["stage4"], expected.features["stage4"][""][0, good])
             assert np.array_equal(store.pixel_crcs(unit, view)[good], expected.pixel_crc[0, good])
-            assert store.rows(expected.keys, view) == [RowId(unit, i, view) for i in range(len(expected.keys))]
+            assert store.rows(expected.keys, view).tolist() == [[unit, i, view] for i in range(len(expected.keys))]
         for unit in units:
             for view in set(range(self.manifest.num_views)) - store.committed_views(unit):
                 try:

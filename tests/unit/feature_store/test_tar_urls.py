@@ -15,7 +15,7 @@ import pytest
 from servers import s3_server
 from tar_files import samples, tar_bytes, write
 
-from feature_store.backends.local import open_objects
+from feature_store.backends.open import open_objects
 from feature_store.errors import InputError, ResourceError
 from feature_store.inputs.tar import Tar, expand_tars
 

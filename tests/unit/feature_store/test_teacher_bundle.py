@@ -10,8 +10,8 @@ from tiny_store import tiny_manifest
 
 from feature_store import Store, open_store
 from feature_store.errors import CorruptStoreError, MismatchError
-from feature_store.format.blocks import blocks_sha256, read_blocks
 from feature_store.format.manifest import TapInfo
+from feature_store.read.blocks import blocks_sha256, read_blocks
 from feature_store.teacher.bundle import build_later_blocks, bundle_sha256, bundle_state
 from feature_store.teacher.model import load_teacher
 

@@ -12,8 +12,10 @@ from tiny_store import tiny_manifest, tiny_store, unit_data
 from feature_store import open_store
 from feature_store.commits.locks import exclusive, lock_name
 from feature_store.commits.record import ObjectChecksum, decode_record, encode_record
-from feature_store.format.layout import crc32c, object_checksum
+from feature_store.format.checksums import crc32c, object_checksum
+from feature_store.read.objects import ObjectReader
 from feature_store.tools.cli import main
+from feature_store.tools.info import summarise
 from feature_store.tools.verify import verify
 
 SHARD = "taps/stage4/c/1/0/0/0"
@@ -47,8 +49,8 @@ def test_verify_finds_nothing_when_the_store_is_sound(tmp_path, codec):
     assert report.findings == []
     assert report.foreign == []
     assert (report.units, report.records, report.missing_views) == (3, 3, {})
-    assert report.objects == store.info()["objects"]
-    assert report.bytes == store.info()["bytes"]
+    assert report.objects == summarise(store)["objects"]
+    assert report.bytes == summarise(store)["bytes"]
 
 
 def test_verify_gives_the_same_when_run_in_processes(path):
@@ -61,14 +63,14 @@ def test_verify_gives_the_same_when_run_in_processes(path):
 
 
 def test_verify_names_the_position_when_a_bit_of_a_row_flipped(path):
-    flip(path / SHARD, open_store(path)._reader.index(open_store(path)._specs["taps/stage4"], *record(path), 1)[2, 0])
+    store = open_store(path)
+    index = ObjectReader(store.objects, store.layout.capacity).index(
+        store.layout.arrays["taps/stage4"], store.committed.record(0, 1), 1
+    )
+    flip(path / SHARD, index[2, 0])
     (finding,) = verify(path).findings
     assert (finding.kind, finding.path, finding.unit, finding.record) == ("damaged", SHARD, 0, RECORD)
     assert "rows at positions 2 do not match" in finding.message
-
-
-def record(path):
-    return (open_store(path).committed.record(0, 1),)
 
 
 def test_verify_names_missing_truncated_and_swapped_objects(path):
@@ -115,8 +117,8 @@ def test_verify_names_a_damaged_and_a_foreign_record(path, tmp_path):
 
 def test_verify_finds_a_lie_that_every_checksum_confirms(path):
     """Keys of another sample, written with matching checksums: only key_hash knows."""
-    spec, store = open_store(path)._specs["key"], open_store(path)
-    name = spec.object_path(2)
+    store = open_store(path)
+    name = store.layout.arrays["key"].object_path(2)
     raw = store.objects.get(name)
     raw[5] ^= 1
     raw[-4:] = np.array([crc32c(raw[:-4])], "<u4").view(np.uint8)

@@ -90,7 +90,7 @@ def test_of_three_writers_of_the_same_units_one_wins_whole(tmp_path, together):
         for view in range(2):
             batches = list(store.source().iter_unit(unit, view))
             values = np.concatenate([batch.taps["stage4"] for batch in batches])
-            assert np.array_equal(values, expected.taps["stage4"][view].astype(np.float16))
+            assert np.array_equal(values, expected.features["stage4"][""][view])
             assert np.array_equal(store.pixel_crcs(unit, view), expected.pixel_crc[view])
 
 

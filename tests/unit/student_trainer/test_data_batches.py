@@ -7,7 +7,7 @@ from training_world import SIZE, samples, shared_world, write_tar
 
 from feature_store.errors import InputError, MismatchError, UncommittedError
 from feature_store.format.addressing import RowId
-from feature_store.format.codecs.registry import bound_codecs
+from feature_store.format.codecs.bound import bound_codecs
 from feature_store.inputs.tar import Tar, open_tars
 from feature_store.store import Store, open_store
 from feature_store.teacher.torch_codecs import TorchDecoder

@@ -11,7 +11,7 @@ from served_store import COMMITTED_KEYS, QUARANTINED, UNCOMMITTED_UNIT, in_proce
 from starlette.requests import ClientDisconnect
 
 from feature_store.format.addressing import RowId
-from feature_store.format.blocks import blocks_sha256
+from feature_store.read.blocks import blocks_sha256
 from feature_store.store import open_store
 from teacher_service.serve.config import Limits
 from teacher_service.serve.streaming import in_thread

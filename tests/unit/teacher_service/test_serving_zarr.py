@@ -11,7 +11,7 @@ from served_store import UNCOMMITTED_UNIT, in_process, make_store, make_tokens
 
 from feature_store.commits.index import PATH as INDEX
 from feature_store.commits.index import decode_index
-from feature_store.format.blocks import read_blocks
+from feature_store.read.blocks import read_blocks
 from feature_store.store import open_store
 from teacher_service.serve.config import Limits
 from teacher_service.serve.routes import zarr as routes_zarr

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from feature_store.format.codecs.registry import CODECS, BoundCodec, get_codec
+from feature_store.format.codecs.bound import BoundCodec
+from feature_store.format.codecs.registry import CODECS, get_codec
 from feature_store.teacher.torch_codecs import TorchDecoder
 
 
@@ -17,12 +18,12 @@ def features(channels: int) -> np.ndarray:
 
 
 def bound(name: str, values: np.ndarray) -> BoundCodec:
-    return BoundCodec.learn("taps/stage4", get_codec(name), values[:5])
+    return BoundCodec.learn("stage4", get_codec(name), values[:5])
 
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("channels", [64, 70, 33, 1])
-def test_dequantised_values_equal_the_codecs_own(name, channels):
+def test_decoded_values_equal_the_codecs_own(name, channels):
     values = features(channels)
     codec = bound(name, values)
     parts = codec.encode(values)
@@ -35,7 +36,7 @@ def test_dequantised_values_equal_the_codecs_own(name, channels):
 
 
 @pytest.mark.parametrize(("name", "classes"), [("top3", 10), ("top3", 40000), ("top3", 70000), ("f16", 10)])
-def test_dequantised_logits_equal_the_codecs_own(name, classes):
+def test_decoded_logits_equal_the_codecs_own(name, classes):
     values = np.random.default_rng(0).standard_normal((4, classes)).astype(np.float32)
     values[:, -1] = 20
     codec = BoundCodec("logits", get_codec(name), (classes,))
@@ -43,7 +44,7 @@ def test_dequantised_logits_equal_the_codecs_own(name, classes):
     assert np.array_equal(TorchDecoder(codec)(parts).numpy(), codec.decode(parts))
 
 
-def test_dequantiser_takes_tensors_and_arrays_alike():
+def test_decoder_takes_tensors_and_arrays_alike():
     values = features(40)
     codec = bound("int4", values)
     parts = codec.encode(values)
@@ -51,7 +52,7 @@ def test_dequantiser_takes_tensors_and_arrays_alike():
     assert torch.equal(TorchDecoder(codec)(tensors), TorchDecoder(codec)(parts, "cpu"))
 
 
-def test_dequantiser_does_not_change_what_it_is_given():
+def test_decoder_does_not_change_what_it_is_given():
     values = features(40)
     for name in CODECS:
         codec = bound(name, values)
@@ -61,7 +62,7 @@ def test_dequantiser_does_not_change_what_it_is_given():
         assert all(np.array_equal(before[key], part) for key, part in parts.items()), name
 
 
-def test_dequantiser_survives_pickling():
+def test_decoder_survives_pickling():
     values = features(40)
     codec = bound("int6", values)
     first = TorchDecoder(codec)

@@ -1,4 +1,4 @@
-"""Rows from the machine's memory: right, or not at all."""
+"""Rows from the page cache: right, or not at all."""
 
 import os
 from dataclasses import replace
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from tiny_store import tiny_manifest, tiny_store
 
-from feature_store import RowId, open_store
+from feature_store import open_store
 from feature_store.backends.local import IOV_MAX
-from feature_store.read import page_cache as cached_rows
+from feature_store.read import page_cache
 
-ROWS = [RowId(unit, i, view) for unit, n in enumerate((5, 3, 4)) for view in (0, 1) for i in range(n)]
+ROWS = np.array([(unit, i, view) for unit, n in enumerate((5, 3, 4)) for view in (0, 1) for i in range(n)])
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def rows():
-    return [ROWS[index] for index in np.random.default_rng(0).integers(0, len(ROWS), 40)] + ROWS
+    return np.concatenate([ROWS[np.random.default_rng(0).integers(0, len(ROWS), 40)], ROWS])
 
 
 def would_wait(*_):
@@ -36,7 +36,7 @@ def opened(source):
 
 
 def taken(source, rows, start, stop):
-    readers = source.cached_rows(source.locate(rows))
+    readers = source.page_cache(source.locate(rows))
     memory = {
         name: np.zeros((stop - start, *array.shape[1:]), array.dtype) for name, array in source.buffers(0).items()
     }
@@ -60,7 +60,7 @@ def test_neighbours_are_taken_when_they_are_more_than_one_system_call_takes(tmp_
     manifest = tiny_manifest(policy="rrc_flip", views=1)
     manifest = replace(manifest, tars=(replace(manifest.tars[0], samples=samples),), capacity=samples)
     source = tiny_store(tmp_path / "s", manifest, units=(0,)).source()
-    rows = [RowId(0, i, 0) for i in range(samples)]
+    rows = np.array([(0, i, 0) for i in range(samples)])
     source.fill(rows, source.buffers(samples))
     _, done = taken(source, rows, 0, samples)
     assert all(done.values())
@@ -68,8 +68,8 @@ def test_neighbours_are_taken_when_they_are_more_than_one_system_call_takes(tmp_
 
 def test_neighbours_are_one_run(store):
     source = opened(store.source(taps=["stage4"]))
-    rows = [*ROWS[:5], ROWS[1], ROWS[5], ROWS[10], ROWS[11]]
-    reader, memory = source.cached_rows(source.locate(rows))["stage4"], source.buffers(len(rows))["stage4"]
+    rows = ROWS[[0, 1, 2, 3, 4, 1, 5, 10, 11]]
+    reader, memory = source.page_cache(source.locate(rows))["stage4"], source.buffers(len(rows))["stage4"]
     size = memory[0].nbytes
     runs = reader.runs(0, len(rows), memory.view(np.uint8))
     assert [runs.rows(at) for at in range(len(runs))] == [slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 9)]
@@ -89,7 +89,7 @@ def test_nothing_is_taken_when_one_row_is_damaged(store):
 
 def test_nothing_is_taken_when_the_shard_is_cut(store):
     source = opened(store.source())
-    reader = source.cached_rows(source.locate(ROWS))["stage4"]
+    reader = source.page_cache(source.locate(ROWS))["stage4"]
     path = store.path / "taps/stage4/c/0/0/0/0"
     memory = source.buffers(5)["stage4"].view(np.uint8)
     assert reader.take(0, 5, memory)
@@ -99,7 +99,7 @@ def test_nothing_is_taken_when_the_shard_is_cut(store):
 
 def test_nothing_is_taken_when_reading_would_wait(store, monkeypatch):
     source = opened(store.source())
-    monkeypatch.setattr(cached_rows.os, "preadv", would_wait)
+    monkeypatch.setattr(page_cache.os, "preadv", would_wait)
     assert not any(taken(source, ROWS, 0, 5)[1].values())
 
 
@@ -108,7 +108,7 @@ def test_nothing_is_taken_when_no_file_is_open(store):
     located = source.locate(ROWS)
     for path in set(located["stage4"].paths):
         source.objects.forget(path)
-    reader = source.cached_rows(located)["stage4"]
+    reader = source.page_cache(located)["stage4"]
     assert not reader.take(0, 1, source.buffers(1)["stage4"].view(np.uint8))
     assert reader.files(0, 1) is None
 
@@ -116,7 +116,7 @@ def test_nothing_is_taken_when_no_file_is_open(store):
 def test_files_are_where_the_rows_are(store):
     source, want = store.source(), store.source().buffers(len(ROWS))
     source.fill(ROWS, want)
-    for name, reader in source.cached_rows(source.locate(ROWS)).items():
+    for name, reader in source.page_cache(source.locate(ROWS)).items():
         spans = reader.files(0, len(ROWS))
         got = [os.pread(span.file.descriptor, span.nbytes, span.offset) for span in spans]
         assert b"".join(got) == want[name].tobytes()
@@ -125,12 +125,12 @@ def test_files_are_where_the_rows_are(store):
 
 def test_no_files_are_named_when_rows_are_cut_or_not_in_memory(store, monkeypatch):
     source = opened(store.source())
-    reader = source.cached_rows(source.locate(ROWS))["stage4"]
+    reader = source.page_cache(source.locate(ROWS))["stage4"]
     path = store.path / "taps/stage4/c/0/0/0/0"
     whole = path.read_bytes()
     path.write_bytes(whole[:60])
     assert reader.files(0, len(ROWS)) is None
     path.write_bytes(whole)
     assert reader.files(0, len(ROWS)) is not None
-    monkeypatch.setattr(cached_rows.os, "preadv", would_wait)
+    monkeypatch.setattr(page_cache.os, "preadv", would_wait)
     assert reader.files(0, len(ROWS)) is None

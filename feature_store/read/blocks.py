@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, TypeAdapter
 
-from feature_store.backends.local import ObjectStore
+from feature_store.backends.base import ObjectStore
 from feature_store.errors import CorruptStoreError, InputError
-from feature_store.format.layout import CRC_BYTES, ArraySpec, crc32c, decode_chunk, object_checksum
+from feature_store.format.arrays import ArraySpec, decode_chunk
+from feature_store.format.checksums import CRC_BYTES, crc32c, object_checksum
+from feature_store.format.layout import BLOCKS
 from feature_store.format.parsing import Json, Natural, Text, load_json, parse, require_name
 
-FOLDER = "teacher/blocks/"
 _METADATA = "/zarr.json"
 _REMEDY = "restore the folder from a copy, or write the store again"
 _MOST_BYTES = 1 << 31  # of one tensor; the largest of any teacher has 1 % of it
@@ -45,10 +46,10 @@ def read_blocks(objects: ObjectStore) -> dict[str, np.ndarray]:
     Raises:
         CorruptStoreError: One is damaged or incomplete.
     """
-    path = f"{FOLDER}zarr.json"
+    path = f"{BLOCKS}zarr.json"
     try:
         names = parse(_GROUP, load_json(objects.get(path).tobytes())["attributes"], path).tensors
-        return {name: _read(objects, f"{FOLDER}{name}{_METADATA}") for name in names}
+        return {name: _read(objects, f"{BLOCKS}{name}{_METADATA}") for name in names}
     except FileNotFoundError as error:
         raise CorruptStoreError(f"the later blocks are incomplete: {error}; {_REMEDY}") from error
     except (ValueError, KeyError, TypeError, InputError) as error:

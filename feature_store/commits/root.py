@@ -1,0 +1,44 @@
+"""The root group of a store, whose attributes are the manifest."""
+
+from typing import Any
+
+from feature_store.backends.base import ObjectStore
+from feature_store.errors import CorruptStoreError, InputError
+from feature_store.format.codecs.bound import require_decodable
+from feature_store.format.manifest import Manifest, fingerprint_of, require_version
+from feature_store.format.parsing import load_json
+
+ROOT = "zarr.json"
+
+
+def read_manifest(objects: ObjectStore) -> Manifest:
+    """What a store claims.
+
+    Raises:
+        InputError: Not a store of this format.
+        CorruptStoreError: The manifest is damaged.
+    """
+    try:
+        raw = objects.get(ROOT).tobytes()
+    except FileNotFoundError:
+        raise InputError(
+            f"{objects.url} is not a store (no {ROOT}); write one with `teacher-service cache --store {objects.url}`"
+        ) from None
+    where = f"{objects.url}/{ROOT}"
+    try:
+        attributes = load_json(raw)["attributes"]
+        claimed, fingerprint = attributes["manifest"], attributes["manifest_sha256"]
+        require_version(claimed)
+        damaged = fingerprint_of(claimed) != fingerprint  # of what is there, also what a newer release added
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{where} holds no manifest ({error}): not a store of this format") from error
+    if damaged:
+        raise CorruptStoreError(f"the manifest in {where} is damaged: its sha256 does not match; restore the file")
+    manifest = Manifest.from_dict(claimed)
+    require_decodable(manifest)
+    return manifest
+
+
+def manifest_attributes(manifest: Manifest) -> dict[str, Any]:
+    """The root group's attributes."""
+    return {"manifest": manifest.to_dict(), "manifest_sha256": manifest.fingerprint()}
