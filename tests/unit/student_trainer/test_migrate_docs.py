@@ -88,7 +88,9 @@ def test_every_difference_of_a_preset_has_a_row_that_names_it_when_the_page_list
 def test_commands_have_the_options_when_the_page_names_them(capsys):
     def options(program: str, command: str) -> set[str]:
         assert PROGRAMS[program]([command, "--help"]) == 0
-        return {*capsys.readouterr().out.split()}
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: {program} {command} ")  # not the help of the whole program
+        return {*text.split()}
 
     named = [name.split() for name in NAMES if name.startswith(tuple(PROGRAMS))]
     assert len(named) == 4
