@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tyro.conf import Positional
 
 from feature_store.errors import FailedError, InputError, ResourceError, UserError
@@ -18,7 +18,7 @@ from feature_store.inputs.options import TarOptions
 from feature_store.inputs.tar import Tar, open_tars
 from feature_store.processes import usable_cpus
 from feature_store.tools.options import require
-from feature_store.tools.terminal import Console
+from feature_store.tools.terminal import Console, ProgressBar
 from student_trainer.assemble import live_teacher
 from student_trainer.checkpoint import require_same_run
 from student_trainer.comparison import Comparison, compare_runs, read_run
@@ -215,7 +215,7 @@ class _RunsProgress:
         console, enabled = Console(stderr=True), config.progress
         self._enabled = enabled
         shows_bar = enabled and console.is_terminal and not config.in_this_process
-        self._bar = Progress(
+        self._bar = ProgressBar(
             TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
             TimeRemainingColumn(), console=console, disable=not shows_bar,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """Progress of a run on stderr: a bar with ETA on a terminal, a line per epoch elsewhere."""
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from feature_store.tools.terminal import Console
+from feature_store.tools.terminal import Console, ProgressBar
 
 
 class RunProgress:
@@ -18,7 +18,7 @@ class RunProgress:
             console: Where to; default stderr.
         """
         self._enabled, self._console = enabled, console or Console(stderr=True)
-        self._bar = Progress(
+        self._bar = ProgressBar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from feature_store.errors import CorruptStoreError, InputError, ResourceError, UserError
 from feature_store.inputs.options import DEFAULT, TarOptions
 from feature_store.processes import usable_cpus
 from feature_store.store import open_store
 from feature_store.tools.info import print_summary, summarise
-from feature_store.tools.terminal import Console, LogFormatter, say, say_json
+from feature_store.tools.terminal import Console, LogFormatter, ProgressBar, say, say_json
 
 WRONG_USAGE = 2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -175,8 +175,8 @@ def plot(
 @contextmanager
 def unit_progress(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr over units; gives what to call with units done and in all."""
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+    columns = (*ProgressBar.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with ProgressBar(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

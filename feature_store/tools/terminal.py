@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import rich.console
+import rich.progress
 from rich.text import Text
 
 
@@ -24,6 +25,15 @@ class Console(rich.console.Console):  # noqa: TID251 - the one place
     def render_str(self, text: str, *, style: Any = "", justify: Any = None, overflow: Any = None, **_: Any) -> Text:
         """What rich makes of every string it is given."""
         return Text(printable(text), style=style, justify=justify, overflow=overflow)
+
+
+class ProgressBar(rich.progress.Progress):
+    """A rich progress bar that prints nothing if it is disabled; rich before 15 then ends with an empty line."""
+
+    def stop(self) -> None:
+        """Stop it and leave its last state, if it is shown."""
+        if not self.disable:
+            super().stop()
 
 
 class LogFormatter(logging.Formatter):

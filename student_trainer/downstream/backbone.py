@@ -66,7 +66,9 @@ def load_backbone(export: Path) -> Backbone:
         weights = load_file(export / "backbone.safetensors")
         return Backbone(
             name=config["architecture"],
-            model_kwargs={k: v for k, v in config["model_args"].items() if k not in ("num_classes", "in_chans")},
+            model_kwargs={
+                k: v for k, v in config.get("model_args", {}).items() if k not in ("num_classes", "in_chans")
+            },
             mean=tuple(config["pretrained_cfg"]["mean"]),
             std=tuple(config["pretrained_cfg"]["std"]),
             weights=weights,

@@ -7,10 +7,9 @@ from datetime import timedelta
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from feature_store.format.manifest import Manifest
-from feature_store.tools.terminal import Console
+from feature_store.tools.terminal import Console, ProgressBar
 from teacher_service.cache.decode import Task
 from teacher_service.cache.pipeline import UnitDone
 from teacher_service.cache.stage_timer import StageTimes
@@ -31,7 +30,7 @@ class Progress:
         self._quarantined, self._committed = 0, 0
         self._images, self._total = 0, sum(manifest.tars[task.unit].samples * len(task.views) for task in tasks)
         self._started = time.perf_counter()
-        self._bar = Bar(
+        self._bar = ProgressBar(
             TextColumn("{task.fields[units]}"),
             BarColumn(),
             MofNCompleteColumn(),

@@ -22,6 +22,18 @@ PROGRAMS = {
     "feature-store": feature_store.tools.cli.main,
     "student-trainer": student_trainer.cli.main,
 }
+PRINTED = {
+    "plan": r"samples\W+8 in 2 units.*views\W+4 per sample, 32 images",
+    "cache": r"swin_l.zarr: 2 units written, 0 were there, 0 samples quarantined; 32 images in .* predicted \d",
+    "info": r"views\W+4 by policy a1.*rows\W+32 committed of 32.*quarantined\W+0\b",
+    "train": r"steps\W+2\b.*teacher seconds\W+0\.0\b",
+    "evaluate": r"samples\W+4\b.*unreadable\W+0\b",
+    "export": r"^resnet50-scalekd/config.json\s+resnet50-scalekd/model.safetensors$",
+    "verify": r"swin_l.zarr: 2 units, .*; compared every byte\s+sound",
+    "repair": r"nothing was changed",
+    "token": r"^skc_\S+$",
+}
+"""What each command prints on the stand-ins, by its name."""
 PACKAGES = ("feature_store", "teacher_service", "student_trainer", "demo", "benchmarks")
 
 
@@ -100,7 +112,7 @@ def serve(words: list[str]) -> tuple[subprocess.Popen, str]:
 
 
 def test_readme_commands_and_snippets_run_in_order(readme_world, served, capsys):
-    url = ""
+    url, accuracies = "", list[str]()
     for words in commands():
         if words[1] == "serve":
             service, url = serve(words)
@@ -110,8 +122,14 @@ def test_readme_commands_and_snippets_run_in_order(readme_world, served, capsys)
         words = [word.replace("http://teacher-host:8000", url) for word in words]
         capsys.readouterr()
         assert PROGRAMS[words[0]](shrunk(words, readme_world)) == 0, words
+        out = capsys.readouterr().out
+        assert re.search(PRINTED[words[1]], out.strip(), re.DOTALL), out
+        accuracies += re.findall(r"^\W*(?:best )?top-1\W+([\d.]+ %)", out, re.MULTILINE)
         if redirected:
-            Path(redirected[0]).write_text(capsys.readouterr().out)
+            Path(redirected[0]).write_text(out)
+    assert len(accuracies) == 2  # of the run with validation, and of its student evaluated
+    assert len({*accuracies}) == 1
+    assert Path("resnet50-scalekd/model.safetensors").is_file()
     (snippet,) = blocks("python")
     scope: dict = {}
     exec(snippet.replace('"cuda"', '"cpu"'), scope)

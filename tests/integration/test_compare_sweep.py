@@ -11,10 +11,10 @@ import torch
 from stopped_runs import before_updates, killed_at_update
 from training_world import samples, shared_world, write_tar
 
-from feature_store.errors import MismatchError, ResourceError, UserError
+from feature_store.errors import FailedError, MismatchError, ResourceError, UserError
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main
-from student_trainer.compare import CompareConfig, _visible_names, compare, is_finished
+from student_trainer.compare import CompareConfig, compare, is_finished
 from student_trainer.metrics import read_metrics
 from student_trainer.run_processes import take_share
 from student_trainer.sweep import read_sweep
@@ -199,14 +199,29 @@ def test_each_process_sees_one_gpu_when_gpus_are_listed(monkeypatch):
         torch.set_num_threads(threads)
 
 
-def test_gpus_are_counted_as_torch_does_when_some_are_hidden(monkeypatch):
+@pytest.mark.parametrize(("hidden_by", "gpus", "expected"), [
+    (None, (0, 2), ["0", "2"]), ("4,GPU-8f2a, 7", (0, 1, 2), ["4", "GPU-8f2a", "7"]), ("4,GPU-8f2a, 7", (2,), ["7"]),
+])  # fmt: skip
+def test_gpus_are_counted_as_torch_does_when_some_are_hidden(tmp_path, monkeypatch, hidden_by, gpus, expected):
+    used: list[str] = []
+
+    def all_fail(configs, gpus, threads):
+        used.extend(gpus)
+        yield from enumerate(UserError("no GPU here") for _ in configs)
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr("student_trainer.compare.run_in_processes", all_fail)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert _visible_names([0, 2]) == ["0", "2"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-8f2a, 7")
-    assert _visible_names([0, 1, 2]) == ["4", "GPU-8f2a", "7"]
+    if hidden_by is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden_by)
+    (tmp_path / "s.yaml").write_text("{settings: {one: {method: none}}, seeds: [0]}")
+    config = CompareConfig(sweep=tmp_path / "s.yaml", out=tmp_path / "o", set=changes(), gpus=gpus, progress=False)
+    with pytest.raises(FailedError, match="no GPU here"):
+        compare(config)
+    assert used == expected
     with pytest.raises(ResourceError, match="--gpus has 3, but torch sees 3 GPUs here"):
-        _visible_names([3])
+        compare(replace(config, gpus=(0, 3)))
+    assert used == expected
 
 
 def test_command_prints_table_or_json_when_a_sweep_is_done(ablation, capsys):

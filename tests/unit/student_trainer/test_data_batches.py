@@ -134,6 +134,18 @@ def test_unreadable_sample_is_left_out_and_named_when_views_are_drawn(tars):
     assert batch.unreadable[0].startswith("train-0.tar/a009: not an image")
 
 
+def test_batch_keeps_its_types_and_shapes_when_none_of_its_images_can_be_read(tars):
+    dataset = ViewDataset(tars, DrawnViews(view_policy("rrc_flip", (16, 24))))
+    whole, empty = dataset[[RowId(0, 8, 0)]], dataset[[RowId(0, 9, 0)]]
+    for batch, rows in ((whole, 1), (empty, 0)):
+        assert (batch.rows.shape, batch.rows.dtype) == ((rows, 3), torch.int64)
+        assert (batch.pixels.shape, batch.pixels.dtype) == ((rows, 16, 24, 3), torch.uint8)
+        assert (batch.labels.shape, batch.labels.dtype) == ((rows,), torch.int64)
+        assert (batch.taps, batch.logits) == ({}, None)
+    assert empty.row_ids() == []
+    assert [line.partition(":")[0] for line in empty.unreadable] == ["train-0.tar/a009"]
+
+
 def test_sample_is_refused_when_it_was_readable_in_the_teachers_pass_but_is_not_now(store, world, tmp_path):
     content = samples(14, seed=1, prefix="a")
     content[9]["png"] = b"not an image"

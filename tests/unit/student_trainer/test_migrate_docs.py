@@ -1,7 +1,10 @@
-"""docs/migrate.md: its snippets run, on small models in place of the large ones, and its presets exist."""
+"""docs/migrate.md: its snippets run, on small models in place of the large ones, and what it names exists."""
 
 import json
 import re
+from dataclasses import fields
+from fnmatch import fnmatch
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +15,30 @@ from golden_files import arguments, golden, swin, under
 from safetensors.torch import load_file, save_file
 
 import feature_store
+import student_trainer.cli
+import teacher_service.cli
 from feature_store.teacher import split_teacher
+from student_trainer import networks, official, projector
+from student_trainer.mimicking import VIEW_LOSSES
 from student_trainer.recipes import PRESETS
+from student_trainer.recipes.preset import Preset
+from student_trainer.scalekd import ScaleKDConfig
 
-PAGE = (Path(__file__).parents[3] / "docs" / "migrate.md").read_text()
+DOCS = Path(__file__).parents[3] / "docs"
+PAGE = (DOCS / "migrate.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PROSE = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
+NAMES = re.findall(r"`([^`]+)`", PROSE)
+PROGRAMS = {"student-trainer": student_trainer.cli.main, "teacher-service": teacher_service.cli.main}
+THEIRS = {
+    "configs/distillers", "478a7db", "7ba1c12", "becc118", "swin-b_distill_res50", "swin-l_distill_mbv1",
+    "swin-l_distill_swin-t", "swin-s_distill_res50", "eva-l_distill_eva-02-s_img_336px", "loss_fmd_s3", "loss_fmd_s4",
+    "loss_kd", "loss_fd", "self_query", "projector_0", "projector_1", "alpha", "temp", "use_logit", "student_dims",
+    "teacher_dims", "query_hw", "pos_hw", "num_heads", "window_shapes", "FreqMaskingDistillLossConvNext",
+    "evaluate_on_ema", "dis_freq", "auto_scale_lr", "find_unused_parameters", "eval", "None", "log_softmax", "norm",
+    "forward_intermediates", "timm.create_model", "torch.save", "weights_only",
+}  # fmt: skip
+"""Names of the official code, torch and timm, which are not looked for."""
 
 
 def run(snippet: str, settings: str) -> dict:
@@ -39,10 +61,67 @@ def test_every_preset_has_its_config_when_the_page_lists_them():
     }
 
 
-def test_every_difference_of_a_preset_has_a_row_when_the_page_lists_them():
-    rows = re.findall(r"^\| ([^|`]+) \| [^|]+ \| [^|]+ \| [^|]+ \|$", PAGE, re.MULTILINE)
-    listed = {setting.strip() for row in rows for setting in row.split(",")} - {"setting", "---"}
-    assert listed == {setting for preset in PRESETS.values() for setting in preset.differs}
+def test_counts_of_configs_are_the_tables_when_the_page_gives_them():
+    (unlisted,) = re.findall(r"The remaining advanced configs \(([^)]+)\) have no\s+preset", PAGE)
+    kept, others = len(re.findall(r"^\| .* \| kept \|", PAGE, re.MULTILINE)), unlisted.count("`") // 2
+    assert (kept, len(PRESETS) - kept + others, len(PRESETS) + others) == (6, 11, 17)
+    assert re.search(r"all 17 configs: the next one, `becc118`, deleted eleven\. The six\s+that are left", PAGE)
+    assert f"of the {len(PRESETS)} presets" in PAGE
+
+
+def presets_meant(words: str) -> set[str]:
+    """By a cell of the table of differences."""
+    if words == "all with Swin teachers":
+        return {name for name, preset in PRESETS.items() if preset.teacher.name.startswith("swin")}
+    if words == "all with cosine":
+        return {name for name, preset in PRESETS.items() if preset.config().optim.sched == "cosine"}
+    patterns = re.findall(r"`([^`]+)`", words)
+    return {name for name in PRESETS if any(fnmatch(name, p) or name.endswith(f"-{p}") for p in patterns)}
+
+
+def test_every_difference_of_a_preset_has_a_row_that_names_it_when_the_page_lists_them():
+    _, _, *rows = re.findall(r"^\| ([^|`]+) \| [^|]+ \| [^|]+ \| ([^|]+) \|$", PAGE, re.MULTILINE)
+    listed = {(setting, name) for some, words in rows for setting in some.split(", ") for name in presets_meant(words)}
+    assert listed == {(setting, name) for name, preset in PRESETS.items() for setting in preset.differs}
+
+
+def test_commands_have_the_options_when_the_page_names_them(capsys):
+    def options(program: str, command: str) -> set[str]:
+        assert PROGRAMS[program]([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: {program} {command} ")  # not the help of the whole program
+        return {*text.split()}
+
+    named = [name.split() for name in NAMES if name.startswith(tuple(PROGRAMS))]
+    assert len(named) == 4
+    for program, command, *words in named:
+        assert {*words} - {"NAME"} <= options(program, command)
+    of_train, of_cache = options("student-trainer", "train"), options("teacher-service", "cache")
+    line = ["train", "--run", "r", "--tars", "t", "--teacher.name", "any", "--student", "any", "--print-config"]
+    for option, *values in (name.replace(" a b", " 0.5 0.25").split() for name in NAMES if name.startswith("--")):
+        if option not in of_train:
+            assert {word for word in (option, *values) if word.startswith("--")} <= of_cache
+        elif values:
+            line += [option, *values]
+    assert PROGRAMS["student-trainer"](line) == 0  # so each value is one the option takes
+
+
+def test_names_are_ours_or_theirs_when_the_page_gives_them():
+    files = (preset.source.file.removeprefix("configs/distillers/") for preset in PRESETS.values())
+    fields_of = (field.name for made in (Preset, ScaleKDConfig) for field in fields(made))
+    known = {*files, *fields_of, *VIEW_LOSSES, *dir(official), *dir(projector), f"import {networks.__name__}", *THEIRS}
+    for name in NAMES:
+        (word,) = re.findall(r"^\W*((?:import )?[\w./-]*\w)", name)  # without arguments
+        option = name.startswith(("--", *PROGRAMS))
+        assert option or word in known or timm.is_model(word) or presets_meant(f"`{name}`"), name
+    assert {word for word in THEIRS if word not in PAGE} == set()
+    assert "token_order" in signature(projector.CrossAttentionProjector).parameters
+
+
+def test_linked_pages_exist_when_the_page_refers_to_them():
+    links = re.findall(r"\]\((?!https:)([^)]+)\)", re.sub(r"`[^`]*`", "", PROSE))
+    assert links
+    assert [link for link in links if not (DOCS / link).is_file()] == []
 
 
 def test_eva_snippet_resamples_positions_when_run(tmp_path, monkeypatch):

@@ -250,3 +250,60 @@ def test_perception_moves_but_does_not_own_the_teacher_when_cast(later):
 def test_perception_asks_for_prefix_tokens_when_the_teacher_has_them(later):
     with pytest.raises(InputError, match="prefix_BPD"):
         TeacherParameterPerception(later)(random_paths(later)[0])
+
+
+def test_perception_needs_no_prefix_tokens_when_the_split_drops_them():
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False, num_classes=0).eval()
+    _, later = split_teacher(model, depth=1, drop_prefix=True)
+    (path, *_) = random_paths(later)[0].values()
+    for checkpoint in (False, True):
+        perceived = TeacherParameterPerception(later, checkpoint=checkpoint)({"original": path})
+        assert list(perceived) == ["original"]
+        torch.testing.assert_close(perceived["original"], later(path))
+
+
+@pytest.mark.parametrize(("options", "runs"), [({}, 1), ({"checkpoint": False}, 1), ({"checkpoint": True}, 2)])
+def test_perception_gives_the_same_gradients_when_blocks_run_again_for_backward(later, options, runs):
+    paths, prefix = random_paths(later)
+    leaves = [path.requires_grad_() for path in paths.values()]
+    weights_BMD = torch.randn(leaves[0].shape)
+    expected = [later(leaf, prefix) for leaf in leaves]
+    gradients = torch.autograd.grad([(out * weights_BMD).sum() for out in expected], leaves)
+    seen: list[int] = []
+    later.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    perceived = TeacherParameterPerception(later, **options).train()(paths, prefix)
+    assert seen == [4]
+    got = torch.autograd.grad([(out * weights_BMD).sum() for out in perceived.values()], leaves)
+    assert seen[1:] == [4] * (runs - 1)
+    torch.testing.assert_close([*perceived.values()], expected)
+    torch.testing.assert_close(got, gradients)
+
+
+def test_perception_keeps_few_activations_when_checkpointed(later):
+    kept = {}
+    for checkpoint in (False, True):
+        paths, prefix = random_paths(later)
+        saved: list[int] = []
+        perceive = TeacherParameterPerception(later, checkpoint=checkpoint)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda leaf, to=saved: to.append(leaf.nbytes) or leaf, lambda x: x
+        ):
+            perceive({view: path.requires_grad_() for view, path in paths.items()}, prefix)
+        kept[checkpoint] = sum(saved)
+    assert kept[True] < kept[False] / 10
+
+
+@pytest.mark.parametrize("needs_gradients", [False, True])
+def test_perception_runs_checkpointed_blocks_once_when_nothing_is_propagated(later, needs_gradients):
+    paths, prefix = random_paths(later)
+    expected = [later(path, prefix) for path in paths.values()]
+    seen: list[int] = []
+    later.norm.register_forward_hook(lambda *_: seen.append(1))
+    for path in paths.values():
+        path.requires_grad_(needs_gradients)
+    with torch.set_grad_enabled(not needs_gradients):  # either the features need none, or nobody does
+        perceived = TeacherParameterPerception(later, checkpoint=True)(paths, prefix)
+    assert seen == [1]
+    assert not any(out.requires_grad for out in perceived.values())
+    torch.testing.assert_close([*perceived.values()], expected)

@@ -78,15 +78,55 @@ def test_stored_views_refuse_a_quarantined_sample_when_asked_for_it(store):
         StoredViews(store).params(RowId(0, 9, 0), "a009", (50, 50))
 
 
-@pytest.mark.parametrize(("kept", "reads"), [(1, [(0, 0), (1, 1), (0, 0)]), (2, [(0, 0), (1, 1)])])
-def test_stored_views_keep_so_many_units_when_the_data_set_is_large(store, monkeypatch, kept, reads):
-    seen, view_params = [], Store.view_params
-    monkeypatch.setattr(Store, "view_params", lambda self, *at: seen.append(at) or view_params(self, *at))
+ASKED = [(0, 0), (1, 1), (0, 0), (1, 0), (0, 0), (1, 1)]  # units and views
+
+
+@pytest.mark.parametrize(
+    ("kept", "reads"), [(1, ASKED), (2, [(0, 0), (1, 1), (1, 0), (1, 1)]), (3, [*ASKED[:2], (1, 0)])]
+)
+def test_stored_views_keep_the_units_used_last_when_the_data_set_is_large(store, monkeypatch, kept, reads):
+    read, view_params = [], Store.view_params
+    monkeypatch.setattr(Store, "view_params", lambda self, *at: read.append(at) or view_params(self, *at))
     views = StoredViews(store, units_in_memory=kept)
-    first = views.params(RowId(0, 0, 0), "a000", (50, 50))
-    assert views.params(RowId(1, 0, 1), "b000", (50, 50)) != first
-    assert views.params(RowId(0, 0, 0), "a000", (50, 50)) == first
-    assert seen == reads
+    params = [views.params(RowId(unit, 0, view), "any", (50, 50)) for unit, view in ASKED]
+    assert params == [view_params(store, *at)[0] for at in ASKED]
+    assert read == reads
+
+
+@pytest.mark.parametrize("supplier", [StoredViews, lambda store: DrawnViews(store.manifest.policy)])
+def test_views_read_the_sample_of_the_rows_position_when_asked(store, tar, supplier):
+    views = supplier(store)
+    for position in (3, 0, 13):
+        sample = views.read(tar, RowId(0, position, 1))
+        assert (sample.key, sample.label) == (f"a{position:03}", position % 4)
+
+
+def test_stored_views_are_checked_by_their_own_units_label_and_crc_when_units_take_turns(store, monkeypatch):
+    labels = Store.labels
+    monkeypatch.setattr(Store, "labels", lambda self, unit: labels(self, unit) + 10 * unit)
+    tars, views = [Tar.open(url) for url in shared_world().tars], StoredViews(store)
+    for unit, view in [(0, 0), (1, 1), (0, 1), (1, 0), (0, 0)]:
+        row = RowId(unit, 2, view)
+        sample, pixels = replay(views, tars[unit], row)
+        views.check(row, sample._replace(label=2 + 10 * unit), pixels)
+        with pytest.raises(MismatchError, match=f"store has {2 + 10 * unit}, got {12 - 10 * unit}; train on the tars"):
+            views.check(row, sample._replace(label=12 - 10 * unit), pixels)
+
+
+@pytest.mark.parametrize(("software", "written_with"), [("9.{unit}.{view}", None), (None, "of unknown version")])
+def test_stored_views_name_the_pillow_that_wrote_the_row_when_pixels_differ(store, software, written_with):
+    tars, views = [Tar.open(url) for url in shared_world().tars], StoredViews(store)
+    for unit in (0, 1):
+        for view in (0, 1):
+            version = software and software.format(unit=unit, view=view)
+            record = replace(store.committed.record(unit, view), software={"pillow": version} if version else {})
+            store.committed.replace(record)
+            row = RowId(unit, 0, view)
+            sample, pixels = replay(views, tars[unit], row)
+            with pytest.raises(
+                MismatchError, match=rf"store has 'CRC-32 \w+ by Pillow {written_with or version}', got"
+            ):
+                views.check(row, sample, pixels ^ 1)
 
 
 def test_drawn_views_are_a_stores_when_policy_and_seed_are_its_own(store, tar):
