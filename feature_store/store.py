@@ -209,7 +209,7 @@ class Store:
         Any number of processes may write at once. Of two that write the same, one does so whole.
 
         Raises:
-            InputError: The data does not have the manifest's shapes, or holds values its codec cannot store.
+            InputError: The data does not have the layout's shapes and dtypes.
             ResourceError: Another process is writing this unit now.
             CommittedError: Another one has committed such a view since; nothing was overwritten.
             MismatchError: The unit's keys or labels are not those committed with its other views.

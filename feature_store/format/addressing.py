@@ -30,10 +30,13 @@ def row_array(rows: Rows) -> np.ndarray:
     """Rows as int64 [n, 3].
 
     Raises:
-        InputError: An array of another shape or dtype.
+        InputError: Another shape, or no integers.
     """
     if not isinstance(rows, np.ndarray):
-        return np.fromiter(chain.from_iterable(rows), np.int64, 3 * len(rows)).reshape(-1, 3)
+        flat = np.fromiter(chain.from_iterable(rows), np.int64)
+        if len(flat) != 3 * len(rows):
+            raise InputError(f"{len(rows)} rows have {len(flat)} numbers, expected unit, position and view of each")
+        return flat.reshape(-1, 3)
     if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype.kind not in "iu":
         raise InputError(f"rows are {rows.dtype} {list(rows.shape)}, expected integers [n, 3]: unit, position, view")
     return rows.astype(np.int64, copy=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from feature_store.errors import InputError
-from feature_store.format.addressing import RowId, row_ids
+from feature_store.format.addressing import RowId, Rows, row_array, row_ids
 from feature_store.views import check_pixels, decode_image, replay_view
 
 if TYPE_CHECKING:
@@ -119,13 +119,13 @@ def principal_colours(features_nNC: np.ndarray, grid: tuple[int, int], fit_nNC: 
     return ColourMap.fit(fit_nNC).paint(features_nNC, grid)
 
 
-def replay_views(store: "Store", tars: "Sequence[Tar]", rows: np.ndarray) -> np.ndarray:
+def replay_views(store: "Store", tars: "Sequence[Tar]", rows: Rows) -> np.ndarray:
     """Pixels of the rows' views, uint8 [n, H, W, 3], each compared with the CRC of what the teacher saw.
 
     Args:
         store: The store.
         tars: Its tars, in any order; those of the rows are enough.
-        rows: Readable rows, int64 [n, 3].
+        rows: Readable rows.
 
     Raises:
         InputError: A tar is missing.
@@ -133,7 +133,7 @@ def replay_views(store: "Store", tars: "Sequence[Tar]", rows: np.ndarray) -> np.
     """
     from feature_store.inputs.unit_tars import find_tar
 
-    return np.stack([replay_row(store, find_tar(store, row.unit, tars), row) for row in row_ids(rows)])
+    return np.stack([replay_row(store, find_tar(store, row.unit, tars), row) for row in row_ids(row_array(rows))])
 
 
 def replay_row(store: "Store", tar: "Tar", row: RowId) -> np.ndarray:

@@ -247,6 +247,6 @@ def _require_array(
 ) -> None:
     if array is None or array.shape != shape:
         got = None if array is None else array.shape
-        raise InputError(f"{name} of unit {unit} has shape {got}, expected {shape}; encode it with the store's codec")
+        raise InputError(f"{name} of unit {unit} has shape {got}, expected {shape}")
     if dtype is not None and array.dtype != dtype:
         raise InputError(f"{name} of unit {unit} is {array.dtype}, expected {dtype}; encode it with the store's codec")

@@ -23,6 +23,7 @@ from feature_store import open_store
 from feature_store.commits.locks import locked
 from feature_store.errors import InputError, MismatchError, ResourceError, UserError
 from feature_store.inputs.tar import Tar
+from feature_store.tools.info import summarise
 from feature_store.views import decode_view, encode_view, pixel_crc, view_tar
 from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import TrainConfig
@@ -88,7 +89,7 @@ def test_training_needs_no_source_tars_and_no_worker_either(world, run, tmp_path
 
 def test_teacher_sees_what_the_tars_hold(world):
     store = open_store(world.store)
-    assert store.info()["view_encoding"] == store.manifest.view_encoding == "jpeg95"
+    assert summarise(store)["view_encoding"] == store.manifest.view_encoding == "jpeg95"
     for unit in range(2):
         for view in range(2):
             tar = Tar.open(str(Path(world.views_out) / view_tar(unit, view)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from feature_store.errors import InputError
-from feature_store.format.addressing import RowId
+from feature_store.format.addressing import RowId, row_ids
 from feature_store.inputs.options import DEFAULT, TarOptions
 from feature_store.source import FeatureBatch
 from feature_store.store import Store
@@ -75,7 +75,7 @@ class ReferenceRows:
         """
         rng = np.random.default_rng(0)
         shards = sampled_shards(store, rng)
-        rows = [row for shard in shards for row in pick(shard, -(-_ROWS // len(shards)), rng)]
+        rows = row_ids(np.concatenate([pick(shard, -(-_ROWS // len(shards)), rng) for shard in shards]))
         features = _features(store, rows)
         pooled = features.mean(axis=1)
         mean, spread = pooled.mean(axis=0), pooled.std(axis=0)

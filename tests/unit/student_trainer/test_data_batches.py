@@ -7,7 +7,6 @@ from training_world import SIZE, samples, shared_world, write_tar
 
 from feature_store.errors import InputError, MismatchError, UncommittedError
 from feature_store.format.addressing import RowId
-from feature_store.format.codecs.bound import bound_codecs
 from feature_store.inputs.tar import Tar, open_tars
 from feature_store.store import Store, open_store
 from feature_store.teacher.torch_codecs import TorchDecoder
@@ -78,7 +77,7 @@ def test_batch_joins_pixels_labels_and_features_of_its_rows_when_read(dataset, s
     assert batch.pixels.dtype == torch.uint8
     assert batch.labels.tolist() == [3, 0, 3]
     features = store.source().read(rows)
-    decoded = TorchDecoder(bound_codecs(store.manifest)["taps/stage4"])(batch.taps["stage4"])
+    decoded = TorchDecoder(store.layout.codecs["stage4"])(batch.taps["stage4"])
     assert np.array_equal(decoded.numpy(), features.taps["stage4"])
     assert np.array_equal(batch.logits.numpy(), features.logits)
     assert batch.unreadable == []

@@ -40,11 +40,10 @@ def signature(callable_: Callable) -> str:
         (official.load_projector, "(projector, official_state, prefix=None)"),
         (official.load_swin, "(timm_model, official_state)"),
         (official.load_vit, "(timm_model, official_state)"),
-        (feature_store.open_store, "(url, *, cache_dir=None, cache_bytes=0)"),
+        (feature_store.open_store, "(url)"),
         (Store.source, "(self, taps=None)"),
         (Store.rows, "(self, keys, view)"),
         (Store.later_blocks, "(self, device='cpu')"),
-        (Store.info, "(self)"),
         (teacher.split_teacher, "(model, depth=None, *, drop_prefix=False)"),
         (views.draw_view, "(policy, seed, key, view, source_size)"),
         (views.apply_view, "(image, params, size, *, out=None)"),
@@ -57,6 +56,11 @@ def test_public_signature_is_unchanged_when_called_by_others(callable_, expected
 def test_losses_share_one_call_signature_when_a_method_is_exchanged():
     methods = (scalekd.ScaleKDLoss, scalekd.FDLoss, scalekd.KDLoss, scalekd.TaskLoss)
     assert len({signature(method.forward) for method in methods}) == 1
+
+
+def test_names_of_the_store_are_these():
+    assert sorted(feature_store.__all__) == ["FeatureBatch", "FeatureSource", "RowId", "Store", "connect", "open_store"]
+    assert all(callable(getattr(feature_store, name)) for name in feature_store.__all__)
 
 
 def test_sources_are_read_by_rows_and_taps_when_called_by_others():

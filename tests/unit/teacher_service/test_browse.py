@@ -12,7 +12,8 @@ from training_world import World, make_world, shared_world
 from feature_store.errors import InputError, UncommittedError
 from feature_store.format.addressing import RowId
 from feature_store.store import open_store
-from teacher_service.serve.page.browser import FeatureBrowser, Sample, predictions
+from feature_store.tools.info import summarise
+from teacher_service.serve.page.browser import FeatureBrowser, ReferenceRows, predictions
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def picture(client: TestClient, path: str) -> np.ndarray:
 
 
 def test_summary_says_what_info_says_when_compared(client, world):
-    found, expected = client.get("/v1/browse/summary").json(), open_store(world.store).info()
+    found, expected = client.get("/v1/browse/summary").json(), summarise(open_store(world.store))
     assert found["rows"] == expected["committed_rows"] == 50
     assert found["of_rows"] == 52
     assert (found["bytes"], found["objects"]) == (expected["bytes"], expected["objects"])
@@ -81,7 +82,7 @@ def test_row_has_its_own_classes_and_other_samples_near_it_when_looked_at(client
 
 def test_nearest_neighbour_is_the_likest_row_when_there_is_a_likeness(world):
     store = open_store(world.store)
-    sample = Sample.of(store)
+    sample = ReferenceRows.of(store)
     features = store.source(["stage4"]).read(sample.rows).taps["stage4"].astype(np.float32)
     at = sample.rows.index(RowId(0, 3, 0))
     likest = sample.neighbours(RowId(7, 7, 0), features[at], 1)[0]

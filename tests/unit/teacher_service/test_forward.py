@@ -109,7 +109,7 @@ def test_preparing_for_a_gpu_keeps_the_teachers_numbers(teacher: Teacher, pixels
 
 
 def test_outputs_note_the_gpus_time_by_stage_when_its_events_have_happened() -> None:
-    from teacher_service.cache.forward import Outputs, Part
+    from teacher_service.cache.forward import Outputs, PendingBatch
 
     waited, waits = [], StageTimer()
 
@@ -117,7 +117,7 @@ def test_outputs_note_the_gpus_time_by_stage_when_its_events_have_happened() -> 
         return SimpleNamespace(synchronize=lambda: waited.append(name), elapsed_time=lambda end: 1500.0)
 
     events = {stage: (event("begin"), event(stage)) for stage in ("transfer", "forward", "copy out")}
-    part = Part({"stage4": torch.arange(12.0).reshape(4, 3, 1)}, 3, events)
+    part = PendingBatch({"stage4": torch.arange(12.0).reshape(4, 3, 1)}, 3, events)
 
     arrays = Outputs([part, part], waits).arrays()
 

@@ -1,4 +1,3 @@
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,9 +9,9 @@ import torch
 from tiny_jobs import TinyTeacher, write_tars
 
 from feature_store.errors import InputError
+from feature_store.format.layout import StoreLayout
 from feature_store.format.manifest import Manifest
 from feature_store.inputs.tar import Tar
-from feature_store.write.unit import Values
 from teacher_service.cache import encode as rows_module
 from teacher_service.cache.decode import Batch, Task
 from teacher_service.cache.encode import UnitRows
@@ -43,16 +42,11 @@ def _batch(start: int, count: int, quarantined: dict[int, str] | None = None) ->
     )
 
 
-def _outputs(start: int, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _outputs(start: int, count: int) -> dict[str, np.ndarray]:
     """Teacher outputs in batch order, sample-major, each filled with 10 * position + view."""
     codes = np.array([10 * i + view for i in range(start, start + count) for view in range(2)], np.float32)
-    return {"stage4": np.broadcast_to(codes[:, None, None], (len(codes), 4, 64))}, np.repeat(codes[:, None], 4, axis=1)
-
-
-def _encoded(values: Values) -> np.ndarray:
-    assert isinstance(values, Mapping)
-    (array,) = values.values()
-    return array
+    taps = {"stage4": np.broadcast_to(codes[:, None, None], (len(codes), 4, 64))}
+    return taps | {"logits": np.repeat(codes[:, None], 4, axis=1)}
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -60,18 +54,17 @@ def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(
     manifest: Manifest, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "PIECE_SAMPLES", 2)
-    rows = UnitRows(manifest, list("abcde"), 2)
+    rows = UnitRows(StoreLayout(manifest), list("abcde"), 2)
     with ThreadPoolExecutor(threads) if threads else nullcontext() as pool:
         for batch in (_batch(0, 3), _batch(3, 2, {4: "broken"})):
             assert not rows.whole
-            rows.add(batch, *_outputs(batch.start, len(batch)), pool)
+            rows.add(batch, _outputs(batch.start, len(batch)), pool)
     assert rows.whole
 
     data = rows.data()
 
     expected = [[10 * i + view for i in range(5)] for view in range(2)]
-    assert data.logits is not None
-    tap, logits = _encoded(data.taps["stage4"]), _encoded(data.logits)
+    (tap,), (logits,) = data.features["stage4"].values(), data.features["logits"].values()
     assert tap.shape == (2, 5, 4, 64)
     assert tap.dtype == np.float16
     assert tap[..., 3, 63].tolist() == expected
@@ -83,17 +76,17 @@ def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(
 
 
 def test_unit_rows_have_no_logits_when_the_teacher_has_no_classifier(manifest: Manifest) -> None:
-    rows = UnitRows(replace(manifest, logits_codec=None), list("abcde"), 2)
-    rows.add(_batch(0, 5), _outputs(0, 5)[0], None)
+    rows = UnitRows(StoreLayout(replace(manifest, logits_codec=None)), list("abcde"), 2)
+    rows.add(_batch(0, 5), _outputs(0, 5))
 
-    assert rows.data().logits is None
+    assert rows.data().features.keys() == {"stage4"}
 
 
 @pytest.mark.parametrize("value", [np.nan, 1e6])
 def test_unit_rows_refuse_a_value_that_float16_cannot_hold(manifest: Manifest, value: float) -> None:
-    taps, logits = _outputs(0, 2)
-    taps["stage4"] = taps["stage4"].copy()
-    taps["stage4"][1, 2, 3] = value
+    outputs = _outputs(0, 2)
+    outputs["stage4"] = outputs["stage4"].copy()
+    outputs["stage4"][1, 2, 3] = value
 
     with pytest.raises(InputError, match="cannot hold"):
-        UnitRows(manifest, list("abcde"), 2).add(_batch(0, 2), taps, logits)
+        UnitRows(StoreLayout(manifest), list("abcde"), 2).add(_batch(0, 2), outputs)

@@ -84,7 +84,7 @@ def test_codes_and_values_come_as_the_store_gives_them_for_any_codec(
 
     codes = ask("/v1/rows:batch", "POST", json_body={"rows": ROWS, "decode": False}).frame()[0]
     memory = store.source().buffers(len(ROWS))
-    store.source().fill(ROWS, memory)
+    store.source().fill(np.array(ROWS), memory)
     assert codes.pop("rows").tolist() == [list(row) for row in ROWS]
     assert codes.keys() == memory.keys()
     for name, array in memory.items():

@@ -32,7 +32,7 @@ def batch(ask, rows=ROWS, **more):
 
 def arrays_of(store, rows=ROWS):
     memory = store.source().buffers(len(rows))
-    store.source().fill(rows, memory)
+    store.source().fill(np.array(rows), memory)
     return memory
 
 

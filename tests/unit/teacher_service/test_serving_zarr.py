@@ -165,7 +165,7 @@ def test_large_object_comes_in_pieces_and_takes_little_memory(tmp_path, tiny_swi
 def test_commit_index_is_made_from_what_is_open_so_that_readers_without_listing_can_open(ask, store):
     answer = get(ask, INDEX)
     opened = open_store(store)
-    index = decode_index(answer.body, opened.manifest)
+    index = decode_index(answer.body, opened.layout)
     assert index.paths() == [record.path for record in opened.committed.records]
     assert len(index) == 2  # not the one whose record is gone, which the store's own index still has
     assert get(ask, INDEX, If_None_Match=answer.headers["etag"]).status == 304
