@@ -70,7 +70,7 @@ def make_linked_store(path: Path, units: int, samples: int) -> Store:
     first = store.committed.record(0, 0)
     for unit in range(1, units):
         _link_unit(path, store.layout, first, unit)
-    store.compact()
+    store.write_commit_index()
     return open_store(path)
 
 

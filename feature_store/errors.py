@@ -1,4 +1,4 @@
-"""The one tree of errors a user can meet, each with the exit code of the command that met it.
+"""The tree of errors a user can meet, with exit codes.
 
 UserError                       exit 2 unless a subclass says otherwise
 ├── InputError                  an argument, file or image that cannot be used
@@ -10,18 +10,37 @@ UserError                       exit 2 unless a subclass says otherwise
 ├── QuarantinedError            a row whose sample was quarantined when the store was written
 ├── FailedError                 the command ran, but what it was to check or make failed         exit 1
 ├── CorruptStoreError           committed bytes are missing or damaged                          exit 1
-└── ResourceError               disk, network or device gave up                                 exit 3
-    └── WireError               a body from another machine is cut, damaged or no frame
+└── ResourceError               disk, network or device failed                                   exit 3
+    └── WireError               a body from another machine is truncated, damaged or no frame
 """
 
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
 
+class Remedy(StrEnum):
+    """A remedy that is a command; the programs print the command, see ``feature_store.tools.remedies``."""
+
+    WRITE_STORE = "write-store"
+    FINISH_STORE = "finish-store"
+    REWRITE_UNIT = "rewrite-unit"
+    RETRY_QUARANTINED = "retry-quarantined"
+    REPAIR = "repair"
+
+
 class UserError(Exception):
-    """Base of everything a user can cause or meet. The message says what, got, expected and the next step."""
+    """Base of everything a user can cause or meet. The message says what, got, expected and the next step.
+
+    Attributes:
+        remedy: The command that is the next step, if one is.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str | None = None, *, remedy: Remedy | None = None) -> None:
+        super().__init__(*([] if message is None else [message]))
+        self.remedy = remedy
 
 
 class InputError(UserError):
@@ -46,14 +65,14 @@ class MismatchError(UserError):
     """
 
     def __init__(self, field: str, *, expected: Any, got: Any, remedy: str, where: str = "store") -> None:
-        self.field, self.expected, self.got, self.remedy = field, expected, got, remedy
-        self._where = where
+        self.field, self.expected, self.got = field, expected, got
+        self._remedy, self._where = remedy, where
         super().__init__(f"{field} differs: {where} has {expected!r}, got {got!r}; {remedy}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Survive the way out of a worker process."""
-        keywords = {"expected": self.expected, "got": self.got, "remedy": self.remedy, "where": self._where}
-        return partial(type(self), **keywords), (self.field,)
+        keywords = {"expected": self.expected, "got": self.got, "remedy": self._remedy, "where": self._where}
+        return partial(type(self), **keywords), (self.field,), {"remedy": self.remedy}
 
 
 class UncommittedError(UserError):
@@ -81,7 +100,7 @@ class CorruptStoreError(UserError):
 
 
 class ResourceError(UserError):
-    """The machine gave up: disk full, network gone, device lost."""
+    """I/O, network or device failure: disk full, network gone, device lost."""
 
     exit_code = 3
 

@@ -104,7 +104,7 @@ def shorten_socket_paths() -> None:
     if short is None:
         raise ResourceError(
             f"the temporary folder {own} has {len(os.fsencode(own))} bytes in its name, and sockets between processes "
-            f"take at most {_LONGEST_TMPDIR}; set TMPDIR to a shorter one, or use --workers 0"
+            f"take at most {_LONGEST_TMPDIR}; set TMPDIR to a shorter one, or use no worker processes"
         )
     tempfile.tempdir = short
     try:

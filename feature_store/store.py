@@ -248,7 +248,7 @@ class Store:
             with suppress(FileNotFoundError):  # another writer was first
                 self.objects.delete(commit_index.PATH)
 
-    def compact(self) -> int:
+    def write_commit_index(self) -> int:
         """Write the commit index anew, from the records themselves, so that opening stays fast; call it now and then.
 
         Returns:

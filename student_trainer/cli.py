@@ -11,7 +11,7 @@ import tyro
 from rich.table import Table
 
 from feature_store.errors import InputError
-from feature_store.tools.cli import run
+from feature_store.tools.command_line import run
 from feature_store.tools.terminal import Console, say, say_json
 from student_trainer.compare import CompareConfig
 from student_trainer.compare import compare as run_compare
@@ -200,10 +200,14 @@ def _print_json(values: dict[str, Any]) -> None:
     say_json(values, indent=2)
 
 
+LISTS = ("--gpus", "--seeds", "--set", "--tars", "--val-tars")
+"""Options that take several values."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``student-trainer``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run(_with_preset(arguments), "student-trainer", arguments)
+    return run(_with_preset(arguments), "student-trainer", arguments, lists=LISTS)
 
 
 def _with_preset(arguments: Sequence[str]) -> tyro.extras.SubcommandApp:

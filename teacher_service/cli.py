@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from feature_store.errors import CorruptStoreError
-from feature_store.tools.cli import run, unit_progress
+from feature_store.tools.command_line import run, unit_progress
 from feature_store.tools.terminal import Console, say, say_json
 from teacher_service.config import CacheConfig, SharedPlanConfig
 from teacher_service.plan.report import print_forecast, summary_lines
@@ -127,6 +127,10 @@ def verdict(report: "DeepReport") -> str:
     )
 
 
+LISTS = ("--cors-origins", "--scope", "--taps", "--tars")
+"""Options that take several values."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``teacher-service``."""
-    return run(app, "teacher-service", argv)
+    return run(app, "teacher-service", argv, lists=LISTS)

@@ -13,7 +13,7 @@ from feature_store.client.service import ServiceClient, at_once
 from feature_store.errors import InputError, MismatchError, UnknownFieldError, WireError
 from feature_store.format.addressing import RowId, Rows, row_array
 from feature_store.format.manifest import SplitInfo, TeacherInfo
-from feature_store.format.parsing import parse
+from feature_store.parsing import parse
 from feature_store.source import FeatureBatch
 
 LOGITS = "logits"

@@ -22,7 +22,7 @@ from feature_store.commits.record import FOLDER, CommitRecord, record_path
 from feature_store.format.checksums import CRC_BYTES, crc32c
 from feature_store.format.layout import StoreLayout
 from feature_store.format.manifest import Manifest
-from feature_store.format.parsing import STRICT, Natural, Text, load_json, parse
+from feature_store.parsing import STRICT, Natural, Text, load_json, parse
 
 _logger = logging.getLogger(__name__)
 

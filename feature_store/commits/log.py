@@ -1,4 +1,4 @@
-"""Which rows of a store may be read: what its commit records vouch for."""
+"""CommitLog: which rows of a store may be read."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from feature_store.commits.checksum_table import pack_checksums
 from feature_store.commits.index import CommitIndex
 from feature_store.commits.record import FOLDER, CommitRecord, decode_record, parse_record_path
 from feature_store.commits.root import read_manifest
-from feature_store.errors import CorruptStoreError, InputError, QuarantinedError, UncommittedError, UserError
+from feature_store.errors import CorruptStoreError, InputError, QuarantinedError, Remedy, UncommittedError, UserError
 from feature_store.format.addressing import RowId
 from feature_store.format.layout import StoreLayout
 
@@ -50,8 +50,8 @@ class CommitLog:
         if (taken != _NONE).any():
             other = self._record(int(taken.max()))
             raise CorruptStoreError(
-                f"{other.path} and {record.path} vouch for the same view; remove one of them with "
-                "`feature-store repair --yes --drop-damaged`"
+                f"{other.path} and {record.path} vouch for the same view; remove one of them",
+                remedy=Remedy.REWRITE_UNIT,
             )
         packed = pack_checksums(self._layout, record.unit, record.views, record.objects)
         self._records[self._next_line] = replace(record, objects=packed)
@@ -133,7 +133,8 @@ class CommitLog:
             raise UncommittedError(
                 f"view {view} of unit {unit} ({self._manifest.tars[unit].name}) was never committed; "
                 f"committed views of this unit: {sorted(self.views(unit)) or 'none'}; "
-                "finish the store with the same `teacher-service cache` command"
+                "write its missing views",
+                remedy=Remedy.FINISH_STORE,
             )
         return self._record(int(line))
 
@@ -150,7 +151,8 @@ class CommitLog:
         if row.position in record.quarantined:
             raise QuarantinedError(
                 f"{row} has no features: its sample was quarantined ({record.quarantined[row.position]}); "
-                "leave it out, or mend the tar and run `teacher-service cache --retry-quarantined`"
+                "leave it out, or fix the tar and write its unit again",
+                remedy=Remedy.RETRY_QUARANTINED,
             )
 
     def is_indexed(self, unit: int, views: range) -> bool:
@@ -227,7 +229,7 @@ def _indexed_alone(objects: ObjectStore, layout: StoreLayout) -> CommitLog:
     if index is None:
         raise InputError(
             f"{objects.url} cannot be listed and has no commit index of this store in {commit_index.PATH}; call "
-            "Store.compact() where it can be written, then publish it again"
+            "Store.write_commit_index() where it can be written, then publish it again"
         )
     committed = CommitLog(layout)
     committed.add_indexed(index, np.ones(len(index), bool))

@@ -1,4 +1,4 @@
-"""Commit records: the proof that a unit is whole, and the only thing that makes its rows readable."""
+"""Commit records: they alone make a unit's rows readable."""
 
 import json
 import re
@@ -10,13 +10,13 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 
 from feature_store.backends.base import ObjectStore
-from feature_store.errors import CommittedError, CorruptStoreError, InputError, MismatchError, UnknownFieldError
+from feature_store.errors import CommittedError, CorruptStoreError, InputError, MismatchError, Remedy, UnknownFieldError
 from feature_store.format.checksums import crc32c
 from feature_store.format.manifest import Manifest
-from feature_store.format.parsing import STRICT, Count, Natural, Text, Unsigned32, load_json, parse
+from feature_store.parsing import STRICT, Count, Natural, Text, Unsigned32, load_json, parse
 
 FOLDER = "commits/"
-_REMEDY = "`feature-store repair --yes --drop-damaged` removes it, then `teacher-service cache` writes that unit again"
+_REMEDY = "remove it, then write its unit again"
 _NAME = re.compile(r"u(\d{5,})-v(\d+)-(\d+)\.json")
 
 
@@ -87,7 +87,9 @@ class CommitRecord:
         try:
             return self.objects[path]
         except KeyError:
-            raise CorruptStoreError(f"commit record {self.path} does not list object {path}; {_REMEDY}") from None
+            raise CorruptStoreError(
+                f"commit record {self.path} does not list object {path}; {_REMEDY}", remedy=Remedy.REWRITE_UNIT
+            ) from None
 
     def require_of(self, manifest: Manifest) -> None:
         """Refuse a record that is not about this store and its tar.
@@ -144,20 +146,25 @@ def decode_record(path: str, raw: bytes) -> CommitRecord:
     try:
         body = load_json(raw)
         if body.pop("record_crc32c") != crc32c(_canonical(body)):
-            raise CorruptStoreError(f"commit record {path} is damaged: its checksum does not match; {_REMEDY}")
+            raise CorruptStoreError(
+                f"commit record {path} is damaged: its checksum does not match; {_REMEDY}", remedy=Remedy.REWRITE_UNIT
+            )
         record = parse(_RECORD, body, f"commit record {path}")
     except UnknownFieldError:
         raise
     except InputError as error:
-        raise CorruptStoreError(f"{error}; {_REMEDY}") from error
+        raise _damaged(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptStoreError(f"commit record {path} is damaged: {error}; {_REMEDY}") from error
-    if record.path != path:
-        raise CorruptStoreError(f"commit record {path} is misnamed: it is {record.path}; {_REMEDY}")
-    if beyond := [position for position in record.quarantined if position >= record.samples]:
         raise CorruptStoreError(
-            f"commit record {path} makes no sense: quarantined position {beyond[0]} of {record.samples} samples; "
-            f"{_REMEDY}"
+            f"commit record {path} is damaged: {error}; {_REMEDY}", remedy=Remedy.REWRITE_UNIT
+        ) from error
+    if record.path != path:
+        raise CorruptStoreError(
+            f"commit record {path} is misnamed: it is {record.path}; {_REMEDY}", remedy=Remedy.REWRITE_UNIT
+        )
+    if beyond := [position for position in record.quarantined if position >= record.samples]:
+        raise _damaged(
+            f"commit record {path} makes no sense: quarantined position {beyond[0]} of {record.samples} samples"
         )
     return record
 
@@ -176,11 +183,15 @@ def write_commit(objects: ObjectStore, record: CommitRecord) -> None:
 
 
 def already_committed(unit: int, tar: str, path: str) -> CommittedError:
-    """What a writer is told that comes too late."""
+    """The error of a writer that is too late."""
     return CommittedError(
         f"unit {unit} ({tar}) is committed already by {path}, another writer's; nothing was overwritten; go on with "
         "the next unit"
     )
+
+
+def _damaged(message: str) -> CorruptStoreError:
+    return CorruptStoreError(f"{message}; {_REMEDY}", remedy=Remedy.REWRITE_UNIT)
 
 
 def _canonical(body: dict[str, Any]) -> bytes:

@@ -3,10 +3,10 @@
 from typing import Any
 
 from feature_store.backends.base import ObjectStore
-from feature_store.errors import CorruptStoreError, InputError
+from feature_store.errors import CorruptStoreError, InputError, Remedy
 from feature_store.format.codecs.bound import require_decodable
 from feature_store.format.manifest import Manifest, fingerprint_of, require_version
-from feature_store.format.parsing import load_json
+from feature_store.parsing import load_json
 
 ROOT = "zarr.json"
 
@@ -22,7 +22,8 @@ def read_manifest(objects: ObjectStore) -> Manifest:
         raw = objects.get(ROOT).tobytes()
     except FileNotFoundError:
         raise InputError(
-            f"{objects.url} is not a store (no {ROOT}); write one with `teacher-service cache --store {objects.url}`"
+            f"{objects.url} is not a store (no {ROOT}); check the path, or write a store there",
+            remedy=Remedy.WRITE_STORE,
         ) from None
     where = f"{objects.url}/{ROOT}"
     try:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numcodecs import zstd  # pyright: ignore[reportAttributeAccessIssue] - a compiled module
 
-from feature_store.errors import CorruptStoreError
 from feature_store.format.checksums import CRC_BYTES, checked, crc32c, damaged, object_checksum, with_crc
 from feature_store.format.codecs.base import ZSTD_LEVEL
 
@@ -151,7 +150,7 @@ def decode_row(spec: ArraySpec, stored: np.ndarray, out: np.ndarray, path: str) 
     try:
         zstd.decompress(stored, out)
     except (RuntimeError, ValueError) as error:
-        raise CorruptStoreError(damaged(path, f"a row cannot be decompressed ({error})")) from error
+        raise damaged(path, f"a row cannot be decompressed ({error})") from error
 
 
 def decode_shard_index(raw: np.ndarray, capacity: int, path: str) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import cast
 import numpy as np
 from awscrt import checksums as awscrt_checksums
 
-from feature_store.errors import CorruptStoreError
+from feature_store.errors import CorruptStoreError, Remedy
 
 CRC_BYTES = 4
 crc32c = cast(Callable[..., int], awscrt_checksums.crc32c)
@@ -53,16 +53,15 @@ def checked(raw: np.ndarray, path: str, what: str, nbytes: int) -> np.ndarray:
         CorruptStoreError: The checksum or the length is wrong.
     """
     if raw.nbytes < CRC_BYTES or crc32c(raw[:-CRC_BYTES]) != object_checksum(raw):
-        raise CorruptStoreError(damaged(path, f"the crc32c of its {what} does not match"))
+        raise damaged(path, f"the crc32c of its {what} does not match")
     if raw.nbytes != nbytes + CRC_BYTES:
-        raise CorruptStoreError(damaged(path, f"its {what} has {raw.nbytes - CRC_BYTES} bytes, expected {nbytes}"))
+        raise damaged(path, f"its {what} has {raw.nbytes - CRC_BYTES} bytes, expected {nbytes}")
     return raw[:-CRC_BYTES]
 
 
-def damaged(path: str, what: str) -> str:
-    """Message of a CorruptStoreError about one object."""
-    return (
-        f"object {path} is damaged: {what}; `feature-store repair --yes --drop-damaged` removes the unit's record, "
-        "then the same `teacher-service cache` command writes only that unit again; who opened the store before must "
-        "open it again"
+def damaged(path: str, what: str) -> CorruptStoreError:
+    """The error about one damaged object."""
+    return CorruptStoreError(
+        f"object {path} is damaged: {what}; drop the unit's record, write the unit again and open the store again",
+        remedy=Remedy.REWRITE_UNIT,
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, TypeAdapter
 
 from feature_store.errors import InputError, MismatchError
-from feature_store.format.parsing import (
+from feature_store.parsing import (
     STRICT,
     Count,
     Json,

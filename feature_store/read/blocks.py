@@ -14,7 +14,7 @@ from feature_store.errors import CorruptStoreError, InputError
 from feature_store.format.arrays import ArraySpec, decode_chunk
 from feature_store.format.checksums import CRC_BYTES, crc32c, object_checksum
 from feature_store.format.layout import BLOCKS
-from feature_store.format.parsing import Json, Natural, Text, load_json, parse, require_name
+from feature_store.parsing import Json, Natural, Text, load_json, parse, require_name
 
 _METADATA = "/zarr.json"
 _REMEDY = "restore the folder from a copy, or write the store again"

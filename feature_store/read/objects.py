@@ -56,7 +56,7 @@ class ObjectReader:
     def _index(self, record: CommitRecord, path: str) -> np.ndarray:
         expected, length = record.proof(path).bytes, shard_index_bytes(self.capacity)
         if expected < length:
-            raise CorruptStoreError(damaged(path, f"it has {expected} bytes, its index alone takes {length}"))
+            raise damaged(path, f"it has {expected} bytes, its index alone takes {length}")
         with object_errors(path):
             raw = self.objects.get_range(path, expected - length, length + 1)  # one more, to see that it ends there
             if len(raw) != length:
@@ -77,16 +77,16 @@ def object_errors(path: str) -> Iterator[None]:
 def object_error(path: str, error: OSError | EOFError) -> CorruptStoreError | ResourceError:
     """The reader's word for what an ObjectStore raised for a committed object."""
     if isinstance(error, FileNotFoundError):
-        return CorruptStoreError(damaged(path, "it is committed but missing"))
+        return damaged(path, "it is committed but missing")
     if isinstance(error, EOFError):
-        return CorruptStoreError(damaged(path, str(error)))
+        return damaged(path, str(error))
     return ResourceError(f"cannot read {path}: {error}; check the disk or the mount, then run again")
 
 
 def _require_checksum(raw: np.ndarray, path: str, record: CommitRecord) -> None:
     if len(raw) < CRC_BYTES or object_checksum(raw) != record.proof(path).crc32c:
-        raise CorruptStoreError(damaged(path, f"its crc32c is not the one in {record.path}"))
+        raise damaged(path, f"its crc32c is not the one in {record.path}")
 
 
 def _wrong_length(path: str, got: int, expected: int) -> CorruptStoreError:
-    return CorruptStoreError(damaged(path, f"it has {got} bytes, its commit record says {expected}"))
+    return damaged(path, f"it has {got} bytes, its commit record says {expected}")

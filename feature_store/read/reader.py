@@ -8,7 +8,7 @@ import numpy as np
 
 from feature_store.backends.base import ObjectStore
 from feature_store.commits.log import CommitLog
-from feature_store.errors import CorruptStoreError, InputError, UncommittedError
+from feature_store.errors import InputError, UncommittedError
 from feature_store.format.addressing import RowId, Rows, row_array
 from feature_store.format.arrays import ArraySpec, shard_index_bytes
 from feature_store.format.checksums import damaged
@@ -214,7 +214,7 @@ class ZarrSource:
         for name in names:
             if name not in self.layout.manifest.taps:
                 stored = ", ".join(self.layout.manifest.taps)
-                raise InputError(f"the store has no tap {name!r}; it has: {stored}; cache it with --taps")
+                raise InputError(f"the store has no tap {name!r}; it has: {stored}; write a store with this tap")
         return names
 
     def _specs_of(self, taps: Sequence[str] | None) -> dict[str, ArraySpec]:
@@ -243,7 +243,7 @@ class ZarrSource:
             self._refuse(rows)
             row = RowId(*rows[int(absent[0])].tolist())
             path = spec.object_path(row.unit, row.view)
-            raise CorruptStoreError(damaged(path, f"position {row.position} has no row"))
+            raise damaged(path, f"position {row.position} has no row")
         return located
 
     def _refuse(self, rows: np.ndarray) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 
 from feature_store.backends.base import ObjectStore
 from feature_store.backends.local import IOV_MAX
-from feature_store.errors import CorruptStoreError
 from feature_store.format.arrays import ArraySpec, decode_row
 from feature_store.format.checksums import crc32c, damaged
 from feature_store.processes import PerProcess, usable_cpus
@@ -169,7 +168,7 @@ class _Job:
             if crc32c(row) != self._checksums[at]:
                 self._objects.forget(self._paths[at])
                 position = self._transfer.positions[self._indices[at]]
-                raise CorruptStoreError(damaged(self._paths[at], f"the crc32c of position {position} does not match"))
+                raise damaged(self._paths[at], f"the crc32c of position {position} does not match")
             if self._zstd:
                 out = self._transfer.out[self._indices[at]]
                 decode_row(self._transfer.spec, np.frombuffer(row, np.uint8), out, self._paths[at])

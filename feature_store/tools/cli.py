@@ -1,33 +1,18 @@
-"""Command line of the store, and the wrapper all three command lines share."""
+"""Command line ``feature-store``."""
 
-import errno
-import logging
-import os
-import resource
-import select
-import shlex
-import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from feature_store.errors import CorruptStoreError, InputError, ResourceError, UserError
+from feature_store.errors import CorruptStoreError, InputError
 from feature_store.inputs.options import DEFAULT, TarOptions
 from feature_store.processes import usable_cpus
 from feature_store.store import open_store
+from feature_store.tools.command_line import run, unit_progress
 from feature_store.tools.info import print_summary, summarise
-from feature_store.tools.terminal import Console, LogFormatter, ProgressBar, say, say_json
-
-WRONG_USAGE = 2
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SHARED_MEMORY = Path("/dev/shm")  # semaphores and queues of worker processes lie there, without a file name in errors
-_LITTLE = 1 << 20
+from feature_store.tools.terminal import Console, say, say_json
 
 app = tyro.extras.SubcommandApp()
 
@@ -172,113 +157,10 @@ def plot(
         say(f"wrote {', '.join(str(file) for file in files)}")
 
 
-@contextmanager
-def unit_progress(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr over units; gives what to call with units done and in all."""
-    columns = (*ProgressBar.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with ProgressBar(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-LISTS = ("--codecs", "--cors-origins", "--gpus", "--scope", "--seeds", "--set", "--taps", "--tars", "--val-tars")
-"""Options of the command lines that take several values."""
-
-
-def run(app: tyro.extras.SubcommandApp, prog: str, argv: Sequence[str] | None = None) -> int:
-    """Run a command line and turn user errors into one line on stderr and an exit code.
-
-    Args:
-        app: The commands.
-        prog: Name of the program.
-        argv: Arguments after the program's name; None for the process's own.
-
-    Returns:
-        0 done, 1 failed check, 2 wrong usage or input, 3 environment (disk, network, device), 130 interrupted, 141 the
-        reader of its output is gone.
-    """
-    try:
-        code = _run(app, prog, list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if not _stdout_is_broken():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when the interpreter ends
-        return 128 + signal.SIGPIPE
-    return code
-
-
-def _run(app: tyro.extras.SubcommandApp, prog: str, arguments: list[str]) -> int:
-    try:
-        _refuse_repeated_lists(arguments)
-        if logging.lastResort is not None:  # where warnings go without a configuration of logs
-            logging.lastResort.setFormatter(LogFormatter())
-        app.cli(
-            prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff,), console_outputs=_are_printable(arguments)
-        )
-    except UserError as error:
-        return _fail(prog, error)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and _stdout_is_broken():
-            raise
-        return _fail(prog, ResourceError(f"{_refused(error)}: {error}; nothing committed was lost"))
-    except MemoryError as error:
-        return _fail(prog, ResourceError(f"there is not enough memory: {error}; nothing committed was lost"))
-    except KeyboardInterrupt:
-        say(f"{prog}: interrupted", error=True)
-        return 130
-    except SystemExit as stop:  # tyro: 0 after --help, 2 after wrong usage
-        if stop.code == WRONG_USAGE and not _are_printable(arguments):  # tyro repeats arguments as they are
-            return _fail(prog, InputError(f"wrong usage: {shlex.join(arguments)}; see {prog} --help"))
-        return stop.code if isinstance(stop.code, int) else WRONG_USAGE
-    return 0
-
-
-def _stdout_is_broken() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as after ``| head``."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), select.POLLOUT)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def _refused(error: OSError) -> str:
-    if error.errno not in DISK_FULL:
-        return "the operating system refused"
-    if error.filename is None and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < _LITTLE:
-        return f"shared memory ({SHARED_MEMORY}) is full; in a container give it more with --shm-size"
-    return "the disk is full"
-
-
-def _are_printable(arguments: Sequence[str]) -> bool:
-    return all(map(str.isprintable, arguments))
-
-
-def _refuse_repeated_lists(arguments: Sequence[str]) -> None:
-    """The last of several would count alone, and what the others list would be left out in silence."""
-    names = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
-    for name in LISTS:
-        if names.count(name) > 1:
-            raise InputError(f"{name} is given {names.count(name)} times, expected once; list all its values behind it")
-
-
-def _open_files_error(error: UserError) -> UserError:
-    """The same, with the limit as its reason if too many files were open: no disk, tar or store is at fault."""
-    what, found, _ = str(error).partition(os.strerror(errno.EMFILE))
-    if not found:
-        return error
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return ResourceError(
-        f"{what}{found}; this process may have {soft} open (ulimit -n), up to {hard} if asked for: raise the limit, "
-        "for example by `ulimit -n 4096`, and run the same command again"
-    )
-
-
-def _fail(prog: str, error: UserError) -> int:
-    error = _open_files_error(error)
-    say(f"{prog}: error: {error}", *getattr(error, "__notes__", ()), error=True)
-    return error.exit_code
+LISTS = ("--codecs", "--tars")
+"""Options that take several values."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``feature-store``."""
-    return run(app, "feature-store", argv)
+    return run(app, "feature-store", argv, lists=LISTS)

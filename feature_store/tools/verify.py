@@ -21,7 +21,7 @@ from feature_store.commits.record import CommitRecord
 from feature_store.commits.root import ROOT
 from feature_store.errors import UnknownFieldError, UserError
 from feature_store.format.layout import BLOCKS, StoreLayout
-from feature_store.format.parsing import load_json
+from feature_store.parsing import load_json
 from feature_store.processes import become_worker
 from feature_store.read.blocks import blocks_sha256, read_blocks
 from feature_store.tools.unit_check import Finding, UnitCheck, UnitChecks

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from feature_store.errors import InputError
-from feature_store.format.parsing import Natural, Number, Text
+from feature_store.parsing import Natural, Number, Text
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Makes a store larger: more views, more tars; safe to interrupt and to repeat at every step."""
+"""Growth of a store by views or tars; safe to interrupt."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 from feature_store.backends.base import ObjectStore
 from feature_store.commits.locks import exclusive, lock_name
 from feature_store.commits.root import ROOT, manifest_attributes, read_manifest
-from feature_store.errors import CorruptStoreError
+from feature_store.errors import CorruptStoreError, Remedy
 from feature_store.format.layout import StoreLayout
 from feature_store.format.manifest import Growth, Manifest
 
@@ -46,6 +46,7 @@ def _edit(objects: ObjectStore, path: str, change: Callable[[dict[str, Any]], No
         change(metadata)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise CorruptStoreError(
-            f"{path} is missing or damaged ({error}); `feature-store repair` restores metadata"
+            f"{path} is missing or damaged ({error}); repair the store, which restores metadata",
+            remedy=Remedy.REPAIR,
         ) from error
     objects.put(path, json.dumps(metadata, indent=2).encode())

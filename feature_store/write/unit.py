@@ -11,7 +11,7 @@ import numpy as np
 from feature_store.backends.base import ObjectStore, buffers_of
 from feature_store.backends.local import LocalObjects
 from feature_store.commits.record import CommitRecord, ObjectChecksum, write_commit
-from feature_store.errors import InputError, MismatchError, ResourceError
+from feature_store.errors import InputError, MismatchError, Remedy, ResourceError
 from feature_store.format.addressing import encode_keys, key_hash
 from feature_store.format.arrays import ArraySpec, ShardBuilder, encode_chunk
 from feature_store.format.checksums import object_checksum
@@ -130,7 +130,8 @@ class _Target:
             if self.objects.get(path).tobytes() != b"".join(buffers_of(parts)):
                 raise ResourceError(
                     f"{path} exists with other bytes: another process is writing unit {self.unit} ({self.tar}), or an "
-                    "interrupted one left it; wait for it, or run `feature-store repair` and try again"
+                    "interrupted one left it; wait for it, or repair the store and try again",
+                    remedy=Remedy.REPAIR,
                 ) from error
 
     def _require_equal(self, path: str, proof: ObjectChecksum) -> None:

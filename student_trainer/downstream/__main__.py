@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from feature_store.tools.cli import run
+from feature_store.tools.command_line import run
 from feature_store.tools.terminal import say_json
 from student_trainer.downstream.detection import DetectionConfig, train_detector
 from student_trainer.downstream.segmentation import SegmentationConfig, train_segmenter

@@ -88,7 +88,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
             store.remove_orphans()  # of workers that were killed; what is being written now has a lock
         if config.views_out is not None:
             ViewTarWriter(config.views_out, store).remove_orphans()
-        store.compact()
+        store.write_commit_index()
     seconds = time.perf_counter() - started
     units = len(store.manifest.tars)
     summary = CacheSummary(

@@ -6,7 +6,7 @@ from rich.filesize import decimal
 
 from feature_store.errors import ResourceError
 from feature_store.store import Store
-from feature_store.tools.cli import DISK_FULL
+from feature_store.tools.command_line import DISK_FULL
 from feature_store.write.unit import EncodedUnit
 from teacher_service.cache.decode import Task
 from teacher_service.plan.disk import free_bytes

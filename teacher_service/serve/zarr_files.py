@@ -14,7 +14,7 @@ from feature_store.backends.local import LocalObjects
 from feature_store.commits import index as commit_index
 from feature_store.commits.record import CommitRecord, parse_record_path
 from feature_store.commits.root import ROOT
-from feature_store.errors import CorruptStoreError, InputError, ResourceError, UncommittedError
+from feature_store.errors import InputError, ResourceError, UncommittedError
 from feature_store.format.arrays import ArraySpec
 from feature_store.format.checksums import CRC_BYTES, damaged
 from feature_store.format.layout import BLOCKS
@@ -88,7 +88,7 @@ def _committed(opened: StoreSnapshot, path: str) -> ServedObject:
     file = _open(opened.store.objects, path, missing=lambda: _missing(path))
     if file.size != proof.bytes:
         file.close()
-        raise CorruptStoreError(damaged(path, f"it has {file.size} bytes, its commit record says {proof.bytes}"))
+        raise damaged(path, f"it has {file.size} bytes, its commit record says {proof.bytes}")
     return ServedObject(file.size, _tag(opened, spec, record, path, view), file.read_into, file.close)
 
 

@@ -162,7 +162,7 @@ def test_modules_named_to_read_first_exist():
 
 
 def test_list_options_of_all_programs_are_known(capsys):
-    found = set()
+    found: dict[str, set[str]] = {program: set() for program in PROGRAMS}
     for command in (
         "feature-store bench", "feature-store plot", "student-trainer train", "student-trainer evaluate",
         "student-trainer compare", "teacher-service plan", "teacher-service cache", "teacher-service verify",
@@ -170,5 +170,9 @@ def test_list_options_of_all_programs_are_known(capsys):
     ):  # fmt: skip
         program, *words = command.split()
         assert PROGRAMS[program]([*words, "--help"]) == 0
-        found |= set(re.findall(r"(--[\w-]+)\s(?:\{None\}\|)?\{?\[", capsys.readouterr().out))
-    assert found == set(feature_store.tools.cli.LISTS)
+        found[program] |= set(re.findall(r"(--[\w-]+)\s(?:\{None\}\|)?\{?\[", capsys.readouterr().out))
+    assert found == {
+        "feature-store": set(feature_store.tools.cli.LISTS),
+        "teacher-service": set(teacher_service.cli.LISTS),
+        "student-trainer": set(student_trainer.cli.LISTS),
+    }

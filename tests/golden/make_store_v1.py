@@ -42,7 +42,7 @@ def main() -> None:
     store = Store.create(STORE, small, BLOCKS)
     store.write_unit(0, 0, unit_data(small, 0, range(2)))
     store.write_unit(1, 0, unit_data(small, 1, range(1), {1: "truncated JPEG"}))
-    store.compact()
+    store.write_commit_index()
     large = replace(small, num_views=3, tars=manifest(views=3, tars=3).tars)
     store = store.grow(large)
     store.write_unit(1, 1, unit_data(large, 1, range(1, 3), {1: "truncated JPEG"}))

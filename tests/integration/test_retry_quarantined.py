@@ -10,7 +10,7 @@ from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, wri
 
 from feature_store import open_store
 from feature_store.backends.open import open_objects
-from feature_store.errors import MismatchError, QuarantinedError
+from feature_store.errors import MismatchError, QuarantinedError, Remedy
 from feature_store.tools.cli import main as store_main
 from feature_store.tools.verify import verify
 from teacher_service.cache.encode import UnitRows
@@ -60,8 +60,9 @@ def test_retry_writes_what_a_run_over_mended_tars_writes(
     assert store_main(["info", str(config.store), "--json"]) == 0
     assert [entry["key"] for entry in json.loads(capsys.readouterr().out)["quarantined"]] == ["a001", "b001"]
     row = open_store(config.store).rows(["a001"], view=1)
-    with pytest.raises(QuarantinedError, match="cache --retry-quarantined"):
+    with pytest.raises(QuarantinedError) as caught:
         open_store(config.store).source().read(row)
+    assert caught.value.remedy is Remedy.RETRY_QUARANTINED
     before = (Path(config.store) / "commits/u00002-v0-1.json").stat().st_mtime_ns
 
     shutil.copy(good[0], tars[0])  # one is mended

@@ -307,7 +307,7 @@ def test_validation_holds_no_more_images_at_once_than_a_training_pass(config):
 
 def test_run_reads_its_store_from_a_url_when_given_one(config, tmp_path, capsys):
     published = shutil.copytree(config.store, tmp_path / "published")
-    open_store(published).compact()
+    open_store(published).write_commit_index()
     arguments = ["--student", config.student, "--tars", *config.tars, "--epochs", "1", "--batch-size", "8"]
     with WebServer(published) as server:
         line = ["train", "--run", str(config.run), *arguments, "--workers", "0", "--store", server.url, "--json"]

@@ -104,8 +104,7 @@ class Codec(ABC):
         """What to raise for values the codec cannot hold."""
         return InputError(
             f"the teacher gave values that codec {self.name} cannot hold (largest magnitude "
-            f"{float(np.abs(values).max()):g}); use --tap-codec f32 (--logits-codec f32 for logits), or check the "
-            "teacher for NaN"
+            f"{float(np.abs(values).max()):g}); choose codec f32, or check the teacher for NaN"
         )
 
 

@@ -583,7 +583,7 @@ def test_remove_orphans_goes_on_after_a_unit_with_a_damaged_record(tmp_path):
 
 def test_withdraw_removes_a_units_records_index_and_objects_and_nothing_else(tmp_path):
     store, without = (tiny_store(tmp_path / name, units=units) for name, units in (("s", (0, 1, 2)), ("w", (0, 2))))
-    store.compact()
+    store.write_commit_index()
     order, delete = [], LocalObjects.delete
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalObjects, "delete", lambda self, path: order.append(path) or delete(self, path))

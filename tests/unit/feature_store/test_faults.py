@@ -38,7 +38,7 @@ def sound(tmp_path_factory):
             store.write_unit(
                 unit, 0, view_data(store.manifest, unit, range(2), {1: "unreadable"} if unit == 1 else None)
             )
-        store.compact()
+        store.write_commit_index()
     files = sorted(f for f in store.path.rglob("*") if f.is_file())
     return store.path, everything(open_store(store.path)), files
 
@@ -157,19 +157,19 @@ class TestStaleIndex:
 
     def test_records_it_does_not_know_are_served(self, tmp_path):
         store = tiny_store(tmp_path / "s", units=(0,))
-        store.compact()
+        store.write_commit_index()
         open_store(store.path).write_unit(1, 0, view_data(store.manifest, 1, range(2)))
         assert open_store(store.path).committed.units == [0, 1]
 
     def test_records_that_are_gone_are_not_served(self, tmp_path):
         store = tiny_store(tmp_path / "s")
-        store.compact()
+        store.write_commit_index()
         (store.path / "commits/u00001-v0-1.json").unlink()
         assert open_store(store.path).committed.units == [0, 2]
 
     def test_a_unit_written_again_is_served_with_its_new_values(self, tmp_path):
         store = tiny_store(tmp_path / "s")
-        store.compact()
+        store.write_commit_index()
         (store.path / "commits/u00001-v0-1.json").unlink()
         open_store(store.path).write_unit(1, 0, view_data(store.manifest, 1, range(2), salt=5))
         assert np.array_equal(
@@ -180,7 +180,7 @@ class TestStaleIndex:
 
     def test_another_stores_is_ignored(self, tmp_path):
         store, other = tiny_store(tmp_path / "s", units=(0,)), tiny_store(tmp_path / "o", tiny_manifest(seed=8))
-        other.compact()
+        other.write_commit_index()
         (store.path / "commits/index").write_bytes((other.path / "commits/index").read_bytes())
         assert open_store(store.path).committed.units == [0]
 
@@ -195,7 +195,7 @@ class TestStaleIndex:
     def test_it_gives_the_same_records_as_reading_them(self, tmp_path):
         store = tiny_store(tmp_path / "s", quarantined={0: "zero bytes"})
         before = open_store(store.path).committed.records
-        assert store.compact() == 3
+        assert store.write_commit_index() == 3
         after = open_store(store.path).committed
         assert after.is_indexed(1, range(2))
         assert after.records == before
@@ -330,7 +330,7 @@ def _start_writer(path: Path, manifest, seed: int) -> int:
                 except (CommittedError, ResourceError):
                     continue
             if unit == 3:
-                store.compact()
+                store.write_commit_index()
         signal.pause()
     finally:
         os._exit(9)

@@ -93,7 +93,7 @@ def test_a_store_behind_a_web_server_reads_through_its_commit_index(web, tmp_pat
     copy_to(web.folder, local)
     with pytest.raises(InputError, match=r"cannot be listed and has no commit index"):
         open_store(web.url)
-    local.compact()
+    local.write_commit_index()
     copy_to(web.folder, local)
     store = open_store(web.url)
     assert everything(store) == everything(local)
@@ -104,7 +104,7 @@ def test_a_store_behind_a_web_server_reads_through_its_commit_index(web, tmp_pat
 
 def test_rows_side_by_side_come_in_one_request(web, tmp_path):
     local = tiny_store(tmp_path / "local")
-    local.compact()
+    local.write_commit_index()
     copy_to(web.folder, local)
     source = open_store(web.url).source()
     source.read(source.unit_rows(0, 0))
@@ -129,7 +129,7 @@ def test_a_refusal_is_a_resource_error_that_names_the_object(web):
 
 def test_a_missing_committed_object_is_damage_on_the_web_too(web, tmp_path):
     local = tiny_store(tmp_path / "local")
-    local.compact()
+    local.write_commit_index()
     copy_to(web.folder, local)
     (web.folder / "taps/stage4/c/0/0/0/0").unlink()
     with pytest.raises(CorruptStoreError, match=r"taps/stage4/c/0/0/0/0 is damaged: it is committed but missing"):
@@ -160,7 +160,7 @@ def test_a_process_forked_after_use_is_refused_instead_of_hanging(web):
 
 def test_damage_behind_a_web_server_is_refused(web, tmp_path):
     local = tiny_store(tmp_path / "local")
-    local.compact()
+    local.write_commit_index()
     copy_to(web.folder, local)
     file = web.folder / "taps/stage4/c/0/0/0/0"
     content = bytearray(file.read_bytes())

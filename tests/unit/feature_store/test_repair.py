@@ -6,7 +6,7 @@ import pytest
 from tiny_store import BLOCKS, everything, tiny_manifest, tiny_store, unit_data
 
 from feature_store import Store, open_store
-from feature_store.errors import CorruptStoreError
+from feature_store.errors import CorruptStoreError, Remedy
 from feature_store.tools.cli import main
 from feature_store.tools.repair import repair
 from feature_store.tools.verify import verify
@@ -84,8 +84,9 @@ def test_repair_keeps_damaged_units_unless_told_to_drop_them(path):
 
 def test_repair_makes_a_store_open_again_when_a_record_was_damaged(path):
     flip(path / RECORD)
-    with pytest.raises(CorruptStoreError, match="feature-store repair --yes --drop-damaged"):
+    with pytest.raises(CorruptStoreError) as caught:
         open_store(path)
+    assert caught.value.remedy is Remedy.REWRITE_UNIT
     assert SHARD not in repair(path, apply=True).orphans  # what a damaged record may vouch for stays
     assert (path / SHARD).exists()
     repair(path, apply=True, drop_damaged=True)
@@ -95,7 +96,7 @@ def test_repair_makes_a_store_open_again_when_a_record_was_damaged(path):
 
 def test_repair_writes_metadata_and_index_again(path):
     before = everything(open_store(path))
-    open_store(path).compact()
+    open_store(path).write_commit_index()
     for name in ("taps/zarr.json", "logits/zarr.json", "commits/index"):
         flip(path / name)
     assert {finding.kind for finding in verify(path).findings} == {"metadata", "index"}

@@ -118,9 +118,9 @@ class StoreMachine(RuleBasedStateMachine):
         open_store(self.path).remove_orphans()
 
     @rule()
-    def compact(self):
+    def write_commit_index(self):
         store = open_store(self.path)
-        assert store.compact() == len(store.committed.records)
+        assert store.write_commit_index() == len(store.committed.records)
         self.indexes.append((self.path / "commits/index").read_bytes())
 
     @precondition(lambda self: self.indexes)

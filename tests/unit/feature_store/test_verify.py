@@ -44,7 +44,7 @@ def test_verify_finds_nothing_when_the_store_is_sound(tmp_path, codec):
         taps = {"stage4": dataclasses.replace(manifest.taps["stage4"], codec="f32+zstd")}
         manifest = dataclasses.replace(manifest, taps=taps)
     store = tiny_store(tmp_path / "s", manifest, quarantined={0: "x"})
-    store.compact()
+    store.write_commit_index()
     report = verify(store.path)
     assert report.findings == []
     assert report.foreign == []
@@ -178,7 +178,7 @@ def test_verify_names_later_blocks_that_are_not_the_manifests(path):
 
 
 def test_verify_names_a_damaged_index_as_harmless(path):
-    open_store(path).compact()
+    open_store(path).write_commit_index()
     flip(path / "commits/index", 900)
     (finding,) = verify(path).findings
     assert finding.kind == "index"
@@ -186,7 +186,7 @@ def test_verify_names_a_damaged_index_as_harmless(path):
 
 
 def test_verify_names_an_index_that_disagrees_with_a_record(path):
-    open_store(path).compact()
+    open_store(path).write_commit_index()
     file = path / RECORD
     old = decode_record(RECORD, file.read_bytes())
     digit = old.objects[SHARD].crc32c

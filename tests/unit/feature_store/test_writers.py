@@ -51,7 +51,7 @@ def test_three_writers_fill_disjoint_units_without_coordination(tmp_path):
         barrier.wait()
         for unit in range(writer, len(manifest.tars), WRITERS):
             store.write_unit(unit, 0, view_data(manifest, unit, range(2)))
-        store.compact()
+        store.write_commit_index()
         return store.committed.units
 
     assert in_processes(write, range(WRITERS)) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]

@@ -1,0 +1,12 @@
+"""Commands that remedy an error."""
+
+from feature_store.errors import Remedy
+
+COMMANDS = {
+    Remedy.WRITE_STORE: "write one with `teacher-service cache --store STORE`",
+    Remedy.FINISH_STORE: "finish the store with the same `teacher-service cache` command",
+    Remedy.REWRITE_UNIT: "run `feature-store repair --yes --drop-damaged STORE`, then the same `teacher-service cache` "
+    "command, which writes only that unit again",
+    Remedy.RETRY_QUARANTINED: "fix the tar and run the same `teacher-service cache` command with --retry-quarantined",
+    Remedy.REPAIR: "run `feature-store repair STORE`, which says what it would do",
+}
