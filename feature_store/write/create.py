@@ -10,8 +10,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from feature_store.commits.root import ROOT, manifest_attributes
-from feature_store.format.arrays import ArraySpec
-from feature_store.format.codecs.base import ZSTD_LEVEL
+from feature_store.format.arrays import ZSTD_LEVEL, ArraySpec
 from feature_store.format.layout import BLOCKS, StoreLayout
 from feature_store.format.manifest import Manifest
 

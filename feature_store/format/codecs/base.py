@@ -19,7 +19,6 @@ Statistics = Mapping[str, np.ndarray]
 """Per-channel numbers [C] a codec learnt from a first sample; float32."""
 
 ZSTD_SUFFIX = "+zstd"
-ZSTD_LEVEL = 1  # higher levels win less than 1 % on features
 
 _BLOCK_BYTES = 1 << 19  # of float32 worked on at a time, so that it stays in a core's own cache
 
