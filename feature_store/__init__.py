@@ -1,4 +1,4 @@
-"""The feature store: what teacher_service writes and student_trainer reads."""
+"""The feature store: the contract between teacher_service, student_trainer."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,1 +1,1 @@
-"""Where a store's objects live: local files, buckets, web servers, and a read-through cache."""
+"""Backends: where the bytes of a store are."""

@@ -1,4 +1,4 @@
-"""Credentials, regions and endpoints of buckets, and what to set when they fail."""
+"""Credentials, regions, endpoints of buckets."""
 
 import os
 import re

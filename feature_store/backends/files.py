@@ -1,4 +1,7 @@
-"""Atomic writes: a file appears under its name only when all of it is written."""
+"""Atomic writes of single files.
+
+A file appears under its name only when all of it is written.
+"""
 
 import os
 import secrets

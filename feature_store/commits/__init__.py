@@ -1,1 +1,1 @@
-"""What makes rows readable: commit records, their index, locks and orphans."""
+"""Commits: which rows of a store count."""

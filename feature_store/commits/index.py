@@ -1,4 +1,4 @@
-"""The commit index: all commit records in one object, so that opening a large store stays fast.
+"""Commit index: all commit records in one object.
 
 It is only a cache. A record counts because its own object is there; the index merely spares reading it, and is
 believed only about records that exist in the length it says. See FORMAT.md.

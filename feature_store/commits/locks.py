@@ -1,4 +1,7 @@
-"""Exclusive locks between local processes; the kernel releases those of a dead process."""
+"""Exclusive file locks between processes.
+
+The kernel releases the locks of a dead process.
+"""
 
 import errno
 import fcntl

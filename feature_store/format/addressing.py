@@ -1,4 +1,4 @@
-"""Sample keys and row addresses."""
+"""Sample keys, row addresses."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""One zarr array of a store, and the bytes of its objects.
+"""One zarr array: object paths, encoded bytes.
 
 Everything here is plain zarr v3: readable by any client, written without one because writing a shard as it is made is
 several times faster. Tests compare both ways. See FORMAT.md.

@@ -1,4 +1,4 @@
-"""crc32c of bytes, of joined pieces and of whole objects."""
+"""crc32c checksums."""
 
 from collections.abc import Callable
 from functools import reduce

@@ -1,4 +1,4 @@
-"""StoreLayout: arrays, codecs, sizes and object addresses of one store."""
+"""StoreLayout: arrays, codecs, object addresses of one store."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What a store claims about itself: the manifest, kept in the root group's attributes."""
+"""Manifest: the store's claims about itself."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The later blocks as stored: plain arrays by tensor name, and the hash that names them."""
+"""Later blocks as stored: tensors by name."""
 
 import hashlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Where the rows of one array are and what their checksums must be: looked up in bulk, within a memory budget."""
+"""ShardIndexCache: row locations, looked up in bulk."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

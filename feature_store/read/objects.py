@@ -1,4 +1,4 @@
-"""Reads small objects whole and shard indexes, each proven by a commit record."""
+"""Small objects, shard indexes: read with their checksums."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Reads many rows at once: neighbours in one request, several requests in flight, every row against its checksum."""
+"""Reads of many rows: merged requests, several in flight."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

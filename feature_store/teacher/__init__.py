@@ -1,4 +1,4 @@
-"""The teacher as both sides know it: taps, split and block bundle. The only part that imports torch and timm."""
+"""The frozen teacher; only this folder imports torch."""
 
 from feature_store.teacher.split import EarlyStages, LaterBlocks, split_teacher
 

@@ -1,4 +1,4 @@
-"""The later blocks as a bundle: weights in, weights out, without the rest of the teacher."""
+"""The later blocks' weights as a bundle."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""The timm families a teacher may be of: what of a model is its later part, and what those blocks take beside tokens.
+"""Where to cut each timm family.
 
 A new family of token or NHWC models is one more entry of ``FAMILIES``; NCHW models need code in split and model.
 """

@@ -1,4 +1,4 @@
-"""The frozen teacher: loading by timm name, and pixels in, taps and logits out."""
+"""The frozen teacher: from pixels to taps."""
 
 import difflib
 import hashlib

@@ -1,4 +1,4 @@
-"""Cut a frozen timm teacher in two: everything up to the stage-3 output, and the later blocks with the final norm.
+"""Split of a timm teacher at the stage-3 output.
 
 Shape legend: B batch, H W grid, N = H*W grid tokens, P prefix (class and register) tokens, D channels.
 """

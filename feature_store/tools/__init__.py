@@ -1,1 +1,1 @@
-"""Tools for people: command line, checks, reports and plots."""
+"""The tools of ``feature-store``."""

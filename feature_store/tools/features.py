@@ -1,4 +1,4 @@
-"""What a teacher's features look like in numbers: by spatial frequency, by channel, and as colours.
+"""Statistics of features: frequencies, channels, principal colours.
 
 Shape legend: n rows, H W grid, N = H*W tokens, C channels.
 """

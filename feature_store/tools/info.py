@@ -1,4 +1,4 @@
-"""What a store holds, for people and programs."""
+"""Summary of a store."""
 
 from dataclasses import replace
 from itertools import pairwise

@@ -1,4 +1,6 @@
-"""ScaleKD's feature and logit losses in numpy, with their gradients: what a codec's error means to a student.
+"""ScaleKD's loss terms in numpy, with gradients.
+
+They show what a codec's error means to a student.
 
 Unweighted, in float64. The trainer's own are in torch and do not belong to the store; tests compare the two.
 

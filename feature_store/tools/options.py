@@ -1,4 +1,4 @@
-"""Option types and checks that the command lines share."""
+"""Option types of the command lines."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Draws a store's features: PNG files and one HTML page that holds them all.
+"""Plots of a store's features.
 
 Shape legend: n rows, H W grid, N = H*W tokens, C channels.
 """

@@ -1,4 +1,4 @@
-"""Brings a store back to what its good records vouch for, and says which units must be written again."""
+"""Repair of a damaged or interrupted store."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Random subsets of a store's rows, spread over units and views."""
+"""Random subsets of a store's rows."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Proves a whole store: every record, object, checksum, row and key; and lists what it cannot prove."""
+"""Verification of a whole store."""
 
 import json
 from collections import defaultdict

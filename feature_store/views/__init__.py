@@ -1,4 +1,4 @@
-"""The view contract: which augmented views a sample has, and their exact pixels."""
+"""Views: the exact pixels of augmented samples."""
 
 from feature_store.views.apply import apply_view, check_pixels, pixel_crc
 from feature_store.views.decode import decode_image, decoding_work

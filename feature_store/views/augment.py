@@ -1,4 +1,4 @@
-"""RandAugment's operations: their stored numbers, their magnitudes, and what they do to an image."""
+"""RandAugment's operations."""
 
 from collections.abc import Callable
 from enum import IntEnum

@@ -1,4 +1,7 @@
-"""Drawing a view's parameters: a pure function of policy, seed, sample key, view index and image size."""
+"""Drawing of a view's parameters, a pure function.
+
+Parameters depend only on policy, seed, sample key, view index and image size.
+"""
 
 import hashlib
 import math

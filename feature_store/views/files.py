@@ -1,4 +1,4 @@
-"""Materialised views: a view as a JPEG, the pixels both sides then see, and where its tar lies."""
+"""Materialised views: JPEG files in tars."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""View policies: what augmented views are drawn from, and the named ones of the released schedules."""
+"""View policies of the released schedules."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Objects of an empty store: metadata, manifest and later blocks."""
+"""Objects of an empty store."""
 
 from collections.abc import Mapping
 

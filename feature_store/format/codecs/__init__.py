@@ -1,1 +1,1 @@
-"""How taps and logits are encoded: one codec per module, and their names."""
+"""Codecs of taps: one per module."""

@@ -1,4 +1,4 @@
-"""The contract of a codec: how values of one row shape become arrays of a store, and back.
+"""Codec: how rows of one shape become arrays.
 
 Shape legend: n rows, N tokens, C channels.
 """

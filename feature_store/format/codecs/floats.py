@@ -1,4 +1,4 @@
-"""Codecs that keep floating-point numbers: float32, float16 and bfloat16."""
+"""Codecs float32, float16, bfloat16."""
 
 from dataclasses import dataclass
 from typing import ClassVar

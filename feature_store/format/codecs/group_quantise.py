@@ -1,4 +1,6 @@
-"""Codecs of 4 and 6 bits a value: standardised per channel, scaled per group of channels, packed.
+"""Codecs int6, int4: quantised per group of channels.
+
+Values are standardised per channel, scaled per group of channels, and packed into 4 or 6 bits.
 
 Shape legend: n rows, N tokens, C channels, G groups of channels.
 """

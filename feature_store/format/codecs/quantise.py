@@ -1,4 +1,6 @@
-"""Codecs that keep small integers: standardised per channel and scaled per token, or affine per channel of a row.
+"""Codecs int8, int8-channel: quantised per token or per channel.
+
+Values are standardised per channel and scaled per token (int8), or affine per channel of a row (int8-channel).
 
 A few channels of a transformer's features carry most of their energy. A scale per token alone would spend its whole
 range on them; so every codec here first takes each channel's own location and spread away.

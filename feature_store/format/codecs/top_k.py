@@ -1,4 +1,6 @@
-"""Logits as the k most likely classes, with the rest of the probability spread evenly over all others.
+"""Codec top<k>: the k most likely classes of the logits.
+
+The rest of the probability is spread evenly over all other classes.
 
 Shape legend: n rows, K classes, k kept.
 """
