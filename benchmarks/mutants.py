@@ -28,11 +28,11 @@ import pytest
 _STORE = "tests/unit/feature_store/test_"
 _TRAINER = "tests/unit/student_trainer/test_"
 TESTS = {  # what notices a change, by module
-    "feature_store/codecs/[!t]*.py": [f"{_STORE}codecs.py"],
+    "feature_store/format/codecs/[!t]*.py": [f"{_STORE}codecs.py"],
     "feature_store/format/codecs/top_k.py": [f"{_STORE}top_k.py", f"{_STORE}codecs.py"],
     "feature_store/commits/[!l]*.py": [f"{_STORE}commits.py"],
     "feature_store/commits/l*.py": [f"{_STORE}commits.py", f"{_STORE}file_systems.py"],
-    "feature_store/format/layout.py": [f"{_STORE}layout.py"],
+    "feature_store/format/[al]*.py": [f"{_STORE}layout.py", f"{_STORE}addressing.py"],
     "feature_store/views/augment.py": [f"{_STORE}augment.py"],
     "feature_store/views/draws.py": [f"{_STORE}draws.py"],
     "feature_store/views/image_structure.py": [f"{_STORE}image_structure.py"],

@@ -52,7 +52,7 @@ def read_all(objects: ObjectStore, transfers: Sequence[Transfer], threads: int) 
 
     Raises:
         CorruptStoreError: A shard or row is missing, cut, damaged or another one's.
-        ResourceError: The disk or the network gave up.
+        ResourceError: The disk or the network failed.
     """
     total = sum(int(transfer.located.lengths.sum()) for transfer in transfers)
     most = min(threads, 1 + total // objects.bytes_per_thread)
@@ -111,7 +111,7 @@ def _together(threads: int, tasks: int, work: Callable[..., None], queue: Iterat
     try:
         work(queue, *more)
     finally:
-        for _ in queue:  # after an error: nobody starts another one
+        for _ in queue:  # after an error no further task starts
             pass
         _finish(futures)
 

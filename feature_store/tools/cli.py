@@ -71,7 +71,7 @@ def repair(
     workers: int = usable_cpus(),
     json: bool = False,
 ) -> None:
-    """Say what interrupted writers left and which units to write again; with --yes delete and mend.
+    """Say what interrupted writers left and which units to write again; with --yes delete and repair.
 
     Committed data that is good is never touched. In a bucket, run it only while no writer does.
 

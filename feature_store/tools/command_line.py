@@ -88,7 +88,7 @@ def _run(app: tyro.extras.SubcommandApp, prog: str, arguments: list[str], lists:
 
 
 def _stdout_is_broken() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as after ``| head``."""
+    """Whether stdout is a pipe without a reader, as after ``| head``."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -102,17 +102,17 @@ def print_report(report: "Report", console: Console) -> None:
 
 def print_repair(repair: "Repair", console: Console) -> None:
     """Human form of a repair."""
-    deleted, removed, mended = (
-        ("deleted", "removed", "mended") if repair.done else ("would delete", "would remove", "would mend")
+    deleted, removed, rewritten = (
+        ("deleted", "removed", "rewrote") if repair.done else ("would delete", "would remove", "would rewrite")
     )
     kept = [path for path in repair.damaged if path not in repair.dropped]
-    for what, paths in ((deleted, repair.orphans), (mended, repair.metadata), (removed, repair.dropped)):
+    for what, paths in ((deleted, repair.orphans), (rewritten, repair.metadata), (removed, repair.dropped)):
         for path in paths:
             console.print(f"{what} {path}")
     for path in kept:
         console.print(f"damaged, kept: {path}; --drop-damaged removes it so that it is written again")
     for finding in repair.beyond_repair:
-        console.print(f"cannot be mended here: {finding.path}: {finding.message}")
+        console.print(f"cannot be repaired here: {finding.path}: {finding.message}")
     for unit, views in repair.redo.items():
         console.print(f"write again: unit {unit}, views {', '.join(map(str, views))}")
     if not repair.done:

@@ -4,7 +4,6 @@ Shape legend: n rows, H W grid, N = H*W tokens, C channels.
 """
 
 import base64
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from feature_store.tools.row_subset import pick, sampled_shards
 from feature_store.tools.terminal import printable
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from matplotlib.figure import Figure
 
     from feature_store.store import Store
@@ -297,42 +297,18 @@ def _page(store: "Store", tap: str, pictures: Sequence[Picture], files: Sequence
         "rows drawn": f"{rows:,}",
         "manifest": manifest.fingerprint(),
     }
-    table = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(printable(v))}</td></tr>" for k, v in facts.items())
-    sections = "".join(
-        f"<section><h2>{html.escape(picture.title)}</h2>"
-        f'<img alt="{html.escape(picture.title)}" src="data:image/png;base64,{_base64(file)}">'
-        f"<p>{html.escape(picture.caption)}</p></section>"
-        for picture, file in zip(pictures, files, strict=True)
+    return _template().render(
+        title=printable(f"Features of {manifest.teacher.name}"),
+        facts={name: printable(value) for name, value in facts.items()},
+        pictures=[(picture, _base64(file)) for picture, file in zip(pictures, files, strict=True)],
     )
-    title = html.escape(printable(f"Features of {manifest.teacher.name}"))
-    return _HTML.format(title=title, table=table, sections=sections)
+
+
+def _template() -> "Template":
+    from jinja2 import Environment, PackageLoader
+
+    return Environment(autoescape=True, loader=PackageLoader("feature_store.tools", "")).get_template("plot.html")
 
 
 def _base64(file: Path) -> str:
     return base64.b64encode(file.read_bytes()).decode()
-
-
-_HTML = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 62rem;
-       margin: 2.5rem auto; padding: 0 1.2rem; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin: 2.4rem 0 .6rem; }}
-table {{ border-collapse: collapse; font-size: .9rem; }}
-th {{ text-align: left; font-weight: 600; padding: .15rem 1.2rem .15rem 0; vertical-align: top; white-space: nowrap; }}
-td {{ overflow-wrap: anywhere; }}
-img {{ width: 100%; height: auto; border: 1px solid #e5e7eb; border-radius: 6px; }}
-p {{ color: #4b5563; max-width: 52rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<table>{table}</table>
-{sections}
-</body>
-</html>
-"""

@@ -22,7 +22,7 @@ from feature_store.tools.unit_check import Finding
 from feature_store.tools.verify import Report, verify
 from feature_store.write.create import metadata
 
-DAMAGE = ("missing", "damaged", "record")  # what writing the unit again mends; the rest of the kinds is not that
+DAMAGE = ("missing", "damaged", "record")  # fixed by writing the unit again
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def repair(
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Repair:
-    """Verify a store, then delete what interrupted writers left, and mend metadata and the commit index.
+    """Verify a store, then delete what interrupted writers left, and write metadata and the commit index again.
 
     Committed data that is good is never touched. In a bucket, run it only while no writer does.
 
@@ -84,12 +84,14 @@ def repair(
     objects = open_objects(url)
     layout = StoreLayout(read_manifest(objects))
     damaged = _damaged_records(report)
-    mendable = [finding.path for finding in report.findings if finding.kind == "metadata" and finding.path != ROOT]
+    metadata_paths = [
+        finding.path for finding in report.findings if finding.kind == "metadata" and finding.path != ROOT
+    ]
     plan = Repair(
         store=report.store,
         done=apply,
         orphans=[finding.path for finding in report.findings if finding.kind == "orphan"],
-        metadata=mendable,
+        metadata=rewritten,
         damaged=damaged,
         dropped=damaged if drop_damaged else [],
         redo=_redo(report, damaged),

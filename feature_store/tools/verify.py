@@ -178,7 +178,7 @@ def _metadata(scan: _Scan, tensors: Mapping[str, np.ndarray] | None) -> Iterator
             yield Finding(
                 "metadata",
                 path,
-                f"{', '.join(wrong)}: not what the manifest says; `feature-store repair --yes` mends it",
+                f"{', '.join(wrong)}: not what the manifest says; `feature-store repair --yes` writes it again",
             )
 
 
