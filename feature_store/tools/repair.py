@@ -84,9 +84,7 @@ def repair(
     objects = open_objects(url)
     layout = StoreLayout(read_manifest(objects))
     damaged = _damaged_records(report)
-    metadata_paths = [
-        finding.path for finding in report.findings if finding.kind == "metadata" and finding.path != ROOT
-    ]
+    rewritten = [find.path for find in report.findings if find.kind == "metadata" and find.path != ROOT]
     plan = Repair(
         store=report.store,
         done=apply,
