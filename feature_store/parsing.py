@@ -28,7 +28,7 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    """As it is: 1 and 1.0 have different canonical JSON, and so would the manifest's hashes."""
+    """Unchanged: 1 and 1.0 have different canonical JSON, so the manifest's hash would change."""
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return value
     raise PydanticCustomError("number", "Input should be a finite number")

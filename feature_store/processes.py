@@ -45,7 +45,7 @@ def become_worker() -> None:
 
 
 def become_loader_worker() -> None:
-    """As become_worker, and SIGTERM counts only if the parent sent it: schedulers and torchrun send it to all.
+    """become_worker, and ignore SIGTERM unless the parent sent it: schedulers and torchrun send it to all processes.
 
     The parent needs its workers until it has finished its step and saved its work.
     """

@@ -258,7 +258,7 @@ class Store:
         return commit_index.write_index(self.objects, self.layout, committed.records)
 
     def grow(self, manifest: Manifest) -> "Store":
-        """The same store with the views and tars of a manifest that it lacks; see ``Manifest.growth_from``.
+        """Add the views and tars of a manifest that the store lacks; see ``Manifest.growth_from``.
 
         Stores opened before go on as they are, and so do their writers. Safe to interrupt and to repeat.
 
@@ -270,13 +270,13 @@ class Store:
         return open_store_in(self.objects)
 
     def remove_orphans(self) -> list[str]:
-        """Delete what interrupted writers left; units being written now are left alone. See orphans."""
+        """Delete orphan objects; units being written now are left alone. See orphans."""
         return orphans.remove(self.objects, self.layout)
 
     def withdraw_unit(self, unit: int) -> None:
         """Make a committed unit one that was never written; see orphans.withdraw. Open the store again after it.
 
-        Whoever has the store open still believes in the unit and finds its objects missing: not while it is read.
+        A store opened before finds the unit's objects missing; do not call it while the store is read.
 
         Raises:
             ResourceError: A process is writing the unit.

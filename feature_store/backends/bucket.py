@@ -84,7 +84,7 @@ class RemoteObjects:
             return obstore.head(store, path)["size"]
 
     def version(self, path: str) -> str:
-        """What changes when the object is replaced: its entity tag, time of change and length."""
+        """Version of an object: entity tag, modification time, length."""
         with self._errors(path) as (obstore, store):
             found = obstore.head(store, path)
             return f"{found['e_tag']} {found['last_modified']} {found['size']}"

@@ -296,7 +296,7 @@ class _OpenFiles:
         return file
 
     def close(self, path: str) -> None:
-        """Let go of a file."""
+        """Close a file when its last reader is done."""
         self._files.pop(path, None)
 
 

@@ -35,7 +35,7 @@ _Position = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class _Head:
-    """What an index says of itself; see FORMAT.md."""
+    """Header of an index; see FORMAT.md."""
 
     __pydantic_config__ = STRICT
 
@@ -79,7 +79,7 @@ class CommitIndex:
 
     @property
     def objects(self) -> int:
-        """How many objects its records vouch for, and so the length of proofs."""
+        """Number of objects in all records, the length of proofs."""
         return int(self._starts[-1])
 
     def paths(self) -> list[str]:

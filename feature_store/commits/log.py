@@ -24,7 +24,7 @@ _BATCH = 512
 
 
 class CommitLog:
-    """What the commit records of a store vouch for.
+    """The committed rows of a store, by its commit records.
 
     Records in the commit index stay packed there until they are asked for.
     """
@@ -39,7 +39,7 @@ class CommitLog:
             self.add(record)
 
     def add(self, record: CommitRecord) -> None:
-        """Let a record vouch for its rows.
+        """Add a record.
 
         Raises:
             MismatchError: It is about another store or tar.
@@ -59,7 +59,7 @@ class CommitLog:
         self._next_line += 1
 
     def replace(self, record: CommitRecord) -> None:
-        """Let a record vouch in place of any that is known to be gone.
+        """Add a record in place of records of the same views that were removed.
 
         Raises:
             MismatchError: It is about another store or tar.
@@ -69,7 +69,7 @@ class CommitLog:
         self.add(record)
 
     def add_indexed(self, index: CommitIndex, present: np.ndarray) -> None:
-        """Let an index's records vouch for their rows, where present; before any other record.
+        """Add the records of an index that are present; call it before any other record is added.
 
         Raises:
             CorruptStoreError: Two of them vouch for the same.
@@ -99,12 +99,12 @@ class CommitLog:
 
     @property
     def complete_units(self) -> int:
-        """How many units have all of their views committed."""
+        """Number of units with all views committed."""
         return int(np.count_nonzero((self._lines != _NONE).all(axis=1)))
 
     @property
     def places(self) -> int:
-        """How many units times views are committed."""
+        """Number of committed (unit, view) pairs."""
         return int(np.count_nonzero(self._lines != _NONE))
 
     def views(self, unit: int) -> set[int]:
@@ -168,7 +168,7 @@ class CommitLog:
 
 @dataclass(frozen=True)
 class RecordProblem:
-    """A commit record that cannot be believed, and why; the unit its name says, if any."""
+    """A damaged or foreign commit record, its error, and the unit in its name, if any."""
 
     path: str
     unit: int | None
@@ -193,7 +193,7 @@ def load_store(objects: ObjectStore, *, use_index: bool = True) -> tuple[StoreLa
 def load_commits(
     objects: ObjectStore, layout: StoreLayout, *, use_index: bool = True
 ) -> tuple[CommitLog, list[RecordProblem]]:
-    """What a store's commit records vouch for, and the records that cannot be believed.
+    """The commit log of a store, with the records that are damaged or foreign.
 
     The commit index spares reading the records that it covers and that are there in the length it says.
     """
@@ -224,7 +224,7 @@ def load_commits(
 
 
 def _indexed_alone(objects: ObjectStore, layout: StoreLayout) -> CommitLog:
-    """What the commit index says, where records cannot be listed: those published since are not seen."""
+    """The commit log from the commit index alone; records published since are not seen."""
     index = _read_index(objects, layout)
     if index is None:
         raise InputError(
@@ -237,14 +237,14 @@ def _indexed_alone(objects: ObjectStore, layout: StoreLayout) -> CommitLog:
 
 
 def _read_all(objects: ObjectStore, paths: Sequence[str]) -> Iterator[CommitRecord | UserError | None]:
-    """What _read gives for each path, several in flight, few in memory."""
+    """Records by path, several reads in flight, few records in memory."""
     with ThreadPoolExecutor(objects.in_flight) as pool:
         for start in range(0, len(paths), _BATCH):
             yield from pool.map(lambda path: _read(objects, path), paths[start : start + _BATCH])
 
 
 def _read(objects: ObjectStore, path: str) -> CommitRecord | UserError | None:
-    """A record, why it cannot be believed, or None if it is gone since it was listed."""
+    """A record, its error, or None if it was removed since it was listed."""
     try:
         return decode_record(path, objects.get(path).tobytes())
     except FileNotFoundError:

@@ -19,7 +19,7 @@ _METADATA = "zarr.json"
 
 @dataclass(frozen=True)
 class ObjectKind:
-    """What an object's path says it is.
+    """Kind of an object, from its path.
 
     Attributes:
         kind: ``object`` (a unit's), ``partial`` (begun, never finished), ``record``, ``fixed`` (belongs to every store)

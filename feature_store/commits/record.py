@@ -30,7 +30,7 @@ class ObjectChecksum:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What one commit vouches for.
+    """One commit: a unit's views with the checksums of their objects.
 
     Attributes:
         store: Identity of the manifest it was written under.
@@ -42,7 +42,7 @@ class CommitRecord:
         samples: Samples in the tar, quarantined ones included.
         quarantined: Reason per position of a sample that could not be used.
         objects: Proof per object path.
-        software: Versions of what wrote it.
+        software: Versions of the software that wrote it.
     """
 
     __pydantic_config__ = STRICT
@@ -60,7 +60,7 @@ class CommitRecord:
 
     @property
     def path(self) -> str:
-        """Where the record lives: ``commits/u<unit>-v<first>-<last>.json``."""
+        """Path of the record: ``commits/u<unit>-v<first>-<last>.json``."""
         return record_path(self.unit, self.first_view, self.last_view)
 
     @property

@@ -12,7 +12,7 @@ ROOT = "zarr.json"
 
 
 def read_manifest(objects: ObjectStore) -> Manifest:
-    """What a store claims.
+    """The manifest of a store.
 
     Raises:
         InputError: Not a store of this format.

@@ -1,1 +1,1 @@
-"""What the bytes of a store mean."""
+"""Format: the meaning of a store's bytes."""

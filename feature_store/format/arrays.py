@@ -30,7 +30,7 @@ class ArraySpec:
         fill: Value of unwritten rows.
         dimensions: Names of the row's own axes.
         zstd: Whether each row of a sharded array is compressed, so that rows differ in length.
-        attributes: What a foreign client should know of the values.
+        attributes: Metadata for foreign clients.
     """
 
     path: str
@@ -101,7 +101,7 @@ class ShardBuilder:
     Attributes:
         checksums: The rows' crc32c by position, uint32 [S], 0 where there is no row.
         nbytes: Bytes of the object so far.
-        checksum: What a commit record keeps of it, once it is finished; see object_checksum.
+        checksum: The checksum for the commit record, once the shard is finished; see object_checksum.
     """
 
     def __init__(self, spec: ArraySpec, capacity: int) -> None:

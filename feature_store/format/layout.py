@@ -21,7 +21,7 @@ class ObjectAddress(NamedTuple):
 
 
 class StoreLayout:
-    """What a manifest says about a store's arrays; made once per open store.
+    """The arrays a manifest describes; made once per open store.
 
     Args:
         manifest: The store's.
@@ -31,7 +31,7 @@ class StoreLayout:
         capacity: Unit capacity S: positions of a unit.
         codecs: Codec of every tap by name, and of the logits as ``logits`` if there are any.
         features: The arrays of each codec by the codec's name and the part's suffix; the largest part first.
-        values: Arrays that hold what a unit is about, by path; not the tables of row checksums.
+        values: Arrays of labels, keys, view parameters, features, by path; not the tables of row checksums.
         arrays: All row arrays by path: values, and a table of row checksums beside each sharded one.
         per_unit: Arrays without views, in the order of a commit record's objects.
         per_view: Arrays with views, in that order.

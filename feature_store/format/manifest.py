@@ -36,7 +36,7 @@ _Std = tuple[Positive, Positive, Positive]
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """Which frozen model wrote the features, and how pixels reach it.
+    """The frozen model that wrote the features, with its preprocessing.
 
     Attributes:
         name: timm model name.
@@ -63,7 +63,7 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """Where the teacher is cut, and what its later blocks need.
+    """Split of the teacher, with the inputs of its later blocks.
 
     Attributes:
         family: ``swin``, ``vit``, ``beit`` or ``eva``: timm's class of models.
@@ -73,7 +73,7 @@ class SplitInfo:
         output_dim: Channels of the final feature map.
         output_grid: (H, W) of the final feature map.
         prefix_tokens: Number of class and register tokens beside the grid in the teacher's own pass.
-        prefix: What students run the later blocks with: ``none`` (the teacher has no prefix tokens), ``cached`` (its
+        prefix: Prefix tokens students run the later blocks with: ``none`` (the teacher has no prefix tokens), ``cached`` (its
             own, from tap ``stage3_prefix``) or ``dropped`` (grid tokens alone, although the teacher has some).
     """
 
@@ -132,7 +132,7 @@ class Manifest:
         blocks_sha256: Hash of the later blocks' weights kept in the store.
         taps: Stored taps by name.
         logits_codec: Codec of the logits; None for a teacher without a classifier.
-        policy: What the views were drawn from.
+        policy: Policy the views were drawn from.
         seed: Seed of the views.
         num_views: Views per sample, V.
         tars: Input tars; a tar's index is its unit.
@@ -248,7 +248,7 @@ class Manifest:
         _require_equal("manifest", mine, theirs, remedy)
 
     def growth_from(self, old: "Manifest") -> "Growth":
-        """What a store of an old manifest has to add to become a store of this one; maybe nothing.
+        """Views and tars a store of an old manifest lacks; may be empty.
 
         Capacity and key width stay the old ones, which must be large enough; so does software.
 
@@ -275,7 +275,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Growth:
-    """What a store has to add; false if nothing.
+    """Views and tars a store lacks; false if there are none.
 
     Attributes:
         manifest: Of the grown store.

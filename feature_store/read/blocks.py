@@ -30,7 +30,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What is used of an array's metadata."""
+    """The used part of an array's metadata."""
 
     shape: tuple[Natural, ...]
     data_type: Text

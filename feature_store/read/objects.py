@@ -13,7 +13,7 @@ from feature_store.format.checksums import CRC_BYTES, damaged, object_checksum
 
 
 class ObjectReader:
-    """Whole chunks and shard indexes of a store; what does not fit its commit record is refused.
+    """Reader of whole chunks and shard indexes; each is compared with its commit record.
 
     Args:
         objects: Where they are.
@@ -67,7 +67,7 @@ class ObjectReader:
 
 @contextmanager
 def object_errors(path: str) -> Iterator[None]:
-    """What an ObjectStore raises for a committed object, in the reader's words."""
+    """Convert errors of an ObjectStore about a committed object."""
     try:
         yield
     except (OSError, EOFError) as error:

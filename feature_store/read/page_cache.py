@@ -134,7 +134,7 @@ class PageCacheReader:
         return all(map(runs.take, range(len(runs))))
 
     def files(self, start: int, stop: int) -> list[FileSpan] | None:
-        """Where some of them are; None unless all are there. Their checksums are not looked at."""
+        """File spans of some rows; None unless all are in the page cache. Checksums are not compared."""
         spans = []
         try:
             for file, offset in zip(self._files[start:stop], self._offsets[start:stop].tolist(), strict=True):

@@ -172,7 +172,7 @@ class ZarrSource:
         return read_all(self.objects, transfers, self._threads)
 
     def locate(self, rows: np.ndarray, taps: Sequence[str] | None = None) -> dict[str, RowLocations]:
-        """Where each array has some rows [n, 3]; at least one row.
+        """Row locations of rows [n, 3] in each array; at least one row.
 
         Raises:
             UncommittedError, QuarantinedError, CorruptStoreError, ResourceError: See read.

@@ -106,7 +106,7 @@ def _take(queue: Iterator[_Request]) -> None:
 
 
 def _together(threads: int, tasks: int, work: Callable[..., None], queue: Iterator, *more: Any) -> None:
-    """Let some threads work off a queue of so many tasks; the calling one is among them."""
+    """Run tasks of a queue in several threads, the calling one included."""
     futures = [_pool().submit(work, queue, *more) for _ in range(min(threads, tasks) - 1)]
     try:
         work(queue, *more)
@@ -175,7 +175,7 @@ class _Job:
         return True
 
     def _memory(self, at: int) -> memoryview:
-        """Where a row's stored bytes go: its place in the output, or scratch if they are compressed."""
+        """Memory for a row's stored bytes: in the output, or scratch if they are compressed."""
         if self._zstd:
             return memoryview(bytearray(self._lengths[at]))
         first = self._indices[at] * self._size

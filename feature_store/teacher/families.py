@@ -20,7 +20,7 @@ from feature_store.format.manifest import SplitInfo
 
 @dataclass(frozen=True)
 class PositionalInputs:
-    """What the blocks of some families take beside their tokens; the same for all images, so it is made once.
+    """Position inputs that blocks of some families take beside tokens; equal for all images, so made once.
 
     Attributes:
         attribute: What makes it in the model.
@@ -35,7 +35,7 @@ class PositionalInputs:
     per_block: bool = False
 
     def of_last(self, depth: int) -> Tensor:
-        """What so many last blocks take, in memory of its own."""
+        """Inputs of the last blocks, copied."""
         return (self.value[-depth:] if self.per_block else self.value).clone()
 
 
@@ -47,11 +47,11 @@ class _ReadyMade(nn.Module):
         self.register_buffer("value", value, persistent=False)
 
     def forward(self) -> Tensor:
-        """As BEiT asks for its bias."""
+        """BEiT's interface of the relative position bias."""
         return self.get_buffer("value")
 
     def get_embed(self, shape: Any = None) -> Tensor:
-        """As Eva asks for its RoPE."""
+        """Eva's interface of RoPE."""
         return self.get_buffer("value")
 
 
@@ -76,7 +76,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one timm class are cut.
+    """Split of the models of one timm class.
 
     Attributes:
         model: The class, subclasses included.

@@ -26,7 +26,7 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What one forward pass gives, in float32.
+    """Outputs of one forward pass, float32.
 
     Attributes:
         taps: [B, N, C] per tap: ``stage4`` (F^t, grid tokens after the final norm), ``stage3`` (grid tokens at the
@@ -197,7 +197,7 @@ def _load_checkpoint(model: nn.Module, name: str, checkpoint: Path) -> None:
 def teacher_info(
     model: nn.Module, name: str, model_kwargs: Mapping[str, Any] | None, compute_dtype: str, sha256: str
 ) -> TeacherInfo:
-    """What the manifest says of a model; its weights may be on the meta device if sha256 is given.
+    """TeacherInfo of a model, whose weights may be on the meta device if sha256 is given.
 
     Raises:
         InputError: It does not see RGB images, or has logits for each token.

@@ -12,7 +12,7 @@ from feature_store.errors import InputError
 from feature_store.teacher.families import Cut, cut_model
 
 _AFTER_BLOCKS = ("norm", "attn_pool", "fc_norm", "head", "head_dist")
-"""What follows the blocks in one family or another."""
+"""Attributes of modules that follow the blocks, in any family."""
 
 
 class EarlyStages(nn.Module):

@@ -59,7 +59,7 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> Any:
-    """What a safetensors or torch file holds, on the CPU; its content, not its name, says which of the two it is.
+    """Content of a safetensors or torch file, on the CPU; its first bytes decide which of the two it is.
 
     Raises:
         InputError: It is neither, is damaged, or holds Python objects, which loading would execute.
@@ -83,7 +83,7 @@ def read_file(path: Path) -> Any:
 
 
 def python_objects(error: Exception) -> str:
-    """What torch's refusal of a pickle comes to, without its advice."""
+    """torch's refusal of a pickle without its advice to switch the check off."""
     found = re.search(r"GLOBAL (\S+)|[Gg]lobals: ([^\s,]+?)\.?(?:[\s,]|$)", str(error))
     named = f" ({found[1] or found[2]})" if found else ""
     return f"holds Python objects beside tensors{named}, and loading those can run any code"

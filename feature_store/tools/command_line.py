@@ -115,7 +115,7 @@ def _refuse_repeated_lists(arguments: Sequence[str], lists: Collection[str]) -> 
 
 
 def _open_files_error(error: UserError) -> UserError:
-    """The same, with the limit as its reason if too many files were open: no disk, tar or store is at fault."""
+    """The error, with the limit of open files as its reason where that limit was reached."""
     what, found, _ = str(error).partition(os.strerror(errno.EMFILE))
     if not found:
         return error

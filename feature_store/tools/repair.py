@@ -27,7 +27,7 @@ DAMAGE = ("missing", "damaged", "record")  # fixed by writing the unit again
 
 @dataclass(frozen=True)
 class Repair:
-    """What a repair did, or would do.
+    """Actions of a repair, done or planned.
 
     Attributes:
         store: Where the store is.

@@ -23,7 +23,7 @@ class Console(rich.console.Console):  # noqa: TID251 - the one place
     """A rich console whose strings, also those in tables, are text: printable, without markup."""
 
     def render_str(self, text: str, *, style: Any = "", justify: Any = None, overflow: Any = None, **_: Any) -> Text:
-        """What rich makes of every string it is given."""
+        """Text of a string, without markup."""
         return Text(printable(text), style=style, justify=justify, overflow=overflow)
 
 

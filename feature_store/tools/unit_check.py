@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass
 class UnitCheck:
-    """What checking a unit gave.
+    """Result of checking a unit.
 
     Attributes:
         unit: The unit.
@@ -138,7 +138,7 @@ class _UnitChecker:
         return None
 
     def _inside(self, record: CommitRecord, path: str, raw: np.ndarray) -> list[str]:
-        """What an object's own checksums say against it."""
+        """Faults found by an object's own checksums."""
         address = self._layout.address(path)
         if address is None:
             return []

@@ -33,7 +33,7 @@ _UNUSED = "consolidated_metadata"
 
 @dataclass(frozen=True)
 class Report:
-    """What a verification found.
+    """Result of a verification.
 
     Attributes:
         store: Where the store is.
@@ -202,17 +202,17 @@ def _blocks(scan: _Scan) -> tuple[dict[str, np.ndarray] | None, list[Finding]]:
 
 
 def _records(scan: _Scan) -> Iterator[Finding]:
-    """Records that cannot be believed."""
+    """Damaged or foreign records."""
     for problem in scan.problems:
         kind = "newer" if isinstance(problem.error, UnknownFieldError) else "record"
         yield Finding(kind, problem.path, str(problem.error), problem.unit)
 
 
 def _index(scan: _Scan) -> tuple[list[Finding], list[str]]:
-    """What is wrong with the commit index; its path if it is whole, but none of this store and format."""
+    """Findings about the commit index; its path if it is whole, but of another store or format."""
     if commit_index.PATH not in scan.sizes:
         return [], []
-    remedy = "no harm, `feature-store repair --yes` writes it again"
+    remedy = "harmless: readers ignore it; `feature-store repair --yes` writes it again"
     try:
         raw = scan.objects.get(commit_index.PATH).tobytes()
     except (OSError, UserError) as error:
@@ -224,7 +224,7 @@ def _index(scan: _Scan) -> tuple[list[Finding], list[str]]:
         return [], [commit_index.PATH]
     lines = {path: line for line, path in enumerate(index.paths())}
     return [
-        Finding("index", commit_index.PATH, f"it says other things than {record.path}; {remedy}", record.unit)
+        Finding("index", commit_index.PATH, f"it differs from {record.path}; {remedy}", record.unit)
         for record in scan.committed.records
         if (line := lines.get(record.path)) is not None
         and index.columns["bytes"][line] == scan.sizes.get(record.path)

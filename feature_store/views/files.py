@@ -52,5 +52,5 @@ def replay_view(
 
 
 def view_tar(unit: int, view: int) -> str:
-    """Where the tar of one view of one unit lies, below the folder or URL of materialised views."""
+    """Path of one unit's tar of one view, below the folder or URL of materialised views."""
     return f"v{view}/u{unit:05}.tar"

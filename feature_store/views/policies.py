@@ -11,7 +11,7 @@ from feature_store.parsing import Natural, Number, Text
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """What views are drawn from.
+    """Augmentation parameters from which views are drawn.
 
     Attributes:
         name: What the policy is called; a label, without influence on the pixels.

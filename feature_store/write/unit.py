@@ -99,7 +99,7 @@ def write_unit(
 
 @dataclass(frozen=True)
 class _Target:
-    """Where one unit's objects go."""
+    """Destination of one unit's objects."""
 
     objects: ObjectStore
     tar: str

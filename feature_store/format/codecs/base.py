@@ -34,7 +34,7 @@ class CodecArray:
         dimensions: Names of its axes.
         fill: Value of unwritten rows; such that they decode to NaN where the codec can.
         zstd: Whether each row is compressed.
-        attributes: What a foreign client should know, kept as the array's zarr attributes.
+        attributes: Metadata for foreign clients, kept as the array's zarr attributes.
     """
 
     suffix: str
@@ -48,7 +48,7 @@ class CodecArray:
 
 @dataclass(frozen=True)
 class Codec(ABC):
-    """How values of one row shape become arrays and back.
+    """Encoding of values of one row shape as arrays, with its inverse.
 
     Attributes:
         zstd: Whether the largest array is compressed as well, row by row, without loss.
@@ -100,7 +100,7 @@ class Codec(ABC):
         """The stated error: the largest possible |decode(encode(x)) - x| of each value, broadcastable to them."""
 
     def cannot_hold(self, values: np.ndarray) -> InputError:
-        """What to raise for values the codec cannot hold."""
+        """Error for values the codec cannot hold."""
         return InputError(
             f"the teacher gave values that codec {self.name} cannot hold (largest magnitude "
             f"{float(np.abs(values).max()):g}); choose codec f32, or check the teacher for NaN"

@@ -179,7 +179,7 @@ def steps(group: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _extremes(z: np.ndarray) -> np.ndarray:
-    """Of each group the value farthest from zero, with its sign: [..., G]."""
+    """Value of largest magnitude per group, with its sign: [..., G]."""
     groups = -(-z.shape[-1] // GROUP)
     missing = groups * GROUP - z.shape[-1]
     padded = np.pad(z, [(0, 0)] * (z.ndim - 1) + [(0, missing)]) if missing else z
