@@ -73,8 +73,8 @@ class SplitInfo:
         output_dim: Channels of the final feature map.
         output_grid: (H, W) of the final feature map.
         prefix_tokens: Number of class and register tokens beside the grid in the teacher's own pass.
-        prefix: Prefix tokens students run the later blocks with: ``none`` (the teacher has no prefix tokens), ``cached`` (its
-            own, from tap ``stage3_prefix``) or ``dropped`` (grid tokens alone, although the teacher has some).
+        prefix: Prefix tokens of students' passes: ``none`` (the teacher has none), ``cached`` (its own, from tap
+            ``stage3_prefix``) or ``dropped`` (grid tokens alone, although the teacher has some).
     """
 
     __pydantic_config__ = STRICT

@@ -83,7 +83,7 @@ def read_file(path: Path) -> Any:
 
 
 def python_objects(error: Exception) -> str:
-    """torch's refusal of a pickle without its advice to switch the check off."""
+    """Torch's refusal of a pickle without its advice to switch the check off."""
     found = re.search(r"GLOBAL (\S+)|[Gg]lobals: ([^\s,]+?)\.?(?:[\s,]|$)", str(error))
     named = f" ({found[1] or found[2]})" if found else ""
     return f"holds Python objects beside tensors{named}, and loading those can run any code"
