@@ -1,0 +1,138 @@
+"""Opening many tars: first start, later starts, and reading their headers alone.
+
+Tars are generated, opened once with an empty cache folder and again with the kept indexes, each time in a fresh
+process; the floor is our header reader on the same tars, one process per core and nothing else.
+
+    python -m benchmarks.tar_index --tars 64
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from multiprocessing import get_context
+from pathlib import Path
+
+import tyro
+from PIL import Image
+
+from feature_store.inputs.headers import read_headers
+from feature_store.inputs.index_cache import VARIABLE
+from feature_store.inputs.tar import open_tars
+from feature_store.processes import usable_cpus
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure.
+
+    Attributes:
+        folder: Where tars are generated, in a folder that is removed in the end; None for the system's temporary one.
+        tars: Tars.
+        members: Members per tar, two for each sample.
+        repeats: Measurements of each kind.
+    """
+
+    folder: Path | None = None
+    tars: int = 1281
+    members: int = 1000
+    repeats: int = 3
+
+
+def main(config: Config) -> None:
+    """Generate the tars, measure, print JSON."""
+    with tempfile.TemporaryDirectory(dir=config.folder, prefix="tar-index-") as name:
+        folder = Path(name)
+        write_tars(folder, config)
+        runs = []
+        for repeat in range(config.repeats):
+            cache = folder / f"cache-{repeat}"
+            runs.append(
+                {
+                    "headers": header_seconds(sorted(folder.glob("*.tar")), usable_cpus()),
+                    "first": opened(folder, cache),
+                    "second": opened(folder, cache),
+                }
+            )
+        size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    first, second, headers = (
+        statistics.median(_seconds(run[kind]) for run in runs) for kind in ("first", "second", "headers")
+    )
+    result = {
+        "tars": config.tars,
+        "samples": config.tars * (config.members // 2),
+        "cores": usable_cpus(),
+        "headers_alone_seconds": headers,
+        "first_seconds": first,
+        "first_over_headers": first / headers,
+        "second_seconds": second,
+        "second_megabytes": statistics.median(run["second"]["megabytes"] for run in runs),
+        "index_bytes_per_sample": size / (config.tars * (config.members // 2)),
+    }
+    print(json.dumps(result, indent=2))
+
+
+def _seconds(measured: float | dict[str, float]) -> float:
+    return measured["seconds"] if isinstance(measured, dict) else measured
+
+
+def write_tars(folder: Path, config: Config) -> None:
+    """Tars of small images and labels, names as ImageNet's."""
+    buffer = BytesIO()
+    Image.new("RGB", (8, 8), (90, 120, 30)).save(buffer, "JPEG")
+    for tar in range(config.tars):
+        with tarfile.open(folder / f"train-{tar:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+            for sample in range(config.members // 2):
+                key = f"n{tar * 7919 % 10**8:08d}_{tar:05d}{sample:04d}"
+                for extension, content in (("jpg", buffer.getvalue()), ("cls", str(tar % 1000).encode())):
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(content)
+                    archive.addfile(info, BytesIO(content))
+
+
+def header_seconds(tars: list[Path], processes: int) -> float:
+    """Reading the headers of all tars, without an index of samples."""
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        list(pool.map(count_members, tars[:processes]))  # so that the processes run
+        started = time.perf_counter()
+        list(pool.map(count_members, tars))
+        return time.perf_counter() - started
+
+
+def count_members(tar: Path) -> int:
+    """Regular members of a tar."""
+    return len(read_headers(str(tar), tar).members)
+
+
+def opened(folder: Path, cache: Path) -> dict[str, float]:
+    """Open all tars in a fresh process: seconds, and peak memory beyond that of imports."""
+    command = [sys.executable, "-m", "benchmarks.tar_index", "measure", str(folder)]
+    environment = os.environ | {VARIABLE: str(cache)}
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+def measure(folder: str) -> dict[str, float]:
+    """What opened asks for."""
+    before = _peak_megabytes()
+    started = time.perf_counter()
+    open_tars([f"{folder}/*.tar"])
+    return {"seconds": time.perf_counter() - started, "megabytes": _peak_megabytes() - before}
+
+
+def _peak_megabytes() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        print(json.dumps(measure(sys.argv[2])))
+    else:
+        main(tyro.cli(Config))
