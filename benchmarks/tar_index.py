@@ -36,13 +36,13 @@ class Config:
     Attributes:
         folder: Where tars are generated, in a folder that is removed in the end; None for the system's temporary one.
         tars: Tars.
-        members: Members per tar, two for each sample.
+        samples: Samples per tar, an image and a label each.
         repeats: Measurements of each kind.
     """
 
     folder: Path | None = None
     tars: int = 1281
-    members: int = 1000
+    samples: int = 1000
     repeats: int = 3
 
 
@@ -51,36 +51,28 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="tar-index-") as name:
         folder = Path(name)
         write_tars(folder, config)
-        runs = []
-        for repeat in range(config.repeats):
-            cache = folder / f"cache-{repeat}"
-            runs.append(
-                {
-                    "headers": header_seconds(sorted(folder.glob("*.tar")), usable_cpus()),
-                    "first": opened(folder, cache),
-                    "second": opened(folder, cache),
-                }
-            )
-        size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
-    first, second, headers = (
-        statistics.median(_seconds(run[kind]) for run in runs) for kind in ("first", "second", "headers")
-    )
+        runs = [_run(folder, folder / f"cache-{repeat}") for repeat in range(config.repeats)]
+    medians = {kind: statistics.median(run[kind] for run in runs) for kind in runs[0]}
     result = {
         "tars": config.tars,
-        "samples": config.tars * (config.members // 2),
+        "samples": config.tars * config.samples,
         "cores": usable_cpus(),
-        "headers_alone_seconds": headers,
-        "first_seconds": first,
-        "first_over_headers": first / headers,
-        "second_seconds": second,
-        "second_megabytes": statistics.median(run["second"]["megabytes"] for run in runs),
-        "index_bytes_per_sample": size / (config.tars * (config.members // 2)),
+        **medians,
+        "first_over_headers": medians["first_seconds"] / medians["headers_seconds"],
     }
     print(json.dumps(result, indent=2))
 
 
-def _seconds(measured: float | dict[str, float]) -> float:
-    return measured["seconds"] if isinstance(measured, dict) else measured
+def _run(folder: Path, cache: Path) -> dict[str, float]:
+    headers = header_seconds(sorted(folder.glob("*.tar")))
+    first, second = opened(folder, cache), opened(folder, cache)
+    return {
+        "headers_seconds": headers,
+        "first_seconds": first["seconds"],
+        "second_seconds": second["seconds"],
+        "second_megabytes": second["megabytes"],
+        "index_megabytes": sum(file.stat().st_size for file in cache.rglob("*.index")) / 1e6,
+    }
 
 
 def write_tars(folder: Path, config: Config) -> None:
@@ -89,7 +81,7 @@ def write_tars(folder: Path, config: Config) -> None:
     Image.new("RGB", (8, 8), (90, 120, 30)).save(buffer, "JPEG")
     for tar in range(config.tars):
         with tarfile.open(folder / f"train-{tar:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-            for sample in range(config.members // 2):
+            for sample in range(config.samples):
                 key = f"n{tar * 7919 % 10**8:08d}_{tar:05d}{sample:04d}"
                 for extension, content in (("jpg", buffer.getvalue()), ("cls", str(tar % 1000).encode())):
                     info = tarfile.TarInfo(f"{key}.{extension}")
@@ -97,10 +89,10 @@ def write_tars(folder: Path, config: Config) -> None:
                     archive.addfile(info, BytesIO(content))
 
 
-def header_seconds(tars: list[Path], processes: int) -> float:
-    """Reading the headers of all tars, without an index of samples."""
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        list(pool.map(count_members, tars[:processes]))  # so that the processes run
+def header_seconds(tars: list[Path]) -> float:
+    """Reading the headers of all tars with all cores, without an index of samples."""
+    with ProcessPoolExecutor(usable_cpus(), get_context("spawn")) as pool:
+        list(pool.map(count_members, tars[: usable_cpus()]))  # so that the processes run
         started = time.perf_counter()
         list(pool.map(count_members, tars))
         return time.perf_counter() - started

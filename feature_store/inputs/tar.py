@@ -6,6 +6,7 @@ Nothing is ever extracted, so a member's name is a key and never a path.
 import copy
 import hashlib
 import os
+import tarfile
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -172,6 +173,7 @@ class Tar:
                 f"tar {self.url} changed while in use: {self._file_size} bytes when it was indexed, {size} now; "
                 "start again"
             )
+        self._require_header(file)
         kept = self.__dict__.setdefault("_file", file)  # atomic: of two threads opening at once, one wins
         _opened.append(weakref.ref(self))
         while len(_opened) > _MOST_OPEN:
@@ -179,6 +181,18 @@ class Tar:
                 if (other := _opened.popleft()()) is not None:
                     other.close()
         return kept
+
+    def _require_header(self, file: OpenFile) -> None:
+        """Refuse a file with other members than its index says, judged by the header before the last image."""
+        start = int(self._spans[:, 0].max()) - tarfile.BLOCKSIZE
+        try:
+            if start >= 0:
+                tarfile.TarInfo.frombuf(os.pread(file.descriptor, tarfile.BLOCKSIZE, start), "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise InputError(
+                f"tar {self.url} has no member at byte {start}, where it had one when it was indexed: it was replaced "
+                "while its size and times stayed; run `touch` on it and start again"
+            ) from error
 
 
 def open_tars(patterns: Sequence[str], options: TarOptions = DEFAULT) -> list[Tar]:
@@ -203,7 +217,7 @@ def _opened_tars(urls: Sequence[str], scratch: Path | None) -> Iterator[Tar]:
             except UserError:
                 yield from (each.tar() for each in begun)
                 raise
-            while begun and begun[0].index.done():
+            while begun and begun[0].indexed.done():
                 yield begun.popleft().tar()
         yield from (each.tar() for each in begun)
 
@@ -222,11 +236,12 @@ class _Begun(NamedTuple):
     url: str
     path: Path
     notes: list[str]
-    index: "Future[TarIndex]"
+    indexed: "Future[TarIndex]"
 
     def tar(self) -> Tar:
+        """The tar, as soon as it is indexed."""
         try:
-            return Tar(self.url, self.path, self.index.result(), self.notes)
+            return Tar(self.url, self.path, self.indexed.result(), self.notes)
         except InputError:
             if self.path != local_path(self.url):
                 self.path.unlink(missing_ok=True)  # a copy: the next run fetches it anew

@@ -172,7 +172,7 @@ def _is_meta(name: str) -> bool:
     return _META.match(name) is not None or ("/" not in name and name.startswith("__") and name.endswith("__"))
 
 
-def _spans(files: dict[str, Span]) -> tuple[int, int, int, int]:
+def _spans(files: dict[str, Span]) -> tuple[int, ...]:
     image = next((span for extension, span in files.items() if extension in IMAGE_EXTENSIONS), _NOWHERE)
     return *image, *files.get(LABEL_EXTENSION, _NOWHERE)
 

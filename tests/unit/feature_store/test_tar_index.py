@@ -137,6 +137,20 @@ def test_index_of_a_tar_just_written_is_not_kept(tmp_path, cache_folder, monkeyp
     assert list(cache_folder.iterdir()) == []
 
 
+def test_read_refuses_when_a_replaced_tar_has_the_size_and_times_of_the_indexed_one(tmp_path):
+    """As on file systems that give the modification time for the change time."""
+    data = tar_bytes([("a.jpg", bytes(100)), ("a.cls", b"1"), ("b.jpg", b"x"), ("b.cls", b"2")])
+    earlier = indexing.index_tar("a", Path(write(tmp_path / "earlier.tar", data)))
+    url = settled(tmp_path / "a.tar", [("a.jpg", bytes(1000)), ("a.cls", b"1"), ("b.jpg", b"x"), ("b.cls", b"2")])
+    index_cache.IndexCache().save(index_cache.TarVersion.of(Path(url)), earlier)
+    tar = Tar.open(url)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"no member at byte 2048, .*; run `touch` on it and start again"):
+            tar.read(0)
+    Path(url).touch()
+    assert [Tar.open(url).read(i).label for i in range(2)] == [1, 2]
+
+
 def test_errors_are_the_same_every_time_a_tar_is_opened(tmp_path):
     data = tar_bytes(ODD)
     for name, content in {
