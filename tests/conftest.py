@@ -15,6 +15,13 @@ multiprocessing.set_forkserver_preload(["student_trainer.train", "teacher_servic
 settings.register_profile("mutants", derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _tar_indexes_of_tests_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCALEKD_TAR_INDEX", str(tmp_path_factory.mktemp("tar-index")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("teachers")

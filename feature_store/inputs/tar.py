@@ -1,4 +1,4 @@
-"""One input tar as a sequence: from a position to a sample's key, encoded image and label.
+"""An input tar as a sequence of samples: key, encoded image, label.
 
 Nothing is ever extracted, so a member's name is a key and never a path.
 """
@@ -6,20 +6,23 @@ Nothing is ever extracted, so a member's name is a key and never a path.
 import copy
 import hashlib
 import os
+import tarfile
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+from webdataset.gopen import rewrite_url
 
 from feature_store.backends.local import OpenFile
-from feature_store.errors import ImageError, InputError, ResourceError
+from feature_store.errors import ImageError, InputError, ResourceError, UserError
 from feature_store.inputs.copies import local_tar
+from feature_store.inputs.indexing import Indexer
 from feature_store.inputs.options import DEFAULT, TarOptions
-from feature_store.inputs.tar_index import TarIndex, index_tar
+from feature_store.inputs.tar_index import Keys, TarIndex
 from feature_store.inputs.urls import expand_tars, local_path, tar_name
 from feature_store.views import decode_image
 
@@ -59,18 +62,14 @@ class Tar:
     """
 
     def __init__(self, url: str, path: Path, index: TarIndex, notes: Sequence[str] = ()) -> None:
-        samples, self.header_sha256 = index.samples, index.header_sha256
-        self.url, self.name, self.notes = url, tar_name(url), (*notes, *index.notes)
-        self.keys = tuple(sample.key for sample in samples)
-        # arrays, because a data set has millions of samples and every worker process gets them all
-        self._images = np.array([sample.image for sample in samples], np.int64)
-        self._labels = np.array([sample.label for sample in samples], np.int64)
-        self.problems = {i: sample.problem for i, sample in enumerate(samples) if sample.problem}
+        self.url, self.name, self.notes = url, tar_name(url), (*notes, *(f"{url}: {note}" for note in index.notes))
+        self.keys, self.problems, self.header_sha256 = index.keys, index.problems, index.header_sha256
+        self._spans = index.spans  # arrays: every worker process gets those of all of a data set's samples
         self._path, self._file_size = path, path.stat().st_size
 
     @classmethod
     def open(cls, url: str, *, scratch: Path | None = None) -> "Tar":
-        """Index a tar's headers.
+        """Open one tar: with its kept index, or by reading its headers.
 
         Args:
             url: A path or URL as expand_tars gives and checks it; here it is opened without asking.
@@ -81,13 +80,8 @@ class Tar:
             InputError: Missing, not a tar, cut short, without samples, or with a key or member twice.
             ResourceError: The file or URL cannot be read.
         """
-        path, notes = local_tar(url, scratch)
-        try:
-            return cls(url, path, index_tar(url, path), notes)
-        except InputError:
-            if path != local_path(url):
-                path.unlink(missing_ok=True)  # a copy: the next run fetches it anew
-            raise
+        (tar,) = _opened_tars([url], scratch)
+        return tar
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -101,7 +95,7 @@ class Tar:
             ResourceError: The file cannot be read.
         """
         label = self.label(position)
-        return TarSample(self.keys[position], self._read(*self._images[position].tolist()), label)
+        return TarSample(self.keys[position], self._read(*self._spans[position, :2].tolist()), label)
 
     def label(self, position: int) -> int:
         """Class index of the sample at a position, without its image.
@@ -115,7 +109,7 @@ class Tar:
             raise InputError(f"tar {self.url} has no position {position}, expected 0 to {len(self) - 1}")
         if position in self.problems:
             raise ImageError(self.problems[position])
-        label = self._read(*self._labels[position].tolist()).strip()
+        label = self._read(*self._spans[position, 2:].tolist()).strip()
         if not label.isdigit() or len(label) > _MOST_DIGITS:
             raise ImageError(f"label is {label!r}, expected a class index in decimal digits")
         return int(label)
@@ -128,9 +122,8 @@ class Tar:
             ResourceError: The file cannot be read.
         """
         digest = hashlib.sha256(self.header_sha256.encode())
-        for position, (image, label) in enumerate(zip(self._images.tolist(), self._labels.tolist(), strict=True)):
+        for position, (offset, size, *label) in enumerate(self._spans.tolist()):
             if position not in self.problems:
-                offset, size = image
                 tail = min(size, _TAIL)
                 digest.update(self._read(*label) + b"\n" + self._read(offset + size - tail, tail))
         return digest.hexdigest()
@@ -140,8 +133,7 @@ class Tar:
         at = {key: position for position, key in enumerate(self.keys)}
         order = [at.get(key, -1) for key in keys]
         arranged = copy.copy(self)
-        arranged.keys = tuple(keys)
-        arranged._images, arranged._labels = self._images[order], self._labels[order]
+        arranged.keys, arranged._spans = Keys.of(keys), self._spans[order]
         lacking = {position: "it is no sample" for position, source in enumerate(order) if source < 0}
         arranged.problems = lacking | {
             position: self.problems[source] for position, source in enumerate(order) if source in self.problems
@@ -181,6 +173,7 @@ class Tar:
                 f"tar {self.url} changed while in use: {self._file_size} bytes when it was indexed, {size} now; "
                 "start again"
             )
+        self._require_header(file)
         kept = self.__dict__.setdefault("_file", file)  # atomic: of two threads opening at once, one wins
         _opened.append(weakref.ref(self))
         while len(_opened) > _MOST_OPEN:
@@ -188,6 +181,18 @@ class Tar:
                 if (other := _opened.popleft()()) is not None:
                     other.close()
         return kept
+
+    def _require_header(self, file: OpenFile) -> None:
+        """Refuse a file with other members than its index says, judged by the header before the last image."""
+        start = int(self._spans[:, 0].max()) - tarfile.BLOCKSIZE
+        try:
+            if start >= 0:
+                tarfile.TarInfo.frombuf(os.pread(file.descriptor, tarfile.BLOCKSIZE, start), "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise InputError(
+                f"tar {self.url} has no member at byte {start}, where it had one when it was indexed: it was replaced "
+                "while its size and times stayed; run `touch` on it and start again"
+            ) from error
 
 
 def open_tars(patterns: Sequence[str], options: TarOptions = DEFAULT) -> list[Tar]:
@@ -197,9 +202,50 @@ def open_tars(patterns: Sequence[str], options: TarOptions = DEFAULT) -> list[Ta
         InputError: No tar, one that cannot be used, or none of all samples has an image and a label.
         ResourceError: A file or URL cannot be read.
     """
-    tars = [Tar.open(url, scratch=options.scratch) for url in expand_tars(patterns, allow_pipe=options.allow_pipe)]
+    tars = list(_opened_tars(expand_tars(patterns, allow_pipe=options.allow_pipe), options.scratch))
     _require_usable(tars)
     return tars
+
+
+def _opened_tars(urls: Sequence[str], scratch: Path | None) -> Iterator[Tar]:
+    """Open tars in order, so that the error is that of the first one that cannot be used."""
+    begun = deque[_Begun]()
+    with Indexer() as indexer:
+        for url in urls:
+            try:
+                begun.append(_begin(url, scratch, indexer))
+            except UserError:
+                yield from (each.tar() for each in begun)
+                raise
+            while begun and begun[0].indexed.done():
+                yield begun.popleft().tar()
+        yield from (each.tar() for each in begun)
+
+
+def _begin(url: str, scratch: Path | None, indexer: Indexer) -> "_Begun":
+    path, notes = local_path(rewrite_url(url)), list[str]()
+    if path is None or (index := indexer.kept(path)) is None:
+        path, notes = local_tar(url, scratch)
+        index = indexer.submit(url, path)
+    return _Begun(url, path, notes, index)
+
+
+class _Begun(NamedTuple):
+    """A tar that is being indexed."""
+
+    url: str
+    path: Path
+    notes: list[str]
+    indexed: "Future[TarIndex]"
+
+    def tar(self) -> Tar:
+        """The tar, as soon as it is indexed."""
+        try:
+            return Tar(self.url, self.path, self.indexed.result(), self.notes)
+        except InputError:
+            if self.path != local_path(self.url):
+                self.path.unlink(missing_ok=True)  # a copy: the next run fetches it anew
+            raise
 
 
 def _require_usable(tars: Sequence[Tar]) -> None:

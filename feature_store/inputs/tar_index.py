@@ -1,14 +1,17 @@
-"""The index of a tar: which members make its samples and where their bytes lie, by webdataset's rules."""
+"""Index of a tar's samples, grouped by webdataset's rules.
+
+webdataset itself is not imported: it imports torch, which takes a process that indexes tars seconds.
+"""
 
 import hashlib
 import re
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
-from webdataset.tariterators import base_plus_ext, group_by_keys
+import numpy as np
 
 from feature_store.errors import InputError
 from feature_store.inputs.headers import Headers, Member, Span, read_headers
@@ -18,32 +21,77 @@ LABEL_EXTENSION = "cls"
 _LONGEST_LABEL = 64  # bytes; a longer member is no class index
 _SHOWN = 8  # members listed in a sample's problem
 _NAMED = 3  # files named in a note
+_NOWHERE = Span(0, 0)
 
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset's tar_file_iterator skips
+_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext: key and extension
 HIDDEN_FILES = re.compile(  # what systems leave in folders: .DS_Store, ._name of macOS's tar, .nfs0001
     r"(^|.*/)(\.[^/]*\Z|Thumbs\.db\Z|desktop\.ini\Z|(__MACOSX|\.AppleDouble|\.ipynb_checkpoints|@eaDir)/)", re.DOTALL
 )
 
 
-class SampleIndex(NamedTuple):
-    """One sample: its key, where its image and label lie, and why it cannot be used, if so."""
+class Keys(Sequence[str]):
+    """Sample keys in one buffer: about 20 bytes a key, where a tuple of strings takes 80.
 
-    key: str
-    image: Span
-    label: Span
-    problem: str
+    Args:
+        text: All keys in UTF-8, one after the other.
+        ends: Where each key ends in the text, uint32 [samples].
+    """
+
+    def __init__(self, text: bytes, ends: np.ndarray) -> None:
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def of(cls, keys: Sequence[str]) -> "Keys":
+        """The same keys in one buffer."""
+        encoded = [key.encode() for key in keys]
+        return cls(b"".join(encoded), np.cumsum([len(key) for key in encoded], dtype="<u4"))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, position: int) -> str: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> tuple[str, ...]: ...
+
+    def __getitem__(self, position: int | slice) -> str | tuple[str, ...]:
+        if isinstance(position, slice):
+            return tuple(self)[position]
+        at = range(len(self))[position]
+        return self.text[int(self.ends[at - 1]) if at else 0 : int(self.ends[at])].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self.ends.tolist():
+            yield self.text[start:end].decode()
+            start = end
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
 class TarIndex(NamedTuple):
-    """What a tar holds.
+    """Samples of a tar, in webdataset's order.
 
     Attributes:
-        samples: In webdataset's order.
+        keys: Sample keys.
+        spans: Offset and size of the image, offset and size of the label, in bytes, int64 [samples, 4].
+        problems: Reasons why samples cannot be used, by position.
         header_sha256: Hash over names and sizes of all regular members in order.
-        notes: What the user should know: members that belong to no sample, and so on.
+        notes: Facts about the tar that the user should know: members that belong to no sample, and so on.
     """
 
-    samples: list[SampleIndex]
+    keys: Keys
+    spans: np.ndarray
+    problems: dict[int, str]
     header_sha256: str
     notes: list[str]
 
@@ -52,8 +100,8 @@ def index_tar(url: str, path: Path) -> TarIndex:
     """Read all headers of an uncompressed tar.
 
     Args:
-        url: What to call it in errors.
-        path: Where it lies.
+        url: Name of the tar in errors.
+        path: The file.
 
     Raises:
         InputError: Not a tar, cut short, damaged, without samples, or with a key or member twice.
@@ -62,22 +110,25 @@ def index_tar(url: str, path: Path) -> TarIndex:
     headers = read_headers(url, path)
     members, notes = _of_samples(headers)
     samples = _group(url, members)
+    problems = {i: problem for i, (_, files) in enumerate(samples) if (problem := _problem(files))}
     if headers.damage:
-        whole = sum(not sample.problem for sample in samples)
+        whole = len(samples) - len(problems)
         raise InputError(f"tar {url} {headers.damage}; {whole} whole samples come before; fetch or make the tar again")
     if not samples:
         found = "".join(f"; {note}" for note in notes)
         raise InputError(f"tar {url} holds no samples ({len(headers.members)} files){found}; take it off the list")
-    _require_unique_keys(url, samples)
-    return TarIndex(samples, _header_sha256(headers.members), [f"{url}: {note}" for note in notes])
+    keys = [key for key, _ in samples]
+    _require_unique_keys(url, keys)
+    spans = np.array([_spans(files) for _, files in samples], "<i8")
+    return TarIndex(Keys.of(keys), spans, problems, _header_sha256(headers.members), notes)
 
 
 def _of_samples(headers: Headers) -> tuple[list[Member], list[str]]:
-    """The members that belong to samples, and what to say of the others."""
+    """Members that belong to samples, and notes about the others."""
     members = [member for member in headers.members if not _is_meta(member.name)]
     hidden = [member.name for member in members if HIDDEN_FILES.match(member.name)]
     members = [member for member in members if not HIDDEN_FILES.match(member.name)]
-    keyless = [member.name for member in members if base_plus_ext(member.name)[0] is None]
+    keyless = [member.name for member in members if not _KEY.match(member.name)]
     notes = [
         _counted(names, what)
         for names, what in (
@@ -102,44 +153,50 @@ def _some(names: Sequence[str], count: int) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def _group(url: str, members: Sequence[Member]) -> list[SampleIndex]:
-    files = ({"fname": member.name, "data": member.span, "__url__": url} for member in members)
-    try:
-        return [_sample_index(sample) for sample in group_by_keys(files)]
-    except ValueError as error:  # its first argument is webdataset's text, the others are objects of its own
-        raise InputError(f"tar {url} has a member twice: {error.args[0]}; make the tar again") from error
+def _group(url: str, members: Sequence[Member]) -> list[tuple[str, dict[str, Span]]]:
+    """Samples: key, and the spans of its files by extension. Consecutive members with one key are one sample."""
+    samples: list[tuple[str, dict[str, Span]]] = []
+    for name, span in members:
+        if (match := _KEY.match(name)) is None:
+            continue
+        key, extension = match[1], match[2].lower()
+        if not samples or samples[-1][0] != key:
+            samples.append((key, {}))
+        if extension in samples[-1][1]:
+            raise InputError(f"tar {url} has a member twice: {name}: duplicate file name; make the tar again")
+        samples[-1][1][extension] = span
+    return samples
 
 
 def _is_meta(name: str) -> bool:
     return _META.match(name) is not None or ("/" not in name and name.startswith("__") and name.endswith("__"))
 
 
-def _sample_index(sample: dict[str, Span]) -> SampleIndex:
-    images = [extension for extension in sample if extension in IMAGE_EXTENSIONS]
-    label = sample.get(LABEL_EXTENSION, Span(0, 0))
-    image = sample[images[0]] if images else Span(0, 0)
-    return SampleIndex(str(sample["__key__"]), image, label, _problem(sample, images, label))
+def _spans(files: dict[str, Span]) -> tuple[int, ...]:
+    image = next((span for extension, span in files.items() if extension in IMAGE_EXTENSIONS), _NOWHERE)
+    return *image, *files.get(LABEL_EXTENSION, _NOWHERE)
 
 
-def _problem(sample: dict[str, Span], images: Sequence[str], label: Span) -> str:
-    extensions = [extension for extension in sample if not extension.startswith("__")]
-    found = _some(extensions, _SHOWN)
+def _problem(files: dict[str, Span]) -> str:
+    """Why a sample cannot be used; "" if it can, as far as headers tell."""
+    images = [extension for extension in files if extension in IMAGE_EXTENSIONS]
+    found = _some(list(files), _SHOWN)
     if not images:
         reason = f"no image: members are {found}, expected one of {', '.join(sorted(IMAGE_EXTENSIONS))}"
-        if any(extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in extensions):
+        if any(extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in files):
             reason += "; a key ends at the first dot of the file's name: rename the files so that it is the only one"
         return reason
     if len(images) > 1:
         return f"{len(images)} images ({', '.join(images)}), expected one"
-    if LABEL_EXTENSION not in sample:
+    if LABEL_EXTENSION not in files:
         return f"no label: members are {found}, expected one {LABEL_EXTENSION}"
-    if label.size > _LONGEST_LABEL:
-        return f"label has {label.size} bytes, expected a class index in decimal digits"
+    if (size := files[LABEL_EXTENSION].size) > _LONGEST_LABEL:
+        return f"label has {size} bytes, expected a class index in decimal digits"
     return ""
 
 
-def _require_unique_keys(url: str, samples: Sequence[SampleIndex]) -> None:
-    key, count = Counter(sample.key for sample in samples).most_common(1)[0]
+def _require_unique_keys(url: str, keys: Sequence[str]) -> None:
+    key, count = Counter(keys).most_common(1)[0]
     if count > 1:
         raise InputError(
             f"tar {url} has {count} samples with key {key!r}, expected one; "

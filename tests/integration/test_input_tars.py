@@ -85,6 +85,7 @@ def test_train_takes_a_store_when_an_earlier_version_gave_a_hidden_file_a_place(
     tar = write_tar(tmp_path / "a.tar", [hidden, *noise_samples("d/a", 8)])
     with monkeypatch.context() as patch:
         patch.setattr("feature_store.inputs.tar_index.HIDDEN_FILES", re.compile("(?!)"))
+        patch.setenv("SCALEKD_TAR_INDEX", "/dev/null")
         assert _cache(tiny_swin, tmp_path / "store", tar) == 0
     assert open_store(tmp_path / "store").keys(0)[0] == "d/"
 

@@ -302,13 +302,15 @@ def test_open_refuses_when_path_is_no_file(tmp_path, place, message):
         Tar.open(str(tmp_path / place))
 
 
-def test_open_raises_resource_error_when_file_may_not_be_read(ten, monkeypatch):
+def test_open_raises_resource_error_when_file_may_not_be_read(tmp_path, monkeypatch):
+    url = write(tmp_path / "a.tar", tar_bytes(TEN))
+
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ResourceError, match="Permission denied; check permissions"):
-        Tar.open(ten.url)
+        Tar.open(url)
 
 
 def test_read_raises_resource_error_when_the_disk_fails(ten, monkeypatch):
