@@ -147,7 +147,8 @@ class RemoteObjects:
         Raises:
             FileExistsError: The object has another version by now, was deleted, or for None, exists.
         """
-        mode: Any = "create" if replaces is None else replaces._asdict()
+        named = {} if replaces is None else {name: value for name, value in replaces._asdict().items() if value}
+        mode: Any = named or "create"
         with self._errors(path) as (obstore, store):
             return Version(**obstore.put(store, path, payload, mode=mode, use_multipart=False))
 
