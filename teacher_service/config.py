@@ -1,5 +1,6 @@
 """What a user can ask of ``plan`` and ``cache``: frozen configurations, read by tyro and by Python callers."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -140,8 +141,10 @@ class CacheConfig(TimedPlanConfig):
         strict: Stop at the first unreadable sample instead of quarantining it.
         retry_quarantined: First try quarantined samples again; units with one that can be used now are written anew,
             whole. Not while students train from the store.
-        engine: local computes in this process, beside any others of this machine that run the same command (torchrun
-            starts one per GPU); ray computes in actors of a Ray cluster.
+        engine: local computes in this process, beside any others that run the same command (torchrun ranks, Slurm
+            array tasks, Kubernetes pods); ray computes in actors of a Ray cluster.
+        lease_seconds: Seconds without a heartbeat after which another process takes over a unit; for stores in buckets.
+            In local stores the kernel releases a dead process's units at once.
         ray_address: The Ray cluster, e.g. auto or ray://head:10001; default the environment's, or one on this machine.
         num_actors: Ray actors; default as many as the cluster has room for when the job starts.
         gpus_per_actor: GPUs of each Ray actor, fractions allowed; default 1 if the cluster has any.
@@ -155,6 +158,7 @@ class CacheConfig(TimedPlanConfig):
     strict: bool = False
     retry_quarantined: bool = False
     engine: Literal["local", "ray"] = "local"
+    lease_seconds: float = 120.0
     ray_address: str | None = None
     num_actors: int | None = None
     gpus_per_actor: float | None = None
@@ -164,6 +168,7 @@ class CacheConfig(TimedPlanConfig):
         super().__post_init__()
         port = self.metrics_port
         require(port is None or 0 <= port < 65536, "--metrics-port", port, "0 (any that is free) to 65535")
+        require(0 < self.lease_seconds < math.inf, "--lease-seconds", self.lease_seconds, "a number above 0")
         for name, value in {"--ray-address": self.ray_address, "--num-actors": self.num_actors,
                             "--gpus-per-actor": self.gpus_per_actor}.items():  # fmt: skip
             require(value is None or self.engine == "ray", name, value, "--engine ray with it")

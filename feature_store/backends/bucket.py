@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,13 @@ _RETRY = {
     "retry_timeout": timedelta(minutes=3),
 }
 _runtime_pid: int | None = None  # process whose threads serve obstore, shared by all its stores
+
+
+class Version(NamedTuple):
+    """One version of an object, as its service names it: S3 by entity tag, GCS by generation."""
+
+    e_tag: str | None
+    version: str | None
 
 
 class _PastEndError(Exception):
@@ -126,6 +133,25 @@ class RemoteObjects:
             except FileNotFoundError as error:
                 raise InputError(f"{self.url}: there is no such bucket; make it, or choose another one") from error
 
+    def get_version(self, path: str) -> tuple[bytes, Version]:
+        """A whole object, and what put_version takes to replace exactly this version of it."""
+        with self._errors(path) as (obstore, store):
+            result = obstore.get(store, path)
+            return bytes(result.bytes()), Version(e_tag=result.meta["e_tag"], version=result.meta["version"])
+
+    def put_version(self, path: str, payload: bytes, replaces: Version | None) -> Version:
+        """Write an object only in place of a given version of it, decided atomically; None: only if there is none.
+
+        The same bytes may have the same version: a writer that must be told from others writes bytes of its own.
+
+        Raises:
+            FileExistsError: The object has another version by now, was deleted, or for None, exists.
+        """
+        named = {} if replaces is None else {name: value for name, value in replaces._asdict().items() if value}
+        mode: Any = named or "create"
+        with self._errors(path) as (obstore, store):
+            return Version(**obstore.put(store, path, payload, mode=mode, use_multipart=False))
+
     def sync(self, paths: Sequence[str]) -> None:
         """See ObjectStore.sync: a put that returned is durable."""
 
@@ -153,6 +179,8 @@ class RemoteObjects:
             raise FileNotFoundError(f"{self.url}/{path} does not exist") from error
         except obstore.exceptions.AlreadyExistsError as error:
             raise FileExistsError(f"{self.url}/{path} exists") from error
+        except obstore.exceptions.PreconditionError as error:
+            raise FileExistsError(f"{self.url}/{path} is another version, or was deleted") from error
         except obstore.exceptions.BaseError as error:
             if "416 Range Not Satisfiable" in str(error):
                 raise _PastEndError from error

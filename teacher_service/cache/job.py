@@ -16,8 +16,8 @@ from teacher_service.cache.write_views import ViewTarWriter
 from teacher_service.config import CacheConfig
 from teacher_service.plan.sizes import forecast
 from teacher_service.plan.survey import remaining_bytes
-from teacher_service.share import local
-from teacher_service.share.claims import preparing
+from teacher_service.share import loop
+from teacher_service.share.store_lock import preparing
 from teacher_service.stopping import Stop
 
 
@@ -134,4 +134,4 @@ def _run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task],
         from teacher_service.share import ray  # an optional extra
 
         return ray.run(config, console, stop)
-    return local.run(config, console, stop)
+    return loop.run(config, console, stop)

@@ -1,6 +1,6 @@
 """Gets a cache job ready to run: its tars, its teacher, and the store it writes to."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 
@@ -9,9 +9,7 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor
 
-from feature_store.backends.base import ObjectStore
 from feature_store.backends.local import LocalObjects
-from feature_store.commits.record import FOLDER, parse_record_path
 from feature_store.errors import ResourceError
 from feature_store.format.codecs.bound import calibrated, needs_calibration
 from feature_store.format.manifest import Manifest
@@ -27,7 +25,7 @@ from teacher_service.cache.write_views import ViewTarWriter
 from teacher_service.config import CacheConfig
 from teacher_service.devices import find_device
 from teacher_service.plan.survey import Plan, growth_of, job_manifest, store_exists, survey
-from teacher_service.share.claims import preparing
+from teacher_service.share.store_lock import preparing
 
 CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
 
@@ -147,20 +145,10 @@ def _without_usable_quarantine(store: Store, tars: Sequence[Tar]) -> Store:
 
 def remaining_tasks(store: Store) -> list[Task]:
     """What a store still lacks, unit by unit; a unit's missing views are one task where they follow each other."""
-    return [task for unit, views in store.committed.missing_views().items() for task in _tasks(unit, views)]
+    return [task for unit, views in store.committed.missing_views().items() for task in consecutive_tasks(unit, views)]
 
 
-def missing_parts(objects: ObjectStore, tasks: Iterable[Task]) -> list[Task]:
-    """What nobody has committed by now of tasks: a job with fewer views may have committed some of a task's views."""
-    parts = []
-    for unit, views in tasks:
-        places = [place for path in objects.list(f"{FOLDER}u{unit:05d}-") if (place := parse_record_path(path))]
-        committed = {view for _, first, last in places for view in range(first, last + 1)}
-        parts += _tasks(unit, [view for view in views if view not in committed])
-    return parts
-
-
-def _tasks(unit: int, views: Sequence[int]) -> list[Task]:
+def consecutive_tasks(unit: int, views: Sequence[int]) -> list[Task]:
     """Tasks of ascending views, cut where one is left out."""
     numbered = groupby(enumerate(views), key=lambda pair: pair[1] - pair[0])
     runs = [[view for _, view in run] for _, run in numbered]

@@ -18,7 +18,7 @@ from feature_store.store import Store
 from feature_store.views import view_tar
 from teacher_service.cache.decode import Task
 from teacher_service.cache.write import RESUME
-from teacher_service.share.claims import lock_folder
+from teacher_service.share.store_lock import lock_folder
 
 _SHOWN = 3  # names listed in an error message
 _JPEG = ".jpg"

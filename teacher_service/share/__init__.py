@@ -1,1 +1,1 @@
-"""Who computes a job's tasks: processes of this machine, or actors of a Ray cluster."""
+"""How processes share the units of a cache job: leases, the loop, launchers."""

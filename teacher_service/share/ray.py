@@ -1,7 +1,7 @@
-"""The Ray engine: actors of a cluster pull tasks from one queue, into which a dead actor's tasks go back.
+"""Launcher for Ray: actors that run the loop of a cache job.
 
-Actors are asked for at once and start when the cluster has room for them, so an autoscaler sees the demand and late
-ones join in. Only the store matters in the end: a driver that dies leaves what any interrupted job leaves.
+Actors are requested at once and start when the cluster has room, so an autoscaler sees the demand and late ones join
+in. They share units by leases in the store. A driver that dies leaves what any interrupted job leaves.
 """
 
 import os
@@ -9,33 +9,40 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.store import open_store
-from feature_store.tools.terminal import Console
+from feature_store.tools.terminal import Console, say
 from teacher_service.cache.decode import Task
 from teacher_service.cache.observers import observed
-from teacher_service.cache.pipeline import Pipeline, PipelineReport, UnitDone
-from teacher_service.cache.prepare import join, missing_parts, prepare, remaining_tasks
+from teacher_service.cache.pipeline import PipelineReport, UnitDone
+from teacher_service.cache.prepare import join, prepare, remaining_tasks
 from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig
 from teacher_service.plan.report import print_notes
-from teacher_service.share.task_queue import TaskQueue
+from teacher_service.share.loop import compute
 from teacher_service.stopping import RESUME, Stop, stop_on_signals
 
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
+
 POLL_SECONDS = 0.5
-DEATHS_IN_A_ROW = 5  # without a commit in between: then it is not the machines
+DEATHS_IN_A_ROW = 5  # without a commit in between: more are the job's fault, not the nodes'
 
 
 def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:
-    """What a store lacked, and what the actors did of it.
+    """Prepare a job and run its loop in actors.
 
     Args:
         config: The job; tars, store and checkpoint must have the same paths or URLs on every node.
         console: Where to show progress.
         stop: Set to stop early.
+
+    Returns:
+        What the store lacked, and what the actors did of it.
 
     Raises:
         InputError: Ray is not installed; and see ``teacher_service.cache.job.cache``.
@@ -61,6 +68,7 @@ def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], 
 def _import_ray() -> Any:
     try:
         import ray
+        import ray.util.queue
     except ImportError as error:
         raise InputError("--engine ray needs Ray, which is not installed; pip install 'scalekd-cache[ray]'") from error
     return ray
@@ -86,7 +94,7 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _user_errors(ray: Any) -> Iterator[None]:
-    """Errors of the actors as they were raised there, and Ray's own in our words."""
+    """Raise an actor's UserError here; turn Ray's own errors into a ResourceError."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:
@@ -95,11 +103,11 @@ def _user_errors(ray: Any) -> Iterator[None]:
         raise
     except ray.exceptions.RayError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ResourceError(f"the Ray cluster gave up: {reason}; {RESUME}") from error
+        raise ResourceError(f"the Ray cluster failed: {reason}; {RESUME}") from error
 
 
 def _demand(ray: Any, config: CacheConfig, console: Console) -> dict[str, float]:
-    """What each actor takes of the cluster; says so if no node has that much now."""
+    """Resources of one actor; prints a line if no node has them now."""
     has = ray.cluster_resources()
     gpus = config.gpus_per_actor if config.gpus_per_actor is not None else float(has.get("GPU", 0) > 0)
     demand = {"num_cpus": max(1, config.workers), "num_gpus": gpus}
@@ -114,7 +122,7 @@ def _demand(ray: Any, config: CacheConfig, console: Console) -> dict[str, float]
 
 
 def _prepare(config: CacheConfig, folder: Path) -> tuple[list[Task], tuple[str, ...]]:
-    """Make or grow the store, on a node that has what an actor has; what it lacks, and the plan's notes."""
+    """Make or grow the store, on a node with an actor's resources; what it lacks, and the plan's notes."""
     _change_to(folder)
     job = prepare(config)
     return remaining_tasks(job.store), job.plan.notes
@@ -127,32 +135,28 @@ def _change_to(folder: Path) -> None:
 
 
 class _Worker:
-    """An actor: one pipeline over the tasks it is handed."""
+    """An actor: the loop of a cache job, and where to report its commits."""
 
-    def __init__(self, config: CacheConfig, folder: Path) -> None:
+    def __init__(self, config: CacheConfig, folder: Path, events: "Queue") -> None:
         _change_to(folder)
-        self._config, self._stop = config, Stop()
-        self._pipeline: Pipeline | None = None
+        self._config, self._events, self._stop = config, events, Stop()
 
-    def compute(self, name: str, handout: Any) -> PipelineReport:
-        """Compute tasks until none is left.
+    def compute(self, name: str) -> int:
+        """Run the loop to its end; returns the batch size at the end.
 
         Raises:
             UserError: See ``teacher_service.cache.job.cache``.
         """
-        import ray
-
-        if self._pipeline is None:
-            job = join(self._config)
-            self._pipeline = Pipeline(job.config, job.store, job.teacher, job.tars)
-
-        def tasks() -> Iterator[Task]:
-            while (task := cast(Task | None, ray.get(handout.next.remote(name)))) is not None:
-                yield task
-
-        return self._pipeline.run(
-            tasks(), on_commit=lambda done: ray.get(handout.committed.remote(name, done)), stop=self._stop
+        self._events.put((name, None))
+        job = join(self._config)
+        report = compute(
+            job,
+            remaining_tasks(job.store),
+            on_commit=lambda done: self._events.put((name, done)),
+            on_wait=partial(say, error=True),
+            stop=self._stop,
         )
+        return report.batch_size
 
     def stop(self) -> None:
         """Finish or abandon what is under way."""
@@ -160,20 +164,21 @@ class _Worker:
 
 
 class _Crew:
-    """The actors of a job and their queue, seen from the driver; use as a context manager, leaving it ends them."""
+    """The actors of a job, seen from the driver; use as a context manager, leaving it ends them."""
 
     def __init__(self, ray: Any, config: CacheConfig, demand: dict[str, float], tasks: list[Task]) -> None:
-        self._ray, self._tasks, self._objects = ray, tasks, open_store(config.store).objects
+        self._ray, self._tasks = ray, tasks
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True
         )
-        # Beside the driver: an autoscaler may take away a node whose actors ask for nothing.
-        self._handout = ray.remote(TaskQueue).options(num_cpus=0, scheduling_strategy=here).remote(tasks)
-        # Ray starts a dead actor anew, where there is room; what it is to do then is for this process to say.
+        # Beside the driver: an autoscaler may remove a node whose actors ask for nothing.
+        self._events = ray.util.queue.Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        # Ray restarts a dead actor where there is room; this process then calls it again.
         worker = ray.remote(_Worker).options(**demand, max_restarts=-1, max_task_retries=0, max_concurrency=2)
         count = min(len(tasks), config.num_actors or _room(ray, demand))
-        self._workers = {f"actor-{i}": worker.remote(config, Path.cwd()) for i in range(count)}
+        self._workers = {f"actor-{i}": worker.remote(config, Path.cwd(), self._events) for i in range(count)}
         self._running: dict[Any, str] = {}
+        self._started: set[str] = set()  # the others wait for room in the cluster
         self._deaths_in_a_row = 0
         self._batch_size = config.batch_size
         self._committed: list[UnitDone] = []
@@ -183,64 +188,64 @@ class _Crew:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in (*self._workers.values(), self._handout):
-            self._ray.kill(actor)
+        for worker in self._workers.values():
+            self._ray.kill(worker)
+        self._events.shutdown()
 
     def run(self, on_commit: Callable[[UnitDone], None], stop: Stop) -> PipelineReport:
-        """Keep the actors busy until nothing is left, or told to stop."""
-        started, stopped = time.perf_counter(), False
-        while any(self._ray.get(self._handout.counts.remote())):
-            if stop.is_set() and not stopped:
-                self._stop()
-                stopped = True
-            if not stopped:
-                self._start_idle()
+        """Run every actor's loop; ends when one finds nothing left and the others that have started end too."""
+        began, ends = time.perf_counter(), False
+        for name in self._workers:
+            self._call(name)
+        while self._running if not ends else self._started.intersection(self._running.values()):
+            if stop.is_set() and not ends:
+                for worker in self._workers.values():
+                    worker.stop.remote()
+                ends = True
             ended, _ = self._ray.wait([*self._running], timeout=POLL_SECONDS)
             for reference in ended:
-                self._end(reference, requeue=not stopped)
-            self._tell(on_commit)
-        self._tell(on_commit)
+                ends = self._end(reference, again=not ends) or ends
+            self._receive(on_commit)
+        self._receive(on_commit)
         done = {each.task for each in self._committed}
         return PipelineReport(
             committed=tuple(done),
             abandoned=tuple(task for task in self._tasks if task not in done),
             images=sum(each.images for each in self._committed),
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - began,
             times=StageTimes.together(self._times.values()),
             batch_size=self._batch_size,
         )
 
-    def _start_idle(self) -> None:
-        if not self._ray.get(self._handout.counts.remote())[0]:
-            return
-        for name in sorted(self._workers.keys() - set(self._running.values())):
-            self._running[self._workers[name].compute.remote(name, self._handout)] = name
+    def _call(self, name: str) -> None:
+        self._running[self._workers[name].compute.remote(name)] = name
 
-    def _end(self, reference: Any, *, requeue: bool) -> None:
-        """A worker found the queue empty, failed for the user to see, or died."""
+    def _end(self, reference: Any, *, again: bool) -> bool:
+        """Whether an actor's loop came to its end; one that died is called again."""
         name = self._running.pop(reference)
         try:
-            self._batch_size = min(self._batch_size, self._ray.get(reference).batch_size)
+            self._batch_size = min(self._batch_size, self._ray.get(reference))
         except self._ray.exceptions.RayActorError as error:
             self._deaths_in_a_row += 1
             if self._deaths_in_a_row > DEATHS_IN_A_ROW:
                 reason = str(error).strip().partition("\n")[0]
-                raise ResourceError(f"actors die again and again, the last one: {reason}; {RESUME}") from error
-        held = self._ray.get(self._handout.dismiss.remote(name))  # it died or was stopped, or another job was first
-        if requeue:
-            self._ray.get(self._handout.queue.remote(missing_parts(self._objects, held)))
+                raise ResourceError(
+                    f"{self._deaths_in_a_row} actors died without a commit in between, the last one: {reason}; {RESUME}"
+                ) from error
+            self._started.discard(name)
+            if again:
+                self._call(name)
+            return False
+        return True
 
-    def _tell(self, on_commit: Callable[[UnitDone], None]) -> None:
-        for name, done in self._ray.get(self._handout.news.remote()):
-            self._deaths_in_a_row = 0
-            self._committed.append(done)
-            self._times[name] = done.times
-            on_commit(done)
-
-    def _stop(self) -> None:
-        self._ray.get(self._handout.close.remote())
-        for worker in self._workers.values():
-            worker.stop.remote()
+    def _receive(self, on_commit: Callable[[UnitDone], None]) -> None:
+        for name, done in self._events.get_nowait_batch(self._events.size()):
+            self._started.add(name)
+            if done is not None:
+                self._deaths_in_a_row = 0
+                self._committed.append(done)
+                self._times[name] = done.times
+                on_commit(done)
 
 
 def _room(ray: Any, demand: dict[str, float]) -> int:

@@ -17,9 +17,11 @@ from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 from feature_store import open_store
 from teacher_service.cache.decode import Task
 from teacher_service.cache.job import cache
+from teacher_service.cache.pipeline import Pipeline
 from teacher_service.cache.prepare import prepare, remaining_tasks
+from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig
-from teacher_service.share import local
+from teacher_service.share import loop
 from teacher_service.stopping import Stop
 
 UNITS, VIEWS = 24, 2
@@ -165,14 +167,21 @@ def test_a_job_of_more_views_finishes_units_when_a_job_of_fewer_commits_them_mea
     fewer = cache_config(write_tars(tmp_path, 3, 3, 3), tiny_swin, tmp_path / "store")
     first = prepare(fewer)
     second = prepare(replace(fewer, views=2))
-    tasks = remaining_tasks(second.store)
-    quiet = {"on_commit": lambda done: None, "on_batch": lambda images, times: None, "stop": Stop()}
+    firsts = remaining_tasks(first.store)[:2]
 
-    local.compute(first, remaining_tasks(first.store)[:2], **quiet)
-    report = local.compute(second, tasks, **quiet)
+    def commit_meanwhile(images: int, times: StageTimes) -> None:
+        """The first job, without leases, so that it commits units that the second one holds."""
+        if firsts:
+            Pipeline(first.config, first.store, first.teacher, first.tars).run(firsts, on_commit=lambda done: None)
+            firsts.clear()
+
+    report = loop.compute(
+        second, remaining_tasks(second.store), on_commit=lambda done: None, on_batch=commit_meanwhile, stop=Stop()
+    )
 
     assert open_store(fewer.store).committed.missing_views() == {}
     assert report.committed == (Task(2, range(2)), Task(0, range(1, 2)), Task(1, range(1, 2)))
+    assert set(report.abandoned) == {Task(0, range(2)), Task(1, range(2))}
 
 
 def test_ray_actors_write_the_same_bytes_when_one_is_killed(
@@ -204,7 +213,7 @@ def test_cache_ends_within_ten_seconds_of_a_signal_when_a_unit_takes_longer(
     command[command.index("--views") + 1] = "64"  # minutes of work
     command[command.index("--workers") + 1] = "1"
     process = _start(*command)
-    _wait_for((config.store / ".locks/claim-u00000").exists, process)
+    _wait_for((config.store / ".locks/lease-u00000").exists, process)
     time.sleep(2)  # for the decode worker, which gets the signal too
 
     os.killpg(process.pid, number)  # as torchrun, Slurm and a closed terminal do

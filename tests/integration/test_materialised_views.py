@@ -32,7 +32,7 @@ from teacher_service.cache import pipeline
 from teacher_service.cache.decode import Task
 from teacher_service.cache.job import cache
 from teacher_service.cache.write_views import ViewTarWriter, tar_of
-from teacher_service.share.claims import lock_folder
+from teacher_service.share.store_lock import lock_folder
 from teacher_service.verify.config import VerifyConfig
 from teacher_service.verify.recompute import verify
 
@@ -141,7 +141,7 @@ _KILLED_WHILE_WRITING = """
 import os, pickle, signal, sys
 from pathlib import Path
 from teacher_service.cache.job import cache
-from teacher_service.share.claims import lock_folder
+from teacher_service.share.store_lock import lock_folder
 from teacher_service.cache.decode import Task
 
 rename = Path.rename
