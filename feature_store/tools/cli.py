@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from feature_store.errors import CorruptStoreError, InputError, ResourceError, UserError
+from feature_store.errors import DISK_FULL, CorruptStoreError, InputError, ResourceError, UserError
 from feature_store.inputs.options import DEFAULT, TarOptions
 from feature_store.processes import usable_cpus
 from feature_store.store import open_store
@@ -25,7 +25,6 @@ from feature_store.tools.info import print_summary, summarise
 from feature_store.tools.terminal import Console, LogFormatter, ProgressBar, say, say_json
 
 WRONG_USAGE = 2
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHARED_MEMORY = Path("/dev/shm")  # semaphores and queues of worker processes lie there, without a file name in errors
 _LITTLE = 1 << 20
 

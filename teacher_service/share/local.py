@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
+from feature_store.inputs.tar import tar_notes
 from feature_store.tools.terminal import Console
 from teacher_service.cache.decode import Task
 from teacher_service.cache.observers import observed
@@ -17,25 +18,27 @@ from teacher_service.cache.prepare import Job, missing_parts, prepare, remaining
 from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig
 from teacher_service.plan.report import print_notes
+from teacher_service.plan.survey import Survey
 from teacher_service.share.claims import Claims, lock_folder
 from teacher_service.stopping import Stop, stop_on_signals
 
 POLL_SECONDS = 0.5
 
 
-def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:
+def run(survey: Survey, config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:
     """What a store lacked, and what this process did of it.
 
     Args:
-        config: The job.
+        survey: The job's inputs and destination.
+        config: How to compute.
         console: Where to show progress; of several processes under torchrun, the first shows its own.
         stop: Set to stop early.
 
     Raises:
         UserError: See ``teacher_service.cache.job.cache``.
     """
-    job = prepare(config)
-    print_notes(job.plan.notes, console)
+    job = prepare(survey, config)
+    print_notes(tar_notes(job.tars), console)
     tasks = remaining_tasks(job.store)
     with observed(config, console, job.store.manifest, tasks) as observers, stop_on_signals(stop):
         return tasks, compute(job, tasks, on_commit=observers.committed, on_batch=observers.computed, stop=stop)
@@ -61,7 +64,7 @@ def compute(
     Raises:
         UserError: See ``teacher_service.cache.job.cache``.
     """
-    pipeline = Pipeline(job.config, job.store, job.teacher, job.tars)
+    pipeline = Pipeline(job)
     report = PipelineReport((), (), 0, 0.0, StageTimes(), job.config.batch_size)
     with Claims(job.store, lock_folder(job.store.objects)) as claims:
 

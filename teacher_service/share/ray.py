@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from feature_store.errors import InputError, ResourceError, UserError
+from feature_store.inputs.tar import tar_notes
 from feature_store.store import open_store
 from feature_store.tools.terminal import Console
 from teacher_service.cache.decode import Task
@@ -22,6 +23,7 @@ from teacher_service.cache.prepare import join, missing_parts, prepare, remainin
 from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig
 from teacher_service.plan.report import print_notes
+from teacher_service.plan.survey import survey
 from teacher_service.share.task_queue import TaskQueue
 from teacher_service.stopping import RESUME, Stop, stop_on_signals
 
@@ -116,8 +118,8 @@ def _demand(ray: Any, config: CacheConfig, console: Console) -> dict[str, float]
 def _prepare(config: CacheConfig, folder: Path) -> tuple[list[Task], tuple[str, ...]]:
     """Make or grow the store, on a node that has what an actor has; what it lacks, and the plan's notes."""
     _change_to(folder)
-    job = prepare(config)
-    return remaining_tasks(job.store), job.plan.notes
+    job = prepare(survey(config), config)
+    return remaining_tasks(job.store), tuple(tar_notes(job.tars))
 
 
 def _change_to(folder: Path) -> None:
@@ -143,8 +145,7 @@ class _Worker:
         import ray
 
         if self._pipeline is None:
-            job = join(self._config)
-            self._pipeline = Pipeline(job.config, job.store, job.teacher, job.tars)
+            self._pipeline = Pipeline(join(survey(self._config), self._config))
 
         def tasks() -> Iterator[Task]:
             while (task := cast(Task | None, ray.get(handout.next.remote(name)))) is not None:

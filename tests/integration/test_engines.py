@@ -19,6 +19,7 @@ from teacher_service.cache.decode import Task
 from teacher_service.cache.job import cache
 from teacher_service.cache.prepare import prepare, remaining_tasks
 from teacher_service.config import CacheConfig
+from teacher_service.plan.survey import survey
 from teacher_service.share import local
 from teacher_service.stopping import Stop
 
@@ -163,8 +164,9 @@ def test_a_job_of_more_views_finishes_units_when_a_job_of_fewer_commits_them_mea
     tmp_path: Path, tiny_swin: TinyTeacher
 ) -> None:
     fewer = cache_config(write_tars(tmp_path, 3, 3, 3), tiny_swin, tmp_path / "store")
-    first = prepare(fewer)
-    second = prepare(replace(fewer, views=2))
+    first = prepare(survey(fewer), fewer)
+    more = replace(fewer, views=2)
+    second = prepare(survey(more), more)
     tasks = remaining_tasks(second.store)
     quiet = {"on_commit": lambda done: None, "on_batch": lambda images, times: None, "stop": Stop()}
 
