@@ -39,7 +39,8 @@ from teacher_service.cache.pipeline import Pipeline
 from teacher_service.cache.prepare import Job, prepare
 from teacher_service.cache.stage_timer import StageTimer, StageTimes
 from teacher_service.config import CacheConfig, TimedPlanConfig
-from teacher_service.plan.sizes import forecast
+from teacher_service.plan.forecast import forecast
+from teacher_service.plan.survey import survey
 
 Part = Literal["resident", "jpeg", "views", "memory", "bounds", "plan", "gpu"]
 PARTS: tuple[Part, ...] = ("resident", "jpeg", "views", "memory", "bounds", "plan", "gpu")
@@ -118,7 +119,8 @@ class Bench:
 
     def job(self, teacher: str, **options: Any) -> Job:
         """The same, ready to run again and again: what it commits is forgotten."""
-        job = prepare(self.config(teacher, **options))
+        config = self.config(teacher, **options)
+        job = prepare(survey(config), config)
         return replace(job, store=cast(Store, ForgetfulStore(job.store)))
 
     def _checkpoint(self, teacher: str, kwargs: dict[str, Any]) -> Path:
@@ -171,7 +173,7 @@ def tasks_of(job: Job, images: int, views: range = range(1)) -> list[Task]:
 def pipeline_rate(job: Job, tasks: Sequence[Task], dataset: Any = None) -> tuple[float, StageTimes]:
     """Images per second from the first batch's end to the last one's, and how the stages worked."""
     marks: list[tuple[float, int]] = []
-    pipeline = Pipeline(job.config, job.store, job.teacher, job.tars, dataset)
+    pipeline = Pipeline(job, dataset)
     report = pipeline.run(
         tasks,
         on_commit=lambda done: None,
@@ -280,7 +282,8 @@ def plan(bench: Bench) -> dict[str, Any]:
         config = bench.config(setting.teacher)
         values = {name: getattr(config, name) for name in TimedPlanConfig.__dataclass_fields__}
         values["time_samples"] = setting.samples
-        said = forecast(TimedPlanConfig(**values))
+        timed = TimedPlanConfig(**values)
+        said = forecast(survey(timed), timed)
         summary = cache(config)
         written = sum(path.stat().st_size for path in Path(config.store).rglob("*") if path.is_file())
         assert said.seconds is not None

@@ -12,6 +12,7 @@ from teacher_service.cache.decode import Task
 from teacher_service.cache.encode import UnitRows
 from teacher_service.cache.pipeline import Pipeline
 from teacher_service.cache.prepare import Job
+from teacher_service.plan.sizes import remaining_bytes
 
 UNITS = 200
 SETTLING = 40  # units until caches and pools have their size
@@ -47,14 +48,14 @@ def memory_slope(job: Job) -> dict[str, Any]:
     """Growth of the process's memory over 200 units, by least squares once the first forty have settled it."""
     resident: list[float] = []
     units = [Task(i % len(job.tars), range(1)) for i in range(UNITS)]
-    pipeline = Pipeline(job.config, job.store, job.teacher, job.tars)
+    pipeline = Pipeline(job)
     pipeline.run(units, on_commit=lambda done: resident.append(_resident_bytes()))
     settled = resident[SETTLING:]
     slope, _ = np.polyfit(np.arange(len(settled)), settled, 1)
     return {
         "units": len(resident),
         "samples_per_unit": len(job.tars[0]),
-        "mib_of_a_unit": job.plan.total_bytes / job.plan.units / 2**20,
+        "mib_of_a_unit": remaining_bytes(job.store.layout, {0: range(1)}) / 2**20,
         "kib_per_unit": slope / 1024,
         "mib_at_first": settled[0] / 2**20,
         "mib_at_last": settled[-1] / 2**20,
@@ -84,7 +85,7 @@ def _units_in_memory(job: Job) -> int:
     UnitRows.__init__ = counted  # pyright: ignore[reportAttributeAccessIssue]
     try:
         tasks = [Task(i % len(job.tars), range(1)) for i in range(2 * len(job.tars))]
-        Pipeline(job.config, job.store, job.teacher, job.tars).run(tasks, on_commit=lambda unit: None)
+        Pipeline(job).run(tasks, on_commit=lambda unit: None)
     finally:
         UnitRows.__init__ = make
     return most[0]

@@ -24,7 +24,7 @@ from feature_store.format.versions import software_versions
 from student_trainer.student import Student
 from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig
-from teacher_service.plan.survey import plan
+from teacher_service.plan.sizes import plan
 
 _MARKER = ".made-by-demo"  # a folder is emptied only if this file is in it
 

@@ -14,9 +14,13 @@ UserError                       exit 2 unless a subclass says otherwise
     └── WireError               a body from another machine is truncated, damaged or no frame
 """
 
+import errno
 from enum import StrEnum
 from functools import partial
 from typing import Any
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Codes of an OSError for lack of room: a full disk, a quota, a limit on file sizes."""
 
 
 class Remedy(StrEnum):

@@ -29,9 +29,10 @@ token = tyro.extras.SubcommandApp()
 @app.command
 def plan(config: tyro.conf.OmitArgPrefixes[SharedPlanConfig]) -> None:
     """Say what a cache would hold, how big it gets, and with --time-samples how long it takes and when it pays."""
-    from teacher_service.plan.sizes import forecast
+    from teacher_service.plan.forecast import forecast
+    from teacher_service.plan.survey import survey
 
-    result = forecast(config, config.processes)
+    result = forecast(survey(config), config, config.processes)
     if config.json:
         say_json(result.to_dict())
     else:

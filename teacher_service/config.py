@@ -14,6 +14,17 @@ from feature_store.views import PolicyName
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """Which teacher, cut where, in which precision."""
+
+    name: str
+    model_kwargs: JsonObject = field(default_factory=dict)
+    depth: int | None = None
+    drop_prefix: bool = False
+    compute_dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig(TarOptions):
     """What is to be cached: enough to say how big it gets.
 
@@ -99,6 +110,17 @@ class TimedPlanConfig(PlanConfig):
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
     time_samples: int = 0
+
+    @property
+    def teacher_spec(self) -> TeacherSpec:
+        """The teacher."""
+        return TeacherSpec(
+            name=self.teacher,
+            model_kwargs=self.model_kwargs,
+            depth=self.depth,
+            drop_prefix=self.drop_prefix,
+            compute_dtype=self.compute_dtype,
+        )
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""

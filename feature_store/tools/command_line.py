@@ -16,12 +16,11 @@ from pathlib import Path
 import tyro
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from feature_store.errors import InputError, ResourceError, UserError
+from feature_store.errors import DISK_FULL, InputError, ResourceError, UserError
 from feature_store.tools.remedies import COMMANDS
 from feature_store.tools.terminal import Console, LogFormatter, ProgressBar, say
 
 WRONG_USAGE = 2
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHARED_MEMORY = Path("/dev/shm")  # semaphores and queues of worker processes lie there, without a file name in errors
 _LITTLE = 1 << 20
 

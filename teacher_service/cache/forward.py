@@ -37,8 +37,8 @@ class PendingBatch:
 class Outputs:
     """What the teacher said of one batch, perhaps still being computed."""
 
-    def __init__(self, parts: Sequence[PendingBatch], waits: StageTimer) -> None:
-        self._parts, self._waits = parts, waits
+    def __init__(self, parts: Sequence[PendingBatch], timer: StageTimer) -> None:
+        self._parts, self._timer = parts, timer
 
     def arrays(self) -> Arrays:
         """Wait for them, and note how long the GPU worked."""
@@ -52,7 +52,7 @@ class Outputs:
         for _, end in events.values():
             end.synchronize()
         for stage, (begin, end) in events.items():
-            self._waits.add(stage, begin.elapsed_time(end) / 1000)
+            self._timer.add(stage, begin.elapsed_time(end) / 1000)
 
 
 class Forward:
@@ -69,15 +69,15 @@ class Forward:
         taps: Which of its taps are wanted.
         batch_size: View images per pass.
         compile: Run it through ``torch.compile``; batches are padded, so that one shape is compiled.
-        waits: Where to note how long it takes.
+        timer: Notes how long it takes.
     """
 
     def __init__(
-        self, teacher: Teacher, taps: Sequence[str], batch_size: int, waits: StageTimer, *, compile: bool = False
+        self, teacher: Teacher, taps: Sequence[str], batch_size: int, timer: StageTimer, *, compile: bool = False
     ) -> None:
         self.batch_size = batch_size
         self.device = next(teacher.parameters()).device
-        self._taps, self._waits, self._pad = tuple(taps), waits, compile
+        self._taps, self._timer, self._pad = tuple(taps), timer, compile
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             prepare_for_gpu(teacher)
@@ -104,7 +104,7 @@ class Forward:
                     raise
                 raise self._compile_error(error) from error
             done += len(piece)
-        return Outputs(parts, self._waits)
+        return Outputs(parts, self._timer)
 
     def _compile_error(self, error: RuntimeError) -> ResourceError:
         reason = str(error).strip().splitlines()[0]
@@ -136,7 +136,7 @@ class Forward:
     def _run_on_cpu(
         self, compute: Callable[[Tensor], dict[str, Tensor]], pixels_BHWC: Tensor, images: int
     ) -> PendingBatch:
-        with self._waits.busy("forward"):
+        with self._timer.busy("forward"):
             return PendingBatch(compute(pixels_BHWC), images, {})
 
 

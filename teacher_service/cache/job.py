@@ -1,4 +1,4 @@
-"""The cache job: tars through the frozen teacher into a store, unit by unit, resumable after any interruption."""
+"""The cache job: all tars through the teacher into a store, resumable."""
 
 import time
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ from teacher_service.cache.observers import append_event
 from teacher_service.cache.pipeline import PipelineReport
 from teacher_service.cache.write_views import ViewTarWriter
 from teacher_service.config import CacheConfig
-from teacher_service.plan.sizes import forecast
-from teacher_service.plan.survey import remaining_bytes
+from teacher_service.plan.forecast import forecast
+from teacher_service.plan.sizes import remaining_bytes
+from teacher_service.plan.survey import Survey, survey
 from teacher_service.share import loop
 from teacher_service.share.store_lock import preparing
 from teacher_service.stopping import Stop
@@ -78,10 +79,13 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
         ResourceError: Disk full, weights that cannot be fetched, a device that gave up.
     """
     processes = max(1, environment_number("WORLD_SIZE", 1))  # torchrun's, which time their samples at once
-    predicted = forecast(config, processes).seconds if config.time_samples else None
     started = time.perf_counter()
     warm_up(config.workers)
-    tasks, report = _run(config, console or Console(quiet=True), stop or Stop())
+    found = survey(config) if config.engine == "local" or config.time_samples else None  # Ray's actors make their own
+    surveyed = time.perf_counter()
+    predicted = forecast(found, config, processes).seconds if found and config.time_samples else None
+    started += time.perf_counter() - surveyed  # to time samples is no part of the run
+    tasks, report = _run(found, config, console or Console(quiet=True), stop or Stop())
     store = open_store(config.store)  # engines commit in other processes
     with preparing(config.store):
         if has_locks(store.objects):
@@ -105,7 +109,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
         images_per_second=report.images / seconds,
         device_hours=report.times.available.get("forward", 0.0) / 3600,
         bytes_written=sum(_bytes(store, task) for task in report.committed),
-        predicted_bytes=remaining_bytes(store.manifest, _views(report.committed)),
+        predicted_bytes=remaining_bytes(store.layout, _views(report.committed)),
         stages={stage: report.times.share(stage) for stage in report.times.available},
         bottleneck=report.times.bottleneck,
         batch_size=report.batch_size,
@@ -128,10 +132,10 @@ def _views(tasks: Sequence[Task]) -> dict[int, list[int]]:
     return views
 
 
-def _run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:
+def _run(found: Survey | None, config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:
     """What the store lacked, and what the engine did of it."""
-    if config.engine == "ray":
+    if found is None or config.engine == "ray":
         from teacher_service.share import ray  # an optional extra
 
         return ray.run(config, console, stop)
-    return loop.run(config, console, stop)
+    return loop.run(found, config, console, stop)

@@ -16,15 +16,14 @@ from typing import Any
 from feature_store.errors import CommittedError, InputError
 from feature_store.inputs.tar import Tar
 from feature_store.store import Store
-from feature_store.teacher.model import Teacher
 from teacher_service.cache.decode import Batch, Task, ViewDataset, batch_spans, read_batches
 from teacher_service.cache.encode import UnitRows
 from teacher_service.cache.forward import Forward, Outputs
+from teacher_service.cache.prepare import Job
 from teacher_service.cache.stage import Stage
 from teacher_service.cache.stage_timer import StageTimer, StageTimes
 from teacher_service.cache.write import write_unit
 from teacher_service.cache.write_views import ViewTarWriter
-from teacher_service.config import CacheConfig
 
 ENCODERS = 2  # threads that share the encoding of each batch
 BATCHES_AHEAD = 2  # keeps a GPU busy while one is being copied out and one encoded
@@ -90,22 +89,19 @@ class Pipeline:
     remains of it after the device ran out of memory) can change the last bits of a float, nothing else.
 
     Args:
-        config: How to compute.
-        store: Where to; each unit is locked while it is written, the store as a whole is not.
-        teacher: The frozen model, on its device.
-        tars: The store's, in its order.
+        job: What to compute. Each unit is locked while it is written, the store as a whole is not.
         dataset: Gives batches by span; default the tars' views.
     """
 
-    def __init__(
-        self, config: CacheConfig, store: Store, teacher: Teacher, tars: Sequence[Tar], dataset: Any = None
-    ) -> None:
-        manifest = store.manifest
-        self._config, self._store, self._tars = config, store, tars
-        self._dataset = dataset or ViewDataset(tars, manifest.policy, manifest.seed, manifest.view_encoding)
-        self._views_out = None if config.views_out is None else ViewTarWriter(config.views_out, store)
-        self._waits = StageTimer({"decode": max(1, config.workers)})
-        self._forward = Forward(teacher, tuple(manifest.taps), config.batch_size, self._waits, compile=config.compile)
+    def __init__(self, job: Job, dataset: Any = None) -> None:
+        config, manifest = job.config, job.store.manifest
+        self._config, self._store, self._tars = config, job.store, job.tars
+        self._dataset = dataset or ViewDataset(job.tars, manifest.policy, manifest.seed, manifest.view_encoding)
+        self._views_out = None if config.views_out is None else ViewTarWriter(config.views_out, job.store)
+        self._timer = StageTimer({"decode": max(1, config.workers)})
+        self._forward = Forward(
+            job.teacher, tuple(manifest.taps), config.batch_size, self._timer, compile=config.compile
+        )
 
     def run(
         self,
@@ -133,8 +129,8 @@ class Pipeline:
         Raises:
             UserError: See ``teacher_service.cache.job.cache``; committed units stay.
         """
-        waits, started = self._waits, time.perf_counter()
-        run = _Run(self._store, self._views_out, self._tars, on_commit, waits)
+        timer, started = self._timer, time.perf_counter()
+        run = _Run(self._store, self._views_out, self._tars, on_commit, timer)
         stopping = _Stopping(stop or threading.Event())
         with (
             closing(self._batches(run.pulled(tasks, stopping.requested))) as batches,
@@ -143,8 +139,8 @@ class Pipeline:
             Stage("encoder", threads=1, waiting=BATCHES_AHEAD) as encoder,
         ):
             for batch in batches:
-                waits.start()
-                waits.add("decode", batch.seconds)
+                timer.start()
+                timer.add("decode", batch.seconds)
                 self._require_readable(batch)
                 if not stopping.goes_on(batch, run.images_left(batch)):
                     break
@@ -152,7 +148,7 @@ class Pipeline:
                 encoder.submit(run.encode, batch, outputs, run.rows_of(batch), pool, writer)
                 run.images += batch.images
                 if on_batch is not None:
-                    on_batch(run.images, waits.times())
+                    on_batch(run.images, timer.times())
         return run.report(time.perf_counter() - started, self._forward.batch_size)
 
     def _batches(self, tasks: Iterable[Task]) -> Generator[Batch, None, None]:
@@ -184,10 +180,10 @@ class _Run:
         views_out: ViewTarWriter | None,
         tars: Sequence[Tar],
         on_commit: Callable[[UnitDone], None],
-        waits: StageTimer,
+        timer: StageTimer,
     ) -> None:
         self._store, self._views_out, self._tars = store, views_out, tars
-        self._on_commit, self._waits = on_commit, waits
+        self._on_commit, self._timer = on_commit, timer
         self._pulled: list[Task] = []
         self._committed: list[Task] = []
         self._rows: UnitRows | None = None
@@ -213,7 +209,7 @@ class _Run:
     def encode(self, batch: Batch, outputs: Outputs, rows: UnitRows, pool: Executor, writer: Stage) -> None:
         """Encode a batch; the unit's last one hands the unit to the writer. In the encode thread."""
         arrays = outputs.arrays()
-        with self._waits.busy("encode"):
+        with self._timer.busy("encode"):
             rows.add(batch, arrays, pool)
         if rows.whole:
             writer.submit(self._write, batch.task, rows)
@@ -221,7 +217,7 @@ class _Run:
     def _write(self, task: Task, rows: UnitRows) -> None:
         data = rows.data()
         try:
-            with self._waits.busy("write"):
+            with self._timer.busy("write"):
                 if self._views_out is not None:  # before the commit, which says that they are there
                     self._views_out.write(task, rows.views())
                 write_unit(self._store, task, data)
@@ -235,7 +231,7 @@ class _Run:
                 images=len(data.keys) * len(task.views),
                 quarantined=data.quarantined,
                 bytes=sum(proof.bytes for proof in record.objects.values()),
-                times=self._waits.times(),
+                times=self._timer.times(),
             )
         )
 
@@ -247,7 +243,7 @@ class _Run:
             abandoned=tuple(task for task in self._pulled if task not in done),
             images=self.images,
             seconds=seconds,
-            times=self._waits.times(),
+            times=self._timer.times(),
             batch_size=batch_size,
         )
 

@@ -1,4 +1,4 @@
-"""Gets a cache job ready to run: its tars, its teacher, and the store it writes to."""
+"""Preparation of a cache job: room, teacher, store."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +14,18 @@ from feature_store.errors import ResourceError
 from feature_store.format.codecs.bound import calibrated, needs_calibration
 from feature_store.format.manifest import Manifest
 from feature_store.inputs.tar import Tar
-from feature_store.store import Store, open_store
-from feature_store.teacher.bundle import bundle_sha256, bundle_state
-from feature_store.teacher.model import Teacher, load_teacher
+from feature_store.store import Store, open_store_in
+from feature_store.teacher.bundle import bundle_state
+from feature_store.teacher.model import Teacher
 from teacher_service.cache.decode import Task, ViewDataset
 from teacher_service.cache.forward import Forward
 from teacher_service.cache.stage_timer import StageTimer
 from teacher_service.cache.write import disk_error
 from teacher_service.cache.write_views import ViewTarWriter
 from teacher_service.config import CacheConfig
-from teacher_service.devices import find_device
-from teacher_service.plan.survey import Plan, growth_of, job_manifest, store_exists, survey
+from teacher_service.load import load
+from teacher_service.plan.sizes import Plan, plan_of
+from teacher_service.plan.survey import Survey, find_store, growth_of
 from teacher_service.share.store_lock import preparing
 
 CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
@@ -32,33 +33,59 @@ CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics
 
 @dataclass(frozen=True)
 class Job:
-    """All that computing takes.
+    """A job that is ready to compute.
 
     Attributes:
-        config: What to do.
-        plan: What it was predicted to write.
-        store: Where to.
+        config: How to compute.
+        store: The store it writes to.
         teacher: The frozen model, on its device.
-        tars: The store's, in its order.
+        tars: The store's tars, in its order.
     """
 
     config: CacheConfig
-    plan: Plan
     store: Store
     teacher: Teacher
     tars: tuple[Tar, ...]
 
 
-def prepare(config: CacheConfig) -> Job:
-    """A job whose store is there and has room for what the job asks for.
+def prepare(survey: Survey, config: CacheConfig) -> Job:
+    """Make or grow the store of a surveyed job, once there is room for it.
 
     One process of a machine at a time: of several that run the same job, the first makes the store and learns its
     codecs' statistics, the others find it.
 
+    Args:
+        survey: The job's inputs and destination.
+        config: How to compute.
+
     Raises:
         UserError: See ``teacher_service.cache.job.cache``.
     """
-    plan, tars = survey(config)
+    plan, tars = plan_of(survey, config), survey.tars
+    _require_room(plan)
+    teacher = load(config.teacher_spec, config.device, checkpoint=config.checkpoint)
+    blocks = bundle_state(teacher.later_blocks)
+    manifest = survey.manifest_of(teacher, blocks)
+    with preparing(config.store):
+        store = find_store(survey.objects)  # once more: another process may have made it meanwhile
+        if store is None:
+            if needs_calibration(manifest):
+                manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
+            store = _create(survey, manifest, blocks, plan.remaining_bytes)
+        if growth := growth_of(store, manifest):
+            store = store.grow(growth.manifest)
+        if config.retry_quarantined:
+            store = _without_usable_quarantine(store, tars)
+        if isinstance(store.objects, LocalObjects):  # in a bucket nothing tells another writer's from a dead one's
+            store.remove_orphans()
+        if config.views_out is not None:
+            views_out = ViewTarWriter(config.views_out, store)
+            views_out.require_committed()
+            views_out.remove_orphans()
+    return Job(config, store, teacher, tars)
+
+
+def _require_room(plan: Plan) -> None:
     if not plan.fits:
         free = plan.free_bytes or 0
         raise ResourceError(
@@ -71,61 +98,24 @@ def prepare(config: CacheConfig) -> Job:
             f"{decimal(views.needed_bytes)} more are needed where the views go, {views.url}, and {decimal(free)} are "
             f"free, about {decimal(views.needed_bytes - free)} are missing; make room, or take fewer --views"
         )
-    teacher = load_job_teacher(config)
-    blocks = bundle_state(teacher.later_blocks)
-    manifest = job_manifest(config, tars, teacher.info, teacher.split, bundle_sha256(blocks))
-    with preparing(config.store):
-        if not store_exists(config.store):
-            if needs_calibration(manifest):
-                manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
-            _create(config, manifest, blocks, plan.remaining_bytes)
-        store = open_store(config.store)
-        if growth := growth_of(store, manifest):
-            store = store.grow(growth.manifest)
-        if config.retry_quarantined:
-            store = _without_usable_quarantine(store, tars)
-        if isinstance(store.objects, LocalObjects):  # in a bucket nothing tells another writer's from a dead one's
-            store.remove_orphans()
-        if config.views_out is not None:
-            views_out = ViewTarWriter(config.views_out, store)
-            views_out.require_committed()
-            views_out.remove_orphans()
-    return Job(config, plan, store, teacher, tars)
 
 
-def join(config: CacheConfig) -> Job:
-    """A job that was prepared already, on this machine or another one.
+def join(survey: Survey, config: CacheConfig) -> Job:
+    """A surveyed job that was prepared already, on this machine or another one.
 
     Raises:
         UserError: See ``teacher_service.cache.job.cache``.
     """
-    plan, tars = survey(config)
-    return Job(config, plan, open_store(config.store), load_job_teacher(config), tars)
+    store = survey.store or open_store_in(survey.objects)
+    teacher = load(config.teacher_spec, config.device, checkpoint=config.checkpoint)
+    return Job(config, store, teacher, survey.tars)
 
 
-def load_job_teacher(config: CacheConfig) -> Teacher:
-    """The teacher a job asks for, on its device.
-
-    Raises:
-        InputError: Unknown teacher, or a checkpoint that does not fit it.
-        ResourceError: Its weights cannot be fetched, or the device cannot be used.
-    """
-    return load_teacher(
-        config.teacher,
-        checkpoint=config.checkpoint,
-        model_kwargs=config.model_kwargs,
-        depth=config.depth,
-        drop_prefix=config.drop_prefix,
-        compute_dtype=config.compute_dtype,
-        device=find_device(config.device),
-    )
-
-
-def _create(config: CacheConfig, manifest: Manifest, blocks: Mapping[str, Tensor], needed: int) -> None:
+def _create(survey: Survey, manifest: Manifest, blocks: Mapping[str, Tensor], needed: int) -> Store:
     try:
-        Store.create(config.store, manifest, blocks)
+        return Store.create(survey.objects.url, manifest, blocks)
     except OSError as error:
-        raise disk_error(error, config.store, "the new store", needed) from error
+        raise disk_error(error, survey.objects, "the new store", needed) from error
 
 
 def _without_usable_quarantine(store: Store, tars: Sequence[Tar]) -> Store:
@@ -140,7 +130,7 @@ def _without_usable_quarantine(store: Store, tars: Sequence[Tar]) -> Store:
     }
     for unit in sorted(usable):
         store.withdraw_unit(unit)
-    return open_store(store.objects.url) if usable else store
+    return open_store_in(store.objects) if usable else store
 
 
 def remaining_tasks(store: Store) -> list[Task]:

@@ -1,35 +1,33 @@
 """Writes one finished unit, with the user's form of what can go wrong on the way to the disk."""
 
-from pathlib import Path
-
 from rich.filesize import decimal
 
-from feature_store.errors import ResourceError
+from feature_store.backends.base import ObjectStore
+from feature_store.errors import DISK_FULL, ResourceError
 from feature_store.store import Store
-from feature_store.tools.command_line import DISK_FULL
 from feature_store.write.unit import EncodedUnit
 from teacher_service.cache.decode import Task
 from teacher_service.plan.disk import free_bytes
-from teacher_service.plan.survey import remaining_bytes
+from teacher_service.plan.sizes import remaining_bytes
 
 RESUME = "committed units are safe; mend it and run the same command again to go on"
 
 
-def disk_error(error: OSError, store: str | Path, what: str, needed: int = 0) -> ResourceError:
+def disk_error(error: OSError, objects: ObjectStore, what: str, needed: int = 0) -> ResourceError:
     """The user's form of a failed write: what is missing, and how to go on.
 
     Args:
         error: What the system said.
-        store: The store.
+        objects: The store's.
         what: What could not be written.
         needed: Bytes that are still to be written, if known.
     """
     if error.errno not in DISK_FULL:
-        return ResourceError(f"{what} cannot be written to {store}: {error}; {RESUME}")
-    free = free_bytes(store) or 0
+        return ResourceError(f"{what} cannot be written to {objects.url}: {error}; {RESUME}")
+    free = free_bytes(objects) or 0
     missing = f"{decimal(needed - free)} are missing" if needed > free else "a quota or file size limit is in the way"
     return ResourceError(
-        f"{what} does not fit on the disk ({error.strerror}): {store} needs {decimal(needed)} more, "
+        f"{what} does not fit on the disk ({error.strerror}): {objects.url} needs {decimal(needed)} more, "
         f"{decimal(free)} are free, {missing}; {RESUME}"
     )
 
@@ -44,5 +42,5 @@ def write_unit(store: Store, task: Task, data: EncodedUnit) -> None:
     try:
         store.write_unit(task.unit, task.views.start, data)
     except OSError as error:
-        needed = remaining_bytes(store.manifest, store.committed.missing_views())
-        raise disk_error(error, store.objects.url, f"unit {task.unit}", needed) from error
+        needed = remaining_bytes(store.layout, store.committed.missing_views())
+        raise disk_error(error, store.objects, f"unit {task.unit}", needed) from error

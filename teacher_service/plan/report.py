@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from teacher_service.cache.job import CacheSummary
-    from teacher_service.plan.sizes import Forecast
+    from teacher_service.plan.forecast import Forecast
 
 
 def print_forecast(forecast: "Forecast", console: Console) -> None:

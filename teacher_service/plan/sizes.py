@@ -1,139 +1,163 @@
-"""Says what a job costs before it runs: bytes for each codec and number of views, time, and when it pays."""
+"""Sizes of the store a job writes, predicted from shapes and tar headers."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from feature_store.format.codecs.registry import CODECS
-from feature_store.format.manifest import Manifest
-from teacher_service.config import TimedPlanConfig
-from teacher_service.plan.survey import (
-    Plan,
-    TeacherOutline,
-    job_manifest,
-    open_tars,
-    outline_teacher,
-    plan_of,
-    predict,
-    prefix_codec,
-)
-from teacher_service.plan.timing import Timing, measure
+from feature_store.commits.record import CommitRecord, ObjectChecksum, encode_record
+from feature_store.format.checksums import CRC_BYTES
+from feature_store.format.layout import StoreLayout
+from feature_store.inputs.tar import tar_notes
+from teacher_service.config import PlanConfig
+from teacher_service.plan.disk import free_bytes
+from teacher_service.plan.survey import Survey, survey
+from teacher_service.plan.view_sizes import ViewTars, view_tars
 
-VIEW_COUNTS = (1, 2, 4, 8, 16, 50)
-EPOCHS = (100, 300)  # the schedules of the released settings
+ARRAY_BYTES, SHARDED_BYTES = 600, 1150  # zarr.json of an array, about
+GROUPS = 5  # root, taps, view, teacher, teacher/blocks
 
 
 @dataclass(frozen=True)
-class ViewCost:
-    """What so many views would cost; times are None where none were measured.
+class Plan:
+    """What a job writes.
 
     Attributes:
+        teacher: timm model name.
+        store: Destination.
+        units: Tars.
+        samples: Source images in them.
+        capacity: Rows reserved per unit: the largest tar's samples.
         views: Views per sample.
-        total_bytes: Of the finished store.
-        fits: Whether that fits on the disk.
-        device_hours: Of the pass that writes it.
-        break_even_epochs: See Timing.
-        break_even_students: By epochs of each student's schedule, see Timing.
+        rows: Samples times views: images through the teacher.
+        taps: ``[tokens, channels, codec]`` per tap.
+        bytes: Bytes per array or kind of object.
+        total_bytes: Their sum.
+        objects: Files in the finished store.
+        committed_units: Units the destination already holds.
+        remaining_bytes: Bytes still to be written.
+        remaining_images: Images still to go through the teacher.
+        free_bytes: Free disk at the destination; None for a bucket.
+        fits: Whether the remaining bytes fit in the free ones.
+        view_tars: Materialised views, which are not part of the store; None without them.
+        notes: What the user should know of the tars: hidden files, samples without a label, and so on.
     """
 
+    teacher: str
+    store: str
+    units: int
+    samples: int
+    capacity: int
     views: int
+    rows: int
+    taps: dict[str, tuple[int, int, str]]
+    bytes: dict[str, int]
     total_bytes: int
+    objects: int
+    committed_units: int
+    remaining_bytes: int
+    remaining_images: int
+    free_bytes: int | None
     fits: bool
-    device_hours: float | None
-    break_even_epochs: float | None
-    break_even_students: dict[int, float] | None
+    view_tars: ViewTars | None = None
+    notes: tuple[str, ...] = ()
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes fit at the destination."""
+        return self.free_bytes is None or size <= self.free_bytes
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """A plan, and what else there is to choose from.
-
-    Attributes:
-        plan: Of the job as it was asked for.
-        codec_bytes: Bytes of the store by tap codec, the most exact first.
-        view_counts: Costs by number of views.
-        processes: Processes that share the job, each with a device and cores like the ones that were timed.
-        seconds: Of what is left of the job; None where nothing was measured.
-        device_hours: The same in hours of all their devices.
-        write_rate: Bytes per second they then write together: nothing says that their disk can.
-        online_device_hours_per_epoch: The teacher's in each epoch of a student that has it in its training loop.
-        timing: What was measured.
-    """
-
-    plan: Plan
-    codec_bytes: dict[str, int]
-    view_counts: tuple[ViewCost, ...]
-    processes: int
-    seconds: float | None
-    device_hours: float | None
-    write_rate: float | None
-    online_device_hours_per_epoch: float | None
-    timing: Timing | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON, the plan's own numbers on top."""
-        found = asdict(self)
-        return found.pop("plan") | found
-
-
-def forecast(config: TimedPlanConfig, processes: int = 1) -> Forecast:
-    """Predict a job's bytes and, from a timed sample, its time.
-
-    Args:
-        config: The job.
-        processes: Processes that will share its units.
+def plan(config: PlanConfig) -> Plan:
+    """Predict a job's bytes and objects from tar headers and the teacher's shapes.
 
     Raises:
-        UserError: The job could not start, see ``teacher_service.plan.survey.plan``.
+        UserError: The job could not start, see ``teacher_service.plan.survey.survey``.
     """
-    outline, tars = outline_teacher(config), open_tars(config)
-    plan = plan_of(config, outline, tars)
-    timing = measure(config, tars) if config.time_samples else None
-    manifest = job_manifest(config, tars, outline.info, outline.split)
-    new = plan.remaining_bytes == plan.total_bytes
-    units = max(1, plan.units - plan.committed_units)
-    images = plan.remaining_images * math.ceil(units / processes) / units  # of the process with the most units
-    seconds = None if timing is None else timing.seconds(images, plan.views, new=new)
-    return Forecast(
-        plan=plan,
-        codec_bytes={codec: _total(_with_codec(manifest, codec), outline, config) for codec in CODECS},
-        view_counts=tuple(_view_costs(manifest, outline, config, plan, timing)),
-        processes=processes,
-        seconds=seconds,
-        device_hours=None if seconds is None else processes * seconds / 3600,
-        write_rate=None if seconds is None else plan.remaining_bytes / seconds,
-        online_device_hours_per_epoch=None if timing is None else plan.samples * timing.busy["forward"] / 3600,
-        timing=timing,
+    return plan_of(survey(config), config)
+
+
+def plan_of(survey: Survey, config: PlanConfig) -> Plan:
+    """The plan of a surveyed job."""
+    layout, manifest, block_bytes = survey.layout, survey.manifest, survey.outline.block_bytes
+    sizes = store_bytes(layout, block_bytes)
+    remaining = remaining_bytes(layout, survey.missing) if survey.store else sizes.total()
+    images = sum(manifest.tars[unit].samples * len(views) for unit, views in survey.missing.items())
+    free, samples, units = free_bytes(survey.objects), sum(tar.samples for tar in manifest.tars), len(manifest.tars)
+    unit_objects = len(layout.per_unit) + len(layout.per_view) * manifest.num_views + 1  # and a commit record
+    views = None
+    if config.views_out is not None:
+        views = view_tars(config.views_out, manifest, survey.tars, images, survey.objects, remaining)
+    return Plan(
+        teacher=manifest.teacher.name,
+        store=str(config.store),
+        units=units,
+        samples=samples,
+        capacity=manifest.capacity,
+        views=manifest.num_views,
+        rows=samples * manifest.num_views,
+        taps={name: (tap.tokens, tap.channels, tap.codec) for name, tap in manifest.taps.items()},
+        bytes=dict(sizes),
+        total_bytes=sizes.total(),
+        objects=units * unit_objects + len(layout.arrays) + GROUPS + 2 * len(block_bytes),
+        committed_units=units - len(survey.missing),
+        remaining_bytes=remaining,
+        remaining_images=images,
+        free_bytes=free,
+        fits=free is None or remaining <= free,
+        view_tars=views,
+        notes=tuple(tar_notes(survey.tars)),
     )
 
 
-def _total(manifest: Manifest, outline: TeacherOutline, config: TimedPlanConfig) -> int:
-    """Bytes of a whole store; linear in views, so that many need not be counted one by one."""
-    one, two = (
-        predict(replace(manifest, num_views=views), outline.block_bytes, config.store, None).total_bytes
-        for views in (1, 2)
+def store_bytes(layout: StoreLayout, block_bytes: Sequence[int]) -> Counter[str]:
+    """Bytes of a finished store without quarantined samples, by array or kind of object.
+
+    Args:
+        layout: The store's.
+        block_bytes: Bytes of each tensor of the later blocks.
+    """
+    sizes = sum(_unit_sizes(layout), Counter[str]())
+    arrays = [*(spec.sharded for spec in layout.arrays.values()), *(False for _ in block_bytes)]
+    sizes["teacher/blocks"] = sum(block_bytes) + CRC_BYTES * len(block_bytes)
+    sizes["metadata"] += len(json.dumps(layout.manifest.to_dict(), separators=(",", ":")))
+    sizes["metadata"] += sum(SHARDED_BYTES if sharded else ARRAY_BYTES for sharded in arrays)
+    return sizes
+
+
+def remaining_bytes(layout: StoreLayout, missing: Mapping[int, Sequence[int]]) -> int:
+    """Bytes of missing views, given by unit."""
+    sizes, views = _unit_sizes(layout), layout.manifest.num_views
+    return round(sum(sizes[unit].total() * len(some) / views for unit, some in missing.items()))
+
+
+def _unit_sizes(layout: StoreLayout) -> list[Counter[str]]:
+    """Bytes of every unit's objects by kind; units of as many samples count as equal."""
+    tars = layout.manifest.tars
+    examples = {tar.samples: unit for unit, tar in enumerate(tars)}
+    sizes = {samples: _unit_bytes(layout, unit) for samples, unit in examples.items()}
+    return [sizes[tar.samples] for tar in tars]
+
+
+def _unit_bytes(layout: StoreLayout, unit: int) -> Counter[str]:
+    """Bytes of a unit's objects by kind, commit record included."""
+    manifest, sizes = layout.manifest, Counter[str]()
+    views = range(manifest.num_views)
+    arrays = [*layout.per_unit, *layout.per_view * len(views)]  # in the order of object_paths
+    each = [layout.object_bytes(spec, manifest.tars[unit].samples) for spec in arrays]
+    for spec, size in zip(arrays, each, strict=True):
+        sizes[spec.path if spec.sharded else "samples and views"] += size
+    objects = zip(layout.object_paths(unit, views), each, strict=True)
+    record = CommitRecord(
+        store=manifest.identity(),
+        unit=unit,
+        first_view=0,
+        last_view=len(views) - 1,
+        tar=manifest.tars[unit].name,
+        tar_sha256=manifest.tars[unit].header_sha256,
+        samples=manifest.tars[unit].samples,
+        quarantined={},
+        objects={path: ObjectChecksum(size, 2**31) for path, size in objects},
+        software=manifest.software,
     )
-    return one + (manifest.num_views - 1) * (two - one)
-
-
-def _with_codec(manifest: Manifest, codec: str) -> Manifest:
-    codecs = dict.fromkeys(manifest.taps, codec) | {"stage3_prefix": prefix_codec(codec)}
-    return replace(manifest, taps={name: replace(tap, codec=codecs[name]) for name, tap in manifest.taps.items()})
-
-
-def _view_costs(
-    manifest: Manifest, outline: TeacherOutline, config: TimedPlanConfig, plan: Plan, timing: Timing | None
-) -> Sequence[ViewCost]:
-    costs = []
-    for views in sorted({*VIEW_COUNTS, plan.views}):
-        total = _total(replace(manifest, num_views=views), outline, config)
-        measured = {"device_hours": None, "break_even_epochs": None, "break_even_students": None}
-        if timing is not None:
-            measured = {
-                "device_hours": timing.seconds(plan.samples * views, views) / 3600,
-                "break_even_epochs": timing.break_even_epochs(views),
-                "break_even_students": {epochs: timing.break_even_students(views, epochs) for epochs in EPOCHS},
-            }
-        costs.append(ViewCost(views, total, plan.has_room(total), **measured))  # pyright: ignore[reportArgumentType]
-    return costs
+    sizes["metadata"] += len(encode_record(record))
+    return sizes

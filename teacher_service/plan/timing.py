@@ -1,4 +1,4 @@
-"""Times a job on a few samples, with the pipeline it will run through, and says how long the whole takes.
+"""Timing: a few samples through the pipeline, scaled to the whole job.
 
 Symbols: V views a sample, N samples, f teacher seconds an image, c(V) seconds an image of the whole pipeline.
 """
@@ -16,18 +16,19 @@ import numpy as np
 from feature_store.commits.root import ROOT
 from feature_store.errors import InputError
 from feature_store.format.codecs.bound import calibrated, needs_calibration
+from feature_store.format.manifest import TarInfo
 from feature_store.inputs.tar import Tar, TarSample
 from feature_store.store import Store
-from feature_store.teacher.bundle import bundle_sha256, bundle_state
-from feature_store.teacher.model import Teacher, load_teacher
+from feature_store.teacher.bundle import bundle_state
+from feature_store.teacher.model import Teacher
 from teacher_service.cache.decode import Task, ViewDataset
 from teacher_service.cache.pipeline import Pipeline
-from teacher_service.cache.prepare import CALIBRATION_SAMPLES, first_features
+from teacher_service.cache.prepare import CALIBRATION_SAMPLES, Job, first_features
 from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig, TimedPlanConfig
-from teacher_service.devices import find_device
+from teacher_service.load import load
 from teacher_service.plan.disk import existing_folder
-from teacher_service.plan.survey import job_manifest
+from teacher_service.plan.survey import Survey
 
 SPLIT_SAMPLES = 16  # images that tell decoding from cutting views
 SPLIT_VIEWS = 5
@@ -104,39 +105,32 @@ class Timing:
         return self.break_even_epochs(views) / epochs
 
 
-def measure(config: TimedPlanConfig, tars: Sequence[Tar]) -> Timing:
+def measure(survey: Survey, config: TimedPlanConfig) -> Timing:
     """Put the first samples through the pipeline into a store that is deleted again.
 
     The teacher has random weights: they take as long as trained ones, and need not be fetched.
 
     Args:
-        config: What to compute, and how.
-        tars: The job's.
+        survey: What to compute.
+        config: How.
 
     Raises:
         UserError: As the job would.
     """
-    if sum(map(len, tars)) < 2:
+    total = sum(map(len, survey.tars))
+    if total < 2:
         raise InputError("--time-samples needs two samples to time, the tars hold one; leave it out")
     started = time.perf_counter()
-    teacher = load_teacher(
-        config.teacher,
-        pretrained=False,
-        model_kwargs=config.model_kwargs,
-        depth=config.depth,
-        drop_prefix=config.drop_prefix,
-        compute_dtype=config.compute_dtype,
-        device=find_device(config.device),
-    )
-    parts = cast(list[Tar], _parts(tars, config))  # as much of one as the pipeline needs
-    with _scratch_job(config, teacher, parts) as (job, store, calibration):
-        pipeline = Pipeline(job, store, teacher, parts)
+    teacher = load(config.teacher_spec, config.device, pretrained=False)
+    parts = tuple(cast(list[Tar], _parts(survey.tars, config)))  # as much of a tar as the pipeline needs
+    with _scratch_job(survey, config, teacher, parts) as (job, calibration):
+        pipeline = Pipeline(job)
         first, *rest = [Task(unit, range(config.views)) for unit in range(len(parts))]
         warm_up = pipeline.run([first], on_commit=lambda done: None)
         startup = time.perf_counter() - started - calibration
         timed = pipeline.run(rest, on_commit=lambda done: None)
     busy = {stage: value / timed.images for stage, value in _difference(timed.times, warm_up.times).items()}
-    read, cut = _split(ViewDataset(parts, store.manifest.policy, config.seed), config.views)
+    read, cut = _split(ViewDataset(parts, survey.manifest.policy, survey.manifest.seed), config.views)
     scale = busy.pop("decode") * config.views / (read + config.views * cut)
     samples = sum(map(len, parts))
     return Timing(
@@ -144,7 +138,7 @@ def measure(config: TimedPlanConfig, tars: Sequence[Tar]) -> Timing:
         views=config.views,
         device=str(next(teacher.parameters()).device),
         startup=startup,
-        calibration=calibration * min(CALIBRATION_SAMPLES, sum(map(len, tars))) / samples,
+        calibration=calibration * min(CALIBRATION_SAMPLES, total) / samples,
         workers=config.workers,
         read=read * scale,
         cut=cut * scale,
@@ -168,25 +162,28 @@ def _parts(tars: Sequence[Tar], config: TimedPlanConfig) -> list[TarPart]:
 
 @contextmanager
 def _scratch_job(
-    config: TimedPlanConfig, teacher: Teacher, parts: Sequence[Tar]
-) -> Iterator[tuple[CacheConfig, Store, float]]:
+    survey: Survey, config: TimedPlanConfig, teacher: Teacher, parts: tuple[Tar, ...]
+) -> Iterator[tuple[Job, float]]:
     """A job with a store (and views) of its own on the real one's disk, and seconds its codecs took to learn."""
     blocks = bundle_state(teacher.later_blocks)
-    own = replace(config, capacity=None, key_width=None)
-    manifest = job_manifest(own, parts, teacher.info, teacher.split, bundle_sha256(blocks))
+    manifest = replace(
+        survey.manifest_of(teacher, blocks),
+        tars=tuple(TarInfo(part.name, len(part), part.header_sha256) for part in parts),
+        capacity=max(map(len, parts)),
+    )
     started = time.perf_counter()
-    near = existing_folder(config.store)
+    near = existing_folder(survey.objects)
     near = near.parent if (near / ROOT).exists() else near  # beside a store, never in it
     with tempfile.TemporaryDirectory(dir=near, prefix=".teacher-service-timing-") as folder:
-        values: dict[str, Any] = {each.name: getattr(own, each.name) for each in fields(TimedPlanConfig)}
+        values: dict[str, Any] = {each.name: getattr(config, each.name) for each in fields(TimedPlanConfig)}
         values["store"] = Path(folder) / "store"
-        if own.views_out is not None:  # the real ones may be there already
+        if config.views_out is not None:  # the real ones may be there already
             values["views_out"] = str(Path(folder) / "views")
-        job = CacheConfig(**values)
+        scratch = CacheConfig(**values)
         if needs_calibration(manifest):
-            manifest = calibrated(manifest, first_features(job, manifest, teacher, parts))
+            manifest = calibrated(manifest, first_features(scratch, manifest, teacher, parts))
         calibration = time.perf_counter() - started
-        yield job, Store.create(job.store, manifest, blocks), calibration
+        yield Job(scratch, Store.create(scratch.store, manifest, blocks), teacher, parts), calibration
 
 
 def _difference(later: StageTimes, earlier: StageTimes) -> dict[str, float]:

@@ -1,9 +1,9 @@
-"""How much room materialised views take, from a sample of them."""
+"""Sizes of materialised view tars, predicted from a subset of samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from feature_store.backends.base import ObjectStore
 from feature_store.backends.local import LocalObjects
 from feature_store.backends.open import open_objects
 from feature_store.errors import InputError
@@ -44,23 +44,24 @@ class ViewTars:
 
 
 def view_tars(
-    url: str, manifest: Manifest, tars: Sequence[Tar], remaining_images: int, store: str | Path, store_bytes: int
+    url: str, manifest: Manifest, tars: Sequence[Tar], remaining_images: int, store: ObjectStore, store_bytes: int
 ) -> ViewTars:
     """Predict from the first view of some samples, spread over the tars.
 
     Args:
-        url: Where they go.
-        manifest: The store's.
+        url: Where the view tars go.
+        manifest: The store's manifest.
         tars: Its tars.
         remaining_images: Views still to be written.
-        store: Where the store is.
-        store_bytes: What it still needs.
+        store: Where the store is or will be.
+        store_bytes: Bytes it still needs.
     """
+    objects = open_objects(url)
     size, images = mean_view_bytes(manifest, tars), sum(map(len, tars)) * manifest.num_views
     total = round(size * images) + len(tars) * manifest.num_views * _RECORD // 2
     remaining = round(total * remaining_images / images)
-    same_disk = _device(url) is not None and _device(url) == _device(store)
-    return ViewTars(url, size, total, remaining, remaining + store_bytes * same_disk, free_bytes(url))
+    same_disk = _device(objects) is not None and _device(objects) == _device(store)
+    return ViewTars(url, size, total, remaining, remaining + store_bytes * same_disk, free_bytes(objects))
 
 
 def mean_view_bytes(manifest: Manifest, tars: Sequence[Tar]) -> float:
@@ -80,5 +81,5 @@ def mean_view_bytes(manifest: Manifest, tars: Sequence[Tar]) -> float:
     return sum(whole_blocks) / len(jpegs) + 3 * _BLOCK  # the JPEG's header, the label's, the label
 
 
-def _device(url: str | Path) -> int | None:
-    return existing_folder(url).stat().st_dev if isinstance(open_objects(url), LocalObjects) else None
+def _device(objects: ObjectStore) -> int | None:
+    return existing_folder(objects).stat().st_dev if isinstance(objects, LocalObjects) else None

@@ -12,6 +12,7 @@ from itertools import chain
 
 from feature_store.backends.base import ObjectStore
 from feature_store.commits.record import FOLDER, parse_record_path, record_path
+from feature_store.inputs.tar import tar_notes
 from feature_store.tools.terminal import Console
 from teacher_service.cache.decode import Task
 from teacher_service.cache.observers import observed
@@ -20,17 +21,19 @@ from teacher_service.cache.prepare import Job, consecutive_tasks, prepare, remai
 from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig
 from teacher_service.plan.report import print_notes
+from teacher_service.plan.survey import Survey
 from teacher_service.share.leases import Leases, open_leases
 from teacher_service.stopping import Stop, stop_on_signals
 
 _SHOWN = 5  # units named in a message
 
 
-def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:
+def run(survey: Survey, config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:
     """Prepare a job and run its loop in this process.
 
     Args:
-        config: The job.
+        survey: The job's inputs and destination.
+        config: How to compute.
         console: Where to show progress; of several processes under torchrun, the first shows its own.
         stop: Set to stop early.
 
@@ -40,8 +43,8 @@ def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], 
     Raises:
         UserError: See ``teacher_service.cache.job.cache``.
     """
-    job = prepare(config)
-    print_notes(job.plan.notes, console)
+    job = prepare(survey, config)
+    print_notes(tar_notes(job.tars), console)
     tasks = remaining_tasks(job.store)
     with observed(config, console, job.store.manifest, tasks) as observers, stop_on_signals(stop):
         report = compute(
@@ -77,7 +80,7 @@ def compute(
     Raises:
         UserError: See ``teacher_service.cache.job.cache``.
     """
-    pipeline, objects = Pipeline(job.config, job.store, job.teacher, job.tars), job.store.objects
+    pipeline, objects = Pipeline(job), job.store.objects
     report = PipelineReport((), (), 0, 0.0, StageTimes(), job.config.batch_size)
     waits = False
     with open_leases(objects, job.config.lease_seconds) as leases:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_store.errors import InputError, ResourceError, UserError
+from feature_store.inputs.tar import tar_notes
 from feature_store.store import open_store
 from feature_store.tools.terminal import Console, say
 from teacher_service.cache.decode import Task
@@ -23,6 +24,7 @@ from teacher_service.cache.prepare import join, prepare, remaining_tasks
 from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig
 from teacher_service.plan.report import print_notes
+from teacher_service.plan.survey import survey
 from teacher_service.share.loop import compute
 from teacher_service.stopping import RESUME, Stop, stop_on_signals
 
@@ -124,8 +126,8 @@ def _demand(ray: Any, config: CacheConfig, console: Console) -> dict[str, float]
 def _prepare(config: CacheConfig, folder: Path) -> tuple[list[Task], tuple[str, ...]]:
     """Make or grow the store, on a node with an actor's resources; what it lacks, and the plan's notes."""
     _change_to(folder)
-    job = prepare(config)
-    return remaining_tasks(job.store), job.plan.notes
+    job = prepare(survey(config), config)
+    return remaining_tasks(job.store), tuple(tar_notes(job.tars))
 
 
 def _change_to(folder: Path) -> None:
@@ -148,7 +150,7 @@ class _Worker:
             UserError: See ``teacher_service.cache.job.cache``.
         """
         self._events.put((name, None))
-        job = join(self._config)
+        job = join(survey(self._config), self._config)
         report = compute(
             job,
             remaining_tasks(job.store),

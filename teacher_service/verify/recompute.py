@@ -1,4 +1,6 @@
-"""Proves a store against its teacher: all checksums, then random rows computed anew from the tars.
+"""Verification of a store against its teacher.
+
+All checksums are compared, then random rows are computed anew from the tars.
 
 Checksums say that the bytes are those once written. Only the teacher can say that they were right: a row is computed
 again from its stored view parameters, the pixels' CRC is compared, and the features may differ by no more than the
@@ -22,15 +24,15 @@ from feature_store.format.codecs.bound import LOGITS, BoundCodec
 from feature_store.format.manifest import Manifest
 from feature_store.inputs.tar import expand_tars
 from feature_store.inputs.unit_tars import UnitTars
-from feature_store.store import Store, open_store
+from feature_store.store import Store, open_store_in
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
-from feature_store.teacher.model import Teacher, load_teacher
+from feature_store.teacher.model import Teacher
 from feature_store.tools.verify import Report
 from feature_store.tools.verify import verify as verify_checksums
 from feature_store.views import ViewParams, check_pixels, decode_image, replay_view
 from teacher_service.cache.forward import Forward
 from teacher_service.cache.stage_timer import StageTimer
-from teacher_service.devices import find_device
+from teacher_service.load import load, spec_of
 from teacher_service.verify.config import VerifyConfig
 
 COMPUTE_ERROR = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -97,7 +99,8 @@ def verify(config: VerifyConfig, progress: Callable[[int, int], None] = lambda d
         CorruptStoreError: The manifest is damaged.
         ResourceError: Weights or tars that cannot be fetched, or a device that gave up.
     """
-    manifest = read_manifest(open_objects(config.store))
+    objects = open_objects(config.store)
+    manifest = read_manifest(objects)
     urls = expand_tars(config.tars, allow_pipe=config.allow_pipe)
     if len(urls) != len(manifest.tars):
         raise MismatchError("tars", expected=len(manifest.tars), got=len(urls), remedy="give all of the store's tars")
@@ -106,7 +109,7 @@ def verify(config: VerifyConfig, progress: Callable[[int, int], None] = lambda d
     if checksums.findings:
         return DeepReport(checksums)
     forward = Forward(teacher, tuple(manifest.taps), config.batch_size, StageTimer())
-    deep = _DeepCheck(open_store(config.store), forward, UnitTars(urls, config.scratch))
+    deep = _DeepCheck(open_store_in(objects), forward, UnitTars(urls, config.scratch))
     rows = sampled_rows(deep.store, config.sample, np.random.default_rng(config.seed))
     for start in range(0, len(rows), config.batch_size):
         deep.check(rows[start : start + config.batch_size])
@@ -136,15 +139,7 @@ def _same_teacher(config: VerifyConfig, manifest: Manifest) -> Teacher:
     theirs = manifest.teacher
     if config.teacher not in (None, theirs.name):
         raise MismatchError("teacher.name", expected=theirs.name, got=config.teacher, remedy=_SAME)
-    teacher = load_teacher(
-        theirs.name,
-        checkpoint=config.checkpoint,
-        model_kwargs=theirs.model_kwargs,
-        depth=manifest.split.depth,
-        drop_prefix=manifest.split.drops_prefix,
-        compute_dtype=theirs.compute_dtype,
-        device=find_device(config.device),
-    )
+    teacher = load(spec_of(manifest), config.device, checkpoint=config.checkpoint)
     blocks = bundle_sha256(bundle_state(teacher.later_blocks))
     manifest.require_equal(replace(manifest, teacher=teacher.info, split=teacher.split, blocks_sha256=blocks), _SAME)
     return teacher

@@ -13,14 +13,13 @@ from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, wri
 
 from feature_store import RowId, open_store
 from feature_store.errors import InputError, MismatchError
-from feature_store.format.codecs.bound import bound_codecs
 from feature_store.inputs.tar import Tar
 from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc
 from teacher_service.cache.job import cache
 from teacher_service.cache.progress import Progress
 from teacher_service.cli import main
-from teacher_service.plan.survey import plan
+from teacher_service.plan.sizes import plan
 
 
 @pytest.fixture(params=["tiny_swin", "tiny_vit"])
@@ -300,5 +299,5 @@ def test_cache_stores_features_within_the_codecs_stated_error(
     cache(cache_config(tars, tiny_swin, exact, tap_codec="f32", logits_codec="f32"))
     cache(cache_config(tars, tiny_swin, coded, tap_codec=codec))
     values, stored = (open_store(path).source().read(_rows(0, 6, 1)).taps["stage4"] for path in (exact, coded))
-    bound = bound_codecs(open_store(coded).manifest)["taps/stage4"].max_error(values)
+    bound = open_store(coded).layout.codecs["stage4"].max_error(values)
     assert (np.abs(stored - values) <= bound + 1e-6).all()

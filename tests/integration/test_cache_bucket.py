@@ -12,7 +12,7 @@ from feature_store.backends.open import open_objects
 from feature_store.errors import ResourceError
 from teacher_service.cache.job import cache
 from teacher_service.cli import main
-from teacher_service.plan.survey import plan
+from teacher_service.plan.sizes import plan
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from tiny_jobs import cache_config, make_teacher, write_tars
 
 from feature_store import RowId, open_store
 from teacher_service.cache.job import cache
-from teacher_service.plan.survey import plan
+from teacher_service.plan.sizes import plan
 
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 TEACHERS = {

@@ -21,6 +21,7 @@ from teacher_service.cache.pipeline import Pipeline
 from teacher_service.cache.prepare import prepare, remaining_tasks
 from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig
+from teacher_service.plan.survey import survey
 from teacher_service.share import loop
 from teacher_service.stopping import Stop
 
@@ -165,14 +166,15 @@ def test_a_job_of_more_views_finishes_units_when_a_job_of_fewer_commits_them_mea
     tmp_path: Path, tiny_swin: TinyTeacher
 ) -> None:
     fewer = cache_config(write_tars(tmp_path, 3, 3, 3), tiny_swin, tmp_path / "store")
-    first = prepare(fewer)
-    second = prepare(replace(fewer, views=2))
+    first = prepare(survey(fewer), fewer)
+    more = replace(fewer, views=2)
+    second = prepare(survey(more), more)
     firsts = remaining_tasks(first.store)[:2]
 
     def commit_meanwhile(images: int, times: StageTimes) -> None:
         """The first job, without leases, so that it commits units that the second one holds."""
         if firsts:
-            Pipeline(first.config, first.store, first.teacher, first.tars).run(firsts, on_commit=lambda done: None)
+            Pipeline(first).run(firsts, on_commit=lambda done: None)
             firsts.clear()
 
     report = loop.compute(

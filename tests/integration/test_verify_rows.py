@@ -140,10 +140,14 @@ def test_verify_finds_swapped_rows_when_their_checksums_were_swapped_too(
     assert report.worst["taps/stage4"] > 1 > report.worst["taps/stage3"]
 
 
+def _with_logits(data: EncodedUnit, change: Callable[[np.ndarray], np.ndarray]) -> EncodedUnit:
+    return replace(data, features={**data.features, "logits": {"": change(data.features["logits"][""])}})
+
+
 def test_verify_command_lists_rows_and_exits_1_when_they_differ(
     tmp_path: Path, store: Store, tars: tuple[str, ...], tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = _rewritten(store, tmp_path / "scaled", lambda data: replace(data, logits=data.logits * np.float16(1.25)))
+    path = _rewritten(store, tmp_path / "scaled", lambda data: _with_logits(data, lambda x: x * np.float16(1.25)))
     argv = ["verify", *tars, "--checkpoint", str(tiny_swin.checkpoint), "--workers", "1", "--sample", "100"]
 
     assert main([*argv, "--store", str(store.path), "--teacher", tiny_swin.name]) == 0
@@ -160,7 +164,7 @@ def test_verify_command_lists_rows_and_exits_1_when_they_differ(
 @pytest.mark.parametrize(
     ("what", "change"),
     [
-        ("logits", lambda data: replace(data, logits=data.logits + np.float16(0.05) * (np.arange(6) == 2)[:, None])),
+        ("logits", lambda data: _with_logits(data, lambda x: x + np.float16(0.05) * (np.arange(6) == 2)[:, None])),
         ("label", lambda data: replace(data, labels=np.where(np.arange(6) == 2, 7, data.labels))),
         ("key", lambda data: replace(data, keys=[*data.keys[:2], "another", *data.keys[3:]])),
         ("pixels", lambda data: replace(data, pixel_crc=data.pixel_crc ^ np.uint32(np.arange(6) == 2))),

@@ -5,15 +5,20 @@ import pytest
 from tiny_jobs import TinyTeacher, write_tars
 
 from teacher_service.config import TimedPlanConfig
-from teacher_service.plan import sizes as forecast_module
-from teacher_service.plan.sizes import forecast
-from teacher_service.plan.survey import plan
+from teacher_service.plan import forecast as forecast_module
+from teacher_service.plan.forecast import Forecast, forecast
+from teacher_service.plan.sizes import plan
+from teacher_service.plan.survey import survey
 from teacher_service.plan.timing import Timing
 
 TIMING = Timing(
     samples=6, views=2, device="cpu", startup=2.0, calibration=1.0, workers=1, read=0.0, cut=0.0,
     busy={"forward": 0.5, "write": 1.0},
 )  # fmt: skip
+
+
+def _forecast(config: TimedPlanConfig, processes: int = 1) -> Forecast:
+    return forecast(survey(config), config, processes)
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def config(tmp_path: Path, tiny_swin: TinyTeacher) -> TimedPlanConfig:
 
 
 def test_forecast_says_for_each_codec_and_number_of_views_what_a_plan_of_it_says(config: TimedPlanConfig) -> None:
-    found = forecast(config)
+    found = _forecast(config)
 
     assert replace(found.plan, free_bytes=0) == replace(plan(config), free_bytes=0)  # others write to this disk, too
     for codec in ("f32", "int8", "int4"):
@@ -42,11 +47,11 @@ def test_forecast_says_for_each_codec_and_number_of_views_what_a_plan_of_it_says
 def test_forecast_counts_prefix_tokens_as_a_plan_does(tmp_path: Path, tiny_vit: TinyTeacher, codec: str) -> None:
     config = TimedPlanConfig(tars=write_tars(tmp_path, 9), teacher=tiny_vit.name, model_kwargs=tiny_vit.model_kwargs,
                              store=tmp_path / "store")  # fmt: skip
-    assert forecast(config).codec_bytes[codec] == plan(replace(config, tap_codec=codec)).total_bytes
+    assert _forecast(config).codec_bytes[codec] == plan(replace(config, tap_codec=codec)).total_bytes
 
 
 def test_forecast_has_no_times_when_nothing_is_measured(config: TimedPlanConfig) -> None:
-    found = forecast(config)
+    found = _forecast(config)
 
     assert (found.seconds, found.device_hours, found.online_device_hours_per_epoch, found.timing) == (None,) * 4
     assert all(cost.device_hours is None and cost.break_even_epochs is None for cost in found.view_counts)
@@ -55,9 +60,9 @@ def test_forecast_has_no_times_when_nothing_is_measured(config: TimedPlanConfig)
 def test_forecast_counts_time_and_break_even_from_what_was_measured(
     config: TimedPlanConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forecast_module, "measure", lambda config, tars: TIMING)
+    monkeypatch.setattr(forecast_module, "measure", lambda survey, config: TIMING)
 
-    found = forecast(replace(config, time_samples=6))
+    found = _forecast(replace(config, time_samples=6))
 
     assert found.seconds == pytest.approx(2 + 1 + 51 * 3 * 1.0)
     assert found.device_hours == pytest.approx((2 + 1 + 51 * 3) / 3600)
@@ -72,19 +77,19 @@ def test_forecast_counts_time_and_break_even_from_what_was_measured(
 def test_forecast_divides_whole_units_when_processes_share_the_job(
     config: TimedPlanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, share: float
 ) -> None:
-    monkeypatch.setattr(forecast_module, "measure", lambda config, tars: TIMING)
+    monkeypatch.setattr(forecast_module, "measure", lambda survey, config: TIMING)
     job = replace(config, tars=write_tars(tmp_path, *[4] * 5), time_samples=6)
 
-    found = forecast(job, processes)
+    found = _forecast(job, processes)
 
     assert found.seconds == pytest.approx(2 + 1 + 20 * 3 * 1.0 * share)
     assert found.device_hours == pytest.approx(processes * found.seconds / 3600)
     assert found.write_rate == pytest.approx(found.plan.remaining_bytes / found.seconds)
-    assert found.view_counts == forecast(job).view_counts
+    assert found.view_counts == _forecast(job).view_counts
 
 
 def test_forecast_is_a_flat_object_with_the_plans_own_numbers(config: TimedPlanConfig) -> None:
-    found = forecast(config).to_dict()
+    found = _forecast(config).to_dict()
 
     assert (found["views"], found["samples"], found["timing"]) == (3, 51, None)
     assert found["view_counts"][0]["views"] == 1

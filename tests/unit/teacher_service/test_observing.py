@@ -35,7 +35,7 @@ def config(tmp_path: Path, tiny_swin: TinyTeacher) -> CacheConfig:
 @pytest.fixture
 def manifest(config: CacheConfig) -> Manifest:
     outline = outline_teacher(config)
-    return job_manifest(config, [Tar.open(tar) for tar in config.tars], outline.info, outline.split)
+    return job_manifest(config, [Tar.open(tar) for tar in config.tars], outline)
 
 
 def _events(path: Path) -> list[dict[str, Any]]:

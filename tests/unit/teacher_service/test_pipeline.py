@@ -17,18 +17,23 @@ from teacher_service.cache.encode import UnitRows
 from teacher_service.cache.pipeline import BATCHES_AHEAD, Pipeline, PipelineReport, UnitDone
 from teacher_service.cache.prepare import Job, prepare, remaining_tasks
 from teacher_service.cache.stage_timer import STAGES
+from teacher_service.config import CacheConfig
+from teacher_service.plan.survey import survey
+
+
+def _prepare(config: CacheConfig) -> Job:
+    return prepare(survey(config), config)
 
 
 @pytest.fixture
 def job(tmp_path: Path, tiny_swin: TinyTeacher) -> Job:
     """Twelve units of three samples in two views, one unit a batch."""
     tars = write_tars(tmp_path, *[3] * 12)
-    return prepare(cache_config(tars, tiny_swin, tmp_path / "store", views=2, batch_size=6))
+    return _prepare(cache_config(tars, tiny_swin, tmp_path / "store", views=2, batch_size=6))
 
 
 def _run(job: Job, tasks: Any = None, on_commit: Callable[[UnitDone], None] = id, **options: Any) -> PipelineReport:
-    pipeline = Pipeline(job.config, job.store, job.teacher, job.tars)
-    return pipeline.run(remaining_tasks(job.store) if tasks is None else tasks, on_commit=on_commit, **options)
+    return Pipeline(job).run(remaining_tasks(job.store) if tasks is None else tasks, on_commit=on_commit, **options)
 
 
 def test_pipeline_reports_what_it_committed_in_order(job: Job) -> None:
@@ -49,7 +54,7 @@ def test_pipeline_reports_what_it_committed_in_order(job: Job) -> None:
 def test_pipeline_writes_the_same_bytes_in_any_order_of_tasks(job: Job, tmp_path: Path) -> None:
     other = replace(job.config, store=tmp_path / "other")
     _run(job)
-    reverse = prepare(other)
+    reverse = _prepare(other)
     _run(reverse, reversed(remaining_tasks(reverse.store)))
 
     assert _objects(job.config.store) == _objects(other.store)
@@ -167,7 +172,7 @@ def test_pipeline_does_nothing_when_stopped_before_it_began(job: Job) -> None:
 
 def test_two_pipelines_share_a_store_when_they_take_tasks_from_one_queue(job: Job, tmp_path: Path) -> None:
     whole = replace(job.config, store=tmp_path / "whole")
-    alone = prepare(whole)
+    alone = _prepare(whole)
     _run(alone)
     alone.store.write_commit_index()
     queue, lock = iter(remaining_tasks(job.store)), threading.Lock()

@@ -6,7 +6,8 @@ from tiny_jobs import TinyTeacher, noise_samples, write_tar, write_tars
 
 from feature_store.errors import InputError
 from teacher_service.config import PlanConfig
-from teacher_service.plan.survey import outline_teacher, plan
+from teacher_service.plan.sizes import plan
+from teacher_service.plan.survey import outline_teacher
 
 
 def _config(tars: tuple[str, ...], teacher: TinyTeacher, store: Path, **options) -> PlanConfig:

@@ -21,7 +21,7 @@ def manifest(tmp_path: Path, tiny_swin: TinyTeacher) -> Manifest:
     tars = write_tars(tmp_path, 2, 3, 4)
     config = PlanConfig(tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, views=2)
     outline = outline_teacher(config)
-    return job_manifest(config, [Tar.open(tar) for tar in tars], outline.info, outline.split)
+    return job_manifest(config, [Tar.open(tar) for tar in tars], outline)
 
 
 TIMES = StageTimes({"forward": 3.0, "decode": 9.0}, {"forward": 10.0, "decode": 10.0})

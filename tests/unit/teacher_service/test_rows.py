@@ -27,7 +27,7 @@ def manifest(tmp_path: Path, tiny_swin: TinyTeacher) -> Manifest:
         tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, views=2, tap_codec="f16"
     )
     outline = outline_teacher(config)
-    return job_manifest(config, [Tar.open(tars[0])], outline.info, outline.split)
+    return job_manifest(config, [Tar.open(tars[0])], outline)
 
 
 def _batch(start: int, count: int, quarantined: dict[int, str] | None = None) -> Batch:

@@ -7,7 +7,7 @@ from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 from feature_store.errors import InputError
 from teacher_service.cache.job import cache
 from teacher_service.config import TimedPlanConfig
-from teacher_service.plan.survey import open_tars
+from teacher_service.plan.survey import survey
 from teacher_service.plan.timing import Timing, measure
 
 TIMING = Timing(
@@ -58,7 +58,7 @@ def test_measure_times_every_stage_and_leaves_nothing_behind(
         views=2, batch_size=4, workers=workers, time_samples=12,
     )  # fmt: skip
 
-    timing = measure(config, open_tars(config))
+    timing = measure(survey(config), config)
 
     assert sorted(tmp_path.iterdir()) == before
     assert (timing.samples, timing.views, timing.device, timing.workers) == (10, 2, "cpu", workers)
@@ -75,7 +75,7 @@ def test_measure_does_with_what_there_is_when_there_are_fewer_samples(tmp_path: 
         batch_size=64, workers=0, time_samples=1000,
     )  # fmt: skip
 
-    assert measure(config, open_tars(config)).samples == 2
+    assert measure(survey(config), config).samples == 2
 
 
 def test_measure_says_what_to_do_when_there_is_a_single_sample(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
@@ -85,7 +85,7 @@ def test_measure_says_what_to_do_when_there_is_a_single_sample(tmp_path: Path, t
     )  # fmt: skip
 
     with pytest.raises(InputError, match="needs two samples"):
-        measure(config, open_tars(config))
+        measure(survey(config), config)
 
 
 def test_measure_leaves_materialised_views_alone_when_they_are_part_of_what_is_timed(
@@ -96,9 +96,9 @@ def test_measure_leaves_materialised_views_alone_when_they_are_part_of_what_is_t
     before = store_files(views)
     config = TimedPlanConfig(
         tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, store=tmp_path / "store",
-        views_out=str(views), batch_size=4, workers=0, time_samples=4,
+        views_out=str(views), tap_codec="f16", batch_size=4, workers=0, time_samples=4,
     )  # fmt: skip
 
-    measure(config, open_tars(config))
+    measure(survey(config), config)
 
     assert store_files(views) == before

@@ -10,7 +10,7 @@ from tiny_jobs import TinyTeacher, noise_samples, write_tar
 from feature_store.errors import ResourceError
 from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig
-from teacher_service.plan.survey import plan
+from teacher_service.plan.sizes import plan
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ def test_write_unit_raises_the_users_error_when_the_disk_is_full(monkeypatch: py
     def full(unit: int, view: int, data: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing, "remaining_bytes", lambda manifest, missing: 10**18)
+    monkeypatch.setattr(writing, "remaining_bytes", lambda layout, missing: 10**18)
     committed = SimpleNamespace(missing_views=dict)
     store = cast(
-        Store, SimpleNamespace(write_unit=full, objects=LocalObjects("store"), manifest=None, committed=committed)
+        Store, SimpleNamespace(write_unit=full, objects=LocalObjects("store"), layout=None, committed=committed)
     )
 
     with pytest.raises(ResourceError, match=r"unit 3 does not fit .*are missing"):
@@ -35,14 +35,14 @@ def test_disk_error_says_how_much_is_missing_when_the_disk_is_full(
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
-    error = str(disk_error(OSError(code, "full"), tmp_path, "unit 7", needed=3_500_000))
+    error = str(disk_error(OSError(code, "full"), LocalObjects(tmp_path), "unit 7", needed=3_500_000))
 
     assert "needs 3.5 MB more, 1.0 MB are free, 2.5 MB are missing" in error
     assert "run the same command again" in error
 
 
 def test_disk_error_keeps_the_systems_words_when_it_is_something_else(tmp_path: Path) -> None:
-    error = disk_error(OSError(errno.EROFS, "Read-only file system"), tmp_path, "unit 7")
+    error = disk_error(OSError(errno.EROFS, "Read-only file system"), LocalObjects(tmp_path), "unit 7")
 
     assert "Read-only file system" in str(error)
     assert error.exit_code == 3
