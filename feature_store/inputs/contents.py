@@ -1,4 +1,4 @@
-"""What a file's first bytes say it is: a tar, a compressed tar, or something else."""
+"""File types recognised by their first bytes."""
 
 import bz2
 import gzip
@@ -31,12 +31,12 @@ _OTHERS = {
 
 
 def decompressor(head: bytes) -> Callable[..., Any] | None:
-    """What opens a compressed file, by its first bytes (not its name); None for anything else."""
+    """The function that opens a compressed file, chosen by its first bytes; None for other files."""
     return next((opener for magic, opener in _DECOMPRESSORS.items() if head.startswith(magic)), None)
 
 
 def foreign_content(head: bytes) -> str:
-    """Why a file with these first HEAD_BYTES is no tar, and the next step; "" if it can be one, or a compressed one."""
+    """Why a file that begins with these HEAD_BYTES is not a tar, with a remedy; "" for a tar or a compressed file."""
     if decompressor(head) is not None or (head and not head.strip(b"\0")):  # zeros: a tar without members
         return ""
     try:
@@ -48,7 +48,7 @@ def foreign_content(head: bytes) -> str:
 
 
 def _described(head: bytes) -> tuple[str, str]:
-    """What else than a tar it is, and what to do."""
+    """Type of a file that is not a tar, and the remedy."""
     for magic, description in _OTHERS.items():
         if head.startswith(magic):
             return description

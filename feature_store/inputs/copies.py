@@ -1,11 +1,10 @@
-"""Plain copies of remote and compressed tars in a scratch folder, made once per version."""
+"""Scratch copies of remote or compressed tars, one per version."""
 
 import contextlib
 import hashlib
 import lzma
 import os
 import re
-import secrets
 import shutil
 import stat
 import tempfile
@@ -18,7 +17,9 @@ from urllib.parse import urlparse
 
 from webdataset.gopen import gopen, rewrite_url
 
+from feature_store.backends.base import PARTIAL_SUFFIX
 from feature_store.backends.bucket import RemoteObjects
+from feature_store.backends.files import replacing
 from feature_store.commits.locks import locked
 from feature_store.errors import InputError, ResourceError
 from feature_store.inputs.contents import HEAD_BYTES, decompressor, foreign_content
@@ -28,21 +29,21 @@ from feature_store.inputs.web import UnreachableError, open_web
 PAUSES = (1, 2, 4, 8, 15)  # seconds before each further try of a web server
 _CHUNK = 1 << 20
 _BUCKET_CHUNK = 32 << 20  # of one request to a bucket
-_FIRST = 64 << 10  # first bytes of a web tar that tell its version too: some servers say nothing of it
+_FIRST = 64 << 10  # first bytes of a web tar, part of its version: some servers send neither entity tag nor time
 
 
 def local_tar(url: str, scratch: Path | None) -> tuple[Path, list[str]]:
-    """The tar, uncompressed, on this machine: the file itself, or a copy if it is not that already.
+    """Path of a tar as an uncompressed local file; remote or compressed tars are copied to scratch.
 
     Args:
         url: A path or URL from expand_tars.
-        scratch: Where copies go; None for a directory of this user under the system's temporary one.
+        scratch: Folder for copies; None for a folder of this user under the system's temporary folder.
 
     Returns:
-        Its path, and what the user should know about it.
+        The path, and notes for the user.
 
     Raises:
-        InputError: Missing, no tar, a directory, or damaged compressed data.
+        InputError: Missing, not a tar, a folder, or damaged compressed data.
         ResourceError: It cannot be fetched, read or copied.
     """
     url, notes = rewrite_url(url), list[str]()
@@ -60,7 +61,7 @@ def local_tar(url: str, scratch: Path | None) -> tuple[Path, list[str]]:
 
 
 def _head(url: str, path: Path) -> bytes:
-    """The file's first bytes, which are a tar's or compressed."""
+    """First bytes of a file, which are those of a tar or of a compressed file."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -90,7 +91,7 @@ def _decompress(url: str, path: Path, decompress: Callable[..., Any], file: IO[b
             file.write(head)
             shutil.copyfileobj(stream, file, _CHUNK)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        if getattr(error, "errno", None) is not None:  # the disk's trouble, not the data's
+        if getattr(error, "errno", None) is not None:  # an error of the disk, not of the data
             raise
         raise InputError(f"tar {url} is cut short or damaged: {error}; fetch or make it again") from error
 
@@ -99,7 +100,7 @@ def _decompress(url: str, path: Path, decompress: Callable[..., Any], file: IO[b
 
 
 def _fetched(url: str, scratch: Path | None) -> tuple[Path, list[str]]:
-    """A copy of the tar as it is now, or with a note the last one if its server cannot be reached."""
+    """A copy of the current version; if the server cannot be reached, the last copy, with a note."""
     scheme = urlparse(url).scheme
     with _told(url):
         if scheme in BUCKETS:
@@ -150,7 +151,7 @@ def _from_bucket(url: str, scratch: Path | None) -> Path:
 
 
 def copy_object(objects: RemoteObjects, key: str, version: str, file: IO[bytes]) -> None:
-    """Copy an object whose version was asked for before.
+    """Copy an object of a known version.
 
     Raises:
         ResourceError: It was replaced meanwhile.
@@ -164,7 +165,7 @@ def copy_object(objects: RemoteObjects, key: str, version: str, file: IO[bytes])
 
 
 def _run_program(url: str, file: IO[bytes]) -> None:
-    """Copy what a URL's program prints; nothing says whether it would print the same again."""
+    """Copy the output of a URL's program, whose version is unknown."""
     try:
         with gopen(url) as stream:  # a failed command says so when closed
             head = stream.read(HEAD_BYTES)
@@ -193,13 +194,13 @@ def _told(url: str) -> Iterator[None]:
 
 
 def copy_once(url: str, version: str, scratch: Path | None, write: Callable[[IO[bytes]], None]) -> Path:
-    """The scratch file of this version of the tar; made unless an earlier run, or another process, left it.
+    """Path of the copy of one version of a tar; written only if it does not exist yet.
 
     Args:
         url: The tar.
-        version: The same one is copied only once.
+        version: Identifies the content; there is one copy per version.
         scratch: As for local_tar.
-        write: Copies it into a file.
+        write: Writes the content to an open file.
 
     Raises:
         OSError: The scratch folder cannot be used.
@@ -215,22 +216,15 @@ def copy_once(url: str, version: str, scratch: Path | None, write: Callable[[IO[
 
 
 def _write_whole(target: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Make a file that appears under its name only when all of it is on disk."""
-    for begun in target.parent.glob(f"{target.name}.*.part"):  # by a process that was killed: the lock is ours
-        begun.unlink(missing_ok=True)
-    part = target.with_name(f"{target.name}.{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as file:  # mode as the umask says: a scratch folder may be shared
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a file that appears under its name only when all of it is on disk."""
+    for left in target.parent.glob(f"{target.name}.*{PARTIAL_SUFFIX}"):  # by a killed process: the lock is ours
+        left.unlink(missing_ok=True)
+    with replacing(target, durable=True) as partial, partial.open("wb") as file:
+        write(file)
 
 
 def _kept(url: str, scratch: Path | None) -> Path | None:
-    """The copy of any version of the tar that was made last."""
+    """The newest copy of any version of the tar."""
     found = _scratch(scratch).glob(f"{_digest(url)}-*.tar")
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 

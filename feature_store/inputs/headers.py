@@ -1,4 +1,4 @@
-"""The regular members of a tar, read from its headers, and what is wrong with it."""
+"""Reads the headers of a tar."""
 
 import os
 import tarfile
@@ -12,7 +12,7 @@ _CHUNK = 1 << 20
 
 
 class Span(NamedTuple):
-    """Where a member's content lies in the tar, in bytes."""
+    """Position of a member's content in the tar, in bytes."""
 
     offset: int
     size: int
@@ -26,13 +26,13 @@ class Member(NamedTuple):
 
 
 class Headers(NamedTuple):
-    """What the headers of a tar say.
+    """Content of a tar's headers.
 
     Attributes:
         members: Regular files, in order, up to the end or the first damage.
         others: Names of links, devices and pipes, which hold no content.
         archives: Tars in the file: more than one if it was put together with ``cat``.
-        damage: What is wrong and where; "" if nothing.
+        damage: Kind and place of the first damage; "" if there is none.
         has_end_mark: Whether zeros follow the last member, as tar programs write them.
     """
 
@@ -47,8 +47,8 @@ def read_headers(url: str, path: Path) -> Headers:
     """Read all headers of an uncompressed tar, also those behind an end mark, as ``tar -i`` does.
 
     Args:
-        url: What to call it in errors.
-        path: Where it lies.
+        url: Name of the tar in errors.
+        path: The file.
 
     Raises:
         InputError: Not a tar, or a member that cannot be used.
@@ -78,7 +78,7 @@ def _read_archives(url: str, file: IO[bytes]) -> Headers:
 
 
 def _read_archive(url: str, file: IO[bytes], start: int, members: list[Member], others: list[str]) -> tuple[int, str]:
-    """Add what one archive holds; where it ends, and what is wrong with it ("" for nothing)."""
+    """Append the members of one archive; gives its end and its damage ("" for none)."""
     file.seek(start)
     try:
         archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is the caller's to close
@@ -100,7 +100,7 @@ def _read_archive(url: str, file: IO[bytes], start: int, members: list[Member], 
 
 
 def _tail_damage(file: IO[bytes], start: int, end: int) -> str:
-    """What is wrong with the bytes where tarfile stopped reading; it stops silently at a bad header."""
+    """Damage in the bytes where tarfile stopped reading; it stops silently at a bad header."""
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if not block.strip(b"\0"):
@@ -121,7 +121,7 @@ def _foreign_tail(file: IO[bytes], start: int) -> str:
 
 
 def _first_byte(file: IO[bytes], start: int) -> int | None:
-    """Where the first byte that is not zero lies; None if only zeros follow."""
+    """Position of the next nonzero byte; None if only zeros follow."""
     file.seek(start)
     while chunk := file.read(_CHUNK):
         if stripped := chunk.lstrip(b"\0"):

@@ -1,8 +1,9 @@
-"""Cache folder for indexes of tars, so that headers are read once.
+"""Cache folder for tar indexes.
 
-One file per tar, in a folder that only its owner can enter: whoever can write an index decides which bytes are image
-and label. A file is used if it belongs to this user, its crc32c matches, and it was made by the same code from a file
-of the same path, size, modification and change time. Anything else is ignored and made again.
+Headers of a tar are read once. Its index is one file, in a folder that only its owner can enter: whoever can write an
+index decides which bytes are image and label. A file is used if it belongs to this user, its crc32c matches, and it was
+made by the same code from a tar of the same path, size, modification and change time. Anything else is ignored and made
+again.
 
     magic | JSON line: identity, sizes, hash, notes, problems | spans <i8 [n, 4] | key ends <u4 [n] | keys | crc32c <u4
 """

@@ -1,4 +1,4 @@
-"""How every command opens the tars it is given."""
+"""Options of every command that opens tars."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,8 @@ class TarOptions:
     """How tars are opened.
 
     Attributes:
-        allow_pipe: Run the commands of ``pipe:`` and other tars that start a program; only for lists of tars you trust.
-        scratch: Where remote and compressed tars are copied to, and stay; default the system's temporary folder.
+        allow_pipe: Run the commands of ``pipe:`` and other URLs that start a program; only for lists of tars you trust.
+        scratch: Folder where copies of remote and compressed tars are kept; default the system's temporary folder.
     """
 
     allow_pipe: bool = False

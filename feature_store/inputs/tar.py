@@ -28,21 +28,21 @@ from feature_store.views import decode_image
 
 __all__ = ["Tar", "TarSample", "expand_tars"]
 
-_MOST_OPEN = 64  # files of a process; a data set has more tars than many systems let a process open
+_MOST_OPEN = 64  # files per process; many systems let a process open fewer than a data set has tars
 _TAIL = 64  # bytes at an image's end: JPEG's last coded block, PNG's checksum; beside the next header, so cheap to read
 _MOST_DIGITS = 18  # of a label: what an int64 holds for certain
 _NOTES = 5  # notes shown
 
 
 class TarSample(NamedTuple):
-    """One sample as it lies in the tar: key, encoded image, class index."""
+    """One sample of a tar: key, encoded image, class index."""
 
     key: str
     image: bytes
     label: int
 
 
-_opened: deque["weakref.ref[Tar]"] = deque()  # those opened last, the oldest first
+_opened: deque["weakref.ref[Tar]"] = deque()  # most recently opened tars, oldest first
 
 
 class Tar:
@@ -53,12 +53,12 @@ class Tar:
     file anew.
 
     Attributes:
-        url: Where the tar comes from.
+        url: Path or URL of the tar.
         name: Last component of the URL's path.
         keys: Sample keys in webdataset's order; a sample's index here is its position.
         header_sha256: Hash over names and sizes of all regular members, in order.
-        notes: What the user should know of it: files that belong to no sample, and so on.
-        problems: Why samples cannot be used, by position, as far as the headers tell.
+        notes: Facts that the user should know: files that belong to no sample, and so on.
+        problems: Reasons why samples cannot be used, by position, as far as headers tell.
     """
 
     def __init__(self, url: str, path: Path, index: TarIndex, notes: Sequence[str] = ()) -> None:
@@ -72,9 +72,9 @@ class Tar:
         """Open one tar: with its kept index, or by reading its headers.
 
         Args:
-            url: A path or URL as expand_tars gives and checks it; here it is opened without asking.
-            scratch: Directory for plain copies of remote and compressed tars, which are kept for later runs; None for
-                one under the system's temporary directory.
+            url: A path or URL from expand_tars, which checks it; no check is made here.
+            scratch: Folder for copies of remote and compressed tars, kept for later runs; None for one under the
+                system's temporary folder.
 
         Raises:
             InputError: Missing, not a tar, cut short, without samples, or with a key or member twice.
@@ -249,7 +249,7 @@ class _Begun(NamedTuple):
 
 
 def _require_usable(tars: Sequence[Tar]) -> None:
-    """Refuse tars without a single usable sample; looks no further than the first one."""
+    """Refuse tars without a single usable sample; stops at the first usable one."""
     first = ""
     for tar, position in ((each, position) for each in tars for position in range(len(each))):
         try:
@@ -266,7 +266,7 @@ def _require_usable(tars: Sequence[Tar]) -> None:
 
 
 def tar_notes(tars: Sequence[Tar]) -> list[str]:
-    """What the user should know of tars before work begins, shortened to a few lines."""
+    """Notes about tars for the user before a job starts, at most a few lines."""
     unusable = [(tar, position) for tar in tars for position in tar.problems]
     notes = [note for tar in tars for note in tar.notes]
     shown = notes[:_NOTES] + ([f"and {len(notes) - _NOTES} more notes of this kind"] if len(notes) > _NOTES else [])

@@ -1,4 +1,4 @@
-"""Finds the tar each unit of a store was written from, whatever it is called now."""
+"""Finds the tar of each unit by its header hash."""
 
 import threading
 from collections import OrderedDict
@@ -18,11 +18,11 @@ _SHOWN = 3  # names listed in an error message
 
 
 def find_tar(store: "Store", unit: int, tars: Iterable[Tar]) -> Tar:
-    """The unit's tar among those given, by the hash of its headers: names need not be those of the store, nor differ.
+    """The tar of a unit, found by its header hash; its name may differ from the store's, and several may have one name.
 
     Raises:
-        InputError: None of them is.
-        MismatchError: One has its name and other contents.
+        InputError: None of them has the hash.
+        MismatchError: One has the name of the unit's tar and other headers.
     """
     info, others = store.manifest.tars[unit], list[Tar]()
     for tar in tars:
@@ -53,16 +53,16 @@ def unit_tar(store: "Store", unit: int, tar: Tar) -> Tar:
 
 
 def tar_changed(tar: Tar, field: str, expected: object, got: object) -> MismatchError:
-    """The error of a tar that is not as it was when the store was written."""
+    """Error for a tar that changed since the store was written."""
     remedy = f"{tar.url} changed since the store was written: restore it, or write a new store"
     return MismatchError(f"tars[{tar.name}].{field}", expected=expected, got=got, remedy=remedy)
 
 
 class UnitTars:
-    """The tars of a store's units, each opened when it is asked for; used from many threads.
+    """Tars of a store's units, opened on demand; thread-safe.
 
     Args:
-        urls: All that are at hand, from expand_tars.
+        urls: Available tars, from expand_tars.
         scratch: See Tar.open.
     """
 
@@ -78,7 +78,7 @@ class UnitTars:
             return find_tar(store, unit, self._candidates(store, unit))
 
     def _candidates(self, store: "Store", unit: int) -> Iterator[Tar]:
-        """The tars that can be it, the likeliest first: each is indexed once at most."""
+        """Tars that may be the unit's, those of its name first; each is indexed at most once."""
         info = store.manifest.tars[unit]
         for url in sorted(self._urls, key=lambda url: tar_name(url) != info.name):
             if tar_name(url) == info.name or self._hashes.get(url, info.header_sha256) == info.header_sha256:

@@ -1,4 +1,4 @@
-"""From tar patterns to URLs: braces, globs, lists, and which URLs are allowed."""
+"""Expands tar patterns to URLs."""
 
 import glob
 import math
@@ -17,7 +17,7 @@ from feature_store.errors import InputError
 
 WEB, BUCKETS = ("http", "https"), ("s3", "gs")
 _OWN = ("", "file", *WEB, "hf", *BUCKETS)  # schemes that are read without a program
-_MOST_TARS = 1_000_000  # of one pattern: {0..999999999} is a slip, and would fill the memory
+_MOST_TARS = 1_000_000  # per pattern: {0..999999999} is a typing error that would fill the memory
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 _IPV6 = re.compile(r"\[[0-9A-Fa-f:.]+\]")
 _HIDDEN = "\0"  # stands for the :: of an address, which separates no patterns
@@ -51,7 +51,7 @@ def expand_tars(patterns: Sequence[str], *, allow_pipe: bool = False) -> list[st
 
 
 def _lines(pattern: str) -> list[str]:
-    """The patterns of ``@FILE``; any other pattern is its own only line."""
+    """The patterns in ``@FILE``; any other pattern alone."""
     if not pattern.startswith("@"):
         return [pattern]
     path = Path(pattern[1:]).expanduser()
@@ -93,7 +93,7 @@ def _in_home(url: str) -> str:
 
 
 def _require_allowed(url: str, allow_pipe: bool) -> None:
-    """Refuse what would start a program, judged by what is opened in the end (see webdataset's GOPEN_REWRITE)."""
+    """Refuse URLs that start a program; judged after webdataset's GOPEN_REWRITE."""
     rewritten = rewrite_url(url)
     parsed = _parsed(rewritten)
     if parsed.scheme == "file" and parsed.netloc not in ("", "localhost"):
@@ -121,7 +121,7 @@ def _parsed(url: str):
 
 
 def _matches(url: str) -> list[str]:
-    """The tars a glob stands for, sorted; any other URL stands for itself."""
+    """Files that match a glob, sorted; any other URL alone."""
     if not glob.has_magic(url):
         return [url]
     scheme = urlparse(url).scheme
@@ -164,7 +164,7 @@ def bucket_key(url: str) -> tuple[str, str]:
 
 
 def local_path(url: str) -> Path | None:
-    """The file a path or ``file:`` URL names; None for a URL of anything else."""
+    """Local file of a path or ``file:`` URL; None for other URLs."""
     parsed = urlparse(url)
     if parsed.scheme == "file":
         return Path(url2pathname(parsed.path))

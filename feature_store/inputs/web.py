@@ -1,4 +1,4 @@
-"""Opens tars on web servers and the Hugging Face Hub as streams."""
+"""HTTP streams of tars from web servers or the Hugging Face Hub."""
 
 import base64
 import http.client
@@ -26,7 +26,7 @@ class WebTar(NamedTuple):
     """A response that has begun.
 
     Attributes:
-        version: What the server says of the file: entity tag, time of change, length.
+        version: Entity tag, modification time and length, as the server gives them.
         size: Its length in bytes; None if the server does not say.
         stream: The body.
     """
@@ -95,7 +95,7 @@ def _hub_request(url: str) -> Request:
 
 
 def _refused(url: str, error: HTTPError) -> InputError | ResourceError:
-    phrase = http.client.responses.get(error.code, "")  # the server's own words are not for a terminal
+    phrase = http.client.responses.get(error.code, "")  # the server's own phrase may hold control characters
     answer = f"tar {url} cannot be fetched: the server answered {error.code} {phrase}".rstrip()
     if error.code >= 500 or error.code in _TRY_AGAIN:
         return UnreachableError(f"{answer}; try again later")

@@ -389,7 +389,7 @@ def test_open_removes_what_a_killed_fetch_left_when_it_fetches_again(tmp_path, w
     web.file("/t.tar", DATA)
     Tar.open(f"{web.url}/t.tar", scratch=tmp_path)
     (copy,) = tmp_path.iterdir()
-    copy.rename(f"{copy}.0123.part")
+    copy.rename(f"{copy}.0123.partial")
     Tar.open(f"{web.url}/t.tar", scratch=tmp_path)
     assert list(tmp_path.iterdir()) == [copy]
 
