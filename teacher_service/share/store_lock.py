@@ -13,6 +13,8 @@ from feature_store.errors import InputError
 from feature_store.tools.terminal import say
 from teacher_service.share.leases import LEASE_SECONDS, Leases, open_leases
 
+_POLL_SECONDS = 1.0
+
 
 @contextmanager
 def preparing(store: str | Path) -> Iterator[None]:
@@ -43,7 +45,7 @@ def _lease(leases: Leases, url: str) -> None:
     if not leases.take(None):
         say(f"another process prepares {url}; waiting for it, or until {leases.takeover}", error=True)
         while not leases.take(None):
-            time.sleep(leases.poll_seconds)
+            time.sleep(_POLL_SECONDS)
 
 
 def lock_folder(objects: ObjectStore) -> Path:
