@@ -123,15 +123,8 @@ class RemoteObjects:
         Raises:
             InputError: A web server: it is read only; or there is no such bucket.
         """
-        self._require_writable("write")
         parts = list(buffers_of(payload))
-        whole = parts[0] if len(parts) == 1 else b"".join(parts)
-        with self._errors(path) as (obstore, store):
-            try:
-                # One request per object: a multipart upload cannot be conditional.
-                obstore.put(store, path, whole, mode="create" if new else "overwrite", use_multipart=False)
-            except FileNotFoundError as error:
-                raise InputError(f"{self.url}: there is no such bucket; make it, or choose another one") from error
+        self._put(path, parts[0] if len(parts) == 1 else b"".join(parts), "create" if new else "overwrite")
 
     def get_version(self, path: str) -> tuple[bytes, Version]:
         """A whole object, and what put_version takes to replace exactly this version of it."""
@@ -146,11 +139,20 @@ class RemoteObjects:
 
         Raises:
             FileExistsError: The object has another version by now, was deleted, or for None, exists.
+            InputError: See put.
         """
-        named = {} if replaces is None else {name: value for name, value in replaces._asdict().items() if value}
-        mode: Any = named or "create"
+        if replaces is None:
+            return self._put(path, payload, "create")
+        return self._put(path, payload, {name: value for name, value in replaces._asdict().items() if value})
+
+    def _put(self, path: str, payload: Buffer, mode: str | dict[str, str]) -> Version:
+        self._require_writable("write")
         with self._errors(path) as (obstore, store):
-            return Version(**obstore.put(store, path, payload, mode=mode, use_multipart=False))
+            try:
+                # One request per object: a multipart upload cannot be conditional.
+                return Version(**obstore.put(store, path, payload, mode=mode, use_multipart=False))
+            except FileNotFoundError as error:
+                raise InputError(f"{self.url}: there is no such bucket; make it, or choose another one") from error
 
     def sync(self, paths: Sequence[str]) -> None:
         """See ObjectStore.sync: a put that returned is durable."""

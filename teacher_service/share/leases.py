@@ -20,6 +20,7 @@ from feature_store.backends.local import LocalObjects
 from feature_store.commits.locks import FOLDER, lock_name, locked
 from feature_store.errors import ResourceError
 
+LEASE_SECONDS = 120.0
 HEARTBEATS = 4  # renewals per lease time: three in a row may be late
 _MAX_POLL_SECONDS = 5.0
 _PREFIX = "lease-"
@@ -46,19 +47,19 @@ class Leases(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def take(self, unit: int) -> bool:
-        """Lease a unit; False if another process, or this object, holds it.
+    def take(self, unit: int | None) -> bool:
+        """Lease a unit, or for None the store's metadata; False if another process, or this object, holds it.
 
         Raises:
             ResourceError: The bucket cannot be reached.
         """
         ...
 
-    def release(self, unit: int) -> None:
+    def release(self, unit: int | None) -> None:
         """Give a unit back, committed or not; does nothing if this object does not hold it."""
         ...
 
-    def held(self) -> frozenset[int]:
+    def held(self) -> frozenset[int | None]:
         """Units this object holds, as far as it knows."""
         ...
 
@@ -93,7 +94,7 @@ class FileLeases:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._held: dict[int, ExitStack] = {}
+        self._held: dict[int | None, ExitStack] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -104,7 +105,7 @@ class FileLeases:
         for unit in self.held():
             self.release(unit)
 
-    def take(self, unit: int) -> bool:
+    def take(self, unit: int | None) -> bool:
         """See Leases.take."""
         stack = ExitStack()
         try:
@@ -114,12 +115,12 @@ class FileLeases:
         self._held[unit] = stack
         return True
 
-    def release(self, unit: int) -> None:
+    def release(self, unit: int | None) -> None:
         """See Leases.release."""
         if (stack := self._held.pop(unit, None)) is not None:
             stack.close()
 
-    def held(self) -> frozenset[int]:
+    def held(self) -> frozenset[int | None]:
         """See Leases.held."""
         return frozenset(self._held)
 
@@ -152,8 +153,8 @@ class BucketLeases:
         self._objects, self._seconds, self._clock = objects, lease_seconds, clock
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
         self._writes = itertools.count()
-        self._held: dict[int, Version] = {}
-        self._seen: dict[int, tuple[Version, float]] = {}  # others' leases, and when this version was first seen
+        self._held: dict[int | None, Version] = {}
+        self._seen: dict[int | None, tuple[Version, float]] = {}  # others' leases, and when this version was first seen
         self._lock = threading.Lock()
         self._left = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
@@ -171,7 +172,7 @@ class BucketLeases:
             while self._held:
                 self._delete(*self._held.popitem())
 
-    def take(self, unit: int) -> bool:
+    def take(self, unit: int | None) -> bool:
         """See Leases.take."""
         with self._lock:
             if unit in self._held:
@@ -195,18 +196,18 @@ class BucketLeases:
                 version = self._write(unit, self._held[unit])
                 if version is None:
                     del self._held[unit]
-                    _logger.warning("the lease of unit %d was taken over: no heartbeat of this process arrived in "
-                                    "time; the first commit counts", unit)  # fmt: skip
+                    _logger.warning("the lease of %s was taken over: no heartbeat of this process arrived in time; the "
+                                    "first commit counts", lock_name(unit))  # fmt: skip
                 else:
                     self._held[unit] = version
 
-    def release(self, unit: int) -> None:
+    def release(self, unit: int | None) -> None:
         """See Leases.release."""
         with self._lock, suppress(ResourceError):
             if (version := self._held.pop(unit, None)) is not None:
                 self._delete(unit, version)
 
-    def held(self) -> frozenset[int]:
+    def held(self) -> frozenset[int | None]:
         """See Leases.held."""
         with self._lock:
             return frozenset(self._held)
@@ -218,19 +219,19 @@ class BucketLeases:
         while not self._left.wait(self._seconds / HEARTBEATS):
             self.renew()
 
-    def _is_dead(self, unit: int, content: bytes, version: Version) -> bool:
+    def _is_dead(self, unit: int | None, content: bytes, version: Version) -> bool:
         now = self._clock()
         seen, since = self._seen.get(unit, (None, now))
         self._seen[unit] = version, since if version == seen else now
         return version == seen and now - since >= _lease_seconds(content, self._seconds)
 
-    def _read(self, unit: int) -> tuple[bytes, Version] | None:
+    def _read(self, unit: int | None) -> tuple[bytes, Version] | None:
         try:
             return self._objects.get_version(FOLDER + _name(unit))
         except FileNotFoundError:
             return None
 
-    def _write(self, unit: int, replaces: Version | None) -> Version | None:
+    def _write(self, unit: int | None, replaces: Version | None) -> Version | None:
         """The new version; None if another process was first."""
         lease = {"holder": self._holder, "write": next(self._writes), "lease_seconds": self._seconds}
         content = json.dumps(lease).encode()
@@ -240,13 +241,13 @@ class BucketLeases:
             there = self._read(unit)  # a put whose response was lost is tried again, and refused
             return there[1] if there is not None and there[0] == content else None
 
-    def _delete(self, unit: int, version: Version) -> None:
+    def _delete(self, unit: int | None, version: Version) -> None:
         with suppress(FileNotFoundError):
             if (there := self._read(unit)) is not None and there[1] == version:
                 self._objects.delete(FOLDER + _name(unit))
 
 
-def _name(unit: int) -> str:
+def _name(unit: int | None) -> str:
     return f"{_PREFIX}{lock_name(unit)}"
 
 
