@@ -6,7 +6,6 @@ one that comes later joins in, and what a dead one had in hand is taken over.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 
 from feature_store.inputs.tar import tar_notes
@@ -75,7 +74,7 @@ def compute(
         left = claims.uncommitted(tasks)
         while left and not stop.is_set():
             lost: list[Task] = []
-            more = _round(pipeline, claims.take(left), committed, partial(_offset, on_batch, report.images), stop)
+            more = _round(pipeline, claims.take(left), committed, on_batch, stop)
             if more is None:
                 stop.wait(POLL_SECONDS)
             else:
@@ -103,11 +102,6 @@ def _round(
     if (first := next(free, None)) is None:
         return None
     return pipeline.run(chain([first], free), on_commit=on_commit, on_batch=on_batch, stop=stop)
-
-
-def _offset(on_batch: Callable[[int, StageTimes], None], before: int, images: int, times: StageTimes) -> None:
-    """A pipeline counts the images of one run."""
-    on_batch(before + images, times)
 
 
 def _after(first: PipelineReport, then: PipelineReport) -> PipelineReport:
