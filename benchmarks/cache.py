@@ -32,7 +32,7 @@ from benchmarks.cache_limits import ForgetfulStore, memory_slope, queue_bounds
 from feature_store.store import Store
 from feature_store.teacher.model import build_model
 from feature_store.tools.options import JsonObject
-from teacher_service.cache.decode import Batch, Span, Task, ViewDataset, batch_spans, read_batches
+from teacher_service.cache.decode import Span, Task, ViewBatch, ViewDataset, batch_spans, read_batches
 from teacher_service.cache.forward import Forward
 from teacher_service.cache.job import cache
 from teacher_service.cache.pipeline import Pipeline
@@ -143,9 +143,9 @@ class ResidentDataset:
         self._template = self._real[Span(Task(0, range(1)), 0, 1)]
         self.pixels = torch.from_numpy(pixels)
 
-    def __getitem__(self, span: Span) -> Batch:
+    def __getitem__(self, span: Span) -> ViewBatch:
         """A batch whose pixels cost nothing."""
-        assert isinstance(self._template, Batch)
+        assert isinstance(self._template, ViewBatch)
         count = span.stop - span.start
         return replace(
             self._template,

@@ -9,7 +9,7 @@ import numpy as np
 
 from feature_store.store import Store
 from teacher_service.cache.decode import Task
-from teacher_service.cache.encode import UnitRows
+from teacher_service.cache.encode import UnitEncoder
 from teacher_service.cache.pipeline import Pipeline
 from teacher_service.cache.prepare import Job
 from teacher_service.plan.sizes import remaining_bytes
@@ -74,20 +74,20 @@ def queue_bounds(job: Job) -> dict[str, Any]:
 
 
 def _units_in_memory(job: Job) -> int:
-    alive: weakref.WeakSet[UnitRows] = weakref.WeakSet()
-    most, make = [0], UnitRows.__init__
+    alive: weakref.WeakSet[UnitEncoder] = weakref.WeakSet()
+    most, make = [0], UnitEncoder.__init__
 
-    def counted(self: UnitRows, *args: Any) -> None:
+    def counted(self: UnitEncoder, *args: Any) -> None:
         make(self, *args)
         alive.add(self)
         most[0] = max(most[0], len(alive))
 
-    UnitRows.__init__ = counted  # pyright: ignore[reportAttributeAccessIssue]
+    UnitEncoder.__init__ = counted  # pyright: ignore[reportAttributeAccessIssue]
     try:
         tasks = [Task(i % len(job.tars), range(1)) for i in range(2 * len(job.tars))]
         Pipeline(job).run(tasks, on_commit=lambda unit: None)
     finally:
-        UnitRows.__init__ = make
+        UnitEncoder.__init__ = make
     return most[0]
 
 

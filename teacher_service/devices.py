@@ -1,4 +1,4 @@
-"""The device a teacher runs on, by name."""
+"""Devices by name."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Turns SIGTERM, SIGHUP and Ctrl-C into a request to stop within seconds."""
+"""Stop requests from SIGTERM, SIGHUP or Ctrl-C."""
 
 import os
 import select
@@ -12,11 +12,11 @@ from feature_store.tools.terminal import say
 
 GRACE_SECONDS = 8.0  # spot machines and schedulers give at least 10 between SIGTERM and SIGKILL
 _LEFT = 0  # no signal has this number
-RESUME = "committed units are safe, the same command resumes"
+RESUME = "committed units are safe; run the same command again to resume"
 
 
 class Stop(threading.Event):
-    """A request to stop, and where it came from.
+    """A request to stop.
 
     Attributes:
         signal: The signal that asked for it; None if another thread did.

@@ -1,4 +1,4 @@
-"""Decodes source images once each and cuts all their views, in worker processes, batch by batch.
+"""From tars to batches of views, in decode worker processes.
 
 Shape legend: b samples of a batch, V views, H W pixels.
 """
@@ -52,18 +52,27 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One source image's views, uint8 [V, H, W, 3], or the reason why it has none; encoded as in Batch."""
+    """One source image and its views.
+
+    Attributes:
+        label: Its label; -1 where it has none.
+        reason: Why it is quarantined; None if it has views.
+        params: [V]; None where quarantined.
+        crcs: CRC-32 of each view's pixels, [V].
+        views: uint8 [V, H, W, 3].
+        jpegs: [V], see ViewBatch.
+    """
 
     label: int
     reason: str | None
     params: list[ViewParams | None]
     crcs: list[int]
     views: np.ndarray
-    encoded: list[bytes]
+    jpegs: list[bytes]
 
 
 @dataclass(frozen=True)
-class Batch:
+class ViewBatch:
     """Consecutive samples of one unit; what the teacher sees in one go.
 
     Attributes:
@@ -74,8 +83,8 @@ class Batch:
         params: [V] lists of [b]; None where quarantined.
         pixel_crc: uint32 [V, b]; 0 where quarantined.
         pixels: uint8 [b, V, H, W, 3]; black where quarantined, so that a batch's shape never depends on it.
-        encoded: [V] lists of [b] JPEGs; no bytes where quarantined, or where views are not materialised.
-        seconds: How long it took to decode.
+        jpegs: [V] lists of [b] JPEGs; no bytes where quarantined, or where views are not materialised.
+        seconds: Decode time.
     """
 
     task: Task
@@ -85,7 +94,7 @@ class Batch:
     params: list[list[ViewParams | None]]
     pixel_crc: np.ndarray
     pixels: Tensor
-    encoded: list[list[bytes]] = field(default_factory=list)
+    jpegs: list[list[bytes]] = field(default_factory=list)
     seconds: float = 0.0
 
     def __len__(self) -> int:
@@ -96,36 +105,36 @@ class Batch:
         """View images in it."""
         return len(self) * len(self.task.views)
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> "ViewBatch":
         """The same with page-locked pixels; DataLoader calls this for a GPU."""
         return replace(self, pixels=self.pixels.pin_memory())
 
 
 class ViewDataset(Dataset):
-    """Batches of views by their span; errors are returned, for a traceback does not cross processes well.
+    """Batches of views by span; errors are returned, because tracebacks do not cross processes well.
 
     Args:
         tars: One per unit.
-        policy: What views are drawn from.
-        seed: With which seed.
-        encoding: How they are materialised, see ``Manifest.view_encoding``; their pixels are then the JPEGs', decoded.
+        policy: The view policy.
+        seed: Seed of the views.
+        encoding: How views are materialised, see ``Manifest.view_encoding``; their pixels are then the JPEGs', decoded.
     """
 
     def __init__(self, tars: Sequence[Tar], policy: ViewPolicy, seed: int, encoding: str | None = None) -> None:
         self.tars, self.policy, self.seed, self.encoding = tars, policy, seed, encoding
 
-    def __getitem__(self, span: Span) -> Batch | UserError:
-        """One batch, or what kept it from being read."""
+    def __getitem__(self, span: Span) -> ViewBatch | UserError:
+        """One batch, or the error of reading it."""
         return self.read(span)
 
-    def read(self, span: Span, memory: Tensor | None = None) -> Batch | UserError:
-        """The same with its pixels in given memory, uint8 [at least as many bytes]; default new memory."""
+    def read(self, span: Span, memory: Tensor | None = None) -> ViewBatch | UserError:
+        """The same with its pixels in given memory, uint8 [at least their bytes]; default new memory."""
         started = time.perf_counter()
         shape = (span.stop - span.start, len(span.task.views), *self.policy.size, 3)
         pixels = torch.empty(shape, dtype=torch.uint8) if memory is None else memory[: math.prod(shape)].view(shape)
-        places = zip(range(span.start, span.stop), pixels.numpy(), strict=True)
+        positions = zip(range(span.start, span.stop), pixels.numpy(), strict=True)
         try:
-            samples = [self.sample(span.task, position, out) for position, out in places]
+            samples = [self.sample(span.task, position, out) for position, out in positions]
         except UserError as error:
             return error
         except MemoryError:
@@ -148,8 +157,8 @@ class ViewDataset(Dataset):
             views[:] = 0
             return Sample(label, str(error), [None] * count, [0] * count, views, [b""] * count)
         params = [draw_view(self.policy, self.seed, key, view, image.size) for view in task.views]
-        encoded = [self._cut(image, each, view) for each, view in zip(params, views, strict=True)]
-        return Sample(label, None, list(params), [pixel_crc(view) for view in views], views, encoded)
+        jpegs = [self._cut(image, each, view) for each, view in zip(params, views, strict=True)]
+        return Sample(label, None, list(params), [pixel_crc(view) for view in views], views, jpegs)
 
     def _cut(self, image: Image.Image, params: ViewParams, out: np.ndarray) -> bytes:
         """Cut one view into out; its JPEG, if views are materialised."""
@@ -162,26 +171,26 @@ class ViewDataset(Dataset):
 
 
 class _InSharedMemory(Dataset):
-    """A dataset's batches with their pixels in memory that is shared with the workers, over and over again.
+    """A dataset's batches with their pixels in memory that is shared with the workers and reused.
 
-    New memory for each batch costs as much as to cut its views: the system clears and maps every page.
+    New memory for each batch costs as much as cutting its views: the system clears and maps every page.
 
     Args:
-        dataset: Which one.
-        memory: uint8 [places, bytes of the largest batch].
+        dataset: The dataset.
+        memory: uint8 [slots, bytes of the largest batch].
     """
 
     def __init__(self, dataset: ViewDataset, memory: Tensor) -> None:
         self._dataset, self._memory = dataset, memory
 
-    def __getitem__(self, item: tuple[Span, int]) -> Batch | UserError:
-        """A batch by its span and its pixels' place."""
-        span, place = item
-        return self._dataset.read(span, self._memory[place])
+    def __getitem__(self, item: tuple[Span, int]) -> ViewBatch | UserError:
+        """A batch by its span and the slot of its pixels."""
+        span, slot = item
+        return self._dataset.read(span, self._memory[slot])
 
 
-def _batch(span: Span, samples: Sequence[Sample], pixels: Tensor) -> Batch:
-    return Batch(
+def _batch(span: Span, samples: Sequence[Sample], pixels: Tensor) -> ViewBatch:
+    return ViewBatch(
         task=span.task,
         start=span.start,
         labels=np.array([sample.label for sample in samples], np.int64),
@@ -189,7 +198,7 @@ def _batch(span: Span, samples: Sequence[Sample], pixels: Tensor) -> Batch:
         params=[list(view) for view in zip(*(sample.params for sample in samples), strict=True)],
         pixel_crc=np.array([sample.crcs for sample in samples], np.uint32).T,
         pixels=pixels,
-        encoded=[list(view) for view in zip(*(sample.encoded for sample in samples), strict=True)],
+        jpegs=[list(view) for view in zip(*(sample.jpegs for sample in samples), strict=True)],
     )
 
 
@@ -217,15 +226,15 @@ def warm_up(workers: int) -> None:
 
 def read_batches(
     dataset: ViewDataset, spans: Iterable[Span], *, most_images: int, workers: int, pin_memory: bool
-) -> Generator[Batch, None, None]:
+) -> Generator[ViewBatch, None, None]:
     """Batches in order, decoded ahead by worker processes that live as long as the job.
 
     At most PREFETCH spans per worker are pulled, and as many batches kept, ahead of the one given out. Its pixels
     change when the next one is asked for, unless they are pinned.
 
     Args:
-        dataset: Of what.
-        spans: Which ones.
+        dataset: The dataset.
+        spans: Spans of the batches, in order.
         most_images: View images of the largest one.
         workers: Decode workers; 0 decodes in this process.
         pin_memory: Whether to copy pixels to page-locked memory.
@@ -260,16 +269,16 @@ def read_batches(
         ) from error
 
 
-def _shared(places: int, size: int) -> Tensor:
-    """Memory, uint8 [places, size], that workers are given with their dataset, not a copy of it."""
+def _shared(slots: int, size: int) -> Tensor:
+    """Shared memory, uint8 [slots, size]: workers receive a handle with their dataset, not a copy."""
     try:
-        storage = torch.UntypedStorage._new_shared(places * size)  # share_memory_() would copy as much into it
+        storage = torch.UntypedStorage._new_shared(slots * size)  # share_memory_() would copy as much into it
     except RuntimeError as error:
         raise ResourceError(
-            f"decode workers need {decimal(places * size)} of shared memory: {error}; "
+            f"decode workers need {decimal(slots * size)} of shared memory: {error}; "
             "make /dev/shm larger, or use fewer --workers or a smaller --batch-size"
         ) from error
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(places, size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(slots, size)
 
 
 def _context() -> ForkServerContext:

@@ -1,4 +1,6 @@
-"""Runs the teacher on batches: pixels in, taps and logits out, on a GPU without ever waiting for it.
+"""The teacher's forward pass: pixels in, features out.
+
+On a GPU the host never waits for it: copies in, passes and copies out are queued on streams.
 
 Shape legend: B images of a batch, N tokens, C channels, H W pixels.
 """
@@ -21,7 +23,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class PendingBatch:
-    """One forward pass: its outputs in host memory, complete once the last of its events has happened.
+    """One forward pass; its outputs in host memory are complete once the last of its events has happened.
 
     Attributes:
         outputs: Tensors by name, as in Arrays.
@@ -34,14 +36,14 @@ class PendingBatch:
     events: dict[str, tuple[Any, Any]]
 
 
-class Outputs:
-    """What the teacher said of one batch, perhaps still being computed."""
+class Features:
+    """The teacher's outputs for one batch; on a GPU perhaps still being computed."""
 
     def __init__(self, parts: Sequence[PendingBatch], timer: StageTimer) -> None:
         self._parts, self._timer = parts, timer
 
     def arrays(self) -> Arrays:
-        """Wait for them, and note how long the GPU worked."""
+        """Wait for them, and note the GPU's busy time."""
         for part in self._parts:
             self._note(part.events)
         names = self._parts[0].outputs
@@ -84,11 +86,11 @@ class Forward:
         self._model: Callable[[Tensor], TeacherOutput] = torch.compile(teacher, dynamic=False) if compile else teacher
         self._run = _GpuRunner(self.device).run if on_gpu else self._run_on_cpu
 
-    def __call__(self, pixels_BHWC: Tensor) -> Outputs:
+    def __call__(self, pixels_BHWC: Tensor) -> Features:
         """Begin to run the teacher on uint8 pixels in host memory, pinned if it runs on a GPU.
 
         Raises:
-            ResourceError: The device has too little memory for a single image, or the compiler gave up.
+            ResourceError: The device has too little memory for a single image, or a failure of the compiler.
         """
         parts: list[PendingBatch] = []
         done = 0
@@ -104,11 +106,11 @@ class Forward:
                     raise
                 raise self._compile_error(error) from error
             done += len(piece)
-        return Outputs(parts, self._timer)
+        return Features(parts, self._timer)
 
     def _compile_error(self, error: RuntimeError) -> ResourceError:
         reason = str(error).strip().splitlines()[0]
-        return ResourceError(f"torch.compile gave up on {self.device}: {reason}; run without --compile")
+        return ResourceError(f"torch.compile failed on {self.device}: {reason}; run without --compile")
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
         if self.batch_size == 1:

@@ -76,7 +76,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
     Raises:
         InputError: Unknown teacher, unusable tars or checkpoint, or with strict an unreadable sample.
         MismatchError: The store was begun with other settings; names the field.
-        ResourceError: Disk full, weights that cannot be fetched, a device that gave up.
+        ResourceError: Disk full, weights that cannot be fetched, a failed device.
     """
     processes = max(1, environment_number("WORLD_SIZE", 1))  # torchrun's, which time their samples at once
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Tells whoever watches a job how it goes: a terminal, a JSON lines file, Prometheus."""
+"""Reports of progress to a terminal, a JSON lines file, Prometheus."""
 
 import json
 import os
@@ -23,10 +23,10 @@ from teacher_service.config import CacheConfig
 
 
 class Observer(Protocol):
-    """Someone who is told; from any thread."""
+    """Receives a job's progress; from any thread."""
 
     def computed(self, images: int, times: StageTimes) -> None:
-        """So many view images went through the teacher so far, and so the stages worked."""
+        """View images computed so far, and stage times."""
 
     def committed(self, done: UnitDone) -> None:
         """A unit's views are safe."""
@@ -51,13 +51,13 @@ class Observers:
 
 @contextmanager
 def observed(config: CacheConfig, console: Console, manifest: Manifest, tasks: Sequence[Task]) -> Iterator[Observers]:
-    """Everyone a job's configuration asks to tell, while the context lasts.
+    """The observers a job's configuration asks for, while the context lasts.
 
     Of several processes of one machine (torchrun) the first draws on the terminal; each has its own metrics port,
     counted up from the one given.
 
     Raises:
-        ResourceError: The log cannot be written or the port cannot be had.
+        ResourceError: The log cannot be written or the port is taken.
     """
     rank = environment_number("LOCAL_RANK", 0)
     observers: list[Observer] = []
@@ -123,10 +123,10 @@ class Metrics:
         host: Address to listen on.
         port: Port; 0 for any that is free.
         manifest: The store's.
-        tasks: What this run is about.
+        tasks: The run's tasks.
 
     Raises:
-        ResourceError: The port cannot be had.
+        ResourceError: The port is taken.
     """
 
     def __init__(self, host: str, port: int, manifest: Manifest, tasks: Sequence[Task]) -> None:

@@ -1,8 +1,9 @@
-"""The pipeline: tasks in, committed units out, with every queue between the stages bounded.
+"""Pipeline of the cache job: decode, forward, encode, write.
 
-decode workers -> teacher -> encoder -> writer. What may be in memory, per process: ``decoding.PREFETCH`` batches for
-each decode worker, ``BATCHES_AHEAD`` batches computed and not yet encoded, and three units: one being written, one that
-waits for the writer in the encoder's hands, one being collected (more only where a unit is smaller than a batch).
+Tasks go in, committed units come out; every queue between stages is bounded. In memory, per process, are at most
+``decode.PREFETCH`` batches for each decode worker, ``BATCHES_AHEAD`` batches computed and not yet encoded, and three
+units: one being written, one that waits for the writer, one being collected (more only where a unit is smaller than a
+batch).
 """
 
 import threading
@@ -16,9 +17,9 @@ from typing import Any
 from feature_store.errors import CommittedError, InputError
 from feature_store.inputs.tar import Tar
 from feature_store.store import Store
-from teacher_service.cache.decode import Batch, Task, ViewDataset, batch_spans, read_batches
-from teacher_service.cache.encode import UnitRows
-from teacher_service.cache.forward import Forward, Outputs
+from teacher_service.cache.decode import Task, ViewBatch, ViewDataset, batch_spans, read_batches
+from teacher_service.cache.encode import UnitEncoder
+from teacher_service.cache.forward import Features, Forward
 from teacher_service.cache.prepare import Job
 from teacher_service.cache.stage import Stage
 from teacher_service.cache.stage_timer import StageTimer, StageTimes
@@ -83,7 +84,7 @@ class PipelineReport:
 
 
 class Pipeline:
-    """Puts units through the teacher into a store; several processes may each run one on the same store.
+    """Computes units and commits them; several processes may each run one on the same store.
 
     The bytes of a store depend on neither workers nor the order of tasks. A batch size (``--batch-size``, and what
     remains of it after the device ran out of memory) can change the last bits of a float, nothing else.
@@ -98,6 +99,7 @@ class Pipeline:
         self._config, self._store, self._tars = config, job.store, job.tars
         self._dataset = dataset or ViewDataset(job.tars, manifest.policy, manifest.seed, manifest.view_encoding)
         self._views_out = None if config.views_out is None else ViewTarWriter(config.views_out, job.store)
+        self._images = 0
         self._timer = StageTimer({"decode": max(1, config.workers)})
         self._forward = Forward(
             job.teacher, tuple(manifest.taps), config.batch_size, self._timer, compile=config.compile
@@ -123,7 +125,7 @@ class Pipeline:
         Args:
             tasks: What to do, in order.
             on_commit: Told of each committed task, in the writer's thread.
-            on_batch: Told after each batch how many images the teacher was given so far, and of the stages.
+            on_batch: Told after each batch how many images this pipeline computed in all its runs, and stage times.
             stop: Set to stop early.
 
         Raises:
@@ -144,14 +146,15 @@ class Pipeline:
                 self._require_readable(batch)
                 if not stopping.goes_on(batch, run.images_left(batch)):
                     break
-                outputs = self._forward(batch.pixels.flatten(0, 1))
-                encoder.submit(run.encode, batch, outputs, run.rows_of(batch), pool, writer)
+                features = self._forward(batch.pixels.flatten(0, 1))
+                encoder.submit(run.encode, batch, features, run.encoder_of(batch), pool, writer)
                 run.images += batch.images
+                self._images += batch.images
                 if on_batch is not None:
-                    on_batch(run.images, timer.times())
+                    on_batch(self._images, timer.times())
         return run.report(time.perf_counter() - started, self._forward.batch_size)
 
-    def _batches(self, tasks: Iterable[Task]) -> Generator[Batch, None, None]:
+    def _batches(self, tasks: Iterable[Task]) -> Generator[ViewBatch, None, None]:
         sizes, views = [len(tar) for tar in self._tars], self._store.manifest.num_views
         return read_batches(
             self._dataset,
@@ -161,18 +164,18 @@ class Pipeline:
             pin_memory=self._forward.device.type == "cuda",
         )
 
-    def _require_readable(self, batch: Batch) -> None:
+    def _require_readable(self, batch: ViewBatch) -> None:
         if self._config.strict and batch.quarantined:
             position, reason = next(iter(batch.quarantined.items()))
             tar = self._tars[batch.task.unit]
             raise InputError(
                 f"sample {tar.keys[position]!r} of {tar.url} cannot be used: {reason}; "
-                "mend the tar, or run without --strict to quarantine it"
+                "fix the tar, or run without --strict to quarantine it"
             )
 
 
 class _Run:
-    """What one run has in hand: tasks it pulled, and units from their first batch to their commit."""
+    """State of one run: tasks it pulled, and units from their first batch to their commit."""
 
     def __init__(
         self,
@@ -186,7 +189,7 @@ class _Run:
         self._on_commit, self._timer = on_commit, timer
         self._pulled: list[Task] = []
         self._committed: list[Task] = []
-        self._rows: UnitRows | None = None
+        self._encoder: UnitEncoder | None = None
         self.images = 0
 
     def pulled(self, tasks: Iterable[Task], stop: threading.Event) -> Iterator[Task]:
@@ -196,31 +199,31 @@ class _Run:
             self._pulled.append(task)
             yield task
 
-    def images_left(self, batch: Batch) -> int:
+    def images_left(self, batch: ViewBatch) -> int:
         """View images of a batch's task from this batch on."""
         return (len(self._tars[batch.task.unit]) - batch.start) * len(batch.task.views)
 
-    def rows_of(self, batch: Batch) -> UnitRows:
-        """Where a batch's rows are collected; batches come task by task."""
-        if self._rows is None or batch.start == 0:
-            self._rows = UnitRows(self._store.layout, self._tars[batch.task.unit].keys, len(batch.task.views))
-        return self._rows
+    def encoder_of(self, batch: ViewBatch) -> UnitEncoder:
+        """The encoder of a batch's unit; batches come task by task."""
+        if self._encoder is None or batch.start == 0:
+            self._encoder = UnitEncoder(self._store.layout, self._tars[batch.task.unit].keys, len(batch.task.views))
+        return self._encoder
 
-    def encode(self, batch: Batch, outputs: Outputs, rows: UnitRows, pool: Executor, writer: Stage) -> None:
+    def encode(self, batch: ViewBatch, features: Features, encoder: UnitEncoder, pool: Executor, writer: Stage) -> None:
         """Encode a batch; the unit's last one hands the unit to the writer. In the encode thread."""
-        arrays = outputs.arrays()
+        arrays = features.arrays()
         with self._timer.busy("encode"):
-            rows.add(batch, arrays, pool)
-        if rows.whole:
-            writer.submit(self._write, batch.task, rows)
+            encoder.add(batch, arrays, pool)
+        if encoder.whole:
+            writer.submit(self._write, batch.task, encoder)
 
-    def _write(self, task: Task, rows: UnitRows) -> None:
-        data = rows.data()
+    def _write(self, task: Task, encoder: UnitEncoder) -> None:
+        unit = encoder.unit()
         try:
             with self._timer.busy("write"):
                 if self._views_out is not None:  # before the commit, which says that they are there
-                    self._views_out.write(task, rows.views())
-                write_unit(self._store, task, data)
+                    self._views_out.write(task, encoder.views())
+                write_unit(self._store, task, unit)
         except CommittedError:  # another worker was given it too, and was first
             return
         self._committed.append(task)
@@ -228,15 +231,15 @@ class _Run:
         self._on_commit(
             UnitDone(
                 task=task,
-                images=len(data.keys) * len(task.views),
-                quarantined=data.quarantined,
+                images=len(unit.keys) * len(task.views),
+                quarantined=unit.quarantined,
                 bytes=sum(proof.bytes for proof in record.objects.values()),
                 times=self._timer.times(),
             )
         )
 
     def report(self, seconds: float, batch_size: int) -> PipelineReport:
-        """What came of it."""
+        """The run's report."""
         done = set(self._committed)
         return PipelineReport(
             committed=tuple(self._committed),
@@ -256,7 +259,7 @@ class _Stopping:
         self._task: Task | None = None
         self._started, self._deadline, self._images = 0.0, 0.0, 0
 
-    def goes_on(self, batch: Batch, left: int) -> bool:
+    def goes_on(self, batch: ViewBatch, left: int) -> bool:
         """Whether to compute a batch; left counts the task's images from it on."""
         now = time.perf_counter()
         if not self.requested.is_set():

@@ -1,4 +1,4 @@
-"""Shows how far a job is: a bar on a terminal, one plain line per unit elsewhere."""
+"""Progress of a job: a bar on a terminal, elsewhere a line per unit."""
 
 import time
 from collections import Counter
@@ -21,7 +21,7 @@ class Progress:
     Args:
         console: Where to show it.
         manifest: The store's.
-        tasks: What this run is about.
+        tasks: The run's tasks.
     """
 
     def __init__(self, console: Console, manifest: Manifest, tasks: Sequence[Task]) -> None:
@@ -52,12 +52,12 @@ class Progress:
         self._bar.stop()
 
     def computed(self, images: int, times: StageTimes) -> None:
-        """Note how many view images went through the teacher so far, and how the stages worked."""
+        """See Observer."""
         self._images = max(self._images, images)
         self._bar.update(self._task, completed=self._images, rate=f"{self._rate():,.0f} images/s, {times}")
 
     def committed(self, done: UnitDone) -> None:
-        """Count what is safe on disk; may be called from another thread."""
+        """See Observer."""
         self._left -= Counter([done.task.unit])
         self._quarantined += len(done.quarantined)
         self._committed += done.images

@@ -1,4 +1,4 @@
-"""Measures how long each stage of the pipeline worked, so that the slowest one has a name."""
+"""Per-stage busy time; identifies the bottleneck."""
 
 import threading
 import time

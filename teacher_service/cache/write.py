@@ -1,4 +1,4 @@
-"""Writes one finished unit, with the user's form of what can go wrong on the way to the disk."""
+"""Writing of an encoded unit."""
 
 from rich.filesize import decimal
 
@@ -9,18 +9,17 @@ from feature_store.write.unit import EncodedUnit
 from teacher_service.cache.decode import Task
 from teacher_service.plan.disk import free_bytes
 from teacher_service.plan.sizes import remaining_bytes
-
-RESUME = "committed units are safe; mend it and run the same command again to go on"
+from teacher_service.stopping import RESUME
 
 
 def disk_error(error: OSError, objects: ObjectStore, what: str, needed: int = 0) -> ResourceError:
-    """The user's form of a failed write: what is missing, and how to go on.
+    """A failed write as a ResourceError that says how much room is missing.
 
     Args:
-        error: What the system said.
-        objects: The store's.
+        error: The system's error.
+        objects: The store's objects.
         what: What could not be written.
-        needed: Bytes that are still to be written, if known.
+        needed: Bytes still to be written, if known.
     """
     if error.errno not in DISK_FULL:
         return ResourceError(f"{what} cannot be written to {objects.url}: {error}; {RESUME}")
@@ -32,7 +31,7 @@ def disk_error(error: OSError, objects: ObjectStore, what: str, needed: int = 0)
     )
 
 
-def write_unit(store: Store, task: Task, data: EncodedUnit) -> None:
+def write_unit(store: Store, task: Task, unit: EncodedUnit) -> None:
     """Write and commit a unit's views.
 
     Raises:
@@ -40,7 +39,7 @@ def write_unit(store: Store, task: Task, data: EncodedUnit) -> None:
         CommittedError: Another process committed them first.
     """
     try:
-        store.write_unit(task.unit, task.views.start, data)
+        store.write_unit(task.unit, task.views.start, unit)
     except OSError as error:
         needed = remaining_bytes(store.layout, store.committed.missing_views())
         raise disk_error(error, store.objects, f"unit {task.unit}", needed) from error

@@ -1,4 +1,4 @@
-"""Writes materialised views: one webdataset tar for each view of a unit, whole under its name or not there."""
+"""Writing of materialised views: a webdataset tar per view of a unit."""
 
 import io
 import re
@@ -17,8 +17,8 @@ from feature_store.errors import InputError, ResourceError
 from feature_store.store import Store
 from feature_store.views import view_tar
 from teacher_service.cache.decode import Task
-from teacher_service.cache.write import RESUME
 from teacher_service.share.store_lock import lock_folder
+from teacher_service.stopping import RESUME
 
 _SHOWN = 3  # names listed in an error message
 _JPEG = ".jpg"

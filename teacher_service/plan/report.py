@@ -1,4 +1,4 @@
-"""Shows a forecast and a finished job to people."""
+"""Tables of a forecast; lines of a finished job."""
 
 import math
 from typing import TYPE_CHECKING

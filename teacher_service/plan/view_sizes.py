@@ -74,9 +74,9 @@ def mean_view_bytes(manifest: Manifest, tars: Sequence[Tar]) -> float:
     places = [(unit, position) for unit, tar in enumerate(tars) for position in range(len(tar))]
     step = max(1, len(places) // MEASURED)
     samples = [dataset.sample(Task(unit, range(1)), position) for unit, position in places[::step][:MEASURED]]
-    jpegs = [len(sample.encoded[0]) for sample in samples if sample.reason is None]
+    jpegs = [len(sample.jpegs[0]) for sample in samples if sample.reason is None]
     if not jpegs:
-        raise InputError(f"none of {len(samples)} images tried can be read ({samples[0].reason}); mend the tars")
+        raise InputError(f"none of {len(samples)} images tried can be read ({samples[0].reason}); fix the tars")
     whole_blocks = [-(-size // _BLOCK) * _BLOCK for size in jpegs]
     return sum(whole_blocks) / len(jpegs) + 3 * _BLOCK  # the JPEG's header, the label's, the label
 

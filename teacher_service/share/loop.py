@@ -99,8 +99,7 @@ def compute(
                 stop.wait(leases.poll_seconds)
                 continue
             waits = False
-            counted = None if on_batch is None else partial(_offset, on_batch, report.images)
-            more = pipeline.run(chain([first], free), on_commit=committed, on_batch=counted, stop=stop)
+            more = pipeline.run(chain([first], free), on_commit=committed, on_batch=on_batch, stop=stop)
             for task in more.abandoned:
                 leases.release(task.unit)
             report = _after(report, more)
@@ -151,11 +150,6 @@ def _waiting(tasks: Sequence[Task], leases: Leases) -> str:
     more = "..." if len(units) > _SHOWN else ""
     names = f"{len(units)} units ({', '.join(map(str, units[:_SHOWN]))}{more})"
     return f"waiting for {names} that other processes compute; a unit is taken over {leases.takeover}"
-
-
-def _offset(on_batch: Callable[[int, StageTimes], None], before: int, images: int, times: StageTimes) -> None:
-    """Count images over several runs of a pipeline."""
-    on_batch(before + images, times)
 
 
 def _after(first: PipelineReport, then: PipelineReport) -> PipelineReport:

@@ -97,7 +97,7 @@ def verify(config: VerifyConfig, progress: Callable[[int, int], None] = lambda d
         InputError: Not a store, or the teacher's weights or the tars cannot be used.
         MismatchError: The teacher, its later blocks or the tars are not the store's; names the field.
         CorruptStoreError: The manifest is damaged.
-        ResourceError: Weights or tars that cannot be fetched, or a device that gave up.
+        ResourceError: Weights or tars that cannot be fetched, or a failed device.
     """
     objects = open_objects(config.store)
     manifest = read_manifest(objects)

@@ -22,8 +22,8 @@ def test_forward_gives_on_a_gpu_what_it_gives_on_a_cpu(tiny_swin: TinyTeacher, c
     load = {"checkpoint": tiny_swin.checkpoint, "model_kwargs": tiny_swin.model_kwargs}
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), np.uint8))
     expected = load_teacher(tiny_swin.name, **load)(pixels)
-    waits = StageTimer()
-    forward = Forward(load_teacher(tiny_swin.name, **load, device="cuda"), ["stage4"], 32, waits, compile=compiled)
+    timer = StageTimer()
+    forward = Forward(load_teacher(tiny_swin.name, **load, device="cuda"), ["stage4"], 32, timer, compile=compiled)
 
     found = [forward(pixels.pin_memory()) for _ in range(4)]  # several under way at once
 
@@ -31,7 +31,7 @@ def test_forward_gives_on_a_gpu_what_it_gives_on_a_cpu(tiny_swin: TinyTeacher, c
         arrays = outputs.arrays()
         np.testing.assert_allclose(arrays["stage4"], expected.taps["stage4"], rtol=1e-2, atol=1e-2)
         np.testing.assert_allclose(arrays["logits"], expected.logits, rtol=1e-2, atol=1e-2)
-    assert all(waits.times().busy[stage] > 0 for stage in ("transfer", "forward", "copy out"))
+    assert all(timer.times().busy[stage] > 0 for stage in ("transfer", "forward", "copy out"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -13,7 +13,7 @@ from feature_store.backends.open import open_objects
 from feature_store.errors import MismatchError, QuarantinedError, Remedy
 from feature_store.tools.cli import main as store_main
 from feature_store.tools.verify import verify
-from teacher_service.cache.encode import UnitRows
+from teacher_service.cache.encode import UnitEncoder
 from teacher_service.cache.job import CacheSummary, cache
 from teacher_service.config import CacheConfig
 
@@ -119,7 +119,7 @@ def test_a_killed_retry_is_finished_by_the_plain_command(
         shutil.copy(source, copy)
 
     with monkeypatch.context() as patched:
-        patched.setattr(UnitRows, "data", _die)
+        patched.setattr(UnitEncoder, "unit", _die)
         with pytest.raises(KeyboardInterrupt):
             _retry(config)
     assert open_store(config.store).committed.units == [2]
@@ -129,7 +129,7 @@ def test_a_killed_retry_is_finished_by_the_plain_command(
     assert not verify(config.store).findings
 
 
-def _die(self: UnitRows) -> None:
+def _die(self: UnitEncoder) -> None:
     raise KeyboardInterrupt
 
 

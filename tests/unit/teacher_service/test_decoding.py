@@ -15,7 +15,7 @@ from feature_store.errors import ResourceError, UserError
 from feature_store.inputs.tar import Tar
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc, view_policy
 from teacher_service.cache import decode as decoding
-from teacher_service.cache.decode import Batch, Span, Task, ViewDataset, batch_spans, read_batches
+from teacher_service.cache.decode import Span, Task, ViewBatch, ViewDataset, batch_spans, read_batches
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def make_dataset(tmp_path: Path) -> Callable[..., ViewDataset]:
     return make
 
 
-def _batch(dataset: ViewDataset, start: int, stop: int, views: range = range(3)) -> Batch:
+def _batch(dataset: ViewDataset, start: int, stop: int, views: range = range(3)) -> ViewBatch:
     batch = dataset[Span(Task(0, views), start, stop)]
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, ViewBatch)
     return batch
 
 

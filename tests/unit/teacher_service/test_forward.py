@@ -41,15 +41,15 @@ def _limit_memory(teacher: Teacher, monkeypatch: pytest.MonkeyPatch, images: int
 def test_forward_gives_what_the_teacher_gives_whatever_its_batch_size(
     teacher: Teacher, pixels: torch.Tensor, batch_size: int
 ) -> None:
-    expected, waits = teacher(pixels), StageTimer()
+    expected, timer = teacher(pixels), StageTimer()
 
-    arrays = Forward(teacher, ["stage4", "stage3"], batch_size, waits)(pixels).arrays()
+    arrays = Forward(teacher, ["stage4", "stage3"], batch_size, timer)(pixels).arrays()
 
     assert arrays.keys() == {"stage4", "stage3", "logits"}
     for name, values in arrays.items():
         wanted = expected.logits if name == "logits" else expected.taps[name]
         np.testing.assert_allclose(values, wanted, rtol=1e-3, atol=1e-4)
-    assert waits.times().busy["forward"] > 0
+    assert timer.times().busy["forward"] > 0
 
 
 def test_forward_halves_its_batches_for_good_when_memory_runs_out(
@@ -108,10 +108,10 @@ def test_preparing_for_a_gpu_keeps_the_teachers_numbers(teacher: Teacher, pixels
     torch.testing.assert_close(teacher(pixels).taps["stage4"], expected.taps["stage4"], rtol=1e-3, atol=1e-4)
 
 
-def test_outputs_note_the_gpus_time_by_stage_when_its_events_have_happened() -> None:
-    from teacher_service.cache.forward import Outputs, PendingBatch
+def test_features_note_the_gpus_time_by_stage_when_its_events_have_happened() -> None:
+    from teacher_service.cache.forward import Features, PendingBatch
 
-    waited, waits = [], StageTimer()
+    waited, timer = [], StageTimer()
 
     def event(name: str) -> SimpleNamespace:
         return SimpleNamespace(synchronize=lambda: waited.append(name), elapsed_time=lambda end: 1500.0)
@@ -119,8 +119,8 @@ def test_outputs_note_the_gpus_time_by_stage_when_its_events_have_happened() -> 
     events = {stage: (event("begin"), event(stage)) for stage in ("transfer", "forward", "copy out")}
     part = PendingBatch({"stage4": torch.arange(12.0).reshape(4, 3, 1)}, 3, events)
 
-    arrays = Outputs([part, part], waits).arrays()
+    arrays = Features([part, part], timer).arrays()
 
     assert waited == ["transfer", "forward", "copy out"] * 2
-    assert waits.times().busy == {"transfer": 3, "forward": 3, "copy out": 3, "decode": 0, "encode": 0, "write": 0}
+    assert timer.times().busy == {"transfer": 3, "forward": 3, "copy out": 3, "decode": 0, "encode": 0, "write": 0}
     assert arrays["stage4"][:, 0, 0].tolist() == [0, 3, 6, 0, 3, 6]  # without the padding

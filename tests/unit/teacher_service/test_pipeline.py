@@ -13,7 +13,7 @@ from feature_store.errors import CommittedError
 from feature_store.store import Store, open_store
 from teacher_service.cache import pipeline as pipeline_module
 from teacher_service.cache.decode import PREFETCH, Task
-from teacher_service.cache.encode import UnitRows
+from teacher_service.cache.encode import UnitEncoder
 from teacher_service.cache.pipeline import BATCHES_AHEAD, Pipeline, PipelineReport, UnitDone
 from teacher_service.cache.prepare import Job, prepare, remaining_tasks
 from teacher_service.cache.stage_timer import STAGES
@@ -98,8 +98,8 @@ class _SlowStore:
 def test_pipeline_keeps_few_units_in_memory_when_the_writer_is_slow(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of units could be computed while one is written; the queues' bounds decide how many are."""
     made: list[int] = []
-    real = UnitRows.__init__
-    monkeypatch.setattr(UnitRows, "__init__", lambda self, *args: (made.append(1), real(self, *args))[1])
+    real = UnitEncoder.__init__
+    monkeypatch.setattr(UnitEncoder, "__init__", lambda self, *args: (made.append(1), real(self, *args))[1])
     store: Any = _SlowStore(job.store)
     computed = threading.Semaphore(0)
     runner = threading.Thread(

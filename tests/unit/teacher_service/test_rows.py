@@ -13,8 +13,8 @@ from feature_store.format.layout import StoreLayout
 from feature_store.format.manifest import Manifest
 from feature_store.inputs.tar import Tar
 from teacher_service.cache import encode as rows_module
-from teacher_service.cache.decode import Batch, Task
-from teacher_service.cache.encode import UnitRows
+from teacher_service.cache.decode import Task, ViewBatch
+from teacher_service.cache.encode import UnitEncoder
 from teacher_service.config import PlanConfig
 from teacher_service.plan.survey import job_manifest, outline_teacher
 
@@ -30,8 +30,8 @@ def manifest(tmp_path: Path, tiny_swin: TinyTeacher) -> Manifest:
     return job_manifest(config, [Tar.open(tars[0])], outline)
 
 
-def _batch(start: int, count: int, quarantined: dict[int, str] | None = None) -> Batch:
-    return Batch(
+def _batch(start: int, count: int, quarantined: dict[int, str] | None = None) -> ViewBatch:
+    return ViewBatch(
         task=Task(0, range(2)),
         start=start,
         labels=np.arange(start, start + count),
@@ -50,18 +50,18 @@ def _outputs(start: int, count: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(
+def test_unit_encoder_put_every_view_in_its_place_when_batches_are_joined(
     manifest: Manifest, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "PIECE_SAMPLES", 2)
-    rows = UnitRows(StoreLayout(manifest), list("abcde"), 2)
+    rows = UnitEncoder(StoreLayout(manifest), list("abcde"), 2)
     with ThreadPoolExecutor(threads) if threads else nullcontext() as pool:
         for batch in (_batch(0, 3), _batch(3, 2, {4: "broken"})):
             assert not rows.whole
             rows.add(batch, _outputs(batch.start, len(batch)), pool)
     assert rows.whole
 
-    data = rows.data()
+    data = rows.unit()
 
     expected = [[10 * i + view for i in range(5)] for view in range(2)]
     (tap,), (logits,) = data.features["stage4"].values(), data.features["logits"].values()
@@ -75,18 +75,18 @@ def test_unit_rows_put_every_view_in_its_place_when_batches_are_joined(
     assert [len(params) for params in data.params] == [5, 5]
 
 
-def test_unit_rows_have_no_logits_when_the_teacher_has_no_classifier(manifest: Manifest) -> None:
-    rows = UnitRows(StoreLayout(replace(manifest, logits_codec=None)), list("abcde"), 2)
+def test_unit_encoder_have_no_logits_when_the_teacher_has_no_classifier(manifest: Manifest) -> None:
+    rows = UnitEncoder(StoreLayout(replace(manifest, logits_codec=None)), list("abcde"), 2)
     rows.add(_batch(0, 5), _outputs(0, 5))
 
-    assert rows.data().features.keys() == {"stage4"}
+    assert rows.unit().features.keys() == {"stage4"}
 
 
 @pytest.mark.parametrize("value", [np.nan, 1e6])
-def test_unit_rows_refuse_a_value_that_float16_cannot_hold(manifest: Manifest, value: float) -> None:
+def test_unit_encoder_refuse_a_value_that_float16_cannot_hold(manifest: Manifest, value: float) -> None:
     outputs = _outputs(0, 2)
     outputs["stage4"] = outputs["stage4"].copy()
     outputs["stage4"][1, 2, 3] = value
 
     with pytest.raises(InputError, match="cannot hold"):
-        UnitRows(StoreLayout(manifest), list("abcde"), 2).add(_batch(0, 2), outputs)
+        UnitEncoder(StoreLayout(manifest), list("abcde"), 2).add(_batch(0, 2), outputs)

@@ -1,6 +1,6 @@
 import pytest
 
-from teacher_service.cache import stage_timer as waits
+from teacher_service.cache import stage_timer
 from teacher_service.cache.stage_timer import StageTimer, StageTimes
 
 
@@ -8,11 +8,11 @@ from teacher_service.cache.stage_timer import StageTimer, StageTimes
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the stages take for the time; starts at 100."""
     now = [100.0]
-    monkeypatch.setattr(waits.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(stage_timer.time, "perf_counter", lambda: now[0])
     return now
 
 
-def test_waits_share_the_time_since_the_first_batch_among_a_stages_workers(clock: list[float]) -> None:
+def test_timer_shares_the_time_since_the_first_batch_among_a_stages_workers(clock: list[float]) -> None:
     measured = StageTimer({"decode": 4})
     clock[0] += 50  # start-up
     measured.start()
@@ -30,7 +30,7 @@ def test_waits_share_the_time_since_the_first_batch_among_a_stages_workers(clock
     assert str(times) == "teacher waited 40% of the time, bottleneck: decode"
 
 
-def test_waits_know_nothing_before_the_first_batch(clock: list[float]) -> None:
+def test_timer_knows_nothing_before_the_first_batch(clock: list[float]) -> None:
     clock[0] += 5
 
     assert StageTimer().times().share("forward") == 0
