@@ -111,7 +111,7 @@ class ServiceClient:
         *,
         media_type: str | None = None,
         out: Mapping[str, np.ndarray] | None = None,
-        again: Body | None = None,
+        retry_damaged: bool = True,
     ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Arrays and strings of a frame, each array straight into its memory and compared with its crc32c.
 
@@ -121,13 +121,20 @@ class ServiceClient:
             body: Of the request.
             media_type: Of the body.
             out: Memory by array, see ``feature_store.client.frames.read_frame``.
-            again: See call.
+            retry_damaged: See call.
 
         Raises:
             UserError: See call.
         """
         headers = {"Accept": frames.MEDIA_TYPE, **({"Content-Type": media_type} if media_type else {})}
-        return self.call(method, target, lambda answer: _frame(answer, out), headers=headers, body=body, again=again)
+        return self.call(
+            method,
+            target,
+            lambda answer: _frame(answer, out),
+            headers=headers,
+            body=body,
+            retry_damaged=retry_damaged,
+        )
 
     def call(
         self,
@@ -137,7 +144,7 @@ class ServiceClient:
         *,
         headers: Mapping[str, str] | None = None,
         body: Body = b"",
-        again: Body | None = None,
+        retry_damaged: bool = True,
         good: Collection[int] = (200, 206),
     ) -> T:
         """What read makes of an answer with a good status. Every call may be repeated: none changes anything.
@@ -148,14 +155,14 @@ class ServiceClient:
             read: Called with the answer.
             headers: Of the request.
             body: Of the request.
-            again: Body after an answer that was damaged or lost, if it is another one.
+            retry_damaged: Whether a damaged response is asked for again; otherwise its WireError is raised at once.
             good: Statuses that read takes.
 
         Raises:
             InputError: The service refuses the request, or the token.
             UncommittedError, QuarantinedError, CorruptStoreError: About rows or objects asked for.
             ResourceError: The service was busy or out of reach until the deadline.
-            WireError: Its answers stayed damaged until then.
+            WireError: Its responses stayed damaged until then, or the first one was and retry_damaged is False.
         """
         end = self.clock() + self.patience.deadline
         for tries in count(1):
@@ -168,8 +175,9 @@ class ServiceClient:
                     if answer.status not in _RETRIED:
                         raise error
             except (*LOST, WireError) as lost:
+                if isinstance(lost, WireError) and not retry_damaged:
+                    raise
                 error, asked = self._lost(method, target, lost), 0.0
-                body = body if again is None else again
             pause = asked + self.patience.pause(tries)  # many clients were told the same second
             if self.clock() + pause >= end:
                 raise _given_up(error, tries, self.patience.deadline)

@@ -14,7 +14,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from feature_store.tools.terminal import json_text
 from teacher_service.serve.metrics import Metrics
 from teacher_service.serve.problems import Problem
-from teacher_service.serve.sendfile import FILES
 
 LOGGER = "teacher_service.access"
 HEADER = "X-Request-ID"
@@ -109,8 +108,6 @@ class _Request:
             headers[HEADER] = self.scope["state"]["request_id"]
             headers["X-Content-Type-Options"] = "nosniff"
         await self._send(message)
-        if message["type"] == FILES:
-            self.sent += sum(span.nbytes for span in message["spans"])
-        elif message["type"] == "http.response.body":
+        if message["type"] == "http.response.body":
             self.sent += len(message.get("body", b""))
             self.complete = not message.get("more_body", False)

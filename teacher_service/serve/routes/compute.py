@@ -21,12 +21,11 @@ from feature_store.client import frames
 from feature_store.errors import InputError
 from feature_store.teacher.model import Teacher
 from teacher_service.serve.config import Limits
-from teacher_service.serve.frames import FrameResponse
 from teacher_service.serve.live.decoders import ImageDecoders
 from teacher_service.serve.live.teacher import LOGITS, LiveTeacher, Outputs
 from teacher_service.serve.problems import Problem, documented
+from teacher_service.serve.responses import frame_response, unless_gone
 from teacher_service.serve.routes.rows import frame_answer
-from teacher_service.serve.streaming import unless_gone
 
 MAX_IMAGE_PIXELS = 64_000_000  # 0.2 GB as RGB; a larger image is far from anything a teacher sees
 TIMEOUT = 60.0
@@ -131,7 +130,7 @@ def compute_router(
             decoding = decoders.view(body, size, max_pixels=max_pixels, crop=crop, flip=flip)
             pixels = await unless_gone(request.receive, decoding)
         outputs = await unless_gone(request.receive, live.batcher.compute(pixels, timeout=timeout))
-        return FrameResponse(await run_in_threadpool(_frame, outputs, names, dtype, live.teacher))
+        return frame_response(await run_in_threadpool(_frame, outputs, names, dtype, live.teacher))
 
     return router
 

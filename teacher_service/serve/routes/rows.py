@@ -18,12 +18,19 @@ from feature_store.commits.record import CommitRecord
 from feature_store.errors import InputError
 from feature_store.tools.terminal import json_text
 from teacher_service.serve.conditions import not_modified
-from teacher_service.serve.frames import require_rows, rows_response
 from teacher_service.serve.problems import Problem, documented
-from teacher_service.serve.routes.batch_bodies import MAX_INT, BatchByKey, BatchByRow, parse_batch, require_json, schema
-from teacher_service.serve.sendfile import FILES
+from teacher_service.serve.responses import in_thread, unless_gone
+from teacher_service.serve.routes.batch_bodies import (
+    MAX_INT,
+    VERIFY,
+    BatchByKey,
+    BatchByRow,
+    parse_batch,
+    require_json,
+    schema,
+)
+from teacher_service.serve.row_frames import require_rows, rows_response
 from teacher_service.serve.service import Service, StoreSnapshot, service_of
-from teacher_service.serve.streaming import in_thread, unless_gone
 
 _SMALL_BODY = 16 << 10  # parsed by the event loop; a larger one would keep others waiting
 _ANSWER_VERSION = 1  # part of every ETag: another one whenever the same rows are sent as other bytes
@@ -36,6 +43,7 @@ Taps = Annotated[
     Query(description="Taps to answer, comma separated; default all.", max_length=256, examples=["stage4"]),
 ]
 Decode = Annotated[bool, Query(description="Values; false for the codec's arrays as stored, which are smaller.")]
+Verify = Annotated[bool, Query(description=VERIFY)]
 Served = Annotated[Service, Depends(service_of)]
 _BINARY = {"type": "string", "format": "binary"}
 
@@ -119,13 +127,14 @@ def rows_router() -> APIRouter:
         view: Annotated[int, Query(ge=0, le=MAX_INT, description="View.")] = 0,
         taps: Taps = None,
         decode: Decode = True,
+        verify: Verify = False,
     ) -> Response:
         """One row by sample key."""
         opened = service.opened
         names = _known(opened, None if taps is None else taps.split(","))
 
         def answer() -> Response:
-            return rows_response(service, opened, _found(opened, [(key, view)]), names, decode)
+            return rows_response(service, opened, _found(opened, [(key, view)]), names, decode=decode, verify=verify)
 
         return await in_thread(request.receive, answer)
 
@@ -147,7 +156,7 @@ def rows_router() -> APIRouter:
                 return await run_in_threadpool(parse)
 
         asked = parse() if len(body) <= _SMALL_BODY else await unless_gone(request.receive, parsed())
-        return await in_thread(request.receive, _batch_response, service, opened, asked, request)
+        return await in_thread(request.receive, _batch_response, service, opened, asked)
 
     @router.get(
         "/v1/units/{unit}/views/{view}",
@@ -163,6 +172,7 @@ def rows_router() -> APIRouter:
         count: Annotated[int, Query(ge=1, le=MAX_INT, description="Positions; quarantined ones are left out.")] = 256,
         taps: Taps = None,
         decode: Decode = True,
+        verify: Verify = False,
         if_none_match: Annotated[str | None, Header()] = None,
     ) -> Response:
         """A unit's readable rows in position order. The bytes never change: keep them by their ETag."""
@@ -176,7 +186,8 @@ def rows_router() -> APIRouter:
         if (same := not_modified(tag, if_none_match)) is not None:
             return same
         headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
-        return await in_thread(request.receive, rows_response, service, opened, rows, names, decode, headers)
+        answer = partial(rows_response, decode=decode, verify=verify, headers=headers)
+        return await in_thread(request.receive, answer, service, opened, rows, names)
 
     return router
 
@@ -200,14 +211,11 @@ def _described(service: Service, opened: StoreSnapshot) -> Described:
     )
 
 
-def _batch_response(
-    service: Service, opened: StoreSnapshot, asked: BatchByRow | BatchByKey, request: Request
-) -> Response:
+def _batch_response(service: Service, opened: StoreSnapshot, asked: BatchByRow | BatchByKey) -> Response:
     names = _known(opened, asked.taps)
-    check = asked.check or FILES not in request.scope.get("extensions", {})
     by_key = isinstance(asked, BatchByKey)
     rows = _found(opened, asked.keys) if by_key else np.array(asked.rows, np.int64).reshape(-1, 3)
-    return rows_response(service, opened, rows, names, asked.decode, check=check)
+    return rows_response(service, opened, rows, names, decode=asked.decode, verify=asked.verify)
 
 
 def _found(opened: StoreSnapshot, keys: Sequence[tuple[str, int]]) -> np.ndarray:

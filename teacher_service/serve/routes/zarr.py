@@ -13,11 +13,10 @@ from starlette.concurrency import run_in_threadpool
 from feature_store.client import frames
 from feature_store.read.blocks import read_blocks
 from teacher_service.serve.conditions import not_modified, parse_range, require_match
-from teacher_service.serve.frames import FrameResponse
 from teacher_service.serve.problems import documented
+from teacher_service.serve.responses import StreamedResponse, frame_response, read_ahead
 from teacher_service.serve.routes.rows import Served, frame_answer
 from teacher_service.serve.service import Service, StoreSnapshot
-from teacher_service.serve.streaming import StreamedResponse, read_ahead
 from teacher_service.serve.zarr_files import ServedObject, find_object
 
 _PIECE = 4 << 20
@@ -71,7 +70,7 @@ def zarr_router() -> APIRouter:
             return same
         async with reading_blocks:
             frame = await run_in_threadpool(_blocks_frame, service, opened)
-        return FrameResponse(frame, {"ETag": tag, "Cache-Control": "private, no-cache"})
+        return frame_response(frame, {"ETag": tag, "Cache-Control": "private, no-cache"})
 
     async def zarr_object(
         service: Served,
@@ -134,7 +133,6 @@ def _object_response(service: Service, found: ServedObject, path: str, wanted: r
         "ETag": found.etag,
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-cache",
-        "Content-Length": str(len(span)),
     }
     if wanted is not None:
         headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{found.size}"
@@ -148,4 +146,6 @@ def _object_response(service: Service, found: ServedObject, path: str, wanted: r
 
     readers = (partial(read, start) for start in range(span.start, span.stop, _PIECE))
     status = 200 if wanted is None else 206
-    return StreamedResponse(read_ahead(readers), status=status, headers=headers, media_type=kind, close=found.close)
+    return StreamedResponse(
+        read_ahead(readers), len(span), status=status, headers=headers, media_type=kind, close=found.close
+    )
