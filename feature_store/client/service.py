@@ -14,26 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from feature_store.client import frames
+from feature_store.client.problems import RETRIED_STATUSES, error_class
 from feature_store.client.transport import LOST, Body, HttpTransport, Response, Transport
-from feature_store.errors import (
-    CorruptStoreError,
-    InputError,
-    QuarantinedError,
-    ResourceError,
-    UncommittedError,
-    UserError,
-    WireError,
-)
+from feature_store.errors import InputError, ResourceError, UserError, WireError
 
 T = TypeVar("T")
 
-_RETRIED = frozenset({408, 429, 502, 503, 504})
-_ERRORS: dict[str, type[UserError]] = {
-    "uncommitted": UncommittedError,
-    "quarantined": QuarantinedError,
-    "corrupt-store": CorruptStoreError,
-    "object-missing": CorruptStoreError,
-}
 _MAX_TEXT = 16 << 20  # most bytes of a JSON answer
 _MAX_BODY = 1 << 34
 _MAX_DIGITS = 20  # of a number in a header: Python refuses to read very long ones
@@ -172,7 +158,7 @@ class ServiceClient:
                     if answer.status in good:
                         return read(answer)
                     error, asked = self._refusal(method, target, answer)
-                    if answer.status not in _RETRIED:
+                    if answer.status not in RETRIED_STATUSES:
                         raise error
             except (*LOST, WireError) as lost:
                 if isinstance(lost, WireError) and not retry_damaged:
@@ -195,12 +181,11 @@ class ServiceClient:
     def _refusal(self, method: str, target: str, answer: Response) -> tuple[UserError, float]:
         """The service's problem as an error, and the seconds it asks to wait."""
         problem = _problem(answer)
-        kind = str(problem.get("type", "")).rpartition(":")[2]
         detail = problem.get("detail") or f"{method} {self.url}{target} was answered with status {answer.status}"
         if answer.status in (401, 403):
             return InputError(f"{self.url} refuses: {detail}; give the token with --token-file or its variable"), 0.0
-        fallback = ResourceError if answer.status >= 500 or answer.status in _RETRIED else InputError
-        return _ERRORS.get(kind, fallback)(f"{self.url}: {detail}"), _retry_after(answer)
+        error = error_class(str(problem.get("type", "")), answer.status)
+        return error(f"{self.url}: {detail}"), _retry_after(answer)
 
     def _lost(self, method: str, target: str, cause: BaseException) -> UserError:
         if isinstance(cause, WireError):

@@ -8,9 +8,10 @@ from typing import Any
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from feature_store.client.problems import KINDS
 from teacher_service.serve.config import Limits
 from teacher_service.serve.middleware.access_log import HEADER
-from teacher_service.serve.problems import KINDS, Problem
+from teacher_service.serve.problems import Problem
 
 _HEAD_PIECE = 16 << 10  # most bytes of headers parsed before their number is looked at
 _MAX_HEADERS = 256  # each costs far more than its bytes: 64 kB of "a:" would be megabytes

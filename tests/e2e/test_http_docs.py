@@ -12,10 +12,10 @@ from service_process import running_service
 from training_world import shared_world
 
 from feature_store.client import frames
+from feature_store.client.problems import KINDS
 from feature_store.store import open_store
 from teacher_service.cli import main
 from teacher_service.serve.middleware.auth import scope_of
-from teacher_service.serve.problems import KINDS
 
 DOCS = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
 
