@@ -19,13 +19,9 @@ from pydantic import (
 from starlette.datastructures import Headers
 
 from teacher_service.serve.problems import MOST_ERRORS, Problem, invalid_request
+from teacher_service.serve.routes.parameters import MAX_INT, VERIFY
 from teacher_service.serve.row_frames import require_rows
 
-MAX_INT = 2**31 - 1
-VERIFY = (
-    "Read and check every row before the status line. Otherwise a damaged row of a response of more than a megabyte "
-    "ends the connection; ask again with true for the problem that names the row."
-)
 _MAX_ITEMS = 1 << 16
 _FIRST_ITEMS, _GROWTH = 256, 8
 
