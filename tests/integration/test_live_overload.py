@@ -17,7 +17,7 @@ from servers import UvicornThread
 
 from feature_store.client import frames
 from feature_store.client.service import RetryPolicy
-from feature_store.client.service import Service as Calls
+from feature_store.client.service import ServiceClient as Calls
 from feature_store.errors import InputError, ResourceError
 from feature_store.teacher.model import load_teacher
 from teacher_service.serve.app import create_app
