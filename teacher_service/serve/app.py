@@ -12,15 +12,15 @@ from fastapi.openapi.utils import get_openapi
 
 from feature_store.errors import CorruptStoreError
 from teacher_service.serve import problems
+from teacher_service.serve.feature_browser import FeatureBrowser
 from teacher_service.serve.middleware.access_log import HEADER, AccessLogMiddleware
 from teacher_service.serve.middleware.auth import AuthMiddleware
 from teacher_service.serve.middleware.head import HeadMiddleware
 from teacher_service.serve.middleware.hosts import HostMiddleware
 from teacher_service.serve.middleware.limits import LimitsMiddleware
-from teacher_service.serve.page.browser import FeatureBrowser
 from teacher_service.serve.page.files import page_router
-from teacher_service.serve.page.routes import browse_router
 from teacher_service.serve.routes import batch_bodies as batches
+from teacher_service.serve.routes.browse import browse_router
 from teacher_service.serve.routes.operations import operations_router
 from teacher_service.serve.routes.parameters import COMPUTE, TEACHER
 from teacher_service.serve.routes.rows import rows_router

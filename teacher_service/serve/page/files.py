@@ -1,4 +1,4 @@
-"""The page at ``/``: three files of its own, no others, under a policy that lets nothing else run."""
+"""Static files of the page at ``/``."""
 
 from importlib import resources
 
@@ -7,7 +7,7 @@ from fastapi.responses import Response
 from teacher_service.serve.routing import Routes
 
 FILES = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript", "/icon.svg": "image/svg+xml"}
-"""Public: they say nothing about the store, which the page asks for with the visitor's token."""
+"""Public: they hold nothing of the store, which the page requests from the API with the visitor's token."""
 
 _HEADERS = {
     "Content-Security-Policy": (

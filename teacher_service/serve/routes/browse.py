@@ -1,4 +1,4 @@
-"""Routes of the page: what the store holds, how far it is, what happens, and single rows to look at."""
+"""Routes that describe store, progress and single rows, for people."""
 
 import io
 import time
@@ -9,14 +9,13 @@ import numpy as np
 from fastapi import Path, Query
 from fastapi.responses import Response
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 
 from feature_store.format.addressing import RowId
 from feature_store.store import Store
 from feature_store.tools.terminal import printable
-from teacher_service.serve.page.browser import TAP, FeatureBrowser, predictions
+from teacher_service.serve.feature_browser import TAP, FeatureBrowser, predictions
 from teacher_service.serve.problems import Problem
 from teacher_service.serve.routes.parameters import MAX_INT, Served, Unit, View
 from teacher_service.serve.routing import Routes
@@ -151,18 +150,18 @@ class Quarantine(BaseModel):
     total: int
 
 
-def browse_router(gallery: FeatureBrowser) -> Routes:
+def browse_router(browser: FeatureBrowser) -> Routes:
     """The routes.
 
     Args:
-        gallery: Looks at rows.
+        browser: Looks at rows.
     """
-    router = Routes("page")
+    router = Routes("browse")
 
     @router.declare("GET", f"{_BASE}/summary", "read", problems=["not-ready"])
     def summary(service: Served) -> Summary:
         """What the store holds, in a few lines."""
-        return _summary(service, gallery)
+        return _summary(service, browser)
 
     @router.declare("GET", f"{_BASE}/activity", "read", problems=["not-ready"])
     def activity(service: Served) -> Activity:
@@ -185,7 +184,7 @@ def browse_router(gallery: FeatureBrowser) -> Routes:
     @router.declare("GET", _ROW, "read", problems=_ROW_PROBLEMS)
     def row(service: Served, unit: Unit, view: View, position: Position) -> RowEntry:
         """A row's likeliest classes, and the rows most like it among a sample of the store's."""
-        return _row(service.store, gallery, _known(service.store, RowId(unit, position, view)))
+        return _row(service.store, browser, _known(service.store, RowId(unit, position, view)))
 
     @router.declare(
         "GET", f"{_ROW}/map.png", "read", problems=_ROW_PROBLEMS, responses=_PICTURE, response_class=Response
@@ -193,7 +192,7 @@ def browse_router(gallery: FeatureBrowser) -> Routes:
     async def colours(service: Served, unit: Unit, view: View, position: Position) -> Response:
         """A row's features as colours, a pixel per token; a colour means the same in every row."""
         row = _known(service.store, RowId(unit, position, view))
-        return await run_in_threadpool(lambda: _picture(gallery.colours(row)))
+        return await run_in_threadpool(lambda: _picture(browser.colours(row)))
 
     @router.declare(
         "GET",
@@ -205,10 +204,10 @@ def browse_router(gallery: FeatureBrowser) -> Routes:
     )
     async def pixels(service: Served, unit: Unit, view: View, position: Position) -> Response:
         """A row's view, made from its tar and compared with what the teacher saw."""
-        if not gallery.has_pixels:
+        if not browser.has_pixels:
             raise Problem("not-found", "this service has no tars to show views from; start it with --tars")
         row = _known(service.store, RowId(unit, position, view))
-        return await run_in_threadpool(lambda: _picture(gallery.pixels(row)))
+        return await run_in_threadpool(lambda: _picture(browser.pixels(row)))
 
     @router.declare("GET", f"{_BASE}/quarantine", "read", problems=["not-ready"])
     def quarantine(service: Served, first: First = 0, count: Count = 100) -> Quarantine:
@@ -219,7 +218,7 @@ def browse_router(gallery: FeatureBrowser) -> Routes:
     return router
 
 
-def _summary(service: Service, gallery: FeatureBrowser) -> Summary:
+def _summary(service: Service, browser: FeatureBrowser) -> Summary:
     opened = service.opened
     manifest, found = opened.store.manifest, opened.summary
     teacher, policy = manifest.teacher, manifest.policy
@@ -245,12 +244,12 @@ def _summary(service: Service, gallery: FeatureBrowser) -> Summary:
         fingerprint=found["fingerprint"],
         licence=manifest.licence,
         live=service.live is not None,
-        pixels=gallery.has_pixels,
+        pixels=browser.has_pixels,
     )
 
 
 def _activity(service: Service) -> Activity:
-    totals = _totals(service.metrics.text().decode())
+    totals = service.metrics.totals()
     manifest = service.store.manifest
     return Activity(
         seconds=time.monotonic(),
@@ -262,15 +261,6 @@ def _activity(service: Service) -> Activity:
         committed=int(totals.get("scalekd_committed_views", 0)),
         of_committed=len(manifest.tars) * manifest.num_views,
     )
-
-
-def _totals(text: str) -> dict[str, float]:
-    """Prometheus' samples by name, added up over their labels."""
-    totals: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-    return totals
 
 
 def _unit(store: Store, unit: int) -> UnitEntry:
@@ -299,11 +289,11 @@ def _samples(store: Store, unit: int, first: int, count: int) -> Samples:
     return Samples(samples=entries, total=len(keys))
 
 
-def _row(store: Store, gallery: FeatureBrowser, row: RowId) -> RowEntry:
-    batch = gallery.read(row)
+def _row(store: Store, browser: FeatureBrowser, row: RowId) -> RowEntry:
+    batch = browser.read(row)
     features = batch.taps[TAP][0].astype(np.float32)
     classes = [] if batch.logits is None else predictions(batch.logits[0], _SHOWN_CLASSES)
-    neighbours = gallery.sample().neighbours(row, features, _SHOWN_NEIGHBOURS)
+    neighbours = browser.sample().neighbours(row, features, _SHOWN_NEIGHBOURS)
     return RowEntry(
         **row._asdict(),
         tar=store.manifest.tars[row.unit].name,
