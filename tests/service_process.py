@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from feature_store.client.service import RetryPolicy, Service
+from feature_store.client.service import RetryPolicy, ServiceClient
 
 
 class Running(NamedTuple):
@@ -30,7 +30,7 @@ def running_service(store: Path | str, *options: str, wait: bool = True) -> Iter
         url = json.loads(process.stdout.readline())["url"]
         threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stop the service
         if wait:
-            Service.at(url, patience=RetryPolicy(deadline=60, longest_pause=0.2)).call(
+            ServiceClient.at(url, patience=RetryPolicy(deadline=60, longest_pause=0.2)).call(
                 "GET", "/readyz", lambda answer: answer.read(1000)
             )
         yield Running(url, process)

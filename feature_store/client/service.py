@@ -14,26 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from feature_store.client import frames
+from feature_store.client.problems import RETRIED_STATUSES, error_class
 from feature_store.client.transport import LOST, Body, HttpTransport, Response, Transport
-from feature_store.errors import (
-    CorruptStoreError,
-    InputError,
-    QuarantinedError,
-    ResourceError,
-    UncommittedError,
-    UserError,
-    WireError,
-)
+from feature_store.errors import InputError, ResourceError, UserError, WireError
 
 T = TypeVar("T")
 
-_RETRIED = frozenset({408, 429, 502, 503, 504})
-_ERRORS: dict[str, type[UserError]] = {
-    "uncommitted": UncommittedError,
-    "quarantined": QuarantinedError,
-    "corrupt-store": CorruptStoreError,
-    "object-missing": CorruptStoreError,
-}
 _MAX_TEXT = 16 << 20  # most bytes of a JSON answer
 _MAX_BODY = 1 << 34
 _MAX_DIGITS = 20  # of a number in a header: Python refuses to read very long ones
@@ -111,7 +97,7 @@ class ServiceClient:
         *,
         media_type: str | None = None,
         out: Mapping[str, np.ndarray] | None = None,
-        again: Body | None = None,
+        retry_damaged: bool = True,
     ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Arrays and strings of a frame, each array straight into its memory and compared with its crc32c.
 
@@ -121,13 +107,20 @@ class ServiceClient:
             body: Of the request.
             media_type: Of the body.
             out: Memory by array, see ``feature_store.client.frames.read_frame``.
-            again: See call.
+            retry_damaged: See call.
 
         Raises:
             UserError: See call.
         """
         headers = {"Accept": frames.MEDIA_TYPE, **({"Content-Type": media_type} if media_type else {})}
-        return self.call(method, target, lambda answer: _frame(answer, out), headers=headers, body=body, again=again)
+        return self.call(
+            method,
+            target,
+            lambda answer: _frame(answer, out),
+            headers=headers,
+            body=body,
+            retry_damaged=retry_damaged,
+        )
 
     def call(
         self,
@@ -137,7 +130,7 @@ class ServiceClient:
         *,
         headers: Mapping[str, str] | None = None,
         body: Body = b"",
-        again: Body | None = None,
+        retry_damaged: bool = True,
         good: Collection[int] = (200, 206),
     ) -> T:
         """What read makes of an answer with a good status. Every call may be repeated: none changes anything.
@@ -148,14 +141,14 @@ class ServiceClient:
             read: Called with the answer.
             headers: Of the request.
             body: Of the request.
-            again: Body after an answer that was damaged or lost, if it is another one.
+            retry_damaged: Whether a damaged response is asked for again; otherwise its WireError is raised at once.
             good: Statuses that read takes.
 
         Raises:
             InputError: The service refuses the request, or the token.
             UncommittedError, QuarantinedError, CorruptStoreError: About rows or objects asked for.
             ResourceError: The service was busy or out of reach until the deadline.
-            WireError: Its answers stayed damaged until then.
+            WireError: Its responses stayed damaged until then, or the first one was and retry_damaged is False.
         """
         end = self.clock() + self.patience.deadline
         for tries in count(1):
@@ -165,11 +158,12 @@ class ServiceClient:
                     if answer.status in good:
                         return read(answer)
                     error, asked = self._refusal(method, target, answer)
-                    if answer.status not in _RETRIED:
+                    if answer.status not in RETRIED_STATUSES:
                         raise error
             except (*LOST, WireError) as lost:
+                if isinstance(lost, WireError) and not retry_damaged:
+                    raise
                 error, asked = self._lost(method, target, lost), 0.0
-                body = body if again is None else again
             pause = asked + self.patience.pause(tries)  # many clients were told the same second
             if self.clock() + pause >= end:
                 raise _given_up(error, tries, self.patience.deadline)
@@ -187,12 +181,11 @@ class ServiceClient:
     def _refusal(self, method: str, target: str, answer: Response) -> tuple[UserError, float]:
         """The service's problem as an error, and the seconds it asks to wait."""
         problem = _problem(answer)
-        kind = str(problem.get("type", "")).rpartition(":")[2]
         detail = problem.get("detail") or f"{method} {self.url}{target} was answered with status {answer.status}"
         if answer.status in (401, 403):
             return InputError(f"{self.url} refuses: {detail}; give the token with --token-file or its variable"), 0.0
-        fallback = ResourceError if answer.status >= 500 or answer.status in _RETRIED else InputError
-        return _ERRORS.get(kind, fallback)(f"{self.url}: {detail}"), _retry_after(answer)
+        error = error_class(str(problem.get("type", "")), answer.status)
+        return error(f"{self.url}: {detail}"), _retry_after(answer)
 
     def _lost(self, method: str, target: str, cause: BaseException) -> UserError:
         if isinstance(cause, WireError):

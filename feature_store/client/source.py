@@ -152,14 +152,12 @@ class HttpSource:
         return rows
 
     def _request(self, asked: dict[str, Any], rows: int, out: dict[str, np.ndarray]) -> None:
-        # Every array is compared with its crc32c here. If that fails, the service is to say whether it is its store.
-        hasty = json.dumps({"check": False, **asked}, separators=(",", ":")).encode()
-        careful = hasty.replace(b"false", b"true", 1)
         try:
-            arrays, strings = self.service.frame(
-                "POST", "/v1/rows:batch", hasty, media_type="application/json", out=out, again=careful
-            )
-        except InputError:  # what is wrong for another store may be right for the one that was opened
+            try:
+                arrays, strings = self._post(asked, out, retry_damaged=False)
+            except WireError:  # the service reads and checks all rows first, and reports damage of its store
+                arrays, strings = self._post({**asked, "verify": True}, out)
+        except InputError:  # the service may serve another store by now
             described = self.service.json("/v1/manifest")
             self._require_store(described.get("identity") if isinstance(described, dict) else None)
             raise
@@ -167,6 +165,14 @@ class HttpSource:
         for name in out:
             if name not in arrays or len(arrays[name]) != rows:
                 raise WireError(f"{self.service.url} answered without {rows} rows of {name}; is it of this release?")
+
+    def _post(
+        self, asked: dict[str, Any], out: dict[str, np.ndarray], *, retry_damaged: bool = True
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        body = json.dumps(asked, separators=(",", ":")).encode()
+        return self.service.frame(
+            "POST", "/v1/rows:batch", body, media_type="application/json", out=out, retry_damaged=retry_damaged
+        )
 
     def _require_store(self, identity: str | None) -> None:
         require_store(self.service.url, self.manifest.identity(), identity)

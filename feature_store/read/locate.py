@@ -21,6 +21,11 @@ class RowLocations(NamedTuple):
     lengths: np.ndarray
     checksums: np.ndarray
 
+    def part(self, start: int, stop: int) -> "RowLocations":
+        """Those of rows start..stop-1."""
+        rows = slice(start, stop)
+        return RowLocations(self.paths[rows], self.offsets[rows], self.lengths[rows], self.checksums[rows])
+
 
 @dataclass(frozen=True)
 class ShardTable:

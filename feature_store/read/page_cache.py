@@ -6,7 +6,6 @@ not cached, not open or damaged are left to the regular read, which waits for th
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,14 +18,6 @@ from feature_store.read.locate import RowLocations
 RUN_BYTES = 512 << 10  # taken at once, and checked while they are in the processor's cache
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # 0: not Linux
 _between = memoryview(bytearray(CRC_BYTES))  # takes the checksum between two rows
-
-
-class FileSpan(NamedTuple):
-    """Bytes of an open file."""
-
-    file: SupportsDescriptor
-    offset: int
-    nbytes: int
 
 
 class ReadRequest:
@@ -132,20 +123,6 @@ class PageCacheReader:
         """Read some rows into memory, see runs; whether they were there and sound. If not, it holds anything."""
         runs = self.runs(start, stop, memory)
         return all(map(runs.take, range(len(runs))))
-
-    def files(self, start: int, stop: int) -> list[FileSpan] | None:
-        """File spans of some rows; None unless all are in the page cache. Checksums are not compared."""
-        spans = []
-        try:
-            for file, offset in zip(self._files[start:stop], self._offsets[start:stop].tolist(), strict=True):
-                # A row is read and written whole: where the checksum behind it is in memory, so is the row.
-                behind = offset + self._size
-                if file is None or os.preadv(file.descriptor, (_between,), behind, _NOWAIT) != CRC_BYTES:
-                    return None
-                spans.append(FileSpan(file, offset, self._size))
-        except OSError:
-            return None
-        return spans
 
     def _begins(self, start: int, stop: int, most: int) -> np.ndarray:
         """First rows of runs, counted from start: where one does not follow, or so many did."""

@@ -163,13 +163,23 @@ class ZarrSource:
         if not len(rows) or not memory:
             return self._refuse(rows)
         shards, positions = self._places(rows)
+        located = {name: self._locate(self._specs[name], shards, positions, rows) for name in memory}
+        return self.fill_located(rows, located, memory)
+
+    def fill_located(
+        self, rows: np.ndarray, located: Mapping[str, RowLocations], memory: Mapping[str, np.ndarray]
+    ) -> None:
+        """Read rows [n, 3] whose locations are known, see locate, into memory that fits.
+
+        Raises:
+            CorruptStoreError, ResourceError: See read.
+        """
+        shards, positions = self._places(rows)
         transfers = []
         for name, array in memory.items():
-            spec = self._specs[name]
-            located = self._locate(spec, shards, positions, rows)
             flat = array[: len(rows)].reshape(len(rows), -1).view(np.uint8)
-            transfers.append(Transfer(spec, shards, positions, located, flat))
-        return read_all(self.objects, transfers, self._threads)
+            transfers.append(Transfer(self._specs[name], shards, positions, located[name], flat))
+        read_all(self.objects, transfers, self._threads)
 
     def locate(self, rows: np.ndarray, taps: Sequence[str] | None = None) -> dict[str, RowLocations]:
         """Row locations of rows [n, 3] in each array; at least one row.

@@ -1,4 +1,4 @@
-"""What the service counts, for Prometheus."""
+"""Prometheus metrics of the service."""
 
 import os
 from collections.abc import Callable
@@ -57,14 +57,26 @@ class Metrics:
         self.batch_seconds.observe(record.seconds)
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._current())
+
+    def totals(self) -> dict[str, float]:
+        """Values by sample name, summed over labels."""
+        totals: dict[str, float] = {}
+        for family in self._current().collect():
+            for sample in family.samples:
+                totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+        return totals
+
+    def _current(self) -> CollectorRegistry:
+        """The registry after a refresh; of all workers where they share a folder."""
         for refresh in self.before_scrape:
             refresh()
         if MULTIPROCESS_DIR not in os.environ:
-            return generate_latest(self.registry)
+            return self.registry
         together = CollectorRegistry()
         MultiProcessCollector(together)
-        return generate_latest(together)
+        return together
 
     def _gauge(self, name: str, text: str, mode: str = "livesum") -> Gauge:
         return Gauge(name, text, multiprocess_mode=mode, registry=self.registry)  # pyright: ignore[reportArgumentType]

@@ -1,9 +1,8 @@
-"""What can go wrong for a client: RFC 9457 problems with stable types, and which error becomes which."""
+"""Errors of the service as RFC 9457 responses."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,60 +12,18 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from feature_store.errors import (
-    CorruptStoreError,
-    InputError,
-    QuarantinedError,
-    ResourceError,
-    UncommittedError,
-    UserError,
-    WireError,
-)
+from feature_store.client.problems import KINDS, MEDIA_TYPE, URN, kind_of
+from feature_store.errors import UserError
 from teacher_service.serve.live.batcher import BusyError, DeadlineError, DeviceFaultError
 
-MEDIA_TYPE = "application/problem+json"
-URN = "urn:scalekd-cache:problem:"
 RETRY_SECONDS = 1
 MOST_ERRORS = 10
 """Errors of one problem: what is wrong with a body of megabytes is said in a few kilobytes."""
 _MOST_DETAIL, _MOST_WHERE = 2000, 100
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of problem; its name is part of its type for good."""
-
-    status: int
-    title: str
-    retry: bool = False
-    """Whether the same request may succeed later; such answers carry Retry-After."""
-
-
-KINDS = {
-    "malformed": Kind(400, "The request cannot be read"),
-    "unauthorized": Kind(401, "A bearer token is needed"),
-    "forbidden": Kind(403, "The token's scopes do not include this"),
-    "not-found": Kind(404, "There is nothing at this path"),
-    "unknown-key": Kind(404, "No committed unit holds this sample key"),
-    "unknown-tap": Kind(404, "The store has no such tap"),
-    "uncommitted": Kind(404, "No commit record vouches for this row"),
-    "method-not-allowed": Kind(405, "The path does not take this method"),
-    "request-timeout": Kind(408, "The request's body did not arrive in time"),
-    "quarantined": Kind(410, "The row's sample was quarantined: it has no features"),
-    "object-missing": Kind(410, "A committed object is missing: the store is damaged"),
-    "precondition-failed": Kind(412, "The object is another one by now"),
-    "too-large": Kind(413, "The request or its answer is larger than this service allows"),
-    "unsupported-media-type": Kind(415, "The request's body has a type that is not taken here"),
-    "range-not-satisfiable": Kind(416, "The range starts after the object's end"),
-    "misdirected": Kind(421, "This host name is not this service's"),
-    "invalid-request": Kind(422, "The request does not have the form the API describes"),
-    "overloaded": Kind(429, "The service has as much to do as it takes", retry=True),
-    "headers-too-large": Kind(431, "The request's headers are larger than this service allows"),
-    "internal": Kind(500, "The service has a fault"),
-    "corrupt-store": Kind(500, "Committed bytes of the store are damaged"),
-    "not-ready": Kind(503, "The service is loading, draining, or has lost its device", retry=True),
-    "resource": Kind(503, "Disk, network or device gave up", retry=True),
-    "deadline": Kind(503, "There was no answer by the deadline", retry=True),
+_SERVER_ERRORS: Mapping[type[UserError], str] = {
+    BusyError: "overloaded",
+    DeadlineError: "deadline",
+    DeviceFaultError: "not-ready",
 }
 
 
@@ -128,25 +85,10 @@ def request_id(scope: Scope) -> str:
 
 
 def problem_of(error: UserError) -> Problem:
-    """This project's errors as problems; a server must not answer with anything else."""
-    match error:
-        case UncommittedError():
-            return Problem("uncommitted", str(error))
-        case QuarantinedError():
-            return Problem("quarantined", str(error))
-        case CorruptStoreError():
-            return Problem("corrupt-store", str(error))
-        case BusyError():
-            return Problem("overloaded", str(error), retry_after=error.retry_after)
-        case DeadlineError():
-            return Problem("deadline", str(error))
-        case DeviceFaultError():
-            return Problem("not-ready", str(error), retry_after=30)
-        case WireError() | InputError():  # only the client's own bodies are decoded here
-            return Problem("invalid-request", str(error))
-        case ResourceError():
-            return Problem("resource", str(error))
-    return Problem("internal", "an error without a kind of its own; the service's log says more")
+    """One of this project's errors as a problem."""
+    kind = next((name for known, name in _SERVER_ERRORS.items() if isinstance(error, known)), None) or kind_of(error)
+    detail = "an error without a kind of its own; see the service's log" if kind == "internal" else str(error)
+    return Problem(kind, detail, retry_after=getattr(error, "retry_after", RETRY_SECONDS))
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]]) -> Problem:

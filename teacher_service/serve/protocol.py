@@ -1,22 +1,17 @@
-"""uvicorn's HTTP protocol with limits on what one connection may cost, and with sending files."""
+"""uvicorn's HTTP protocol with limits on what one connection may cost."""
 
-import os
 import re
 import uuid
 from asyncio import TimerHandle, Transport
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from feature_store.read.page_cache import FileSpan
+from feature_store.client.problems import KINDS
 from teacher_service.serve.config import Limits
 from teacher_service.serve.middleware.access_log import HEADER
-from teacher_service.serve.problems import KINDS, Problem
-from teacher_service.serve.sendfile import FILES, send_spans
+from teacher_service.serve.problems import Problem
 
 _HEAD_PIECE = 16 << 10  # most bytes of headers parsed before their number is looked at
 _MAX_HEADERS = 256  # each costs far more than its bytes: 64 kB of "a:" would be megabytes
@@ -63,9 +58,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._gone = self.loop.create_future()
         self._unparsed = bytearray()
-        self.app = partial(self._with_files, self.app)
 
     def connection_made(self, transport: Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -126,7 +119,6 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
-        self._gone.set_result(None)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -186,37 +178,6 @@ class _LimitedProtocol(HttpToolsProtocol):
         many = len(self.headers or ()) > _MAX_HEADERS or self._head_bytes > self.bounds.max_header_bytes
         if many and not self.transport.is_closing():
             self._refuse("headers-too-large")
-
-    async def _with_files(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """The application, which may send FILES unless the bytes have to be encrypted here."""
-        cycle: RequestResponseCycle = send.__self__  # pyright: ignore[reportFunctionMemberAccess]
-
-        async def send_any(message: Message) -> None:
-            if message["type"] == FILES:
-                await self._send_files(cycle, message["spans"])
-            else:
-                await send(message)
-
-        if self.transport.get_extra_info("sslcontext") is None:
-            scope["extensions"] = {FILES: {}}
-        await app(scope, receive, send_any)
-
-    async def _send_files(self, cycle: RequestResponseCycle, spans: Sequence[FileSpan]) -> None:
-        if self.transport.get_write_buffer_size():  # what was sent before goes first
-            self.transport.set_write_buffer_limits(0)
-            await self.flow.drain()
-            self.transport.set_write_buffer_limits()
-        if cycle.disconnected:
-            return
-        cycle.expected_content_length -= sum(span.nbytes for span in spans)
-        # The event loop wants a descriptor of its own for what is not sent by its transport.
-        connection = os.dup(self.transport.get_extra_info("socket").fileno())
-        try:
-            await send_spans(connection, spans, self._gone)
-        except ConnectionError:
-            self.transport.abort()
-        finally:
-            os.close(connection)
 
     def _late(self) -> None:
         self._timer = None

@@ -70,8 +70,6 @@ class Service:
     Attributes:
         metrics: What it counts.
         memory: What its answers are made in.
-        cut_short: Unit and view of rows whose last answer broke off. The next one is read whole before it is sent, so
-            that the client is told what is wrong.
         draining: Whether it takes its last requests.
         failure: Why it will never be ready.
     """
@@ -80,7 +78,6 @@ class Service:
         self.config, self.live = config, live
         limits = config.limits
         self.memory = ResponseMemory(limits.max_bytes_in_flight, keep=limits.max_bytes_in_flight // 4)
-        self.cut_short: set[tuple[int, int]] = set()
         self.metrics = Metrics()
         self.metrics.before_scrape.append(self._measure)
         self.draining = False

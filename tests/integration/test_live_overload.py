@@ -17,14 +17,15 @@ from servers import UvicornThread
 
 from feature_store.client import frames
 from feature_store.client.service import RetryPolicy
-from feature_store.client.service import Service as Calls
+from feature_store.client.service import ServiceClient as Calls
 from feature_store.errors import InputError, ResourceError
 from feature_store.teacher.model import load_teacher
-from teacher_service.serve.app import COMPUTE, create_app
+from teacher_service.serve.app import create_app
 from teacher_service.serve.config import Limits, ServeConfig
 from teacher_service.serve.live.batcher import DeviceFaultError
 from teacher_service.serve.live.teacher import Batching, LiveTeacher
 from teacher_service.serve.protocol import serving_options
+from teacher_service.serve.routes.parameters import COMPUTE
 from teacher_service.serve.service import Service
 from teacher_service.serve.tokens import TokenFile
 

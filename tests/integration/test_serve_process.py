@@ -57,7 +57,7 @@ def expected(store):
     for unit in opened.committed.units:
         for view in sorted(opened.committed_views(unit)):
             for row in source.unit_rows(unit, view):
-                values[view, row.row(manifest.capacity)] = source.read([row]).taps["stage4"][0]
+                values[view, row[0] * manifest.capacity + row[1]] = source.read([row]).taps["stage4"][0]
     return values
 
 
@@ -375,6 +375,15 @@ def test_service_ends_at_the_drain_limit_when_a_thread_is_still_at_work(tmp_path
             assert process.wait(30) == 0
         finally:
             process.kill()
+
+
+def test_service_ends_at_the_drain_limit_when_a_reader_takes_nothing(tmp_path, wide):
+    with running(wide, tmp_path, "--drain-seconds", "1") as started:
+        started.wait_until_ready()
+        with raw(started.url, 4096) as stalled:
+            stalled.sendall(LARGE_REQUEST)
+            assert stalled.recv(1) == b"H"
+            assert started.stop() == 0
 
 
 def test_a_store_that_cannot_be_opened_ends_the_service_with_its_reason(tmp_path, tiny_swin):

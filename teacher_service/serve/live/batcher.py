@@ -42,7 +42,13 @@ class DeadlineError(ResourceError):
 
 
 class DeviceFaultError(ResourceError):
-    """The model's device is lost; raised by a model, it ends the batcher: nothing more is computed."""
+    """The model's device is lost; raised by a model, it ends the batcher: nothing more is computed.
+
+    Attributes:
+        retry_after: Seconds in which a supervisor may have restarted the service.
+    """
+
+    retry_after = 30.0
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from feature_store.tools.terminal import json_text
 from teacher_service.serve.metrics import Metrics
 from teacher_service.serve.problems import Problem
-from teacher_service.serve.sendfile import FILES
+from teacher_service.serve.routing import RouteTable
 
 LOGGER = "teacher_service.access"
 HEADER = "X-Request-ID"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNROUTED = "none"  # one label for everything that no route answers: paths of strangers must not become series
-_QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 
 
 class AccessLogMiddleware:
@@ -30,11 +29,12 @@ class AccessLogMiddleware:
 
     Args:
         app: The rest of the service.
-        metrics: What counts.
+        table: Rules of its routes.
+        metrics: Counters.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, *, table: RouteTable, metrics: Metrics) -> None:
+        self._app, self._table, self._metrics = app, table, metrics
         self._logger = logging.getLogger(LOGGER)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,7 +82,7 @@ class AccessLogMiddleware:
             "seconds": round(seconds, 6),
             "complete": request.complete,
         }
-        level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
+        level = logging.DEBUG if self._table.rule(scope["path"]).probe else logging.INFO
         self._logger.log(level, "%s", json_text(line))
 
 
@@ -109,8 +109,6 @@ class _Request:
             headers[HEADER] = self.scope["state"]["request_id"]
             headers["X-Content-Type-Options"] = "nosniff"
         await self._send(message)
-        if message["type"] == FILES:
-            self.sent += sum(span.nbytes for span in message["spans"])
-        elif message["type"] == "http.response.body":
+        if message["type"] == "http.response.body":
             self.sent += len(message.get("body", b""))
             self.complete = not message.get("more_body", False)

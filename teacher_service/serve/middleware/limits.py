@@ -1,7 +1,6 @@
-"""What a request may cost before any route sees it: how many at once, how large, how slow."""
+"""Limits on concurrency, sizes and body time of requests."""
 
 import asyncio
-from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -9,34 +8,33 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from feature_store.errors import UserError
 from teacher_service.serve.config import Limits
 from teacher_service.serve.problems import Problem, problem_of
+from teacher_service.serve.routing import RouteRule, RouteTable
 
-_PROBES = frozenset({"/livez", "/readyz", "/metrics"})
 _SMALL_BODY_BYTES = 4 << 20  # of requests that are JSON
 
 
 class LimitsMiddleware:
-    """Refuses requests beyond the limits, from their headers alone where those tell.
+    """Refuses requests beyond the limits, by their headers where those suffice.
 
     Args:
-        app: What answers the others.
+        app: The rest of the service.
+        table: Rules of its routes.
         limits: The limits.
-        large_bodies: Paths that take POST with bodies up to ``limits.max_body_bytes``, others take JSON; each with what
-            raises a UserError about headers whose body need not be sent.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, limits: Limits, large_bodies: Mapping[str, Callable[[Headers], None]] | None = None
-    ) -> None:
-        self._app, self._limits, self._large = app, limits, large_bodies or {}
+    def __init__(self, app: ASGIApp, *, table: RouteTable, limits: Limits) -> None:
+        self._app, self._table, self._limits = app, table, limits
         self._in_work = self._body_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let the application."""
-        if scope["type"] != "http" or scope["path"] in _PROBES:
+        rule = self._table.rule(scope["path"]) if scope["type"] == "http" else None
+        if rule is None or rule.probe:
             return await self._app(scope, receive, send)
+        most = self._limits.max_body_bytes
+        body = _Body(receive, most if rule.large_body else min(most, _SMALL_BODY_BYTES), self._limits.body_seconds)
         try:
-            body = _Body(receive, self._most_bytes(scope["path"]), self._limits.body_seconds)
-            length = self._require(scope, body)
+            length = self._require(scope, rule, body)
         except Problem as problem:
             return await problem.send(scope, receive, send)
         except UserError as error:
@@ -49,7 +47,7 @@ class LimitsMiddleware:
             self._in_work -= 1
             self._body_bytes -= length
 
-    def _require(self, scope: Scope, body: "_Body") -> int:
+    def _require(self, scope: Scope, rule: RouteRule, body: "_Body") -> int:
         """Bytes the body may have; raises what refuses the request."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         size = len(scope.get("raw_path", b"")) + len(scope["query_string"])
@@ -72,14 +70,10 @@ class LimitsMiddleware:
                 f"{self._body_bytes:,} bytes of bodies are in work and this one may have {length:,} bytes, at most "
                 f"{self._limits.max_bytes_in_flight:,} are allowed; try later",
             )
-        if scope["method"] == "POST" and scope["path"] in self._large:
-            scope["state"]["route"] = scope["path"]  # no router will say so if this refuses
-            self._large[scope["path"]](Headers(raw=headers))
+        if scope["method"] == "POST" and rule.admit is not None:
+            scope["state"]["route"] = rule.path  # a refused request reaches no router that would set it
+            rule.admit(Headers(raw=headers))
         return length
-
-    def _most_bytes(self, path: str) -> int:
-        most = self._limits.max_body_bytes
-        return most if path in self._large else min(most, _SMALL_BODY_BYTES)
 
 
 def _body_length(headers: list[tuple[bytes, bytes]], most: int) -> int:

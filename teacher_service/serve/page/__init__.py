@@ -1,1 +1,1 @@
-"""The web page of the service."""
+"""The page at ``/``: static files that call the public API."""

@@ -1,12 +1,13 @@
-"""The page at ``/``: three files of its own, no others, under a policy that lets nothing else run."""
+"""Static files of the page at ``/``."""
 
 from importlib import resources
 
-from fastapi import APIRouter
 from fastapi.responses import Response
 
+from teacher_service.serve.routing import Routes
+
 FILES = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript", "/icon.svg": "image/svg+xml"}
-"""Public: they say nothing about the store, which the page asks for with the visitor's token."""
+"""Public: they hold nothing of the store, which the page requests from the API with the visitor's token."""
 
 _HEADERS = {
     "Content-Security-Policy": (
@@ -19,11 +20,11 @@ _HEADERS = {
 }
 
 
-def page_router() -> APIRouter:
+def page_router() -> Routes:
     """The routes."""
-    router = APIRouter(include_in_schema=False)
+    router = Routes()
     for path, kind in FILES.items():
-        router.add_api_route(path, _answer(path, kind), methods=["GET"], response_class=Response)
+        router.declare("GET", path, None, include_in_schema=False, response_class=Response)(_answer(path, kind))
     return router
 
 

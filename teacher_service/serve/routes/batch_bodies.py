@@ -18,10 +18,10 @@ from pydantic import (
 )
 from starlette.datastructures import Headers
 
-from teacher_service.serve.frames import require_rows
 from teacher_service.serve.problems import MOST_ERRORS, Problem, invalid_request
+from teacher_service.serve.routes.parameters import MAX_INT, VERIFY
+from teacher_service.serve.row_frames import require_rows
 
-MAX_INT = 2**31 - 1
 _MAX_ITEMS = 1 << 16
 _FIRST_ITEMS, _GROWTH = 256, 8
 
@@ -50,11 +50,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     taps: list[Annotated[str, Field(max_length=64)]] | None = Field(None, max_length=64, examples=[["stage4"]])
     decode: bool = Field(True, description="Values; false for the codec's arrays as stored, which are smaller.")
-    check: bool = Field(
-        True,
-        description="False from a client that compares every array with its crc32c: the service may then send rows it "
-        "has not compared itself. A mismatch asked for again with true is answered by what is wrong.",
-    )
+    verify: bool = Field(False, description=VERIFY)
 
 
 class BatchByRow(_Strict):
@@ -124,6 +120,8 @@ def parse_batch(body: bytes, *, max_rows: int) -> BatchByRow | BatchByKey:
         where = f" at byte {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise Problem("malformed", f"the body is no JSON{where}; see openapi.json") from error
     if isinstance(asked, dict):
+        if "check" in asked:
+            raise Problem("invalid-request", "body.check is not known; send verify (default false) in its place")
         unknown = islice((name for name in asked if name not in _FIELDS), MOST_ERRORS)
         asked = {name: asked[name] for name in (*(_FIELDS & asked.keys()), *unknown)}
         for items in (asked.get("rows"), asked.get("keys")):

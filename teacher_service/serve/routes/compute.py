@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
@@ -21,12 +21,12 @@ from feature_store.client import frames
 from feature_store.errors import InputError
 from feature_store.teacher.model import Teacher
 from teacher_service.serve.config import Limits
-from teacher_service.serve.frames import FrameResponse
 from teacher_service.serve.live.decoders import ImageDecoders
 from teacher_service.serve.live.teacher import LOGITS, LiveTeacher, Outputs
-from teacher_service.serve.problems import Problem, documented
-from teacher_service.serve.routes.rows import frame_answer
-from teacher_service.serve.streaming import unless_gone
+from teacher_service.serve.problems import Problem
+from teacher_service.serve.responses import frame_response, unless_gone
+from teacher_service.serve.routes.parameters import COMPUTE, TEACHER, Taps, frame_answer
+from teacher_service.serve.routing import Routes
 
 MAX_IMAGE_PIXELS = 64_000_000  # 0.2 GB as RGB; a larger image is far from anything a teacher sees
 TIMEOUT = 60.0
@@ -35,9 +35,6 @@ _FRAME_HEADER_BYTES = 4096  # enough for the header of a frame that holds pixels
 _DTYPES = {"f16": np.float16, "f32": np.float32}
 _CROP = r"^\d{1,9},\d{1,9},\d{1,9},\d{1,9}$"
 
-Taps = Annotated[
-    str | None, Query(description="Taps to answer, comma separated; default all it gives.", max_length=256)
-]
 Precision = Annotated[Literal["f16", "f32"], Query(description="What taps and logits are sent as.")]
 Crop = Annotated[
     str | None,
@@ -85,7 +82,7 @@ _BODY = {
 _ANSWERS = frame_answer(
     "A frame: an array [n, N, C] per tap, `logits` [n, K]; metadata `teacher`: its weights' sha256, `identity`: see "
     "/v1/teacher."
-) | documented("unknown-tap")
+)
 
 
 def compute_router(
@@ -94,7 +91,7 @@ def compute_router(
     max_body_bytes: int = Limits.max_body_bytes,
     timeout: float = TIMEOUT,
     max_pixels: int = MAX_IMAGE_PIXELS,
-) -> APIRouter:
+) -> Routes:
     """Routes over a live teacher.
 
     Args:
@@ -103,20 +100,28 @@ def compute_router(
         timeout: Seconds after which a request is given up.
         max_pixels: Images with more are refused before they are decoded.
     """
-    router = APIRouter(tags=["live teacher"])
+    router = Routes("live teacher")
     decoders = ImageDecoders()
 
-    @router.get("/v1/teacher")
+    @router.declare("GET", TEACHER, "compute", problems=["not-ready", "resource"])
     async def teacher() -> TeacherDescription:
         """Which teacher computes, what it gives, and how many views may come at once."""
         return TeacherDescription(**describe(live, max_body_bytes))
 
-    @router.post(
-        "/v1/features:compute",
-        response_class=Response,
+    @router.declare(
+        "POST",
+        COMPUTE,
+        "compute",
+        large_body=True,
+        admit=_admission(live, timeout),
+        problems=[
+            "unknown-tap", "request-timeout", "too-large", "unsupported-media-type", "not-ready", "resource",
+            "deadline",
+        ],
         responses=_ANSWERS,
         openapi_extra=_BODY,
-    )
+        response_class=Response,
+    )  # fmt: skip
     async def compute(
         request: Request, taps: Taps = None, dtype: Precision = "f16", crop: Crop = None, flip: Flip = False
     ) -> Response:
@@ -131,16 +136,16 @@ def compute_router(
             decoding = decoders.view(body, size, max_pixels=max_pixels, crop=crop, flip=flip)
             pixels = await unless_gone(request.receive, decoding)
         outputs = await unless_gone(request.receive, live.batcher.compute(pixels, timeout=timeout))
-        return FrameResponse(await run_in_threadpool(_frame, outputs, names, dtype, live.teacher))
+        return frame_response(await run_in_threadpool(_frame, outputs, names, dtype, live.teacher))
 
     return router
 
 
-def admission(live: LiveTeacher, *, timeout: float = TIMEOUT) -> Callable[[Headers], None]:
-    """What refuses a request from its headers alone: without its body received, the refusal costs little.
+def _admission(live: LiveTeacher, timeout: float) -> Callable[[Headers], None]:
+    """Refuses a request by its headers: a refusal before the body is received costs little.
 
-    It raises what ``Batcher.require_room`` does of as many views as the body's length tells, or a ResourceError while
-    there is no teacher.
+    It raises what ``Batcher.require_room`` raises for as many views as the body's length allows, or a ResourceError
+    while the teacher is loading.
     """
 
     def admit(headers: Headers) -> None:

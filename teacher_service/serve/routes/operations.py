@@ -1,11 +1,13 @@
 """Routes for those who run the service: is it alive, should it get requests, what does it do."""
 
-from fastapi import APIRouter, Response
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from teacher_service.serve import metrics
-from teacher_service.serve.problems import Problem, documented
-from teacher_service.serve.routes.rows import Served
+from teacher_service.serve.problems import Problem
+from teacher_service.serve.routes.parameters import Served
+from teacher_service.serve.routing import Routes
 
 
 class Health(BaseModel):
@@ -14,24 +16,27 @@ class Health(BaseModel):
     status: str = Field(examples=["ok"])
 
 
-def operations_router() -> APIRouter:
+def operations_router() -> Routes:
     """The routes."""
-    router = APIRouter(tags=["operations"])
+    router = Routes("operations")
 
-    @router.get("/livez")
+    @router.declare("GET", "/livez", None, probe=True)
     async def livez() -> Health:
         """The process answers; if this fails, restart it."""
         return Health(status="ok")
 
-    @router.get("/readyz", responses=documented("not-ready"))
+    @router.declare("GET", "/readyz", None, probe=True, problems=["not-ready"])
     async def readyz(service: Served) -> Health:
         """Whether to send requests here: not while loading or draining, nor after the device or the store was lost."""
         if reason := service.not_ready or await service.away():
             raise Problem("not-ready", reason)
         return Health(status="ok")
 
-    @router.get(
+    @router.declare(
+        "GET",
         "/metrics",
+        "admin",
+        probe=True,
         response_class=Response,
         responses={
             200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}}
@@ -40,5 +45,10 @@ def operations_router() -> APIRouter:
     def scrape(service: Served) -> Response:
         """Requests, bytes, queue, batches, latencies, memory: of all workers together."""
         return Response(service.metrics.text(), media_type=metrics.CONTENT_TYPE)
+
+    @router.declare("GET", "/openapi.json", "read", include_in_schema=False)
+    def openapi(request: Request) -> Response:
+        """This description."""
+        return JSONResponse(request.app.openapi())
 
     return router

@@ -8,41 +8,41 @@ from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi import Path, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from feature_store.client import frames
 from feature_store.commits.record import CommitRecord
 from feature_store.errors import InputError
 from feature_store.tools.terminal import json_text
 from teacher_service.serve.conditions import not_modified
-from teacher_service.serve.frames import require_rows, rows_response
-from teacher_service.serve.problems import Problem, documented
-from teacher_service.serve.routes.batch_bodies import MAX_INT, BatchByKey, BatchByRow, parse_batch, require_json, schema
-from teacher_service.serve.sendfile import FILES
-from teacher_service.serve.service import Service, StoreSnapshot, service_of
-from teacher_service.serve.streaming import in_thread, unless_gone
+from teacher_service.serve.problems import Problem
+from teacher_service.serve.responses import in_thread, unless_gone
+from teacher_service.serve.routes.batch_bodies import (
+    BatchByKey,
+    BatchByRow,
+    parse_batch,
+    require_json,
+    schema,
+)
+from teacher_service.serve.routes.parameters import (
+    MAX_INT,
+    Conditional,
+    Decode,
+    Served,
+    Taps,
+    Unit,
+    Verify,
+    View,
+    frame_answer,
+)
+from teacher_service.serve.routing import Routes
+from teacher_service.serve.row_frames import require_rows, rows_response
+from teacher_service.serve.service import Service, StoreSnapshot
 
 _SMALL_BODY = 16 << 10  # parsed by the event loop; a larger one would keep others waiting
 _ANSWER_VERSION = 1  # part of every ETag: another one whenever the same rows are sent as other bytes
-
-
-Unit = Annotated[int, Path(ge=0, le=MAX_INT, description="Unit: index of its tar.", examples=[0])]
-View = Annotated[int, Path(ge=0, le=MAX_INT, description="View: index of the augmented crop.", examples=[0])]
-Taps = Annotated[
-    str | None,
-    Query(description="Taps to answer, comma separated; default all.", max_length=256, examples=["stage4"]),
-]
-Decode = Annotated[bool, Query(description="Values; false for the codec's arrays as stored, which are smaller.")]
-Served = Annotated[Service, Depends(service_of)]
-_BINARY = {"type": "string", "format": "binary"}
-
-
-def frame_answer(description: str) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's entry of an answer that is a frame."""
-    return {200: {"description": description, "content": {frames.MEDIA_TYPE: {"schema": _BINARY}}}}
 
 
 _ROWS = frame_answer(
@@ -52,24 +52,10 @@ _ROWS = frame_answer(
 _ETAG = {"ETag": {"description": "Of these bytes; send it as If-None-Match", "schema": {"type": "string"}}}
 _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The client has these bytes", "headers": _ETAG}}
 
-_READ = (
-    "unknown-tap",
-    "uncommitted",
-    "too-large",
-    "invalid-request",
-    "overloaded",
-    "corrupt-store",
-    "not-ready",
-    "resource",
-)
-_ONE_PROBLEMS = documented("unknown-key", "quarantined", *_READ)
-_BATCH_PROBLEMS = documented(
-    "unknown-key", "quarantined", "malformed", "request-timeout", "unsupported-media-type", *_READ
-)
+_READ = ("unknown-tap", "uncommitted", "too-large", "corrupt-store", "not-ready", "resource")
 _BATCH_BODY = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": {"oneOf": schema()["oneOf"]}}}}
 }
-_RANGE_PROBLEMS = documented(*_READ)
 
 
 class Committed(BaseModel):
@@ -94,21 +80,24 @@ class Described(BaseModel):
     live: bool = Field(description="Whether POST /v1/features:compute is there")
 
 
-def rows_router() -> APIRouter:
+def rows_router() -> Routes:
     """The routes."""
-    router = APIRouter(tags=["cached rows"])
+    router = Routes("cached rows")
     parsing = asyncio.Lock()  # of large bodies: objects of one take many times its bytes
 
-    @router.get("/v1/manifest", response_model=Described, responses=documented("not-ready"))
+    @router.declare("GET", "/v1/manifest", "read", problems=["not-ready"], response_model=Described)
     async def manifest(service: Served) -> Response:
         """What the store claims, how much of it is there, and what may be asked for at once."""
         described = _described(service, service.opened)
         return Response(json_text(described.model_dump()), media_type="application/json")  # names may not be UTF-8
 
-    @router.get(
+    @router.declare(
+        "GET",
         "/v1/rows/{key:path}",
+        "read",
+        problems=["unknown-key", "quarantined", *_READ],
+        responses=_ROWS,
         response_class=Response,
-        responses=_ROWS | _ONE_PROBLEMS,
     )
     async def row(
         service: Served,
@@ -119,21 +108,25 @@ def rows_router() -> APIRouter:
         view: Annotated[int, Query(ge=0, le=MAX_INT, description="View.")] = 0,
         taps: Taps = None,
         decode: Decode = True,
+        verify: Verify = False,
     ) -> Response:
         """One row by sample key."""
         opened = service.opened
         names = _known(opened, None if taps is None else taps.split(","))
 
         def answer() -> Response:
-            return rows_response(service, opened, _found(opened, [(key, view)]), names, decode)
+            return rows_response(service, opened, _found(opened, [(key, view)]), names, decode=decode, verify=verify)
 
         return await in_thread(request.receive, answer)
 
-    @router.post(
+    @router.declare(
+        "POST",
         "/v1/rows:batch",
-        response_class=Response,
-        responses=_ROWS | _BATCH_PROBLEMS,
+        "read",
+        problems=["unknown-key", "quarantined", "request-timeout", "unsupported-media-type", *_READ],
+        responses=_ROWS,
         openapi_extra=_BATCH_BODY,
+        response_class=Response,
     )
     async def batch(service: Served, request: Request) -> Response:
         """Many rows, in the order asked for; repeats are allowed."""
@@ -147,12 +140,15 @@ def rows_router() -> APIRouter:
                 return await run_in_threadpool(parse)
 
         asked = parse() if len(body) <= _SMALL_BODY else await unless_gone(request.receive, parsed())
-        return await in_thread(request.receive, _batch_response, service, opened, asked, request)
+        return await in_thread(request.receive, _batch_response, service, opened, asked)
 
-    @router.get(
+    @router.declare(
+        "GET",
         "/v1/units/{unit}/views/{view}",
+        "read",
+        problems=_READ,
+        responses=_ROWS | _NOT_MODIFIED,
         response_class=Response,
-        responses=_ROWS | _NOT_MODIFIED | _RANGE_PROBLEMS,
     )
     async def unit_range(
         service: Served,
@@ -163,7 +159,8 @@ def rows_router() -> APIRouter:
         count: Annotated[int, Query(ge=1, le=MAX_INT, description="Positions; quarantined ones are left out.")] = 256,
         taps: Taps = None,
         decode: Decode = True,
-        if_none_match: Annotated[str | None, Header()] = None,
+        verify: Verify = False,
+        if_none_match: Conditional = None,
     ) -> Response:
         """A unit's readable rows in position order. The bytes never change: keep them by their ETag."""
         opened = service.opened
@@ -176,7 +173,8 @@ def rows_router() -> APIRouter:
         if (same := not_modified(tag, if_none_match)) is not None:
             return same
         headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
-        return await in_thread(request.receive, rows_response, service, opened, rows, names, decode, headers)
+        answer = partial(rows_response, decode=decode, verify=verify, headers=headers)
+        return await in_thread(request.receive, answer, service, opened, rows, names)
 
     return router
 
@@ -200,14 +198,11 @@ def _described(service: Service, opened: StoreSnapshot) -> Described:
     )
 
 
-def _batch_response(
-    service: Service, opened: StoreSnapshot, asked: BatchByRow | BatchByKey, request: Request
-) -> Response:
+def _batch_response(service: Service, opened: StoreSnapshot, asked: BatchByRow | BatchByKey) -> Response:
     names = _known(opened, asked.taps)
-    check = asked.check or FILES not in request.scope.get("extensions", {})
     by_key = isinstance(asked, BatchByKey)
     rows = _found(opened, asked.keys) if by_key else np.array(asked.rows, np.int64).reshape(-1, 3)
-    return rows_response(service, opened, rows, names, asked.decode, check=check)
+    return rows_response(service, opened, rows, names, decode=asked.decode, verify=asked.verify)
 
 
 def _found(opened: StoreSnapshot, keys: Sequence[tuple[str, int]]) -> np.ndarray:

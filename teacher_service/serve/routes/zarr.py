@@ -6,18 +6,17 @@ from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Path
+from fastapi import Header, Path
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from feature_store.client import frames
 from feature_store.read.blocks import read_blocks
 from teacher_service.serve.conditions import not_modified, parse_range, require_match
-from teacher_service.serve.frames import FrameResponse
-from teacher_service.serve.problems import documented
-from teacher_service.serve.routes.rows import Served, frame_answer
+from teacher_service.serve.responses import StreamedResponse, frame_response, read_ahead
+from teacher_service.serve.routes.parameters import Conditional, Served, frame_answer
+from teacher_service.serve.routing import Routes
 from teacher_service.serve.service import Service, StoreSnapshot
-from teacher_service.serve.streaming import StreamedResponse, read_ahead
 from teacher_service.serve.zarr_files import ServedObject, find_object
 
 _PIECE = 4 << 20
@@ -45,23 +44,24 @@ ObjectPath = Annotated[
     str,
     Path(max_length=4096, description="Path below the store's root.", examples=["zarr.json", "taps/stage4/zarr.json"]),
 ]
-Conditional = Annotated[str | None, Header()]
 
 
-def zarr_router() -> APIRouter:
+def zarr_router() -> Routes:
     """The routes."""
-    router = APIRouter(tags=["store"])
+    router = Routes("store")
     reading_blocks = asyncio.Lock()  # how much memory they take is known when they are read
 
-    @router.get(
+    @router.declare(
+        "GET",
         "/v1/blocks",
-        response_class=Response,
+        "read",
+        problems=["too-large", "corrupt-store", "not-ready", "resource"],
         responses=frame_answer(
             "A frame (safetensors): the later blocks' tensors by name; metadata `sha256` (the manifest's "
             "`blocks_sha256`), `split` and `teacher` as JSON, `store` (its identity)."
         )
-        | {304: _OBJECT[304]}
-        | documented("too-large", "overloaded", "corrupt-store", "not-ready", "resource"),
+        | {304: _OBJECT[304]},
+        response_class=Response,
     )
     async def later_blocks(service: Served, if_none_match: Conditional = None) -> Response:
         """The teacher's later blocks, weights exactly as they were."""
@@ -71,7 +71,7 @@ def zarr_router() -> APIRouter:
             return same
         async with reading_blocks:
             frame = await run_in_threadpool(_blocks_frame, service, opened)
-        return FrameResponse(frame, {"ETag": tag, "Cache-Control": "private, no-cache"})
+        return frame_response(frame, {"ETag": tag, "Cache-Control": "private, no-cache"})
 
     async def zarr_object(
         service: Served,
@@ -97,19 +97,19 @@ def zarr_router() -> APIRouter:
             found.close()
             raise
 
-    problems = documented(
-        "not-found", "object-missing", "precondition-failed", "range-not-satisfiable", "invalid-request", "overloaded",
-        "corrupt-store", "not-ready", "resource",
-    )  # fmt: skip
     for method in ("GET", "HEAD"):
-        router.add_api_route(
+        router.declare(
+            method,
             "/v1/zarr/{path:path}",
-            zarr_object,
-            methods=[method],
+            "read",
+            problems=(
+                "not-found", "object-missing", "precondition-failed", "range-not-satisfiable", "corrupt-store",
+                "not-ready", "resource",
+            ),
+            responses=_OBJECT,
             response_class=Response,
-            responses=_OBJECT | problems,
             operation_id=f"{method.lower()}_zarr_object",
-        )
+        )(zarr_object)  # fmt: skip
     return router
 
 
@@ -134,7 +134,6 @@ def _object_response(service: Service, found: ServedObject, path: str, wanted: r
         "ETag": found.etag,
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-cache",
-        "Content-Length": str(len(span)),
     }
     if wanted is not None:
         headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{found.size}"
@@ -148,4 +147,6 @@ def _object_response(service: Service, found: ServedObject, path: str, wanted: r
 
     readers = (partial(read, start) for start in range(span.start, span.stop, _PIECE))
     status = 200 if wanted is None else 206
-    return StreamedResponse(read_ahead(readers), status=status, headers=headers, media_type=kind, close=found.close)
+    return StreamedResponse(
+        read_ahead(readers), len(span), status=status, headers=headers, media_type=kind, close=found.close
+    )

@@ -1,6 +1,5 @@
 """Rows from the page cache: right, or not at all."""
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -110,27 +109,3 @@ def test_nothing_is_taken_when_no_file_is_open(store):
         source.objects.forget(path)
     reader = source.page_cache(located)["stage4"]
     assert not reader.take(0, 1, source.buffers(1)["stage4"].view(np.uint8))
-    assert reader.files(0, 1) is None
-
-
-def test_files_are_where_the_rows_are(store):
-    source, want = store.source(), store.source().buffers(len(ROWS))
-    source.fill(ROWS, want)
-    for name, reader in source.page_cache(source.locate(ROWS)).items():
-        spans = reader.files(0, len(ROWS))
-        got = [os.pread(span.file.descriptor, span.nbytes, span.offset) for span in spans]
-        assert b"".join(got) == want[name].tobytes()
-        assert reader.files(1, 3) == spans[1:3]
-
-
-def test_no_files_are_named_when_rows_are_cut_or_not_in_memory(store, monkeypatch):
-    source = opened(store.source())
-    reader = source.page_cache(source.locate(ROWS))["stage4"]
-    path = store.path / "taps/stage4/c/0/0/0/0"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:60])
-    assert reader.files(0, len(ROWS)) is None
-    path.write_bytes(whole)
-    assert reader.files(0, len(ROWS)) is not None
-    monkeypatch.setattr(page_cache.os, "preadv", would_wait)
-    assert reader.files(0, len(ROWS)) is None

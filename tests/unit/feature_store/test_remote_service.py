@@ -90,11 +90,12 @@ def test_call_is_tried_again_when_that_can_help(bad):
     assert len(clock.pauses) == 1
 
 
-def test_another_body_is_sent_only_after_an_answer_that_was_damaged_or_lost():
-    bad = [problem(429, "overloaded"), Answered(body=bytes(damaged)), problem(503, "not-ready")]
+def test_damaged_frame_is_reported_at_once_when_it_is_not_to_be_asked_for_again():
+    bad = [problem(429, "overloaded"), ConnectionResetError("reset"), Answered(body=bytes(damaged))]
     made, transport, _ = service(*bad, Answered(body=GOOD))
-    made.frame("POST", "/v1/x", b"hasty", again=b"careful")
-    assert [asked.body for asked in transport.asked] == [b"hasty", b"hasty", b"careful", b"careful"]
+    with pytest.raises(WireError, match="crc32c of array .* does not match"):
+        made.frame("POST", "/v1/x", retry_damaged=False)
+    assert len(transport.asked) == 3
 
 
 def test_pauses_grow_and_differ_when_tries_go_on():

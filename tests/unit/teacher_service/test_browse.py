@@ -13,7 +13,7 @@ from feature_store.errors import InputError, UncommittedError
 from feature_store.format.addressing import RowId
 from feature_store.store import open_store
 from feature_store.tools.info import summarise
-from teacher_service.serve.page.browser import FeatureBrowser, ReferenceRows, predictions
+from teacher_service.serve.feature_browser import FeatureBrowser, ReferenceRows, predictions
 
 
 @pytest.fixture(scope="module")

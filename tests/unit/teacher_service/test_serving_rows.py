@@ -14,7 +14,7 @@ from feature_store.format.addressing import RowId
 from feature_store.read.blocks import blocks_sha256
 from feature_store.store import open_store
 from teacher_service.serve.config import Limits
-from teacher_service.serve.streaming import in_thread
+from teacher_service.serve.responses import in_thread
 
 SHARD = "taps/stage4/c/0/0/0/0"
 

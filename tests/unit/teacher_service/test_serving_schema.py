@@ -23,8 +23,8 @@ from schemathesis.specs.openapi.checks import (
 from served_store import InProcess, in_process, make_store, make_tokens
 
 from feature_store.teacher.model import load_teacher
-from teacher_service.serve.app import COMPUTE
 from teacher_service.serve.live.teacher import LiveTeacher
+from teacher_service.serve.routes.parameters import COMPUTE
 from teacher_service.serve.service import Service
 from teacher_service.serve.tokens import TokenFile
 

@@ -10,7 +10,7 @@ from served_store import in_process, make_store
 from feature_store.client import frames
 from feature_store.format.addressing import RowId
 from feature_store.store import open_store
-from teacher_service.serve import streaming
+from teacher_service.serve import responses
 
 ROWS = [RowId(1, 1, 1), RowId(0, 0, 0), RowId(0, 2, 0), RowId(0, 3, 0), RowId(1, 1, 1)]
 SHARD = "taps/stage4/c/0/0/0/0"
@@ -78,7 +78,7 @@ def test_unknown_rows_of_a_long_batch_are_refused_before_the_answer_begins(serve
     assert ask.memory_comes_back()
 
 
-def test_damaged_row_cuts_a_long_answer_short_and_the_next_one_says_why(serve, tmp_path, tiny_swin, caplog):
+def test_damaged_row_cuts_a_long_answer_short_and_one_with_verify_says_why(serve, tmp_path, tiny_swin, caplog):
     path = make_store(tmp_path, tiny_swin)
     ask, shard = serve(path), path / SHARD
     sound = shard.read_bytes()
@@ -87,13 +87,21 @@ def test_damaged_row_cuts_a_long_answer_short_and_the_next_one_says_why(serve, t
     assert cut.status == 200
     assert len(cut.body) < int(cut.headers["content-length"])
     assert "cut short" in caplog.text
-    assert batch(ask).problem == "corrupt-store"
+    assert batch(ask).status == 200  # nothing is remembered from request to request
+    assert batch(ask, verify=True).problem == "corrupt-store"
+    assert ask("/v1/units/0/views/0?verify=true").problem == "corrupt-store"
+    assert ask("/v1/rows/u0-000?verify=true").problem == "corrupt-store"
     assert ask.memory_comes_back()
 
     shard.write_bytes(sound)
-    for _ in range(2):  # the first one is read whole
-        assert batch(ask).frame()[0]["rows"].tolist() == [list(row) for row in ROWS]
-    assert not ask.service.cut_short
+    for verify in (False, True):
+        assert batch(ask, verify=verify).frame()[0]["rows"].tolist() == [list(row) for row in ROWS]
+
+
+def test_former_field_is_refused_by_a_problem_that_names_the_new_one(serve, store):
+    refused = batch(serve(store.path), check=False)
+    assert refused.problem == "invalid-request"
+    assert "send verify" in refused.json()["detail"]
 
 
 def test_client_is_told_of_the_damage_when_its_long_answer_was_cut_short(tmp_path, tiny_swin):
@@ -109,6 +117,9 @@ def test_client_is_told_of_the_damage_when_its_long_answer_was_cut_short(tmp_pat
         shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1, *shard.read_bytes()[1:]]))
         with pytest.raises(CorruptStoreError, match="stage4"):
             client.source().read(ROWS)
+        assert client.service.transport.asked[-2:] == [
+            ("POST", "/v1/rows:batch", 200), ("POST", "/v1/rows:batch", 500)
+        ]  # fmt: skip
 
 
 def test_reading_ends_when_the_reader_is_gone():
@@ -128,9 +139,7 @@ def test_reading_ends_when_the_reader_is_gone():
         async def send(message):
             pass
 
-        response = streaming.StreamedResponse(
-            pieces(), headers={"Content-Length": "2000"}, media_type="x/y", close=lambda: closed.append(True)
-        )
+        response = responses.StreamedResponse(pieces(), 2000, close=lambda: closed.append(True))
         await response({"type": "http", "method": "GET"}, receive, send)
 
     asyncio.run(run())
@@ -158,15 +167,11 @@ def test_nothing_is_closed_before_a_reader_in_a_thread_has_ended_when_sending_fa
     async def receive():
         await asyncio.Event().wait()
 
-    response = streaming.StreamedResponse(
-        streaming.read_ahead([lambda: memoryview(b"a"), slow]),
-        headers={"Content-Length": "2"},
-        media_type="x/y",
-        failed=lambda: events.append("failed"),
-        close=lambda: events.append("closed"),
+    response = responses.StreamedResponse(
+        responses.read_ahead([lambda: memoryview(b"a"), slow]), 2, close=lambda: events.append("closed")
     )
     asyncio.run(response({"type": "http", "method": "GET"}, receive, send))
-    assert events == ["read", "failed", "closed"]
+    assert events == ["read", "closed"]
 
 
 def test_memory_of_a_long_answer_is_bounded_by_its_pieces(serve, store, monkeypatch):

@@ -1,4 +1,4 @@
-"""Routes of the page: what the store holds, how far it is, what happens, and single rows to look at."""
+"""Routes that describe store, progress and single rows, for people."""
 
 import io
 import time
@@ -6,20 +6,19 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Path, Query
+from fastapi import Path, Query
 from fastapi.responses import Response
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 
 from feature_store.format.addressing import RowId
 from feature_store.store import Store
 from feature_store.tools.terminal import printable
-from teacher_service.serve.page.browser import TAP, FeatureBrowser, predictions
-from teacher_service.serve.problems import Problem, documented
-from teacher_service.serve.routes.batch_bodies import MAX_INT
-from teacher_service.serve.routes.rows import Served, Unit, View
+from teacher_service.serve.feature_browser import TAP, FeatureBrowser, predictions
+from teacher_service.serve.problems import Problem
+from teacher_service.serve.routes.parameters import MAX_INT, Served, Unit, View
+from teacher_service.serve.routing import Routes
 from teacher_service.serve.service import Service
 
 _SHOWN_CLASSES, _SHOWN_NEIGHBOURS = 5, 8
@@ -28,7 +27,9 @@ Shown = Annotated[str, BeforeValidator(printable)]
 Position = Annotated[int, Path(ge=0, le=MAX_INT, description="Position in the unit.", examples=[0])]
 First = Annotated[int, Query(ge=0, le=MAX_INT, description="First entry.")]
 Count = Annotated[int, Query(ge=1, le=500, description="Most entries.")]
-_ROW_PROBLEMS = documented("uncommitted", "quarantined", "invalid-request", "corrupt-store", "not-ready", "resource")
+_ROW_PROBLEMS = ("uncommitted", "quarantined", "corrupt-store", "not-ready", "resource")
+_BASE = "/v1/browse"
+_ROW = _BASE + "/units/{unit}/views/{view}/rows/{position}"
 _PICTURE: dict[int | str, dict[str, Any]] = {
     200: {"description": "A picture", "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
 }
@@ -149,25 +150,25 @@ class Quarantine(BaseModel):
     total: int
 
 
-def browse_router(gallery: FeatureBrowser) -> APIRouter:
+def browse_router(browser: FeatureBrowser) -> Routes:
     """The routes.
 
     Args:
-        gallery: Looks at rows.
+        browser: Looks at rows.
     """
-    router = APIRouter(prefix="/v1/browse", tags=["page"])
+    router = Routes("browse")
 
-    @router.get("/summary", responses=documented("not-ready"))
+    @router.declare("GET", f"{_BASE}/summary", "read", problems=["not-ready"])
     def summary(service: Served) -> Summary:
         """What the store holds, in a few lines."""
-        return _summary(service, gallery)
+        return _summary(service, browser)
 
-    @router.get("/activity", responses=documented("not-ready"))
+    @router.declare("GET", f"{_BASE}/activity", "read", problems=["not-ready"])
     def activity(service: Served) -> Activity:
         """How much is committed and how much was done so far."""
         return _activity(service)
 
-    @router.get("/units", responses=documented("not-ready", "invalid-request"))
+    @router.declare("GET", f"{_BASE}/units", "read", problems=["not-ready"])
     def units(service: Served, first: First = 0, count: Count = 100) -> Units:
         """Tars and their committed views."""
         store = service.store
@@ -175,39 +176,40 @@ def browse_router(gallery: FeatureBrowser) -> APIRouter:
         numbers = range(first, min(first + count, len(tars)))
         return Units(units=[_unit(store, unit) for unit in numbers], total=len(tars))
 
-    @router.get("/units/{unit}/samples", responses=_ROW_PROBLEMS)
+    @router.declare("GET", _BASE + "/units/{unit}/samples", "read", problems=_ROW_PROBLEMS)
     def samples(service: Served, unit: Unit, first: First = 0, count: Count = 24) -> Samples:
         """Samples of a committed tar."""
         return _samples(service.store, unit, first, count)
 
-    @router.get("/units/{unit}/views/{view}/rows/{position}", responses=_ROW_PROBLEMS)
+    @router.declare("GET", _ROW, "read", problems=_ROW_PROBLEMS)
     def row(service: Served, unit: Unit, view: View, position: Position) -> RowEntry:
         """A row's likeliest classes, and the rows most like it among a sample of the store's."""
-        return _row(service.store, gallery, _known(service.store, RowId(unit, position, view)))
+        return _row(service.store, browser, _known(service.store, RowId(unit, position, view)))
 
-    @router.get(
-        "/units/{unit}/views/{view}/rows/{position}/map.png",
-        responses=_PICTURE | _ROW_PROBLEMS,
-        response_class=Response,
+    @router.declare(
+        "GET", f"{_ROW}/map.png", "read", problems=_ROW_PROBLEMS, responses=_PICTURE, response_class=Response
     )
     async def colours(service: Served, unit: Unit, view: View, position: Position) -> Response:
         """A row's features as colours, a pixel per token; a colour means the same in every row."""
         row = _known(service.store, RowId(unit, position, view))
-        return await run_in_threadpool(lambda: _picture(gallery.colours(row)))
+        return await run_in_threadpool(lambda: _picture(browser.colours(row)))
 
-    @router.get(
-        "/units/{unit}/views/{view}/rows/{position}/view.png",
-        responses=_PICTURE | _ROW_PROBLEMS | documented("not-found"),
+    @router.declare(
+        "GET",
+        f"{_ROW}/view.png",
+        "read",
+        problems=[*_ROW_PROBLEMS, "not-found"],
+        responses=_PICTURE,
         response_class=Response,
     )
     async def pixels(service: Served, unit: Unit, view: View, position: Position) -> Response:
         """A row's view, made from its tar and compared with what the teacher saw."""
-        if not gallery.has_pixels:
+        if not browser.has_pixels:
             raise Problem("not-found", "this service has no tars to show views from; start it with --tars")
         row = _known(service.store, RowId(unit, position, view))
-        return await run_in_threadpool(lambda: _picture(gallery.pixels(row)))
+        return await run_in_threadpool(lambda: _picture(browser.pixels(row)))
 
-    @router.get("/quarantine", responses=documented("not-ready", "invalid-request"))
+    @router.declare("GET", f"{_BASE}/quarantine", "read", problems=["not-ready"])
     def quarantine(service: Served, first: First = 0, count: Count = 100) -> Quarantine:
         """Samples that could not be used, and why."""
         found = service.opened.summary["quarantined"]
@@ -216,7 +218,7 @@ def browse_router(gallery: FeatureBrowser) -> APIRouter:
     return router
 
 
-def _summary(service: Service, gallery: FeatureBrowser) -> Summary:
+def _summary(service: Service, browser: FeatureBrowser) -> Summary:
     opened = service.opened
     manifest, found = opened.store.manifest, opened.summary
     teacher, policy = manifest.teacher, manifest.policy
@@ -242,12 +244,12 @@ def _summary(service: Service, gallery: FeatureBrowser) -> Summary:
         fingerprint=found["fingerprint"],
         licence=manifest.licence,
         live=service.live is not None,
-        pixels=gallery.has_pixels,
+        pixels=browser.has_pixels,
     )
 
 
 def _activity(service: Service) -> Activity:
-    totals = _totals(service.metrics.text().decode())
+    totals = service.metrics.totals()
     manifest = service.store.manifest
     return Activity(
         seconds=time.monotonic(),
@@ -259,15 +261,6 @@ def _activity(service: Service) -> Activity:
         committed=int(totals.get("scalekd_committed_views", 0)),
         of_committed=len(manifest.tars) * manifest.num_views,
     )
-
-
-def _totals(text: str) -> dict[str, float]:
-    """Prometheus' samples by name, added up over their labels."""
-    totals: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-    return totals
 
 
 def _unit(store: Store, unit: int) -> UnitEntry:
@@ -296,11 +289,11 @@ def _samples(store: Store, unit: int, first: int, count: int) -> Samples:
     return Samples(samples=entries, total=len(keys))
 
 
-def _row(store: Store, gallery: FeatureBrowser, row: RowId) -> RowEntry:
-    batch = gallery.read(row)
+def _row(store: Store, browser: FeatureBrowser, row: RowId) -> RowEntry:
+    batch = browser.read(row)
     features = batch.taps[TAP][0].astype(np.float32)
     classes = [] if batch.logits is None else predictions(batch.logits[0], _SHOWN_CLASSES)
-    neighbours = gallery.sample().neighbours(row, features, _SHOWN_NEIGHBOURS)
+    neighbours = browser.sample().neighbours(row, features, _SHOWN_NEIGHBOURS)
     return RowEntry(
         **row._asdict(),
         tar=store.manifest.tars[row.unit].name,

@@ -1,4 +1,4 @@
-"""What a person looks at: a row's colours, its likeliest classes, and the rows most like it.
+"""Colours, likeliest classes and nearest rows of a row's features.
 
 Shape legend: n rows, N tokens, C channels, K classes.
 """

@@ -1,14 +1,11 @@
-"""Rows that the kernel sends from their files: over real sockets, on both event loops uvicorn may run on."""
+"""Long responses over real sockets, on both event loops uvicorn may run on."""
 
-import asyncio
 import json
 import logging
-import os
 import socket
 import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +14,11 @@ from served_store import Answer, make_store, make_wide_store
 from servers import UvicornThread, make_certificate
 
 from feature_store import connect
-from feature_store.backends.local import LocalObjects
 from feature_store.client import frames
 from feature_store.errors import CorruptStoreError
 from feature_store.format.addressing import RowId
-from feature_store.read.page_cache import FileSpan, PageCacheReader
+from feature_store.read.page_cache import PageCacheReader
 from feature_store.store import open_store
-from teacher_service.serve import sendfile
 from teacher_service.serve.app import create_app
 from teacher_service.serve.config import Limits, ServeConfig
 from teacher_service.serve.middleware.access_log import LOGGER
@@ -35,19 +30,12 @@ SHARD = "taps/stage4/c/0/0/0/0"
 
 
 class Serving(UvicornThread):
-    """A store's service, and what it had the kernel send."""
+    """A store's service."""
 
-    def __init__(self, path, monkeypatch, loop: str = "asyncio", **options) -> None:
-        self.path, self.sent = path, []
+    def __init__(self, path, loop: str = "asyncio", **options) -> None:
+        self.path = path
         self.service = Service(ServeConfig(store=str(path)))
         self.service.load()
-        send = os.sendfile
-
-        def counting(*asked):
-            self.sent.append(send(*asked))
-            return self.sent[-1]
-
-        monkeypatch.setattr(sendfile.os, "sendfile", counting)
         super().__init__(create_app(self.service), loop=loop, **serving_options(Limits()), **options)
 
     def idle(self) -> bool:
@@ -71,15 +59,15 @@ def path(tmp_path_factory, tiny_swin):
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
-def serving(path, monkeypatch, request):
-    found = Serving(path, monkeypatch, request.param)
+def serving(path, request):
+    found = Serving(path, request.param)
     yield found
     found.close()
 
 
-def request_for(rows=ROWS, *, check: bool, more: bytes = b"") -> bytes:
-    body = json.dumps({"rows": rows, "decode": False, "check": check}).encode()
-    head = b"POST /v1/rows:batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + more
+def request_for(rows=ROWS, *, verify: bool = False) -> bytes:
+    body = json.dumps({"rows": rows, "decode": False, "verify": verify}).encode()
+    head = b"POST /v1/rows:batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
@@ -97,9 +85,9 @@ def answer_on(connection: socket.socket) -> Answer:
 
 
 def whole_answer(serving: Serving) -> bytes:
-    """A checked one; the store's files are open after it."""
+    """One that is read as a whole; the store's files are open after it."""
     with serving.raw() as connection:
-        connection.sendall(request_for(check=True))
+        connection.sendall(request_for(verify=True))
         return answer_on(connection).body
 
 
@@ -107,26 +95,21 @@ def open_descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def test_unchecked_answer_has_the_bytes_of_the_checked_one(serving):
+def test_streamed_answer_has_the_bytes_of_the_one_read_whole(serving):
+    whole = whole_answer(serving)
     with serving.raw() as connection:
-        connection.sendall(request_for(check=True))
-        checked = answer_on(connection)
-        assert not serving.sent
         for _ in range(2):  # the connection is kept
-            connection.sendall(request_for(check=False))
-            assert answer_on(connection).body == checked.body
-    row_bytes = open_store(serving.path).source().row_bytes()
-    assert sum(serving.sent) == 2 * len(ROWS) * row_bytes
+            connection.sendall(request_for())
+            assert answer_on(connection).body == whole
     assert serving.idle()
 
 
 def test_slow_reader_gets_all_and_keeps_nobody_waiting(serving):
     whole, before = whole_answer(serving), open_descriptors()
     with serving.raw(4096) as slow:
-        slow.sendall(request_for(check=False) * 2)  # the second one before the first is answered
-        assert within(20, lambda: serving.sent)
+        slow.sendall(request_for() * 2)  # the second one before the first is answered
         with serving.raw() as other:
-            other.sendall(request_for(ROWS[:3], check=False))
+            other.sendall(request_for(ROWS[:3]))
             assert answer_on(other).status == 200
         assert [answer_on(slow).body == whole for _ in range(2)] == [True, True]
     assert serving.idle()
@@ -138,35 +121,20 @@ def test_reader_that_leaves_in_the_middle_costs_nothing_that_stays(serving):
     before = open_descriptors()
     for _ in range(5):
         with serving.raw(4096) as leaver:
-            leaver.sendall(request_for(check=False))
+            leaver.sendall(request_for())
             assert leaver.recv(1) == b"H"
     assert serving.idle()
     assert within(20, lambda: not serving.server.server_state.tasks)
     assert within(20, lambda: open_descriptors() <= before)
 
 
-def test_shutdown_ends_an_answer_that_nobody_takes(path, monkeypatch):
-    serving = Serving(path, monkeypatch, timeout_graceful_shutdown=1)
-    with serving.raw(4096) as stalled:
-        stalled.sendall(request_for(check=False))
-        assert within(20, lambda: serving.sent)
-        serving.close()
-        assert not serving.server.server_state.tasks
-        received = 0
-        with suppress(ConnectionError):
-            while piece := stalled.recv(1 << 20):
-                received += len(piece)
-    assert received < len(ROWS) * open_store(path).source().row_bytes()
-
-
-def test_sources_have_rows_sent_from_files(serving):
+def test_source_reads_the_rows_of_the_store(serving):
     batch, want = connect(serving.url).source().read(ROWS), open_store(serving.path).source().read(ROWS)
-    assert serving.sent
     assert np.array_equal(batch.taps["stage4"], want.taps["stage4"])
 
 
-def test_source_names_the_damage_when_a_row_sent_unchecked_does_not_match(tmp_path, tiny_swin, monkeypatch):
-    serving = Serving(make_wide_store(tmp_path, make_store(tmp_path, tiny_swin)), monkeypatch)
+def test_source_names_the_damage_that_cut_its_answer_short(tmp_path, tiny_swin):
+    serving = Serving(make_wide_store(tmp_path, make_store(tmp_path, tiny_swin)))
     try:
         source = connect(serving.url).source()
         shard = serving.path / SHARD
@@ -174,38 +142,26 @@ def test_source_names_the_damage_when_a_row_sent_unchecked_does_not_match(tmp_pa
         shard.write_bytes(bytes([sound[0] ^ 1, *sound[1:]]))
         with pytest.raises(CorruptStoreError, match="stage4"):
             source.read(ROWS)
-        assert serving.sent
         shard.write_bytes(sound)
         assert len(source.read(ROWS).rows) == len(ROWS)
     finally:
         serving.close()
 
 
-def test_rows_that_are_not_in_memory_are_read_and_checked(serving, monkeypatch):
-    monkeypatch.setattr("feature_store.read.page_cache.PageCacheReader.files", lambda *_: None)
-    with serving.raw() as connection:
-        connection.sendall(request_for(check=False))
-        assert len(frames.decode(answer_on(connection).body)[0]["rows"]) == len(ROWS)
-    assert not serving.sent
-
-
 def test_answers_keep_apart_when_many_ask_at_once_and_some_leave(serving, monkeypatch):
-    """Whether rows come from files, from memory or from reading ahead."""
+    """Whether rows come from the page cache or from reading ahead."""
     local = open_store(serving.path).source()
     expected = {row: local.read([row]).taps["stage4"][0].tobytes() for row in set(ROWS)}
     chance = np.random.default_rng(0)
-    for name in ("take", "files"):
-        known = getattr(PageCacheReader, name)
-        monkeypatch.setattr(
-            PageCacheReader, name, lambda *asked, known=known: known(*asked) if chance.random() < 0.9 else None
-        )
+    take = PageCacheReader.take
+    monkeypatch.setattr(PageCacheReader, "take", lambda *asked: chance.random() < 0.9 and take(*asked))
 
     def ask(seed: int) -> int:
         rng, answered = np.random.default_rng(seed), 0
         for _ in range(8):
             rows = [ROWS[at] for at in rng.integers(0, len(ROWS), 60)]
             with serving.raw() as connection:
-                connection.sendall(request_for(rows, check=bool(rng.integers(2))))
+                connection.sendall(request_for(rows, verify=bool(rng.integers(2))))
                 if rng.random() < 0.3:
                     assert connection.recv(1 << 16)
                     continue
@@ -216,45 +172,26 @@ def test_answers_keep_apart_when_many_ask_at_once_and_some_leave(serving, monkey
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(ask, range(8))) > 20
-    assert serving.sent
     assert serving.idle()
 
 
-def test_encrypted_answers_are_read_and_checked(path, tmp_path, monkeypatch):
+def test_encrypted_answer_has_the_bytes_of_the_plain_one(path, tmp_path, serving):
     certificate, key = make_certificate(tmp_path)
-    serving = Serving(path, monkeypatch, ssl_certfile=certificate, ssl_keyfile=key)
+    encrypted = Serving(path, ssl_certfile=certificate, ssl_keyfile=key)
     try:
         context = ssl.create_default_context(cafile=certificate)
-        with serving.raw() as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
-            connection.sendall(request_for(check=False))
-            assert len(frames.decode(answer_on(connection).body)[0]["rows"]) == len(ROWS)
-        assert not serving.sent
+        with encrypted.raw() as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+            connection.sendall(request_for())
+            assert answer_on(connection).body == whole_answer(serving)
     finally:
-        serving.close()
+        encrypted.close()
 
 
-def test_access_log_counts_what_the_kernel_sent(serving, caplog):
+def test_access_log_counts_the_bytes_of_a_long_answer(serving, caplog):
     logging.getLogger(LOGGER).propagate = True
     with caplog.at_level(logging.INFO, LOGGER), serving.raw() as connection:
-        connection.sendall(request_for(check=False))
+        connection.sendall(request_for())
         answer = answer_on(connection)
         assert within(20, lambda: caplog.records)
     assert json.loads(caplog.messages[-1])["bytes"] == len(answer.body)
     assert json.loads(caplog.messages[-1])["complete"]
-
-
-def test_file_that_ends_before_its_span_is_no_answer(tmp_path):
-    objects = LocalObjects(tmp_path)
-    objects.put("short", b"abc")
-    objects.get_range("short", 0, 3)
-    one, other = socket.socketpair()
-    with one, other:
-        one.setblocking(False)
-
-        async def send() -> None:
-            gone = asyncio.get_running_loop().create_future()
-            await sendfile.send_spans(one.fileno(), [FileSpan(objects.opened("short"), 1, 9)], gone)
-
-        with pytest.raises(EOFError, match="ends at byte 3, expected 10"):
-            asyncio.run(send())
-        assert other.recv(9) == b"bc"
