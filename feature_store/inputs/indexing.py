@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from feature_store.inputs.tar_index import TarIndex, index_tar
 from feature_store.processes import become_worker, usable_cpus
 
 HEAD_START_SECONDS = 1.0  # of indexing in this process before others are started, which takes each about as long
+MOST_PROCESSES = 32  # each takes about 60 MB; more of them wait for the disk
 _logger = logging.getLogger(__name__)
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -32,7 +34,7 @@ class Indexer:
     """
 
     def __init__(self) -> None:
-        self._cache, self._spent, self._indexed = IndexCache(), 0.0, False
+        self._cache, self._spent, self._indexed, self._shared = IndexCache(), 0.0, False, False
         self._threads: ThreadPoolExecutor | None = None
         self._workers: list[_Worker] = []
         self._of_thread = threading.local()
@@ -57,8 +59,8 @@ class Indexer:
 
     def submit(self, url: str, path: Path) -> "Future[TarIndex]":
         """Index an uncompressed tar; its errors are those of index_tar."""
-        if self._spent >= HEAD_START_SECONDS and self._threads is None and usable_cpus() > 1:
-            self._start()
+        if self._spent >= HEAD_START_SECONDS and not self._shared:
+            self._share_work()
         version = TarVersion.of(path)
         if (index := self._cache.load(version)) is None and self._threads is not None:
             return self._threads.submit(self._index, url, path, version)
@@ -67,16 +69,21 @@ class Indexer:
         except UserError as error:
             return _done(error)
 
-    def _start(self) -> None:
+    def _share_work(self) -> None:
+        self._shared, processes = True, min(usable_cpus(), MOST_PROCESSES)
         if self._cache.folder is None:
             _logger.warning(
                 "the indexes of these tars cannot be kept, so that every start reads all their headers: there is no "
                 "cache folder that only this user can enter; set %s to a folder that you can write", VARIABLE
             )  # fmt: skip
+            processes //= _local_jobs()  # which all index everything
         else:
-            with suppress(OSError):  # on this machine's own disk: home folders are often on NFS, some without locks
+            with suppress(
+                OSError, UserError
+            ):  # on this machine's own disk: home folders are often on NFS, some without locks
                 self._held.enter_context(locked(machine_folder(str(self._cache.folder)) / "indexing"))
-        self._threads = ThreadPoolExecutor(usable_cpus(), "index-tars")
+        if processes > 1:
+            self._threads = ThreadPoolExecutor(processes, "index-tars")
 
     def _index(self, url: str, path: Path, version: TarVersion | None) -> TarIndex:
         started = time.perf_counter()
@@ -96,6 +103,12 @@ class Indexer:
             return self._of_thread.worker.index(url, path)
         except (OSError, EOFError):  # it could not be started, or was killed
             return index_tar(url, path)
+
+
+def _local_jobs() -> int:
+    """Processes of this job on this machine, as torchrun says."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(value)) if value.isdecimal() else 1
 
 
 def _done(outcome: TarIndex | UserError) -> "Future[TarIndex]":

@@ -373,6 +373,20 @@ def test_user_is_told_when_many_indexes_cannot_be_kept(tmp_path, many_processes,
     assert "set SCALEKD_TAR_INDEX to a folder" in record.getMessage()
 
 
+def test_processes_of_a_job_start_no_others_when_they_leave_no_core_free_and_nothing_is_kept(tmp_path, monkeypatch):
+    urls = many_tars(tmp_path / "tars")
+    monkeypatch.setattr(indexing, "HEAD_START_SECONDS", 0)
+    monkeypatch.setattr(indexing, "usable_cpus", lambda: 8)
+    monkeypatch.setenv(index_cache.VARIABLE, "/dev/null")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+
+    def refuse(*_, **__):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    assert len(open_tars(urls)) == 12
+
+
 PROGRAM = """
 import sys
 from feature_store.inputs import indexing
