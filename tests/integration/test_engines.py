@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from teacher_service.cache.prepare import prepare, remaining_tasks
 from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig
 from teacher_service.share import loop
+from teacher_service.share.leases import open_leases
 from teacher_service.stopping import Stop
 
 UNITS, VIEWS = 24, 2
@@ -182,6 +184,38 @@ def test_a_job_of_more_views_finishes_units_when_a_job_of_fewer_commits_them_mea
     assert open_store(fewer.store).committed.missing_views() == {}
     assert report.committed == (Task(2, range(2)), Task(0, range(1, 2)), Task(1, range(1, 2)))
     assert set(report.abandoned) == {Task(0, range(2)), Task(1, range(2))}
+
+
+def test_a_process_says_once_what_it_waits_for_when_others_hold_the_rest(
+    tmp_path: Path, tiny_swin: TinyTeacher
+) -> None:
+    config = cache_config(write_tars(tmp_path, 3, 3, 3), tiny_swin, tmp_path / "store")
+    job, messages, committed = prepare(config), [], []
+    waiting = threading.Event()
+
+    def compute() -> None:
+        loop.compute(
+            job,
+            remaining_tasks(job.store),
+            on_commit=lambda done: committed.append(done.task.unit),
+            on_wait=lambda message: (messages.append(message), waiting.set()),
+            stop=Stop(),
+        )
+
+    thread = threading.Thread(target=compute)
+    with open_leases(job.store.objects, 1) as other:
+        assert other.take(0)
+        assert other.take(2)
+        thread.start()
+        assert waiting.wait(60)
+        assert committed == [1]
+        time.sleep(3 * other.poll_seconds)
+    thread.join(60)
+
+    assert committed == [1, 0, 2]
+    assert messages == [
+        "waiting for 2 units (0, 2) that other processes compute; a unit is taken over at once when its process dies"
+    ]
 
 
 def test_ray_actors_write_the_same_bytes_when_one_is_killed(
