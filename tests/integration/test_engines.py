@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
+from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, write_tar, write_tars
 
 from feature_store import open_store
 from teacher_service.cache.decode import Task
@@ -235,6 +235,21 @@ def test_ray_actors_write_the_same_bytes_when_one_is_killed(
     assert summary["units_left"] == 0
     assert summary["units_written"] in (UNITS - 1, UNITS)  # one may be committed whose actor died before it said so
     assert store_files(config.store) == whole
+
+
+def test_an_error_of_a_ray_actor_reaches_the_user_when_a_sample_is_unreadable(
+    tmp_path: Path, tiny_swin: TinyTeacher
+) -> None:
+    broken = {"__key__": "broken", "png": b"no image", "cls": b"0"}
+    tar = write_tar(tmp_path / "bad.tar", [*noise_samples("whole", 3), broken])
+    config = cache_config([tar], tiny_swin, tmp_path / "store")
+    process = _start(*_command(config, "--engine", "ray", "--num-actors", "1", "--tap-codec", "f16", "--strict"))
+
+    _, errors = process.communicate(timeout=120)
+
+    assert process.returncode == 2, errors
+    assert "sample 'broken' of " in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
