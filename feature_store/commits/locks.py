@@ -9,8 +9,7 @@ import hashlib
 import logging
 import os
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -26,7 +25,6 @@ _CREATE = os.O_RDWR | os.O_CREAT | os.O_APPEND  # reading as well: opening a FIF
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 _logger = logging.getLogger(__name__)
 _without_locks: set[Path] = set()
-_threads: dict[Path, threading.Lock] = {}
 
 
 @contextmanager
@@ -50,14 +48,14 @@ def exclusive(objects: ObjectStore, name: str, refusal: str) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
-    """Hold a lock file; it is removed in the end.
+    """Hold a lock file; it is deleted at the end, while it is still held.
 
     On a file system without locks, the file is in the machine's temporary folder, with one warning: processes of this
     machine and user still exclude each other, those of other machines do not.
 
     Args:
         path: The file; its folder is made if need be.
-        refusal: Message if another process holds it; None to wait until it does no more.
+        refusal: Message if another process holds it; None to wait for the other process.
 
     Raises:
         ResourceError: Another process holds it, and there is a refusal.
@@ -69,12 +67,12 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
             except BlockingIOError as error:
                 raise ResourceError(refusal) from error
             except OSError as error:
-                if error.errno not in _UNSUPPORTED:
+                if error.errno not in _UNSUPPORTED or path.is_relative_to(_machine_root()):
                     raise
                 _warn(path.parent, error)
                 break
             if not _is_still(file.fileno(), path):
-                continue  # its holder removed the file between our open and our lock
+                continue  # its holder deleted the file between our open and our lock
             try:
                 yield
             finally:
@@ -82,34 +80,17 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
             return
     with suppress(FileNotFoundError):
         path.unlink()
-    with _locked_on_this_machine(_substitute(path), refusal):
+    with locked(_substitute(path), refusal):
         yield
 
 
-@contextmanager
-def _locked_on_this_machine(path: Path, refusal: str | None) -> Iterator[None]:
-    """As locked, by a POSIX lock, which every local file system has; the file stays.
-
-    It belongs to the process, so threads exclude each other by a lock of their own.
-    """
-    among_threads = _threads.setdefault(path, threading.Lock())
-    if not among_threads.acquire(blocking=refusal is None):
-        raise ResourceError(refusal)
-    try:
-        with _opened(path) as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | (0 if refusal is None else fcntl.LOCK_NB))
-            except BlockingIOError as error:
-                raise ResourceError(refusal) from error
-            yield
-    finally:
-        among_threads.release()
-
-
 def machine_folder(url: str) -> Path:
-    """Where processes of this machine and user lock each other out of a place that has no locks itself."""
-    name = hashlib.sha256(url.encode()).hexdigest()[:32]
-    return Path(tempfile.gettempdir()) / f"scalekd-locks-{os.getuid()}" / name
+    """Folder of this machine and user for locks of a place that has no locks itself."""
+    return _machine_root() / hashlib.sha256(url.encode()).hexdigest()[:32]
+
+
+def _machine_root() -> Path:
+    return Path(tempfile.gettempdir()) / f"scalekd-locks-{os.getuid()}"
 
 
 def _substitute(path: Path) -> Path:
@@ -133,12 +114,15 @@ def has_locks(objects: ObjectStore) -> bool:
 
 def _opened(path: Path) -> IO[str]:
     """The file; tried again because others remove its folder, and the store's, while they are empty."""
-    for _ in range(_TRIES):
-        with suppress(FileNotFoundError, FileExistsError):
+    tries = 0
+    while True:
+        tries += 1
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return os.fdopen(open_regular(path, _CREATE), "a")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return os.fdopen(open_regular(path, _CREATE), "a")
+        except (FileNotFoundError, FileExistsError):
+            if tries == _TRIES:
+                raise
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
@@ -149,22 +133,17 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 
 def is_held(objects: ObjectStore, unit: int | None) -> bool:
-    """Whether a process is writing a unit (None: metadata) of a local store now; writes nothing to find out."""
+    """Whether a process writes a unit (None: metadata) of a local store now; probing writes nothing."""
     if not isinstance(objects, LocalObjects):
         return False
     path = objects.root / FOLDER / lock_name(unit)
-    substitute = _substitute(path)
-    return (
-        _is_locked(path, fcntl.flock)
-        or (substitute in _threads and _threads[substitute].locked())  # to open and close it would release it
-        or _is_locked(substitute, fcntl.lockf)
-    )
+    return _is_locked(path) or _is_locked(_substitute(path))
 
 
-def _is_locked(path: Path, lock: Callable[[IO[bytes], int], None]) -> bool:
+def _is_locked(path: Path) -> bool:
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            lock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:

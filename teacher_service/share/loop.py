@@ -22,7 +22,7 @@ from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig
 from teacher_service.plan.report import print_notes
 from teacher_service.plan.survey import Survey
-from teacher_service.share.leases import Leases, open_leases
+from teacher_service.share.leases import LEASE_SECONDS, Leases, open_leases
 from teacher_service.stopping import Stop, stop_on_signals
 
 _SHOWN = 5  # units named in a message
@@ -53,6 +53,7 @@ def run(survey: Survey, config: CacheConfig, console: Console, stop: Stop) -> tu
             on_commit=observers.committed,
             on_batch=observers.computed,
             on_wait=partial(console.print, soft_wrap=True),
+            lease_seconds=config.lease_seconds,
             stop=stop,
         )
         return tasks, report
@@ -65,6 +66,7 @@ def compute(
     on_commit: Callable[[UnitDone], None],
     on_batch: Callable[[int, StageTimes], None] | None = None,
     on_wait: Callable[[str], None] = lambda message: None,
+    lease_seconds: float = LEASE_SECONDS,
     stop: Stop,
 ) -> PipelineReport:
     """Compute tasks that are neither committed nor leased until all are committed; wait for those others compute.
@@ -75,6 +77,7 @@ def compute(
         on_commit: Told of each task this process committed.
         on_batch: See Pipeline.run.
         on_wait: Given a message when this process begins to wait for others.
+        lease_seconds: Lease time of its units in a bucket.
         stop: Set to stop early.
 
     Raises:
@@ -83,7 +86,7 @@ def compute(
     pipeline, objects = Pipeline(job), job.store.objects
     report = PipelineReport((), (), 0, 0.0, StageTimes(), job.config.batch_size)
     waits = False
-    with open_leases(objects, job.config.lease_seconds) as leases:
+    with open_leases(objects, lease_seconds) as leases:
 
         def committed(done: UnitDone) -> None:
             leases.release(done.task.unit)

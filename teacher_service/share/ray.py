@@ -156,6 +156,7 @@ class _Worker:
             remaining_tasks(job.store),
             on_commit=lambda done: self._events.put((name, done)),
             on_wait=partial(say, error=True),
+            lease_seconds=self._config.lease_seconds,
             stop=self._stop,
         )
         return report.batch_size
@@ -180,7 +181,7 @@ class _Crew:
         count = min(len(tasks), config.num_actors or _room(ray, demand))
         self._workers = {f"actor-{i}": worker.remote(config, Path.cwd(), self._events) for i in range(count)}
         self._running: dict[Any, str] = {}
-        self._started: set[str] = set()  # the others wait for room in the cluster
+        self._started: set[str] = set()
         self._deaths_in_a_row = 0
         self._batch_size = config.batch_size
         self._committed: list[UnitDone] = []
@@ -199,12 +200,12 @@ class _Crew:
         began, ends = time.perf_counter(), False
         for name in self._workers:
             self._call(name)
-        while self._running if not ends else self._started.intersection(self._running.values()):
+        while awaited := self._at_work() if ends else list(self._running):
             if stop.is_set() and not ends:
                 for worker in self._workers.values():
                     worker.stop.remote()
                 ends = True
-            ended, _ = self._ray.wait([*self._running], timeout=POLL_SECONDS)
+            ended, _ = self._ray.wait(awaited, timeout=POLL_SECONDS)
             for reference in ended:
                 ends = self._end(reference, again=not ends) or ends
             self._receive(on_commit)
@@ -218,6 +219,10 @@ class _Crew:
             times=StageTimes.together(self._times.values()),
             batch_size=self._batch_size,
         )
+
+    def _at_work(self) -> list[Any]:
+        """Calls of actors that have started; the others may never find room."""
+        return [reference for reference, name in self._running.items() if name in self._started]
 
     def _call(self, name: str) -> None:
         self._running[self._workers[name].compute.remote(name)] = name

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
+from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, write_tar, write_tars
 
 from feature_store import open_store
 from teacher_service.cache.decode import Task
@@ -23,6 +24,7 @@ from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import CacheConfig
 from teacher_service.plan.survey import survey
 from teacher_service.share import loop
+from teacher_service.share.leases import open_leases
 from teacher_service.stopping import Stop
 
 UNITS, VIEWS = 24, 2
@@ -186,6 +188,38 @@ def test_a_job_of_more_views_finishes_units_when_a_job_of_fewer_commits_them_mea
     assert set(report.abandoned) == {Task(0, range(2)), Task(1, range(2))}
 
 
+def test_a_process_says_once_what_it_waits_for_when_others_hold_the_rest(
+    tmp_path: Path, tiny_swin: TinyTeacher
+) -> None:
+    config = cache_config(write_tars(tmp_path, 3, 3, 3), tiny_swin, tmp_path / "store")
+    job, messages, committed = prepare(config), [], []
+    waiting = threading.Event()
+
+    def compute() -> None:
+        loop.compute(
+            job,
+            remaining_tasks(job.store),
+            on_commit=lambda done: committed.append(done.task.unit),
+            on_wait=lambda message: (messages.append(message), waiting.set()),
+            stop=Stop(),
+        )
+
+    thread = threading.Thread(target=compute)
+    with open_leases(job.store.objects, 1) as other:
+        assert other.take(0)
+        assert other.take(2)
+        thread.start()
+        assert waiting.wait(60)
+        assert committed == [1]
+        time.sleep(3 * other.poll_seconds)
+    thread.join(60)
+
+    assert committed == [1, 0, 2]
+    assert messages == [
+        "waiting for 2 units (0, 2) that other processes compute; a unit is taken over at once when its process dies"
+    ]
+
+
 def test_ray_actors_write_the_same_bytes_when_one_is_killed(
     tmp_path: Path, job: Callable[..., CacheConfig], whole: dict[str, bytes]
 ) -> None:
@@ -203,6 +237,21 @@ def test_ray_actors_write_the_same_bytes_when_one_is_killed(
     assert summary["units_left"] == 0
     assert summary["units_written"] in (UNITS - 1, UNITS)  # one may be committed whose actor died before it said so
     assert store_files(config.store) == whole
+
+
+def test_an_error_of_a_ray_actor_reaches_the_user_when_a_sample_is_unreadable(
+    tmp_path: Path, tiny_swin: TinyTeacher
+) -> None:
+    broken = {"__key__": "broken", "png": b"no image", "cls": b"0"}
+    tar = write_tar(tmp_path / "bad.tar", [*noise_samples("whole", 3), broken])
+    config = cache_config([tar], tiny_swin, tmp_path / "store")
+    process = _start(*_command(config, "--engine", "ray", "--num-actors", "1", "--tap-codec", "f16", "--strict"))
+
+    _, errors = process.communicate(timeout=120)
+
+    assert process.returncode == 2, errors
+    assert "sample 'broken' of " in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -16,7 +16,7 @@ from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 from feature_store.backends.open import open_objects
 from teacher_service.cache.job import cache
 
-UNITS = 16
+UNITS = 12
 LEASE_SECONDS = 3
 
 

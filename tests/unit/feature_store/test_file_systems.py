@@ -8,6 +8,7 @@ import os
 import stat
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from tiny_store import everything, tiny_store
@@ -26,7 +27,19 @@ def temporary(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
 def without_flock(request, temporary, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", refuse(request.param))
+    monkeypatch.setattr(fcntl, "flock", flock_only_below(temporary, request.param))
+
+
+def flock_only_below(folder, number):
+    """Locks as in a machine whose temporary folder has them and whose network file system has none."""
+    flock = fcntl.flock
+
+    def refused(file, operation):
+        if not Path(f"/proc/self/fd/{file.fileno()}").readlink().is_relative_to(folder):
+            raise OSError(number, os.strerror(number))
+        return flock(file, operation)
+
+    return refused
 
 
 def refuse(number):
@@ -60,7 +73,7 @@ def test_processes_of_one_machine_exclude_each_other_when_there_are_no_locks(tmp
 
 def hold(folder, temporary, connection):
     tempfile.tempdir = str(temporary)
-    fcntl.flock = refuse(errno.ENOSYS)
+    fcntl.flock = flock_only_below(temporary, errno.ENOSYS)
     with exclusive(LocalObjects(folder), lock_name(3), "-"):
         connection.send("held")
         connection.recv()
@@ -82,6 +95,12 @@ def test_other_processes_are_excluded_until_the_holder_is_killed_when_there_are_
     holder.join()
     assert not is_held(objects, 3)
     with exclusive(objects, lock_name(3), "busy"):
+        pass
+
+
+def test_lock_raises_when_the_temporary_folder_has_no_locks_either(tmp_path, temporary, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+    with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)), exclusive(LocalObjects(tmp_path), "u00000", "-"):
         pass
 
 

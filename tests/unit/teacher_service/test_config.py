@@ -19,6 +19,8 @@ from teacher_service.config import CacheConfig, PlanConfig
         ("taps", ("stage3",), "stage4"),
         ("batch_size", 0, "--batch-size is 0"),
         ("workers", -1, "--workers is -1"),
+        ("lease_seconds", 0.0, "--lease-seconds is 0.0"),
+        ("lease_seconds", float("inf"), "--lease-seconds is inf"),
     ],
 )
 def test_cache_config_refuses_a_value_no_run_can_use(option: str, value: Any, words: str) -> None:

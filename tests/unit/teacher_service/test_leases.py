@@ -1,19 +1,23 @@
 """Leases of units: one holder each, taken over from the dead, on a disk and in a bucket."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from servers import FlakyProxy, s3_server
 
 from feature_store.backends.bucket import RemoteObjects
 from feature_store.backends.local import LocalObjects
-from teacher_service.share.leases import BucketLeases, FileLeases, Leases, open_leases
+from teacher_service.share.leases import BucketLeases, Leases, open_leases
 
 CONTEXT = multiprocessing.get_context("spawn")
 LEASE_SECONDS = 60.0
@@ -98,6 +102,24 @@ class TestFileLeases(LeasesConformance):
             assert not leases.take(7)
             kill(holder)
             assert leases.take(7)
+
+    def test_units_are_leased_among_processes_of_one_machine_when_the_file_system_has_no_locks(
+        self, make, objects: LocalObjects, tmp_path_factory, monkeypatch
+    ) -> None:
+        flock, temporary = fcntl.flock, tmp_path_factory.mktemp("machine")
+
+        def refused(file: IO[str], operation: int) -> None:
+            if not Path(f"/proc/self/fd/{file.fileno()}").readlink().is_relative_to(temporary):
+                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+            flock(file, operation)
+
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        monkeypatch.setattr(fcntl, "flock", refused)
+        with make() as first, make() as second:
+            assert first.take(3)
+            assert not second.take(3)
+            first.release(3)
+            assert second.take(3)
 
     def test_sweep_removes_what_a_killed_holder_left_and_no_held_lease(self, make, objects: LocalObjects) -> None:
         kill(hold_in_process(objects.url, LEASE_SECONDS))
@@ -255,21 +277,3 @@ def _hold(url: str, lease_seconds: float, ready) -> None:
 def kill(process: multiprocessing.process.BaseProcess) -> None:
     process.kill()
     process.join()
-
-
-def test_file_leases_hold_among_processes_of_one_machine_when_there_are_no_locks(tmp_path: Path, monkeypatch) -> None:
-    import errno
-    import fcntl
-    import tempfile
-
-    def refuse(*_) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "machine"))
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    first, second = FileLeases(tmp_path / "store/.locks"), FileLeases(tmp_path / "store/.locks")
-    assert first.take(3)
-    assert not second.take(3)
-    first.release(3)
-    assert second.take(3)
-    second.release(3)
