@@ -1,4 +1,4 @@
-"""Features over HTTP, for notebooks and trainers: ``client = connect("http://host:8000"); client.rows(["key"])``."""
+"""``connect``: the store behind a service, for notebooks or trainers."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""RemoteLiveSource: features computed by a service's live teacher, pixels up and features down."""
+"""RemoteLiveSource: features from a service's live teacher."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Calls to the HTTP service: tried again while that can help, its problems as this project's errors, bodies checked."""
+"""Calls to the HTTP service, with retries."""
 
 import email.utils
 import json

@@ -1,4 +1,4 @@
-"""Requests over HTTP/1.1 connections that are kept open, bodies read straight into the caller's memory.
+"""HTTP/1.1 connections kept open, bodies read into the caller's memory.
 
 ``http.client`` because its ``readinto`` fills memory that is given: urllib3, httpx and requests read a body into memory
 of their own first, which costs as much CPU as receiving it.

@@ -1,4 +1,4 @@
-"""Dynamic batching: rows of many callers go through one model together, each caller gets its own back.
+"""Dynamic batching of many callers' rows through one model.
 
 It knows neither HTTP nor torch. Two numbers decide: how many rows a batch may have, and how long the first of them
 waits for others. Requests are cut where a batch is full, so batches are full whenever enough rows wait.
