@@ -31,7 +31,7 @@ def main() -> None:
 
 def together(url: str, clients: int, each: int) -> dict[str, Any]:
     """Clients that each ask for one view after the other: views per second, and how long each took."""
-    calls = ServiceClient.at(url, patience=RetryPolicy(deadline=600, timeout=300))
+    calls = ServiceClient.at(url, retry=RetryPolicy(deadline=600, timeout=300))
     bodies = [one_view(url, seed) for seed in range(clients)]
     latencies: list[float] = []
 

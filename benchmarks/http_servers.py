@@ -60,7 +60,7 @@ def service(store: Path, *options: str, cores: Sequence[int] = ()) -> Iterator[S
         try:
             started = json.loads(process.stdout.readline())
             threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stop it
-            calls = ServiceClient.at(started["url"], patience=RetryPolicy(deadline=120, longest_pause=0.2))
+            calls = ServiceClient.at(started["url"], retry=RetryPolicy(deadline=120, longest_pause=0.2))
             calls.call("GET", "/readyz", lambda answer: answer.read(1 << 16))
             yield Server(started["url"], process.pid)
         finally:
@@ -89,7 +89,7 @@ def nginx(root: Path) -> Iterator[Server | None]:
         )
         with subprocess.Popen([binary, "-c", str(config), "-p", folder], stderr=subprocess.DEVNULL) as process:
             url = f"http://127.0.0.1:{port}"
-            ServiceClient.at(url, patience=RetryPolicy(deadline=20, longest_pause=0.1)).call(
+            ServiceClient.at(url, retry=RetryPolicy(deadline=20, longest_pause=0.1)).call(
                 "GET", "/zarr.json", lambda answer: answer.read(1 << 24)
             )
             try:

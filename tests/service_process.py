@@ -30,7 +30,7 @@ def running_service(store: Path | str, *options: str, wait: bool = True) -> Iter
         url = json.loads(process.stdout.readline())["url"]
         threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stop the service
         if wait:
-            ServiceClient.at(url, patience=RetryPolicy(deadline=60, longest_pause=0.2)).call(
+            ServiceClient.at(url, retry=RetryPolicy(deadline=60, longest_pause=0.2)).call(
                 "GET", "/readyz", lambda answer: answer.read(1000)
             )
         yield Running(url, process)

@@ -1,4 +1,4 @@
-"""Features over HTTP, for notebooks and trainers: ``client = connect("http://host:8000"); client.rows(["key"])``."""
+"""``connect``: the store behind a service, for notebooks or trainers."""
 
 import os
 from collections.abc import Sequence
@@ -100,14 +100,14 @@ class Client:
 
 
 def connect(
-    url: str, token: str | None = None, *, patience: RetryPolicy | None = None, transport: Transport | None = None
+    url: str, token: str | None = None, *, retry: RetryPolicy | None = None, transport: Transport | None = None
 ) -> Client:
     """Open the store behind a service.
 
     Args:
         url: Of the service, ``http://host:port`` or ``https://...``.
         token: Bearer token; None for the one in the environment variable FEATURE_STORE_TOKEN, if it is set.
-        patience: How long a call goes on trying; None for two minutes.
+        retry: How long a call is retried; None for two minutes.
         transport: What sends requests; None for HTTP connections to url.
 
     Raises:
@@ -115,12 +115,12 @@ def connect(
         ResourceError: It is out of reach.
         MismatchError: It changes stores while being opened.
     """
-    patience = patience or RetryPolicy()
-    service = ServiceClient.at(url, token or os.environ.get(TOKEN_VARIABLE) or None, patience)
+    retry = retry or RetryPolicy()
+    service = ServiceClient.at(url, token or os.environ.get(TOKEN_VARIABLE) or None, retry)
     if transport is not None:
         service = replace(service, transport=transport)
-    hasty = replace(service, patience=replace(patience, deadline=min(_FIRST_SECONDS, patience.deadline)))
-    described = hasty.json("/v1/manifest")
+    first = replace(service, retry=replace(retry, deadline=min(_FIRST_SECONDS, retry.deadline)))
+    described = first.json("/v1/manifest")
     try:
         identity, most = described["identity"], (described["max_rows"], described["max_response_bytes"])
     except (KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Frames: named arrays and strings as one body between two machines, with neither side copying the arrays.
+"""Frames: named arrays in one safetensors body, without copies.
 
 A frame is a safetensors file (8 bytes of header length, JSON header, raw little-endian arrays), so every language with
 a safetensors reader can take one. What this adds is kept in ``__metadata__``: ``crc32c.<array>`` per array, in decimal,

@@ -1,4 +1,4 @@
-"""RemoteLiveSource: features computed by a service's live teacher, pixels up and features down."""
+"""RemoteLiveSource: features from a service's live teacher."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -80,7 +80,7 @@ class RemoteLiveSource:
         Raises:
             InputError: Pixels are missing or not one view per row, or a tap is unknown.
             MismatchError: The service has another teacher by now.
-            ResourceError: It was busy or out of reach for as long as the service's patience.
+            ResourceError: It was busy or out of reach for as long as the retry policy allows.
             WireError: Its answers stayed damaged.
         """
         names = self._known(taps) if taps is not None else self.tap_names

@@ -1,4 +1,4 @@
-"""A served store's objects, read only: what a trainer needs of a store beside its rows."""
+"""A served store's objects, read only."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence

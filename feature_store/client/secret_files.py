@@ -1,4 +1,4 @@
-"""Reading of files that hold tokens: regular, small, and nobody else's to write."""
+"""Reading of token files, refused unless private to their owner."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""Calls to the HTTP service: tried again while that can help, its problems as this project's errors, bodies checked."""
+"""Calls to the HTTP service, with retries."""
 
 import email.utils
 import json
@@ -27,7 +27,7 @@ _MAX_DIGITS = 20  # of a number in a header: Python refuses to read very long on
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a call goes on trying.
+    """How long a call is retried.
 
     Attributes:
         deadline: Seconds for a call with all its tries.
@@ -44,7 +44,7 @@ class RetryPolicy:
     def pause(self, tries: int) -> float:
         """Seconds before the next try."""
         whole = min(self.longest_pause, self.first_pause * 2 ** (tries - 1))
-        return whole * random.uniform(0.5, 1.0)  # many clients shall not come back at once
+        return whole * random.uniform(0.5, 1.0)  # jitter: clients must not come back at once
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,19 @@ class ServiceClient:
     Attributes:
         transport: What sends requests.
         token: Bearer token; shown nowhere.
-        patience: How long a call goes on trying.
+        retry: How long a call is retried.
         sleep: Waits so many seconds.
         clock: Seconds that only grow.
     """
 
     transport: Transport
     token: str | None = field(default=None, repr=False)
-    patience: RetryPolicy = RetryPolicy()
+    retry: RetryPolicy = RetryPolicy()
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
 
     @classmethod
-    def at(cls, url: str, token: str | None = None, patience: RetryPolicy = RetryPolicy()) -> "ServiceClient":
+    def at(cls, url: str, token: str | None = None, retry: RetryPolicy = RetryPolicy()) -> "ServiceClient":
         """The service behind a URL.
 
         Raises:
@@ -74,7 +74,7 @@ class ServiceClient:
         """
         if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
             raise InputError("the token holds characters that no bearer token has; check the file or variable it is in")
-        return cls(HttpTransport(url), token, patience)
+        return cls(HttpTransport(url), token, retry)
 
     @property
     def url(self) -> str:
@@ -150,10 +150,10 @@ class ServiceClient:
             ResourceError: The service was busy or out of reach until the deadline.
             WireError: Its responses stayed damaged until then, or the first one was and retry_damaged is False.
         """
-        end = self.clock() + self.patience.deadline
+        end = self.clock() + self.retry.deadline
         for tries in count(1):
             try:
-                timeout = max(0.001, min(self.patience.timeout, end - self.clock()))
+                timeout = max(0.001, min(self.retry.timeout, end - self.clock()))
                 with self._answer(method, target, headers or {}, body, timeout) as answer:
                     if answer.status in good:
                         return read(answer)
@@ -164,9 +164,9 @@ class ServiceClient:
                 if isinstance(lost, WireError) and not retry_damaged:
                     raise
                 error, asked = self._lost(method, target, lost), 0.0
-            pause = asked + self.patience.pause(tries)  # many clients were told the same second
+            pause = asked + self.retry.pause(tries)  # jittered: many clients get the same Retry-After
             if self.clock() + pause >= end:
-                raise _given_up(error, tries, self.patience.deadline)
+                raise _given_up(error, tries, self.retry.deadline)
             self.sleep(pause)
         raise AssertionError("unreachable")
 

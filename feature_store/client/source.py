@@ -1,4 +1,4 @@
-"""HttpSource: cached rows from a service, straight from the socket into memory, as codes that are decoded here."""
+"""HttpSource: cached rows from a service, decoded by the client."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

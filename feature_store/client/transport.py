@@ -1,4 +1,4 @@
-"""Requests over HTTP/1.1 connections that are kept open, bodies read straight into the caller's memory.
+"""HTTP/1.1 connections kept open, bodies read into the caller's memory.
 
 ``http.client`` because its ``readinto`` fills memory that is given: urllib3, httpx and requests read a body into memory
 of their own first, which costs as much CPU as receiving it.
@@ -104,10 +104,10 @@ class _Paced(io.RawIOBase):
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"the answer comes too slowly, less than {SLOWEST:,} bytes a second")
-        patience = min(self._timeout, left)
-        if patience != self._set:  # a system call, which a body that comes fast never needs
-            self._sock.settimeout(patience)
-            self._set = patience
+        remaining = min(self._timeout, left)
+        if remaining != self._set:  # a system call, which a body that comes fast never needs
+            self._sock.settimeout(remaining)
+            self._set = remaining
         got = self._raw.readinto(memory)
         if self.in_body and got:  # not for headers: a flood of them would earn its own time
             self._end += got / SLOWEST

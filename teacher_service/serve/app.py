@@ -46,8 +46,8 @@ def create_app(
     """The service as an ASGI application.
 
     Args:
-        service: What it serves; loaded by the application's lifespan, or before.
-        tokens: Who may ask; None for everybody.
+        service: The service; loaded by the application's lifespan, or before.
+        tokens: Known tokens; None if everybody may ask.
         on_failure: Called when the service could not be loaded.
     """
 
@@ -87,8 +87,8 @@ def create_app(
 
 
 async def _corrupt_store(request: Request, error: Exception) -> Response:
-    """A store that was moved away is no damaged one: it must not be repaired."""
-    assert isinstance(error, CorruptStoreError)  # what it is installed for
+    """Report a store that was moved away as not ready: it is not damaged and must not be repaired."""
+    assert isinstance(error, CorruptStoreError)
     away = await request.app.state.service.away()
     problem = problems.Problem("not-ready", away) if away else problems.problem_of(error)
     return problem.response(problems.request_id(request.scope))

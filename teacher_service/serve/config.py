@@ -1,4 +1,4 @@
-"""What a user can ask of ``serve``: frozen configurations, read by tyro and by Python callers."""
+"""Configuration of ``serve``."""
 
 import ipaddress
 import re

@@ -1,4 +1,4 @@
-"""Memory of responses: bounded, and used again once nothing refers to it any more."""
+"""Bounded memory of responses, reused once no view refers to it."""
 
 import threading
 import weakref
@@ -16,7 +16,7 @@ _PAGE = 1 << 20
 
 
 class Reservation:
-    """Bytes of the limit, taken until this object and every array bound to it are gone."""
+    """Bytes of the limit, reserved while this object or an array bound to it lives."""
 
     def __init__(self, nbytes: int, released: Callable[[int], None]) -> None:
         self._nbytes, self._released = nbytes, released
@@ -66,13 +66,13 @@ class ResponseMemory:
         """Take bytes of the limit.
 
         Raises:
-            BusyError: They are not there now.
+            BusyError: The limit is reached.
         """
         with self._lock:
             self._settle()
             if self._used + nbytes > self.limit:
                 raise BusyError(
-                    f"{self._used:,} bytes of answers are on their way and this one has {nbytes:,}, at most "
+                    f"responses in flight hold {self._used:,} bytes and this one needs {nbytes:,}, at most "
                     f"{self.limit:,} are allowed; try again later",
                     retry_after=1,
                 )

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with limits on what one connection may cost."""
+"""uvicorn's HTTP protocol with limits per connection."""
 
 import re
 import uuid
@@ -31,7 +31,7 @@ def limited_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
 
 class _Flow(FlowControl):
-    """Flow control that does not read on while enough of what was read waits to be parsed."""
+    """Flow control that stays paused while enough unparsed bytes wait."""
 
     full = False
 
@@ -41,13 +41,14 @@ class _Flow(FlowControl):
 
 
 class _LimitedProtocol(HttpToolsProtocol):
-    """Closes connections whose next headers are too long or too slow; those complete are the application's.
+    """uvicorn's protocol with what no middleware can add, since it happens before or after the application.
 
-    Requests may be pipelined. What follows a request is kept as it came until that request is answered, and no more is
-    read meanwhile than a small buffer holds: a parsed request costs a hundred times its bytes.
-
-    A request may be answered before its body was read. The rest is then read and forgotten, since a connection closed
-    over it would take the answer along, but has the limits of a body that is read.
+    - Headers have a deadline and a size; a body that follows an early response has a deadline and a size.
+    - Pipelined requests are parsed one by one, and reading stops while they wait. uvicorn parses all that was read,
+      and a parsed request costs a hundred times its bytes.
+    - A client that half-closed its connection gets its responses; uvicorn closes at end of file. While reading is
+      paused, an interim response tells whether the client has left.
+    - Invalid HTTP, slow headers and too many connections are answered by problems; upgrades are ignored.
     """
 
     bounds: Limits
@@ -55,6 +56,7 @@ class _LimitedProtocol(HttpToolsProtocol):
     _in_head = True
     _ended = _goes_on = False
     _timer: TimerHandle | None = None
+    _running: RequestResponseCycle | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,7 +75,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._parse()
 
     def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A client may end its side once it has asked; TLS knows no such thing."""
+        """Go on for a client that ends its side after its request; TLS has no half-closed connections."""
         at_work = self._is_answering or self._goes_on
         self._ended = at_work and self.transport.get_extra_info("sslcontext") is None
         if self._ended:
@@ -120,25 +122,32 @@ class _LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+        if self._running is not None:  # uvicorn tells only the request it parsed last
+            self._running.disconnected = True
+            self._running.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse("malformed")
 
     def _unsupported_upgrade_warning(self) -> None:
-        """No warning: a client may ask for an upgrade, and the server answer without."""
+        """Log nothing: a server may ignore an upgrade."""
 
     @property
     def _is_answering(self) -> bool:
-        """Whether a request has come whole and its answer has not gone yet."""
+        """Whether a whole request waits for its response."""
         return self._in_head and self.cycle is not None and not self.cycle.response_complete
 
     def _parse(self) -> None:
-        """Hand on what has come, up to the end of a request, and after a while leave the rest for the next turn."""
+        """Parse up to the end of a request; after a while the event loop serves other connections first."""
         end = self.loop.time() + _PARSE_SECONDS
         while self._unparsed and not (self._is_answering or self._goes_on or self.transport.is_closing()):
             piece = bytes(self._unparsed[: self._parsed_at_once()])
             del self._unparsed[: len(piece)]
-            # The parser would take the body for another protocol.
+            # After an upgrade the parser would take the body for another protocol.
             self._parse_piece(_UPGRADE.sub(b"\r\nx-upgrade:", piece) if self._in_head else piece)
             if self._unparsed and self.loop.time() > end:
                 self._goes_on = True
@@ -164,7 +173,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         self.flow.pause_reading()
 
     def _parsed_at_once(self) -> int:
-        """Bytes in which no request ends, or one at their end; behind a body in chunks a few small ones may."""
+        """Number of bytes with at most one request's end; after a chunked body a few small ones may follow."""
         if self._in_head:
             end = self._unparsed.find(b"\r\n\r\n", 0, _HEAD_PIECE)
             return end + 4 if end >= 0 else _HEAD_PIECE
@@ -185,7 +194,7 @@ class _LimitedProtocol(HttpToolsProtocol):
             self._refuse("request-timeout")
 
     def _keep_alive(self) -> None:
-        """Wait for the next request as long as after an answer: receiving what is forgotten has ended that."""
+        """Start the keep-alive timer again, which the discarded body has stopped."""
         self._unset_keepalive_if_required()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
@@ -195,7 +204,7 @@ class _LimitedProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _refuse(self, kind: str) -> None:
-        """Answer what is no request, and close; answers that have begun are not mixed with it."""
+        """Answer with a problem and close; a response that has begun is not mixed with it."""
         cycle = self.cycle
         if self._is_answering:
             cycle.keep_alive = False
@@ -216,7 +225,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
 
     def _probe(self, cycle: RequestResponseCycle) -> None:
-        """Find out whether a client waits of which nothing is read: only what is sent to it can tell."""
+        """Find out whether a client is there while nothing is read: only sending can tell."""
         if self.transport.is_closing() or not self._flow.full:
             return
         if cycle is self.cycle and not cycle.response_started and cycle.scope["http_version"] == "1.1":

@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn: one process, or several workers, until a signal ends them gracefully."""
+"""Runs the application under uvicorn, in one process or several."""
 
 import logging.config
 import math
@@ -228,7 +228,7 @@ def _serve_with_workers(config: ServeConfig, listener: socket.socket) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     fine = (0,) if died else (0, -signal.SIGTERM)  # told before it listened, a worker just ends
     if bad := [worker.exitcode for worker in workers if worker.exitcode not in fine]:
-        raise ResourceError(f"a worker ended with code {bad[0]}; its last words are above")
+        raise ResourceError(f"a worker exited with code {bad[0]}; see its log above")
 
 
 def _work(config: ServeConfig, listener: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""What the routes share: the open store, kept up to date, and whether the service can answer now."""
+"""State the routes share: the open store, readiness, memory, metrics."""
 
 import asyncio
 import logging
@@ -65,13 +65,13 @@ class Service:
 
     Args:
         config: What is served.
-        live: The teacher behind it, if there is one; started and closed with the service.
+        live: The live teacher, if there is one; started and closed with the service.
 
     Attributes:
-        metrics: What it counts.
-        memory: What its answers are made in.
-        draining: Whether it takes its last requests.
-        failure: Why it will never be ready.
+        metrics: Prometheus metrics.
+        memory: Memory of responses.
+        draining: Whether it is shutting down.
+        failure: Why it could not be loaded.
     """
 
     def __init__(self, config: ServeConfig, live: "LiveTeacher | None" = None) -> None:
@@ -88,10 +88,10 @@ class Service:
 
     @property
     def opened(self) -> StoreSnapshot:
-        """The store as it is open now; one request asks once.
+        """The store as it is open now; ask once per request.
 
         Raises:
-            Problem: It is not there yet.
+            Problem: It is not open yet.
         """
         if self._opened is None:
             raise Problem("not-ready", self.not_ready)
@@ -104,7 +104,7 @@ class Service:
 
     @property
     def not_ready(self) -> str:
-        """Why it should get no requests now; empty if it should."""
+        """Why it is not ready; empty if it is."""
         if self.draining:
             return "the service is draining; ask another one"
         if self.failure is not None:
@@ -114,7 +114,7 @@ class Service:
         return self.live.not_ready if self.live is not None else ""
 
     async def away(self) -> str:
-        """Why the store cannot be read where it was; empty if it is there. Looks once for all who ask meanwhile."""
+        """Why the store is out of reach; empty if it is not. Concurrent callers share one look."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.ensure_future(asyncio.to_thread(whereabouts, self.store.objects))
         try:
@@ -197,7 +197,7 @@ class Service:
 
 
 def whereabouts(objects: ObjectStore) -> str:
-    """Why a store that was opened is not there any more; empty if it is."""
+    """Why an opened store is out of reach; empty if it is not."""
     try:
         objects.size(ROOT)
     except (OSError, ResourceError) as error:

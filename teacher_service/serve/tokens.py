@@ -1,4 +1,4 @@
-"""Bearer tokens: shown once when made, kept as hashes in a file, looked up in constant time."""
+"""Bearer tokens, kept as hashes in a file."""
 
 import hashlib
 import hmac

@@ -1,4 +1,4 @@
-"""The store's own objects by path, as a web server may show them: nothing else, and only what is committed."""
+"""The store's committed objects by path, as files of a web server."""
 
 import errno
 import hashlib

@@ -22,7 +22,7 @@ from student_trainer.data import ViewDataset, match_tars, training_positions
 from student_trainer.replay import StoredViews
 from teacher_service.serve.config import Limits
 
-IMPATIENT = RetryPolicy(deadline=0.0)
+NO_RETRY = RetryPolicy(deadline=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def transport(world, teacher) -> AppTransport:
 
 @pytest.fixture
 def client(transport) -> Client:
-    return connect(transport.url, transport=transport, patience=IMPATIENT)
+    return connect(transport.url, transport=transport, retry=NO_RETRY)
 
 
 class TestHttpSource(FeatureSourceConformance):
@@ -161,7 +161,7 @@ def test_codes_are_what_travels_when_the_codec_is_small(tmp_path):
 
 def test_requests_are_cut_when_rows_exceed_what_the_service_gives(world):
     transport = AppTransport(service_app(world.store))
-    client = connect(transport.url, transport=transport, patience=IMPATIENT)
+    client = connect(transport.url, transport=transport, retry=NO_RETRY)
     source = replace(client, max_rows=2).source()
     before = len(transport.asked)
     np.testing.assert_array_equal(source.read(ROWS).logits, client.source().read(ROWS).logits)
@@ -218,7 +218,7 @@ def test_notebook_is_told_when_a_key_is_unknown(client):
 @pytest.mark.parametrize("change", [{"policy": view_policy("a1", 64)}, {"codec": "f32"}])
 def test_answers_are_refused_when_the_service_changed_its_store(world, tmp_path, change):
     transport = AppTransport(service_app(world.store))
-    source = connect(transport.url, transport=transport, patience=IMPATIENT).source()
+    source = connect(transport.url, transport=transport, retry=NO_RETRY).source()
     transport.serve(service_app(make_world(tmp_path, **change).store))
     with pytest.raises(MismatchError, match="store identity differs: what was opened at http://localhost:8000 has"):
         source.read(ROWS)
@@ -226,7 +226,7 @@ def test_answers_are_refused_when_the_service_changed_its_store(world, tmp_path,
 
 def test_answers_are_refused_when_the_service_changed_its_teacher(world, teacher):
     transport = AppTransport(service_app(world.store, teacher))
-    live = connect(transport.url, transport=transport, patience=IMPATIENT).live()
+    live = connect(transport.url, transport=transport, retry=NO_RETRY).live()
     other = load_teacher(world.teacher[0], pretrained=False, model_kwargs=world.teacher[1])
     transport.serve(service_app(world.store, other))
     with pytest.raises(MismatchError, match=r"teacher\.weights_sha256 differs: what was opened at"):
@@ -235,7 +235,7 @@ def test_answers_are_refused_when_the_service_changed_its_teacher(world, teacher
 
 def test_live_source_is_refused_when_the_same_weights_are_used_in_another_way(world, teacher):
     transport = AppTransport(service_app(world.store, teacher))
-    live = connect(transport.url, transport=transport, patience=IMPATIENT).live()
+    live = connect(transport.url, transport=transport, retry=NO_RETRY).live()
     name, kwargs = world.teacher
     other = load_teacher(name, checkpoint=world.checkpoint, model_kwargs=kwargs, compute_dtype="bfloat16")
     transport.serve(service_app(world.store, other))
@@ -246,7 +246,7 @@ def test_live_source_is_refused_when_the_same_weights_are_used_in_another_way(wo
 def test_views_are_sent_in_pieces_when_a_body_takes_fewer_than_a_batch(world, teacher, views):
     limits = Limits(max_body_bytes=3 * 64 * 64 * 3 + 5000)
     transport = AppTransport(service_app(world.store, teacher, limits=limits))
-    client = connect(transport.url, transport=transport, patience=IMPATIENT)
+    client = connect(transport.url, transport=transport, retry=NO_RETRY)
     assert client.service.json("/v1/teacher")["max_batch"] == 3  # of 8 in a forward pass
     expected = teacher(torch.from_numpy(views(ROWS))).logits.numpy()
     np.testing.assert_allclose(client.live().read(ROWS, pixels=views(ROWS)).logits, expected, rtol=1e-3, atol=1e-4)
@@ -259,7 +259,7 @@ def test_damage_is_named_when_the_stores_bytes_are_damaged(tmp_path):
     raw[10] ^= 1
     shard.write_bytes(raw)
     transport = AppTransport(service_app(world.store))
-    source = connect(transport.url, transport=transport, patience=IMPATIENT).source()
+    source = connect(transport.url, transport=transport, retry=NO_RETRY).source()
     with pytest.raises(CorruptStoreError, match="damaged"):
         source.read([RowId(0, 0, 0)])
 

@@ -290,14 +290,14 @@ def metrics(serving: Serving) -> str:
 
 def test_client_reads_why_when_its_body_is_larger_than_is_taken(start):
     serving = start(max_body_bytes=100_000)
-    calls = Calls.at(serving.url, patience=RetryPolicy(deadline=5, first_pause=0.1))
+    calls = Calls.at(serving.url, retry=RetryPolicy(deadline=5, first_pause=0.1))
     with pytest.raises(InputError, match="more than 100,000 bytes"):
         calls.frame("POST", COMPUTE, bytes(64 << 20), media_type=frames.MEDIA_TYPE)
 
 
 def test_client_is_told_that_the_service_is_busy_when_its_body_is_large(start):
     serving = start()
-    calls = Calls.at(serving.url, patience=RetryPolicy(deadline=0.5))
+    calls = Calls.at(serving.url, retry=RetryPolicy(deadline=0.5))
     with serving.full(), pytest.raises(ResourceError, match="4 rows wait already"):
         calls.frame("POST", COMPUTE, bytes(32 << 20), media_type=frames.MEDIA_TYPE)
 

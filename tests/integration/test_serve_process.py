@@ -312,7 +312,7 @@ def test_a_worker_that_dies_ends_the_service_so_that_it_is_started_again(tmp_pat
         assert len(workers) == 2
         os.kill(workers[0], signal.SIGKILL)
         assert started.process.wait(60) == 3
-        assert "a worker ended with code -9" in started.log.read_text()
+        assert "a worker exited with code -9" in started.log.read_text()
 
 
 def worker_processes(started) -> list[int]:

@@ -1,4 +1,4 @@
-"""Dynamic batching: rows of many callers go through one model together, each caller gets its own back.
+"""Dynamic batching of many callers' rows through one model.
 
 It knows neither HTTP nor torch. Two numbers decide: how many rows a batch may have, and how long the first of them
 waits for others. Requests are cut where a batch is full, so batches are full whenever enough rows wait.
@@ -280,13 +280,13 @@ class Batcher:
                 self._drop_dead()
                 if self._fault or (self._closing and not self._queue):
                     return []
-                patience = self._patience() if self._queue else None
-                if patience is None or patience > 0:
-                    self._changed.wait(patience)
+                remaining = self._remaining_wait() if self._queue else None
+                if remaining is None or remaining > 0:
+                    self._changed.wait(remaining)
                 elif pieces := self._take():
                     return pieces
 
-    def _patience(self) -> float:
+    def _remaining_wait(self) -> float:
         """Seconds the next batch may still wait for more rows."""
         if self._closing or self._waiting >= self.max_rows:
             return 0.0

@@ -1,4 +1,4 @@
-"""The live teacher of the service: loaded in the background, fed by a batcher, watched for a lost device."""
+"""The live teacher: loaded in the background, fed by the batcher."""
 
 import threading
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The outermost layer: gives every request its id, counts it, and writes one JSON line about it."""
+"""Request ids, metrics, access log as JSON lines."""
 
 import asyncio
 import logging
@@ -19,13 +19,13 @@ from teacher_service.serve.routing import RouteTable
 LOGGER = "teacher_service.access"
 HEADER = "X-Request-ID"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_UNROUTED = "none"  # one label for everything that no route answers: paths of strangers must not become series
+_UNROUTED = "none"  # one label for all paths without a route, so that clients cannot create time series
 
 
 class AccessLogMiddleware:
     """Request ids, metrics and the access log.
 
-    Neither query nor headers are logged: that is where secrets travel.
+    Query and headers are not logged: they may hold secrets.
 
     Args:
         app: The rest of the service.
@@ -38,7 +38,7 @@ class AccessLogMiddleware:
         self._logger = logging.getLogger(LOGGER)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and keep the account of it."""
+        """Pass the request on and record it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         request = _Request(scope, receive, send)
@@ -46,14 +46,14 @@ class AccessLogMiddleware:
         try:
             await self._app(scope, request.receive, request.send)
         except ClientDisconnect:
-            pass  # whoever asked has left, and the status in the account stays 0
-        except asyncio.CancelledError:  # the time to drain is over; the server closes the connection
+            pass  # the recorded status stays 0
+        except asyncio.CancelledError:  # the drain limit has passed; the server closes the connection
             if not request.status:
                 await Problem("not-ready", "the service stops; ask another one").send(
                     scope, request.receive, request.send
                 )
         except Exception as error:
-            if request.status:  # too late for an answer: the server closes the connection
+            if request.status:  # too late for a problem: the server closes the connection
                 raise
             self._logger.exception("request %s failed", scope["state"]["request_id"], exc_info=error)
             problem = Problem("internal", "see the service's log by this request id")
@@ -87,7 +87,7 @@ class AccessLogMiddleware:
 
 
 class _Request:
-    """One request's account; its receive and send pass on what they count."""
+    """Counts of one request, taken in its receive and send."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get(HEADER, "")

@@ -23,7 +23,7 @@ class HeadMiddleware:
                 await send(message)
                 await send({"type": "http.response.body", "body": b""})
 
-        # Another scope: the server leaves the body out by the method of its own.
+        # A copy: the server drops the body by the method in its own scope.
         asked = {**scope, "method": "GET", "state": {**scope["state"], "head": True}}
         try:
             await self._app(asked, receive, send_headers)

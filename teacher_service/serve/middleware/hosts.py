@@ -14,7 +14,7 @@ class HostMiddleware:
     """Refuses requests whose host is missing, given twice or malformed, RFC 9112 3.2.
 
     Args:
-        app: What answers the others.
+        app: The rest of the service.
         local_only: Whether only names of this machine are answered. Without tokens a page in a browser on this machine
             must not reach a service on loopback under a name of its own (DNS rebinding).
     """

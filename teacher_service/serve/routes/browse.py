@@ -1,4 +1,4 @@
-"""Routes that describe store, progress and single rows, for people."""
+"""Routes under ``/v1/browse``: store, progress, single rows for a viewer."""
 
 import io
 import time

@@ -1,4 +1,4 @@
-"""Routes of the live teacher: images or views in, taps and logits out.
+"""Routes of the live teacher.
 
 Shape legend: n views, H W pixels, N tokens, C channels, K classes.
 """

@@ -1,4 +1,4 @@
-"""Routes for those who run the service: is it alive, should it get requests, what does it do."""
+"""Routes of probes, metrics, the OpenAPI description."""
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -22,12 +22,12 @@ def operations_router() -> Routes:
 
     @router.declare("GET", "/livez", None, probe=True)
     async def livez() -> Health:
-        """The process answers; if this fails, restart it."""
+        """Liveness: restart the process if this fails."""
         return Health(status="ok")
 
     @router.declare("GET", "/readyz", None, probe=True, problems=["not-ready"])
     async def readyz(service: Served) -> Health:
-        """Whether to send requests here: not while loading or draining, nor after the device or the store was lost."""
+        """Readiness: 503 while loading or draining, or after the device or the store was lost."""
         if reason := service.not_ready or await service.away():
             raise Problem("not-ready", reason)
         return Health(status="ok")

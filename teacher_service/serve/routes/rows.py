@@ -1,4 +1,4 @@
-"""Routes of cached rows: one by key, a batch, a range of a unit; and what a client must know beforehand."""
+"""Routes of cached rows: manifest, one row, a batch, a unit."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""Routes of the store itself: its zarr objects with ranges, and the later blocks as one file."""
+"""Routes of the store's zarr objects, with the later blocks."""
 
 import asyncio
 import json

@@ -250,7 +250,7 @@ def test_redirect_is_refused_and_the_token_stays(status):
 )  # fmt: skip
 def test_connecting_ends_in_a_users_error_whatever_answers(answer):
     with hostile(saying(answer)) as server, pytest.raises(UserError) as caught:
-        connect(server.url, TOKEN, patience=HASTY)
+        connect(server.url, TOKEN, retry=HASTY)
     assert TOKEN not in str(caught.value)
 
 
@@ -258,7 +258,7 @@ def test_connecting_ends_in_a_users_error_whatever_answers(answer):
 def test_client_refuses_a_service_whose_limits_are_no_numbers(rows):
     described = json.dumps({"identity": "x", "max_rows": rows, "max_response_bytes": rows}).encode()
     with hostile(saying(reply(described))) as server, pytest.raises(InputError, match="max_rows"):
-        connect(server.url, patience=HASTY)
+        connect(server.url, retry=HASTY)
 
 
 def test_answer_nobody_asked_for_is_never_taken_when_a_connection_is_used_again():
@@ -334,7 +334,7 @@ def live(described, **arrays) -> RemoteLiveSource:
         Answered(body=json.dumps(described).encode()),
         Answered(body=frame_of(arrays, teacher="0" * 64, identity="5f0c")),
     ]
-    return RemoteLiveSource(ServiceClient(ScriptedTransport(lambda _: answers.pop(0)), patience=HASTY))
+    return RemoteLiveSource(ServiceClient(ScriptedTransport(lambda _: answers.pop(0)), retry=HASTY))
 
 
 @pytest.mark.parametrize(

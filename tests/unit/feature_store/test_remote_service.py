@@ -35,9 +35,9 @@ class Time:
         self.now += seconds
 
 
-def service(*answers, **patience) -> tuple[ServiceClient, ScriptedTransport, Time]:
+def service(*answers, **retry) -> tuple[ServiceClient, ScriptedTransport, Time]:
     transport, clock = ScriptedTransport(in_turn(*answers)), Time()
-    made = ServiceClient(transport, "secret", RetryPolicy(**patience), clock.sleep, lambda: clock.now)
+    made = ServiceClient(transport, "secret", RetryPolicy(**retry), clock.sleep, lambda: clock.now)
     return made, transport, clock
 
 
