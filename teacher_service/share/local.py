@@ -39,7 +39,7 @@ def run(survey: Survey, config: CacheConfig, console: Console, stop: Stop) -> tu
     job = prepare(survey, config)
     print_notes(tar_notes(job.tars), console)
     tasks = remaining_tasks(job.store)
-    with observed(config, console, job.store.manifest, tasks) as observers, stop_on_signals(stop):
+    with observed(config.reporting, console, job.store.manifest, tasks) as observers, stop_on_signals(stop):
         return tasks, compute(job, tasks, on_commit=observers.committed, on_batch=observers.computed, stop=stop)
 
 
@@ -64,7 +64,7 @@ def compute(
         UserError: See ``teacher_service.cache.job.cache``.
     """
     pipeline = Pipeline(job)
-    report = PipelineReport((), (), 0, 0.0, StageTimes(), job.config.batch_size)
+    report = PipelineReport((), (), 0, 0.0, StageTimes(), job.compute.batch_size)
     with Claims(job.store, lock_folder(job.store.objects)) as claims:
 
         def committed(done: UnitDone) -> None:
