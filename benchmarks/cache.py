@@ -38,7 +38,7 @@ from teacher_service.cache.job import cache
 from teacher_service.cache.pipeline import Pipeline
 from teacher_service.cache.prepare import Job, prepare
 from teacher_service.cache.stage_timer import StageTimer, StageTimes
-from teacher_service.config import CacheConfig, TimedPlanConfig
+from teacher_service.config import CacheConfig, ComputeSpec, Inputs, TeacherSpec, ViewSpec
 from teacher_service.plan.forecast import forecast
 from teacher_service.plan.survey import survey
 
@@ -97,25 +97,25 @@ class Bench:
         self.setting, self.folder = setting, folder
         self._stores = 0
 
-    def config(self, teacher: str, **options: Any) -> CacheConfig:
+    def config(self, teacher: str, *, workers: int | None = None, views: int = 1) -> CacheConfig:
         """A job of the setting."""
         self._stores += 1
         setting = self.setting
         small = teacher == setting.small_teacher
         kwargs = setting.small_kwargs if small else setting.teacher_kwargs
-        values: dict[str, Any] = {
-            "tars": setting.tars,
-            "teacher": teacher,
-            "model_kwargs": kwargs,
-            "checkpoint": self._checkpoint(teacher, kwargs),
-            "store": self.folder / f"store-{self._stores}",
-            "device": setting.device,
-            "compute_dtype": setting.compute_dtype,
-            "compile": setting.compile and not small,
-            "batch_size": setting.batch_size,
-            "workers": setting.workers,
-        }
-        return CacheConfig(**(values | options))
+        return CacheConfig(
+            inputs=Inputs(tars=setting.tars),
+            teacher=TeacherSpec(name=teacher, model_kwargs=kwargs, compute_dtype=setting.compute_dtype),
+            views=ViewSpec(count=views),
+            compute=ComputeSpec(
+                device=setting.device,
+                compile=setting.compile and not small,
+                batch_size=setting.batch_size,
+                workers=setting.workers if workers is None else workers,
+            ),
+            checkpoint=self._checkpoint(teacher, kwargs),
+            store=self.folder / f"store-{self._stores}",
+        )
 
     def job(self, teacher: str, **options: Any) -> Job:
         """The same, ready to run again and again: what it commits is forgotten."""
@@ -138,7 +138,7 @@ class ResidentDataset:
     def __init__(self, job: Job) -> None:
         height, width = job.store.manifest.policy.size
         rng = np.random.default_rng(0)
-        pixels = rng.integers(0, 256, (job.config.batch_size, 1, height, width, 3), np.uint8)
+        pixels = rng.integers(0, 256, (job.compute.batch_size, 1, height, width, 3), np.uint8)
         self._real = ViewDataset(job.tars, job.store.manifest.policy, job.store.manifest.seed)
         self._template = self._real[Span(Task(0, range(1)), 0, 1)]
         self.pixels = torch.from_numpy(pixels)
@@ -184,7 +184,7 @@ def pipeline_rate(job: Job, tasks: Sequence[Task], dataset: Any = None) -> tuple
 
 def bare_rate(job: Job, batches: int) -> float:
     """Images per second of the teacher alone on one batch that is in memory, features brought to the host."""
-    config, forward = job.config, _forward(job)
+    forward = _forward(job)
     pixels = ResidentDataset(job).pixels[:, 0]
     pixels = pixels.pin_memory() if forward.device.type == "cuda" else pixels
     forward(pixels).arrays()
@@ -196,21 +196,21 @@ def bare_rate(job: Job, batches: int) -> float:
             outputs.arrays()
     if waiting is not None:
         waiting.arrays()
-    return batches * config.batch_size / (time.perf_counter() - started)
+    return batches * job.compute.batch_size / (time.perf_counter() - started)
 
 
 def _forward(job: Job) -> Forward:
-    return Forward(job.teacher, ["stage4"], job.config.batch_size, StageTimer(), compile=job.config.compile)
+    return Forward(job.teacher, ["stage4"], job.compute.batch_size, StageTimer(), compile=job.compute.compile)
 
 
 def decode_rate(job: Job, tasks: Sequence[Task]) -> float:
     """Images per second of the decode workers alone."""
     manifest = job.store.manifest
     dataset = ViewDataset(job.tars, manifest.policy, manifest.seed)
-    spans = batch_spans(tasks, [len(tar) for tar in job.tars], job.config.batch_size)
-    most_images = max(job.config.batch_size, manifest.num_views)
+    spans = batch_spans(tasks, [len(tar) for tar in job.tars], job.compute.batch_size)
+    most_images = max(job.compute.batch_size, manifest.num_views)
     marks, images = [], 0
-    for batch in read_batches(dataset, spans, most_images=most_images, workers=job.config.workers, pin_memory=False):
+    for batch in read_batches(dataset, spans, most_images=most_images, workers=job.compute.workers, pin_memory=False):
         images += batch.images
         marks.append((time.perf_counter(), images))
     return _rate(marks)
@@ -244,7 +244,7 @@ def _jpeg(bench: Bench, teacher: str, images: int) -> dict[str, Any]:
     job = bench.job(teacher)
     tasks = tasks_of(job, images)
     for _ in range(bench.setting.repeats):
-        bare, decode = bare_rate(job, images // job.config.batch_size), decode_rate(job, tasks)
+        bare, decode = bare_rate(job, images // job.compute.batch_size), decode_rate(job, tasks)
         rate, times = pipeline_rate(job, tasks)
         shares = {f"{stage} busy": times.share(stage) for stage in times.available}
         ratio = rate / min(bare, decode)
@@ -280,9 +280,7 @@ def plan(bench: Bench) -> dict[str, Any]:
     setting, found = bench.setting, []
     for _ in range(min(2, setting.repeats)):
         config = bench.config(setting.teacher)
-        values = {name: getattr(config, name) for name in TimedPlanConfig.__dataclass_fields__}
-        values["time_samples"] = setting.samples
-        timed = TimedPlanConfig(**values)
+        timed = replace(config, compute=replace(config.compute, time_samples=setting.samples))
         said = forecast(survey(timed), timed)
         summary = cache(config)
         written = sum(path.stat().st_size for path in Path(config.store).rglob("*") if path.is_file())

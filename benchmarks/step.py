@@ -41,7 +41,7 @@ from student_trainer.data import Batch, ViewDataset
 from student_trainer.scalekd import ScaleKDLoss
 from student_trainer.train import Trainer
 from teacher_service.cache.job import cache
-from teacher_service.config import CacheConfig
+from teacher_service.config import CacheConfig, ComputeSpec, Inputs, TeacherSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +112,11 @@ class Bench:
         teacher = build_model(setting.teacher, setting.teacher_kwargs)
         save_file({name: leaf.contiguous() for name, leaf in teacher.state_dict().items()}, self.checkpoint)
         job = CacheConfig(
-            tars=(str(self.tar),),
-            teacher=setting.teacher,
-            model_kwargs=setting.teacher_kwargs,
+            inputs=Inputs(tars=(str(self.tar),)),
+            teacher=TeacherSpec(name=setting.teacher, model_kwargs=setting.teacher_kwargs),
+            compute=ComputeSpec(device=setting.device, batch_size=setting.batch, workers=0),
             checkpoint=self.checkpoint,
             store=self.store,
-            device=setting.device,
-            batch_size=setting.batch,
-            workers=0,
         )
         cache(job, Console(stderr=True, quiet=True))
 

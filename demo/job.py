@@ -23,7 +23,7 @@ from feature_store.errors import InputError
 from feature_store.format.versions import software_versions
 from student_trainer.student import Student
 from teacher_service.cache.job import cache
-from teacher_service.config import CacheConfig
+from teacher_service.config import CacheConfig, ComputeSpec, Inputs, StorageSpec, TeacherSpec, ViewSpec
 from teacher_service.plan.sizes import plan
 
 _MARKER = ".made-by-demo"  # a folder is emptied only if this file is in it
@@ -90,18 +90,15 @@ def _step(console: Console, what: str) -> Iterator[None]:
 def _cache(store: Path, digits: Digits, teacher: TeacherReport, settings: Settings) -> StoreResult:
     """Plan, then cache."""
     config = CacheConfig(
-        tars=digits.train_tars,
-        teacher=settings.teacher.name,
-        model_kwargs=settings.teacher.model_kwargs,
+        inputs=Inputs(tars=digits.train_tars),
+        teacher=TeacherSpec(name=settings.teacher.name, model_kwargs=settings.teacher.model_kwargs),
+        views=ViewSpec(
+            count=settings.views, policy=VIEW_POLICY, policy_options=settings.view_options, seed=settings.seed
+        ),
+        storage=StorageSpec(tap_codec="f16"),  # store-fed and live students then differ by 16-bit rounding at most
+        compute=ComputeSpec(device="cpu", workers=0),
         checkpoint=teacher.checkpoint,
         store=store,
-        views=settings.views,
-        policy=VIEW_POLICY,
-        policy_options=settings.view_options,
-        tap_codec="f16",  # so that store-fed and live students differ by no more than 16-bit rounding
-        seed=settings.seed,
-        device="cpu",
-        workers=0,
     )
     planned = plan(config)
     summary = cache(config)

@@ -11,7 +11,7 @@ import tyro
 from feature_store.errors import CorruptStoreError
 from feature_store.tools.command_line import run, unit_progress
 from feature_store.tools.terminal import Console, say, say_json
-from teacher_service.config import CacheConfig, SharedPlanConfig
+from teacher_service.config import CacheConfig, PlanConfig
 from teacher_service.plan.report import print_forecast, summary_lines
 from teacher_service.serve.config import ServeConfig
 from teacher_service.serve.tokens import Scope, create_token
@@ -27,7 +27,7 @@ token = tyro.extras.SubcommandApp()
 
 
 @app.command
-def plan(config: tyro.conf.OmitArgPrefixes[SharedPlanConfig]) -> None:
+def plan(config: tyro.conf.OmitArgPrefixes[PlanConfig]) -> None:
     """Say what a cache would hold, how big it gets, and with --time-samples how long it takes and when it pays."""
     from teacher_service.plan.forecast import forecast
     from teacher_service.plan.survey import survey

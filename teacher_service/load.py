@@ -1,10 +1,11 @@
 """Loads the frozen teacher of a job or a store."""
 
 from pathlib import Path
+from typing import cast
 
 from feature_store.format.manifest import Manifest
 from feature_store.teacher.model import Teacher, load_teacher
-from teacher_service.config import TeacherSpec
+from teacher_service.config import ComputeDtype, TeacherSpec
 from teacher_service.devices import find_device
 
 
@@ -41,5 +42,5 @@ def spec_of(manifest: Manifest) -> TeacherSpec:
         model_kwargs=teacher.model_kwargs,
         depth=split.depth,
         drop_prefix=split.drops_prefix,
-        compute_dtype=teacher.compute_dtype,
+        compute_dtype=cast(ComputeDtype, teacher.compute_dtype),  # load_teacher refuses others
     )

@@ -3,9 +3,9 @@
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import timm
@@ -17,6 +17,9 @@ from safetensors.torch import save_file
 from teacher_service.config import CacheConfig
 
 Sample = dict[str, Any]
+T = TypeVar("T")
+
+_OPTIONS = {"name": "teacher", "count": "views", "out": "views_out", "address": "ray_address"}
 
 TINY_SWIN = {
     "img_size": 32, "patch_size": 2, "window_size": 2, "embed_dim": 8,
@@ -86,9 +89,42 @@ def write_tars(folder: Path, *counts: int) -> tuple[str, ...]:
     )
 
 
+def make_config(kind: type[T], **options: Any) -> T:
+    """A configuration from options by their names on the command line, with underscores."""
+    made = _made(kind, options)
+    assert not options, f"{kind.__name__} has no options {', '.join(options)}"
+    return made
+
+
+def _made(kind: type[T], options: dict[str, Any]) -> T:
+    values = {}
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            values[name] = _made(hint, options)
+        elif (option := _OPTIONS.get(name, name)) in options:
+            values[name] = options.pop(option)
+    return kind(**values)
+
+
+def with_options(config: T, **options: Any) -> T:
+    """The configuration with some options changed."""
+    changed = _changed(config, options)
+    assert not options, f"{type(config).__name__} has no options {', '.join(options)}"
+    return changed
+
+
+def _changed(config: Any, options: dict[str, Any]) -> Any:
+    values = {each.name: getattr(config, each.name) for each in fields(config)}
+    parts = {name: _changed(value, options) for name, value in values.items() if is_dataclass(value)}
+    own = {name: options.pop(option) for name in values if (option := _OPTIONS.get(name, name)) in options
+           and name not in parts}  # fmt: skip
+    return replace(config, **parts, **own)
+
+
 def cache_config(tars: Iterable[str], teacher: TinyTeacher, store: Path, **options: Any) -> CacheConfig:
     """A cache job without worker processes, unless told."""
-    return CacheConfig(
+    return make_config(
+        CacheConfig,
         tars=tuple(tars),
         teacher=teacher.name,
         model_kwargs=teacher.model_kwargs,

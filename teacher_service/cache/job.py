@@ -80,18 +80,19 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
     """
     processes = max(1, environment_number("WORLD_SIZE", 1))  # torchrun's, which time their samples at once
     started = time.perf_counter()
-    warm_up(config.workers)
-    found = survey(config) if config.engine == "local" or config.time_samples else None  # Ray's actors make their own
+    warm_up(config.compute.workers)
+    here = config.sharing.engine == "local"  # Ray's actors make surveys of their own
+    found = survey(config) if here or config.compute.time_samples else None
     surveyed = time.perf_counter()
-    predicted = forecast(found, config, processes).seconds if found and config.time_samples else None
+    predicted = forecast(found, config, processes).seconds if found and config.compute.time_samples else None
     started += time.perf_counter() - surveyed  # to time samples is no part of the run
     tasks, report = _run(found, config, console or Console(quiet=True), stop or Stop())
     store = open_store(config.store)  # engines commit in other processes
     with preparing(config.store):
         if has_locks(store.objects):
             store.remove_orphans()  # of workers that were killed; what is being written now has a lock
-        if config.views_out is not None:
-            ViewTarWriter(config.views_out, store).remove_orphans()
+        if config.views.out is not None:
+            ViewTarWriter(config.views.out, store).remove_orphans()
         store.write_commit_index()
     seconds = time.perf_counter() - started
     units = len(store.manifest.tars)
@@ -114,8 +115,8 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
         bottleneck=report.times.bottleneck,
         batch_size=report.batch_size,
     )
-    if config.log_jsonl is not None:
-        append_event(config.log_jsonl, "end", **asdict(summary))
+    if config.reporting.log_jsonl is not None:
+        append_event(config.reporting.log_jsonl, "end", **asdict(summary))
     return summary
 
 
@@ -134,7 +135,7 @@ def _views(tasks: Sequence[Task]) -> dict[int, list[int]]:
 
 def _run(found: Survey | None, config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:
     """What the store lacked, and what the engine did of it."""
-    if found is None or config.engine == "ray":
+    if found is None or config.sharing.engine == "ray":
         from teacher_service.share import ray  # an optional extra
 
         return ray.run(config, console, stop)

@@ -19,7 +19,7 @@ from teacher_service.cache.decode import Task
 from teacher_service.cache.pipeline import UnitDone
 from teacher_service.cache.progress import Progress
 from teacher_service.cache.stage_timer import StageTimes
-from teacher_service.config import CacheConfig
+from teacher_service.config import Reporting
 
 
 class Observer(Protocol):
@@ -50,7 +50,7 @@ class Observers:
 
 
 @contextmanager
-def observed(config: CacheConfig, console: Console, manifest: Manifest, tasks: Sequence[Task]) -> Iterator[Observers]:
+def observed(config: Reporting, console: Console, manifest: Manifest, tasks: Sequence[Task]) -> Iterator[Observers]:
     """The observers a job's configuration asks for, while the context lasts.
 
     Of several processes of one machine (torchrun) the first draws on the terminal; each has its own metrics port,

@@ -95,14 +95,14 @@ class Pipeline:
     """
 
     def __init__(self, job: Job, dataset: Any = None) -> None:
-        config, manifest = job.config, job.store.manifest
-        self._config, self._store, self._tars = config, job.store, job.tars
+        compute, manifest = job.compute, job.store.manifest
+        self._compute, self._strict, self._store, self._tars = compute, job.strict, job.store, job.tars
         self._dataset = dataset or ViewDataset(job.tars, manifest.policy, manifest.seed, manifest.view_encoding)
-        self._views_out = None if config.views_out is None else ViewTarWriter(config.views_out, job.store)
+        self._views_out = None if job.views_out is None else ViewTarWriter(job.views_out, job.store)
         self._images = 0
-        self._timer = StageTimer({"decode": max(1, config.workers)})
+        self._timer = StageTimer({"decode": max(1, compute.workers)})
         self._forward = Forward(
-            job.teacher, tuple(manifest.taps), config.batch_size, self._timer, compile=config.compile
+            job.teacher, tuple(manifest.taps), compute.batch_size, self._timer, compile=compute.compile
         )
 
     def run(
@@ -158,14 +158,14 @@ class Pipeline:
         sizes, views = [len(tar) for tar in self._tars], self._store.manifest.num_views
         return read_batches(
             self._dataset,
-            batch_spans(tasks, sizes, self._config.batch_size),
-            most_images=max(views, min(views * max(sizes), self._config.batch_size)),
-            workers=self._config.workers,
+            batch_spans(tasks, sizes, self._compute.batch_size),
+            most_images=max(views, min(views * max(sizes), self._compute.batch_size)),
+            workers=self._compute.workers,
             pin_memory=self._forward.device.type == "cuda",
         )
 
     def _require_readable(self, batch: ViewBatch) -> None:
-        if self._config.strict and batch.quarantined:
+        if self._strict and batch.quarantined:
             position, reason = next(iter(batch.quarantined.items()))
             tar = self._tars[batch.task.unit]
             raise InputError(

@@ -22,7 +22,7 @@ from teacher_service.cache.forward import Forward
 from teacher_service.cache.stage_timer import StageTimer
 from teacher_service.cache.write import disk_error
 from teacher_service.cache.write_views import ViewTarWriter
-from teacher_service.config import CacheConfig
+from teacher_service.config import CacheConfig, ComputeSpec
 from teacher_service.load import load
 from teacher_service.plan.sizes import Plan, plan_of
 from teacher_service.plan.survey import Survey, find_store, growth_of
@@ -36,16 +36,20 @@ class Job:
     """A job that is ready to compute.
 
     Attributes:
-        config: How to compute.
+        compute: How to compute.
         store: The store it writes to.
         teacher: The frozen model, on its device.
         tars: The store's tars, in its order.
+        views_out: Where views are materialised; None for nowhere.
+        strict: Stop at the first unreadable sample instead of quarantining it.
     """
 
-    config: CacheConfig
+    compute: ComputeSpec
     store: Store
     teacher: Teacher
     tars: tuple[Tar, ...]
+    views_out: str | None = None
+    strict: bool = False
 
 
 def prepare(survey: Survey, config: CacheConfig) -> Job:
@@ -63,14 +67,14 @@ def prepare(survey: Survey, config: CacheConfig) -> Job:
     """
     plan, tars = plan_of(survey, config), survey.tars
     _require_room(plan)
-    teacher = load(config.teacher_spec, config.device, checkpoint=config.checkpoint)
+    teacher = load(config.teacher, config.compute.device, checkpoint=config.checkpoint)
     blocks = bundle_state(teacher.later_blocks)
     manifest = survey.manifest_of(teacher, blocks)
     with preparing(config.store):
         store = find_store(survey.objects)  # once more: another process may have made it meanwhile
         if store is None:
             if needs_calibration(manifest):
-                manifest = calibrated(manifest, first_features(config, manifest, teacher, tars))
+                manifest = calibrated(manifest, first_features(config.compute.batch_size, manifest, teacher, tars))
             store = _create(survey, manifest, blocks, plan.remaining_bytes)
         if growth := growth_of(store, manifest):
             store = store.grow(growth.manifest)
@@ -78,11 +82,11 @@ def prepare(survey: Survey, config: CacheConfig) -> Job:
             store = _without_usable_quarantine(store, tars)
         if isinstance(store.objects, LocalObjects):  # in a bucket nothing tells another writer's from a dead one's
             store.remove_orphans()
-        if config.views_out is not None:
-            views_out = ViewTarWriter(config.views_out, store)
+        if config.views.out is not None:
+            views_out = ViewTarWriter(config.views.out, store)
             views_out.require_committed()
             views_out.remove_orphans()
-    return Job(config, store, teacher, tars)
+    return Job(config.compute, store, teacher, tars, config.views.out, config.strict)
 
 
 def _require_room(plan: Plan) -> None:
@@ -107,8 +111,8 @@ def join(survey: Survey, config: CacheConfig) -> Job:
         UserError: See ``teacher_service.cache.job.cache``.
     """
     store = survey.store or open_store_in(survey.objects)
-    teacher = load(config.teacher_spec, config.device, checkpoint=config.checkpoint)
-    return Job(config, store, teacher, survey.tars)
+    teacher = load(config.teacher, config.compute.device, checkpoint=config.checkpoint)
+    return Job(config.compute, store, teacher, survey.tars, config.views.out, config.strict)
 
 
 def _create(survey: Survey, manifest: Manifest, blocks: Mapping[str, Tensor], needed: int) -> Store:
@@ -145,9 +149,7 @@ def consecutive_tasks(unit: int, views: Sequence[int]) -> list[Task]:
     return [Task(unit, range(run[0], run[-1] + 1)) for run in runs]
 
 
-def first_features(
-    config: CacheConfig, manifest: Manifest, teacher: Teacher, tars: Sequence[Tar]
-) -> dict[str, np.ndarray]:
+def first_features(batch_size: int, manifest: Manifest, teacher: Teacher, tars: Sequence[Tar]) -> dict[str, np.ndarray]:
     """A first sample of every tap for codecs that learn from one: view 0 of the first readable samples.
 
     Raises:
@@ -161,6 +163,6 @@ def first_features(
         if not (view := dataset.sample(Task(unit, range(1)), position)).reason
     )
     pixels = list(islice(readable, CALIBRATION_SAMPLES))
-    forward = Forward(teacher, tuple(manifest.taps), config.batch_size, StageTimer())
+    forward = Forward(teacher, tuple(manifest.taps), batch_size, StageTimer())
     features = forward(torch.from_numpy(np.stack(pixels))).arrays()
     return {name: features[name] for name in manifest.taps}

@@ -8,7 +8,7 @@ from typing import Any
 from feature_store.format.codecs.registry import CODECS
 from feature_store.format.layout import StoreLayout
 from feature_store.format.manifest import Manifest
-from teacher_service.config import TimedPlanConfig
+from teacher_service.config import JobConfig
 from teacher_service.plan.sizes import Plan, plan_of, store_bytes
 from teacher_service.plan.survey import Survey, prefix_codec
 from teacher_service.plan.timing import Timing, measure
@@ -70,7 +70,7 @@ class Forecast:
         return found.pop("plan") | found
 
 
-def forecast(survey: Survey, config: TimedPlanConfig, processes: int = 1) -> Forecast:
+def forecast(survey: Survey, config: JobConfig, processes: int = 1) -> Forecast:
     """Predict a job's bytes and, with ``time_samples``, its time.
 
     Args:
@@ -82,7 +82,7 @@ def forecast(survey: Survey, config: TimedPlanConfig, processes: int = 1) -> For
         UserError: Timing failed as the job would.
     """
     plan = plan_of(survey, config)
-    timing = measure(survey, config) if config.time_samples else None
+    timing = measure(survey, config.teacher, config.compute) if config.compute.time_samples else None
     manifest = survey.manifest
     units = max(1, plan.units - plan.committed_units)
     images = plan.remaining_images * math.ceil(units / processes) / units  # of the process with the most units

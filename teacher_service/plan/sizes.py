@@ -9,7 +9,7 @@ from feature_store.commits.record import CommitRecord, ObjectChecksum, encode_re
 from feature_store.format.checksums import CRC_BYTES
 from feature_store.format.layout import StoreLayout
 from feature_store.inputs.tar import tar_notes
-from teacher_service.config import PlanConfig
+from teacher_service.config import JobConfig
 from teacher_service.plan.disk import free_bytes
 from teacher_service.plan.survey import Survey, survey
 from teacher_service.plan.view_sizes import ViewTars, view_tars
@@ -67,7 +67,7 @@ class Plan:
         return self.free_bytes is None or size <= self.free_bytes
 
 
-def plan(config: PlanConfig) -> Plan:
+def plan(config: JobConfig) -> Plan:
     """Predict a job's bytes and objects from tar headers and the teacher's shapes.
 
     Raises:
@@ -76,7 +76,7 @@ def plan(config: PlanConfig) -> Plan:
     return plan_of(survey(config), config)
 
 
-def plan_of(survey: Survey, config: PlanConfig) -> Plan:
+def plan_of(survey: Survey, config: JobConfig) -> Plan:
     """The plan of a surveyed job."""
     layout, manifest, block_bytes = survey.layout, survey.manifest, survey.outline.block_bytes
     sizes = store_bytes(layout, block_bytes)
@@ -85,8 +85,8 @@ def plan_of(survey: Survey, config: PlanConfig) -> Plan:
     free, samples, units = free_bytes(survey.objects), sum(tar.samples for tar in manifest.tars), len(manifest.tars)
     unit_objects = len(layout.per_unit) + len(layout.per_view) * manifest.num_views + 1  # and a commit record
     views = None
-    if config.views_out is not None:
-        views = view_tars(config.views_out, manifest, survey.tars, images, survey.objects, remaining)
+    if config.views.out is not None:
+        views = view_tars(config.views.out, manifest, survey.tars, images, survey.objects, remaining)
     return Plan(
         teacher=manifest.teacher.name,
         store=str(config.store),

@@ -23,7 +23,7 @@ from feature_store.teacher.split import split_teacher
 from feature_store.tools.options import require
 from feature_store.views import view_policy
 from feature_store.views.files import JPEG
-from teacher_service.config import PlanConfig
+from teacher_service.config import Inputs, JobConfig, TeacherSpec
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Survey:
         return replace(self.manifest, teacher=teacher.info, split=teacher.split, blocks_sha256=bundle_sha256(blocks))
 
 
-def survey(config: PlanConfig) -> Survey:
+def survey(config: JobConfig) -> Survey:
     """Open a job's tars and store, and build its teacher without weights.
 
     Raises:
         UserError: The job could not start: unknown teacher, unusable tars, impossible settings, or a store begun
             with other ones.
     """
-    outline, tars = outline_teacher(config), open_tars(config)
+    outline, tars = outline_teacher(config.teacher), open_tars(config.inputs)
     manifest, objects = job_manifest(config, tars, outline), open_objects(config.store)
     store = find_store(objects)
     if store is None:
@@ -126,27 +126,27 @@ def growth_of(store: Store, manifest: Manifest) -> Growth:
     return manifest.with_statistics_of(store.manifest).growth_from(store.manifest)
 
 
-def outline_teacher(config: PlanConfig) -> TeacherOutline:
+def outline_teacher(spec: TeacherSpec) -> TeacherOutline:
     """Build the teacher on torch's meta device: shapes only, in a moment, whatever its size.
 
     Raises:
         InputError: Unknown model, impossible arguments, or a family that cannot be split.
     """
     with torch.device("meta"):
-        model = build_model(config.teacher, config.model_kwargs)
-    _, later_blocks = split_teacher(model, config.depth, drop_prefix=config.drop_prefix)
-    info = teacher_info(model, config.teacher, config.model_kwargs, "float32", sha256="")
+        model = build_model(spec.name, spec.model_kwargs)
+    _, later_blocks = split_teacher(model, spec.depth, drop_prefix=spec.drop_prefix)
+    info = teacher_info(model, spec.name, spec.model_kwargs, "float32", sha256="")
     tensors = (*later_blocks.parameters(), *later_blocks.buffers())
     return TeacherOutline(info, later_blocks.info, tuple(tensor.nbytes for tensor in tensors))
 
 
-def open_tars(config: PlanConfig) -> tuple[Tar, ...]:
+def open_tars(inputs: Inputs) -> tuple[Tar, ...]:
     """Index all tars of a job; contents are not decoded.
 
     Raises:
         InputError: No tars, a tar that cannot be read to its end, or a sample key in two places.
     """
-    tars = tuple(input_tars.open_tars(config.tars, config))
+    tars = tuple(input_tars.open_tars(inputs.tars, inputs))
     seen: dict[str, str] = {}
     for tar in tars:
         for key in tar.keys:
@@ -159,35 +159,35 @@ def open_tars(config: PlanConfig) -> tuple[Tar, ...]:
     return tars
 
 
-def job_manifest(config: PlanConfig, tars: Sequence[Tar], outline: TeacherOutline) -> Manifest:
+def job_manifest(config: JobConfig, tars: Sequence[Tar], outline: TeacherOutline) -> Manifest:
     """The manifest of the store this job writes, without weights' hashes and codec statistics.
 
     Raises:
         InputError: Impossible view policy options, or less room for rows or keys than the tars take.
     """
-    info, split = outline.info, outline.split
+    info, split, views, storage = outline.info, outline.split, config.views, config.storage
     shapes = tap_shapes(split)
     longest = max(len(key.encode()) for tar in tars for key in tar.keys)
-    if config.key_width is not None:
-        require(config.key_width >= longest, "--key-width", config.key_width, f"at least the longest key's {longest}")
-    taps: dict[str, str] = dict.fromkeys(config.taps, config.tap_codec)
+    if storage.key_width is not None:
+        require(storage.key_width >= longest, "--key-width", storage.key_width, f"at least the longest key's {longest}")
+    taps: dict[str, str] = dict.fromkeys(storage.taps, storage.tap_codec)
     if split.prefix == "cached":
-        taps["stage3_prefix"] = prefix_codec(config.tap_codec)
+        taps["stage3_prefix"] = prefix_codec(storage.tap_codec)
     manifest = Manifest(
         teacher=info,
         split=split,
         blocks_sha256="",
         taps={name: TapInfo(*shapes[name], codec) for name, codec in taps.items()},
-        logits_codec=config.logits_codec if info.num_classes else None,
-        policy=view_policy(config.policy, info.input_size, **config.policy_options),
-        seed=config.seed,
-        num_views=config.views,
+        logits_codec=storage.logits_codec if info.num_classes else None,
+        policy=view_policy(views.policy, info.input_size, **views.policy_options),
+        seed=views.seed,
+        num_views=views.count,
         tars=tuple(TarInfo(tar.name, len(tar), tar.header_sha256) for tar in tars),
-        capacity=config.capacity or max(len(tar) for tar in tars),
-        key_width=config.key_width or longest,
+        capacity=storage.capacity or max(len(tar) for tar in tars),
+        key_width=storage.key_width or longest,
         software=software_versions(),
-        licence=config.licence_note,
-        view_encoding=None if config.views_out is None else JPEG,
+        licence=storage.licence_note,
+        view_encoding=None if views.out is None else JPEG,
     )
     manifest.require_room()
     return manifest

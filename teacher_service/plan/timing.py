@@ -7,9 +7,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from teacher_service.cache.decode import Task, ViewDataset
 from teacher_service.cache.pipeline import Pipeline
 from teacher_service.cache.prepare import CALIBRATION_SAMPLES, Job, first_features
 from teacher_service.cache.stage_timer import StageTimes
-from teacher_service.config import CacheConfig, TimedPlanConfig
+from teacher_service.config import ComputeSpec, TeacherSpec
 from teacher_service.load import load
 from teacher_service.plan.disk import existing_folder
 from teacher_service.plan.survey import Survey
@@ -105,14 +105,15 @@ class Timing:
         return self.break_even_epochs(views) / epochs
 
 
-def measure(survey: Survey, config: TimedPlanConfig) -> Timing:
+def measure(survey: Survey, spec: TeacherSpec, compute: ComputeSpec) -> Timing:
     """Put the first samples through the pipeline into a store that is deleted again.
 
     The teacher has random weights: they take as long as trained ones, and need not be fetched.
 
     Args:
         survey: What to compute.
-        config: How.
+        spec: The teacher.
+        compute: How.
 
     Raises:
         UserError: As the job would.
@@ -120,36 +121,36 @@ def measure(survey: Survey, config: TimedPlanConfig) -> Timing:
     total = sum(map(len, survey.tars))
     if total < 2:
         raise InputError("--time-samples needs two samples to time, the tars hold one; leave it out")
-    started = time.perf_counter()
-    teacher = load(config.teacher_spec, config.device, pretrained=False)
-    parts = tuple(cast(list[Tar], _parts(survey.tars, config)))  # as much of a tar as the pipeline needs
-    with _scratch_job(survey, config, teacher, parts) as (job, calibration):
+    started, views = time.perf_counter(), survey.manifest.num_views
+    teacher = load(spec, compute.device, pretrained=False)
+    parts = tuple(cast(list[Tar], _parts(survey.tars, views, compute)))  # as much of a tar as the pipeline needs
+    with _scratch_job(survey, compute, teacher, parts) as (job, calibration):
         pipeline = Pipeline(job)
-        first, *rest = [Task(unit, range(config.views)) for unit in range(len(parts))]
+        first, *rest = [Task(unit, range(views)) for unit in range(len(parts))]
         warm_up = pipeline.run([first], on_commit=lambda done: None)
         startup = time.perf_counter() - started - calibration
         timed = pipeline.run(rest, on_commit=lambda done: None)
     busy = {stage: value / timed.images for stage, value in _difference(timed.times, warm_up.times).items()}
-    read, cut = _split(ViewDataset(parts, survey.manifest.policy, survey.manifest.seed), config.views)
-    scale = busy.pop("decode") * config.views / (read + config.views * cut)
+    read, cut = _split(ViewDataset(parts, survey.manifest.policy, survey.manifest.seed), views)
+    scale = busy.pop("decode") * views / (read + views * cut)
     samples = sum(map(len, parts))
     return Timing(
-        samples=timed.images // config.views,
-        views=config.views,
+        samples=timed.images // views,
+        views=views,
         device=str(next(teacher.parameters()).device),
         startup=startup,
         calibration=calibration * min(CALIBRATION_SAMPLES, total) / samples,
-        workers=config.workers,
+        workers=compute.workers,
         read=read * scale,
         cut=cut * scale,
         busy=busy,
     )
 
 
-def _parts(tars: Sequence[Tar], config: TimedPlanConfig) -> list[TarPart]:
+def _parts(tars: Sequence[Tar], views: int, compute: ComputeSpec) -> list[TarPart]:
     """Units of the first samples: one of a batch to warm up with, then the rest."""
-    left = min(config.time_samples, sum(map(len, tars)))
-    first = max(1, min(config.batch_size // config.views, left // 2))
+    left = min(compute.time_samples, sum(map(len, tars)))
+    first = max(1, min(compute.batch_size // views, left // 2))
     parts = []
     for tar in tars:
         start = 0
@@ -162,7 +163,7 @@ def _parts(tars: Sequence[Tar], config: TimedPlanConfig) -> list[TarPart]:
 
 @contextmanager
 def _scratch_job(
-    survey: Survey, config: TimedPlanConfig, teacher: Teacher, parts: tuple[Tar, ...]
+    survey: Survey, compute: ComputeSpec, teacher: Teacher, parts: tuple[Tar, ...]
 ) -> Iterator[tuple[Job, float]]:
     """A job with a store (and views) of its own on the real one's disk, and seconds its codecs took to learn."""
     blocks = bundle_state(teacher.later_blocks)
@@ -175,15 +176,12 @@ def _scratch_job(
     near = existing_folder(survey.objects)
     near = near.parent if (near / ROOT).exists() else near  # beside a store, never in it
     with tempfile.TemporaryDirectory(dir=near, prefix=".teacher-service-timing-") as folder:
-        values: dict[str, Any] = {each.name: getattr(config, each.name) for each in fields(TimedPlanConfig)}
-        values["store"] = Path(folder) / "store"
-        if config.views_out is not None:  # the real ones may be there already
-            values["views_out"] = str(Path(folder) / "views")
-        scratch = CacheConfig(**values)
         if needs_calibration(manifest):
-            manifest = calibrated(manifest, first_features(scratch, manifest, teacher, parts))
+            manifest = calibrated(manifest, first_features(compute.batch_size, manifest, teacher, parts))
         calibration = time.perf_counter() - started
-        yield Job(scratch, Store.create(scratch.store, manifest, blocks), teacher, parts), calibration
+        store = Store.create(Path(folder) / "store", manifest, blocks)
+        views_out = str(Path(folder) / "views") if manifest.view_encoding else None
+        yield Job(compute, store, teacher, parts, views_out), calibration
 
 
 def _difference(later: StageTimes, earlier: StageTimes) -> dict[str, float]:

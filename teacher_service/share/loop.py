@@ -46,14 +46,14 @@ def run(survey: Survey, config: CacheConfig, console: Console, stop: Stop) -> tu
     job = prepare(survey, config)
     print_notes(tar_notes(job.tars), console)
     tasks = remaining_tasks(job.store)
-    with observed(config, console, job.store.manifest, tasks) as observers, stop_on_signals(stop):
+    with observed(config.reporting, console, job.store.manifest, tasks) as observers, stop_on_signals(stop):
         report = compute(
             job,
             tasks,
             on_commit=observers.committed,
             on_batch=observers.computed,
             on_wait=partial(console.print, soft_wrap=True),
-            lease_seconds=config.lease_seconds,
+            lease_seconds=config.sharing.lease_seconds,
             stop=stop,
         )
         return tasks, report
@@ -84,7 +84,7 @@ def compute(
         UserError: See ``teacher_service.cache.job.cache``.
     """
     pipeline, objects = Pipeline(job), job.store.objects
-    report = PipelineReport((), (), 0, 0.0, StageTimes(), job.config.batch_size)
+    report = PipelineReport((), (), 0, 0.0, StageTimes(), job.compute.batch_size)
     waits = False
     with open_leases(objects, lease_seconds) as leases:
 

@@ -51,7 +51,7 @@ def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], 
         ResourceError: The cluster cannot be reached, or actors die again and again.
     """
     ray = _import_ray()
-    with _cluster(ray, config.ray_address):
+    with _cluster(ray, config.sharing.ray.address):
         demand = _demand(ray, config, console)
         with _user_errors(ray):
             prepared = ray.remote(_prepare).options(**demand).remote(config, Path.cwd())
@@ -59,7 +59,7 @@ def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], 
         print_notes(notes, console)
         manifest = open_store(config.store).manifest
         with (
-            observed(config, console, manifest, tasks) as observers,
+            observed(config.reporting, console, manifest, tasks) as observers,
             stop_on_signals(stop),
             _user_errors(ray),
             _Crew(ray, config, demand, tasks) as crew,
@@ -111,8 +111,9 @@ def _user_errors(ray: Any) -> Iterator[None]:
 def _demand(ray: Any, config: CacheConfig, console: Console) -> dict[str, float]:
     """Resources of one actor; prints a line if no node has them now."""
     has = ray.cluster_resources()
-    gpus = config.gpus_per_actor if config.gpus_per_actor is not None else float(has.get("GPU", 0) > 0)
-    demand = {"num_cpus": max(1, config.workers), "num_gpus": gpus}
+    asked = config.sharing.ray.gpus_per_actor
+    gpus = float(has.get("GPU", 0) > 0) if asked is None else asked
+    demand = {"num_cpus": max(1, config.compute.workers), "num_gpus": gpus}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(node.get("CPU", 0) >= demand["num_cpus"] and node.get("GPU", 0) >= gpus for node in nodes):
         console.print(
@@ -156,7 +157,7 @@ class _Worker:
             remaining_tasks(job.store),
             on_commit=lambda done: self._events.put((name, done)),
             on_wait=partial(say, error=True),
-            lease_seconds=self._config.lease_seconds,
+            lease_seconds=self._config.sharing.lease_seconds,
             stop=self._stop,
         )
         return report.batch_size
@@ -178,12 +179,12 @@ class _Crew:
         self._events = ray.util.queue.Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         # Ray restarts a dead actor where there is room; this process then calls it again.
         worker = ray.remote(_Worker).options(**demand, max_restarts=-1, max_task_retries=0, max_concurrency=2)
-        count = min(len(tasks), config.num_actors or _room(ray, demand))
+        count = min(len(tasks), config.sharing.ray.num_actors or _room(ray, demand))
         self._workers = {f"actor-{i}": worker.remote(config, Path.cwd(), self._events) for i in range(count)}
         self._running: dict[Any, str] = {}
         self._started: set[str] = set()
         self._deaths_in_a_row = 0
-        self._batch_size = config.batch_size
+        self._batch_size = config.compute.batch_size
         self._committed: list[UnitDone] = []
         self._times: dict[str, StageTimes] = {}
 

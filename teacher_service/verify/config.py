@@ -1,21 +1,19 @@
-"""What a user can ask of ``verify``: a frozen configuration, read by tyro and by Python callers."""
+"""Configuration of ``verify``, read by tyro or made in Python."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
-
-from feature_store.inputs.options import TarOptions
 from feature_store.processes import usable_cpus
 from feature_store.tools.options import require
+from teacher_service.config import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(TarOptions):
+class VerifyConfig:
     """What is to be verified, and against what; all other settings are the store's own.
 
     Attributes:
-        tars: The store's tars: paths, brace patterns, URLs; all of them.
+        inputs: The store's tars, all of them.
         store: The store: a directory or URL.
         teacher: timm model name, compared with the store's; default the store's.
         checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
@@ -27,7 +25,7 @@ class VerifyConfig(TarOptions):
         json: Print the whole report as JSON.
     """
 
-    tars: Positional[tuple[str, ...]]
+    inputs: Inputs
     store: str
     teacher: str | None = None
     checkpoint: Path | None = None

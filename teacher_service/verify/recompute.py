@@ -101,7 +101,7 @@ def verify(config: VerifyConfig, progress: Callable[[int, int], None] = lambda d
     """
     objects = open_objects(config.store)
     manifest = read_manifest(objects)
-    urls = expand_tars(config.tars, allow_pipe=config.allow_pipe)
+    urls = expand_tars(config.inputs.tars, allow_pipe=config.inputs.allow_pipe)
     if len(urls) != len(manifest.tars):
         raise MismatchError("tars", expected=len(manifest.tars), got=len(urls), remedy="give all of the store's tars")
     teacher = _same_teacher(config, manifest)
@@ -109,7 +109,7 @@ def verify(config: VerifyConfig, progress: Callable[[int, int], None] = lambda d
     if checksums.findings:
         return DeepReport(checksums)
     forward = Forward(teacher, tuple(manifest.taps), config.batch_size, StageTimer())
-    deep = _DeepCheck(open_store_in(objects), forward, UnitTars(urls, config.scratch))
+    deep = _DeepCheck(open_store_in(objects), forward, UnitTars(urls, config.inputs.scratch))
     rows = sampled_rows(deep.store, config.sample, np.random.default_rng(config.seed))
     for start in range(0, len(rows), config.batch_size):
         deep.check(rows[start : start + config.batch_size])

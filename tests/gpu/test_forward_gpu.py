@@ -1,12 +1,11 @@
 """The GPU's path through the pipeline; run with `pytest -m gpu`, left out otherwise."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_jobs import TinyTeacher, cache_config, write_tars
+from tiny_jobs import TinyTeacher, cache_config, with_options, write_tars
 
 from feature_store import RowId, open_store
 from feature_store.teacher.model import load_teacher
@@ -37,7 +36,7 @@ def test_forward_gives_on_a_gpu_what_it_gives_on_a_cpu(tiny_swin: TinyTeacher, c
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cache_writes_on_a_gpu_what_it_writes_on_a_cpu(tmp_path: Path, tiny_swin: TinyTeacher, dtype: str) -> None:
     on_cpu = cache_config(write_tars(tmp_path, 9, 5), tiny_swin, tmp_path / "cpu", views=2, workers=1)
-    on_gpu = replace(on_cpu, store=tmp_path / "gpu", device="cuda", compute_dtype=dtype)
+    on_gpu = with_options(on_cpu, store=tmp_path / "gpu", device="cuda", compute_dtype=dtype)
 
     cache(on_cpu)
     cache(on_gpu)

@@ -128,7 +128,7 @@ def test_cache_does_no_forward_pass_when_every_unit_is_committed(
     config = cache_config(write_tars(tmp_path, 2), tiny_swin, tmp_path / "store")
     cache(config)
 
-    code = main(["cache", *config.tars, *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint),
+    code = main(["cache", *config.inputs.tars, *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint),
                  "--store", str(config.store), "--workers", "0", "--tap-codec", "f16", "--json"])  # fmt: skip
 
     summary = json.loads(capsys.readouterr().out)

@@ -9,11 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, write_tar, write_tars
+from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, with_options, write_tar, write_tars
 
 from feature_store import open_store
 from teacher_service.cache.decode import Task
@@ -59,8 +58,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, job: Callable[..., CacheConf
 
 def _command(config: CacheConfig, *options: str) -> list[str]:
     """The job as a command line, after ``python -m``."""
-    return ["teacher_service", "cache", *config.tars, "--teacher", config.teacher,
-            "--model-kwargs", json.dumps(config.model_kwargs), "--checkpoint", str(config.checkpoint),
+    return ["teacher_service", "cache", *config.inputs.tars, "--teacher", config.teacher.name,
+            "--model-kwargs", json.dumps(config.teacher.model_kwargs), "--checkpoint", str(config.checkpoint),
             "--store", str(config.store), "--views", str(VIEWS), "--policy", "a1", "--workers", "0",
             "--batch-size", "4", *options]  # fmt: skip
 
@@ -169,7 +168,7 @@ def test_a_job_of_more_views_finishes_units_when_a_job_of_fewer_commits_them_mea
 ) -> None:
     fewer = cache_config(write_tars(tmp_path, 3, 3, 3), tiny_swin, tmp_path / "store")
     first = prepare(survey(fewer), fewer)
-    more = replace(fewer, views=2)
+    more = with_options(fewer, views=2)
     second = prepare(survey(more), more)
     firsts = remaining_tasks(first.store)[:2]
 

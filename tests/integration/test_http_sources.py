@@ -136,6 +136,8 @@ def test_rows_are_the_stores_to_the_bit_when_read_over_http(tmp_path, codec):
 
 def coded_world(root, codec: str) -> World:
     """A world whose store is written by the cache job, which calibrates its codecs."""
+    from tiny_jobs import make_config
+
     from teacher_service.cache.job import cache
     from teacher_service.config import CacheConfig
 
@@ -143,7 +145,8 @@ def coded_world(root, codec: str) -> World:
     name, kwargs = world.teacher
     store = root / "coded"
     cache(
-        CacheConfig(
+        make_config(
+            CacheConfig,
             tars=world.tars, teacher=name, model_kwargs=kwargs, checkpoint=world.checkpoint, store=store, views=2,
             tap_codec=codec, workers=0, policy="a2", device="cpu",
         )

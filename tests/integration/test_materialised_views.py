@@ -16,7 +16,7 @@ import torch
 import webdataset
 from PIL import Image
 from servers import WebServer, s3_server
-from tiny_jobs import cache_config, make_teacher, store_files
+from tiny_jobs import cache_config, make_teacher, store_files, with_options
 from training_world import CLASSES, samples, train_config, write_tar
 
 from feature_store import open_store
@@ -55,7 +55,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def run(world, tmp_path) -> TrainConfig:
-    return train_config(tmp_path / "run", world, epochs=2, shuffle_units=2, check_all_pixels=True)
+    return train_config(
+        tmp_path / "run", tars=world.inputs.tars, store=world.store, epochs=2, shuffle_units=2, check_all_pixels=True
+    )
 
 
 def steps(config: TrainConfig) -> list[dict]:
@@ -69,7 +71,7 @@ def losses(config: TrainConfig) -> list[tuple]:
 
 
 def test_training_is_bit_for_bit_the_same_when_views_are_read_or_made_anew(world, run, tmp_path):
-    read = replace(run, tars=(), views_from=world.views_out, run=tmp_path / "read")
+    read = replace(run, tars=(), views_from=world.views.out, run=tmp_path / "read")
     replayed = losses(run)
     assert len(replayed) == 4
     assert losses(read) == replayed
@@ -79,7 +81,7 @@ def test_training_is_bit_for_bit_the_same_when_views_are_read_or_made_anew(world
 
 def test_training_needs_no_source_tars_and_no_worker_either(world, run, tmp_path):
     """Source tars gone, the place moved, batches made by worker processes."""
-    moved = shutil.copytree(world.views_out, tmp_path / "moved")
+    moved = shutil.copytree(world.views.out, tmp_path / "moved")
     read = replace(run, tars=(), views_from=str(moved), workers=1, start_method="fork")
     assert len(losses(read)) == 4
     assert losses(replace(read, run=tmp_path / "again", workers=0)) == [
@@ -92,7 +94,7 @@ def test_teacher_sees_what_the_tars_hold(world):
     assert summarise(store)["view_encoding"] == store.manifest.view_encoding == "jpeg95"
     for unit in range(2):
         for view in range(2):
-            tar = Tar.open(str(Path(world.views_out) / view_tar(unit, view)))
+            tar = Tar.open(str(Path(world.views.out) / view_tar(unit, view)))
             readable = [i for i in range(len(store.keys(unit))) if i not in store.quarantined(unit)]
             assert list(tar.keys) == [store.keys(unit)[i] for i in readable]
             stored = [int(store.pixel_crcs(unit, view)[i]) for i in readable]
@@ -102,7 +104,7 @@ def test_teacher_sees_what_the_tars_hold(world):
 
 
 def test_tars_are_ordinary_webdatasets(world):
-    with (Path(world.views_out) / view_tar(0, 0)).open("rb") as file:
+    with (Path(world.views.out) / view_tar(0, 0)).open("rb") as file:
         files = webdataset.tariterators.tar_file_expander([{"stream": file, "url": "u00000.tar"}])
         decode = webdataset.autodecode.Decoder([webdataset.imagehandler("pil")])
         seen = list(map(decode, webdataset.tariterators.group_by_keys(files)))
@@ -112,13 +114,13 @@ def test_tars_are_ordinary_webdatasets(world):
 
 
 def test_verify_computes_rows_anew_through_the_jpegs(world):
-    report = verify(VerifyConfig(tars=world.tars, store=str(world.store), checkpoint=world.checkpoint, sample=100))
+    report = verify(VerifyConfig(inputs=world.inputs, store=str(world.store), checkpoint=world.checkpoint, sample=100))
     assert (report.rows, report.mismatches) == (34, [])
 
 
 def test_same_bytes_when_a_job_is_stopped_in_between(world, tmp_path, monkeypatch):
     """A unit's tars are there before its commit record; a job killed between the two writes them again."""
-    config = replace(world, store=tmp_path / "store", views_out=str(tmp_path / "views"))
+    config = with_options(world, store=tmp_path / "store", views_out=str(tmp_path / "views"))
     write_unit = pipeline.write_unit
 
     def killed(store, task, data):
@@ -133,7 +135,7 @@ def test_same_bytes_when_a_job_is_stopped_in_between(world, tmp_path, monkeypatc
     monkeypatch.setattr(pipeline, "write_unit", write_unit)
     (tmp_path / "views" / view_tar(1, 0)).write_bytes(b"half a tar")
     assert cache(config).units_written == 1
-    assert store_files(tmp_path / "views") == store_files(Path(world.views_out))
+    assert store_files(tmp_path / "views") == store_files(Path(world.views.out))
     assert store_files(config.store) == store_files(world.store)
 
 
@@ -158,18 +160,18 @@ if __name__ == "__main__":
 
 
 def test_next_run_removes_what_a_job_left_when_it_was_killed_while_it_wrote_a_tar(world, tmp_path):
-    config = replace(world, store=tmp_path / "store", views_out=str(tmp_path / "views"))
+    config = with_options(world, store=tmp_path / "store", views_out=str(tmp_path / "views"))
     script, pickled = tmp_path / "job.py", tmp_path / "config"
     script.write_text(_KILLED_WHILE_WRITING)
     pickled.write_bytes(pickle.dumps(config))
 
     assert subprocess.run([sys.executable, script, pickled], check=False).returncode == -signal.SIGKILL
     (partial,) = (tmp_path / "views").rglob("*.partial")
-    assert partial.stat().st_size == (Path(world.views_out) / view_tar(1, 1)).stat().st_size
+    assert partial.stat().st_size == (Path(world.views.out) / view_tar(1, 1)).stat().st_size
     assert not (tmp_path / "views" / view_tar(1, 1)).exists()
 
     assert cache(config).units_written == 1
-    assert store_files(tmp_path / "views") == store_files(Path(world.views_out))
+    assert store_files(tmp_path / "views") == store_files(Path(world.views.out))
     assert store_files(config.store) == store_files(world.store)
 
 
@@ -208,39 +210,39 @@ def test_orphans_stay_when_their_tar_is_being_written(world, tmp_path, monkeypat
 
 
 def test_views_are_added_when_a_store_grows(world, tmp_path):
-    config = replace(world, store=tmp_path / "store", views_out=str(tmp_path / "views"), views=1)
+    config = with_options(world, store=tmp_path / "store", views_out=str(tmp_path / "views"), views=1)
     cache(config)
-    cache(replace(config, views=2))
-    assert store_files(tmp_path / "views") == store_files(Path(world.views_out))
+    cache(with_options(config, views=2))
+    assert store_files(tmp_path / "views") == store_files(Path(world.views.out))
 
 
 def test_job_is_refused_when_its_store_was_begun_the_other_way(world, tmp_path):
     with pytest.raises(MismatchError, match=r"view_encoding differs: store has 'jpeg95', got None; give the --v"):
-        cache(replace(world, views_out=None))
-    without = replace(world, store=tmp_path / "store", views_out=None)
+        cache(with_options(world, views_out=None))
+    without = with_options(world, store=tmp_path / "store", views_out=None)
     cache(without)
     with pytest.raises(MismatchError, match=r"view_encoding differs: store has None, got 'jpeg95'; leave out --"):
-        cache(replace(without, views_out=str(tmp_path / "views")))
+        cache(with_options(without, views_out=str(tmp_path / "views")))
     assert not (tmp_path / "views").exists()
 
 
 def test_job_is_refused_when_it_goes_on_elsewhere_or_cannot_write(world, tmp_path):
     with pytest.raises(InputError, match=r"lacks 4 of the 4 view tars .*v0/u00000.tar.*the job was begun with"):
-        cache(replace(world, views_out=str(tmp_path / "elsewhere")))
+        cache(with_options(world, views_out=str(tmp_path / "elsewhere")))
     with pytest.raises(InputError, match=r"--views-out https://x/y is read only; give a folder, s3:// or gs://"):
-        cache(replace(world, store=tmp_path / "store", views_out="https://x/y"))
+        cache(with_options(world, store=tmp_path / "store", views_out="https://x/y"))
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ResourceError, match=r"the views of unit 0 cannot be written to .*; committed units are safe"):
-        cache(replace(world, store=tmp_path / "store", views_out=str(tmp_path / "file")))
+        cache(with_options(world, store=tmp_path / "store", views_out=str(tmp_path / "file")))
 
 
 def test_job_is_refused_when_another_stores_views_are_in_its_place(world, views, tmp_path):
     before = store_files(views)
     with pytest.raises(InputError, match=r"v0/u00000.tar in --views-out .* holds other views than this job's"):
-        cache(replace(world, store=tmp_path / "store", views_out=str(views), seed=4))
+        cache(with_options(world, store=tmp_path / "store", views_out=str(views), seed=4))
     assert store_files(views) == before
 
-    cache(replace(world, store=tmp_path / "store-f32", views_out=str(views), tap_codec="f32"))  # the same views
+    cache(with_options(world, store=tmp_path / "store-f32", views_out=str(views), tap_codec="f32"))  # the same views
     assert store_files(views) == before
 
 
@@ -249,7 +251,9 @@ def test_view_tars_take_in_samples_that_can_be_used_by_now(world, tmp_path):
     broken = [sample | {"png": b"?" * len(sample["png"])} if i == 1 else sample for i, sample in enumerate(good)]
     tar, options = tmp_path / "r.tar", {"capacity": None, "key_width": None}
     write_tar(tar, broken)
-    config = replace(world, tars=(str(tar),), store=tmp_path / "store", views_out=str(tmp_path / "views"), **options)
+    config = with_options(
+        world, tars=(str(tar),), store=tmp_path / "store", views_out=str(tmp_path / "views"), **options
+    )
     assert cache(config).quarantined == 1
 
     write_tar(tar, good)
@@ -261,7 +265,7 @@ def test_view_tars_take_in_samples_that_can_be_used_by_now(world, tmp_path):
 
 @pytest.fixture
 def views(world, tmp_path) -> Path:
-    return Path(shutil.copytree(world.views_out, tmp_path / "views"))
+    return Path(shutil.copytree(world.views.out, tmp_path / "views"))
 
 
 def refused(config: TrainConfig, kind: type[UserError], message: str) -> None:
@@ -302,7 +306,7 @@ def test_run_is_refused_when_views_are_missing_or_not_of_this_store(run, views, 
     (views / view_tar(1, 1)).unlink()
     refused(read, InputError, r"lacks 1 of the store's 4 view tars: v1/u00001.tar.*place --views-out wrote to")
     assert len(losses(replace(read, num_views=1))) == 4
-    plain = cache(replace(world, store=tmp_path / "plain", views_out=None))
+    plain = cache(with_options(world, store=tmp_path / "plain", views_out=None))
     refused(replace(read, store=Path(plain.store)), InputError, r"views are not materialised .* --views-out")
     shutil.copy(views / view_tar(0, 0), views / view_tar(1, 0))
     refused(replace(read, run=tmp_path / "other", num_views=1), MismatchError, r"samples of .*v0/u00001.tar differs")
@@ -322,7 +326,7 @@ def test_config_is_refused_when_the_source_of_views_is_not_clear(run, changes, m
 
 
 def test_jpegs_are_of_quality_95_with_full_chroma(world):
-    with tarfile.open(Path(world.views_out) / view_tar(0, 0)) as tar:
+    with tarfile.open(Path(world.views.out) / view_tar(0, 0)) as tar:
         image = Image.open(io.BytesIO(tar.extractfile("a000.jpg").read()))
     assert [component[1:3] for component in image.layer] == [(1, 1)] * 3
     reference = io.BytesIO()
@@ -340,15 +344,15 @@ def test_tar_holds_keys_that_are_long_or_not_ascii(tmp_path):
 
 def test_views_go_to_a_bucket_and_come_back(world, run, tmp_path):
     with s3_server() as new_bucket:
-        config = replace(world, store=tmp_path / "store", views_out=f"{new_bucket()}/views")
+        config = with_options(world, store=tmp_path / "store", views_out=f"{new_bucket()}/views")
         cache(config)
-        ViewTarWriter(config.views_out, open_store(config.store)).require_committed()
-        read = replace(run, tars=(), store=config.store, views_from=config.views_out, scratch=tmp_path / "scratch")
+        ViewTarWriter(config.views.out, open_store(config.store)).require_committed()
+        read = replace(run, tars=(), store=config.store, views_from=config.views.out, scratch=tmp_path / "scratch")
         assert losses(read) == losses(replace(run, run=tmp_path / "replayed"))
 
 
 def test_views_come_from_a_web_server(world, run, tmp_path):
-    with WebServer(Path(world.views_out)) as server:
+    with WebServer(Path(world.views.out)) as server:
         read = replace(run, tars=(), views_from=server.url, scratch=tmp_path / "scratch")
         assert losses(read) == losses(replace(run, run=tmp_path / "replayed"))
         gone = replace(read, views_from=f"{server.url}/nowhere", run=tmp_path / "gone")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def _damage(tar: str) -> None:
 
 
 def _retry(config: CacheConfig) -> CacheSummary:
-    return cache(CacheConfig(**{**config.__dict__, "retry_quarantined": True}))
+    return cache(replace(config, retry_quarantined=True))
 
 
 def test_retry_writes_what_a_run_over_mended_tars_writes(

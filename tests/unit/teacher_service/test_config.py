@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_jobs import make_config
 
 from feature_store.errors import InputError
 from teacher_service.config import CacheConfig, PlanConfig
@@ -21,14 +22,18 @@ from teacher_service.config import CacheConfig, PlanConfig
         ("workers", -1, "--workers is -1"),
         ("lease_seconds", 0.0, "--lease-seconds is 0.0"),
         ("lease_seconds", float("inf"), "--lease-seconds is inf"),
+        ("time_samples", 1, "--time-samples is 1"),
+        ("metrics_port", 65536, "--metrics-port is 65536"),
+        ("ray_address", "auto", "--ray-address is auto, expected --engine ray with it"),
+        ("num_actors", 0, "--num-actors is 0"),
     ],
 )
 def test_cache_config_refuses_a_value_no_run_can_use(option: str, value: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        CacheConfig(tars=("a.tar",), teacher="test_vit", store=Path("s"), **{option: value})
+        make_config(CacheConfig, tars=("a.tar",), teacher="test_vit", store=Path("s"), **{option: value})
 
 
 def test_cache_config_needs_a_store_when_plan_does_not() -> None:
-    assert PlanConfig(tars=("a.tar",), teacher="test_vit").store == Path("store")
+    assert make_config(PlanConfig, tars=("a.tar",), teacher="test_vit").store == Path("store")
     with pytest.raises(TypeError, match="store"):
-        CacheConfig(tars=("a.tar",), teacher="test_vit")  # pyright: ignore[reportCallIssue]
+        make_config(CacheConfig, tars=("a.tar",), teacher="test_vit")

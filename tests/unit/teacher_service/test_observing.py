@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_jobs import TinyTeacher, write_tars
+from tiny_jobs import TinyTeacher, make_config, with_options, write_tars
 
 from feature_store.errors import ResourceError
 from feature_store.format.manifest import Manifest
@@ -26,7 +26,8 @@ TIMES = StageTimes({"forward": 6.0, "decode": 9.0}, {"forward": 10.0, "decode": 
 @pytest.fixture
 def config(tmp_path: Path, tiny_swin: TinyTeacher) -> CacheConfig:
     """Two views of units of two and three samples."""
-    return CacheConfig(
+    return make_config(
+        CacheConfig,
         tars=write_tars(tmp_path, 2, 3), teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs,
         store=tmp_path / "store", views=2, log_jsonl=tmp_path / "log.jsonl", metrics_port=0,
     )  # fmt: skip
@@ -34,8 +35,8 @@ def config(tmp_path: Path, tiny_swin: TinyTeacher) -> CacheConfig:
 
 @pytest.fixture
 def manifest(config: CacheConfig) -> Manifest:
-    outline = outline_teacher(config)
-    return job_manifest(config, [Tar.open(tar) for tar in config.tars], outline)
+    outline = outline_teacher(config.teacher)
+    return job_manifest(config, [Tar.open(tar) for tar in config.inputs.tars], outline)
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
@@ -52,15 +53,15 @@ def _scrape(output: io.StringIO) -> dict[str, float]:
 
 def test_observers_log_each_unit_and_answer_prometheus(config: CacheConfig, manifest: Manifest) -> None:
     output = io.StringIO()
-    with observed(config, Console(file=output), manifest, TASKS) as observers:
+    with observed(config.reporting, Console(file=output), manifest, TASKS) as observers:
         observers.computed(4, TIMES)
         observers.committed(UnitDone(TASKS[0], 4, {}, 1000, TIMES))
         observers.computed(10, TIMES)
         observers.committed(UnitDone(TASKS[1], 6, {2: "broken"}, 500, TIMES))
         metrics = _scrape(output)
-    assert config.log_jsonl is not None
+    assert config.reporting.log_jsonl is not None
 
-    start, first, second = _events(config.log_jsonl)
+    start, first, second = _events(config.reporting.log_jsonl)
     assert (start["event"], start["units"], start["tasks"], start["images"]) == ("start", 2, 2, 10)
     assert (first["event"], first["unit"], first["tar"], first["views"]) == ("unit", 0, "images-000.tar", [0, 1])
     assert (second["images"], second["bytes"], second["quarantined"]) == (6, 500, {"2": "broken"})
@@ -76,7 +77,7 @@ def test_observers_log_each_unit_and_answer_prometheus(config: CacheConfig, mani
 
 def test_metrics_endpoint_is_closed_when_the_job_ends(config: CacheConfig, manifest: Manifest) -> None:
     output = io.StringIO()
-    with observed(config, Console(file=output), manifest, TASKS):
+    with observed(config.reporting, Console(file=output), manifest, TASKS):
         _scrape(output)
 
     with pytest.raises(OSError, match="refused"):
@@ -90,10 +91,10 @@ def test_observed_says_what_to_do_when_the_port_is_taken(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        taking = CacheConfig(**(vars(config) | {"metrics_port": port}))
+        taking = with_options(config, metrics_port=port)
 
         with pytest.raises(ResourceError, match=f"--metrics-port {port} .*choose another"):
-            observed(taking, Console(quiet=True), manifest, TASKS).__enter__()
+            observed(taking.reporting, Console(quiet=True), manifest, TASKS).__enter__()
 
 
 def test_append_event_says_what_to_do_when_the_log_cannot_be_written(tmp_path: Path) -> None:

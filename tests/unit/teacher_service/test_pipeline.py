@@ -26,10 +26,15 @@ def _prepare(config: CacheConfig) -> Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path, tiny_swin: TinyTeacher) -> Job:
+def config(tmp_path: Path, tiny_swin: TinyTeacher) -> CacheConfig:
     """Twelve units of three samples in two views, one unit a batch."""
     tars = write_tars(tmp_path, *[3] * 12)
-    return _prepare(cache_config(tars, tiny_swin, tmp_path / "store", views=2, batch_size=6))
+    return cache_config(tars, tiny_swin, tmp_path / "store", views=2, batch_size=6)
+
+
+@pytest.fixture
+def job(config: CacheConfig) -> Job:
+    return _prepare(config)
 
 
 def _run(job: Job, tasks: Any = None, on_commit: Callable[[UnitDone], None] = id, **options: Any) -> PipelineReport:
@@ -45,19 +50,19 @@ def test_pipeline_reports_what_it_committed_in_order(job: Job) -> None:
     assert list(report.committed) == [each.task for each in done] == tasks
     assert (report.abandoned, report.images, report.batch_size) == ((), 72, 6)
     assert all((each.images, each.quarantined) == (6, {}) for each in done)
-    objects = open_store(job.config.store).committed.record(0, 0).objects
+    objects = open_store(job.store.path).committed.record(0, 0).objects
     assert done[0].bytes == sum(proof.bytes for proof in objects.values())
     assert report.times.busy.keys() == set(STAGES)
     assert all(report.times.busy[stage] > 0 for stage in ("decode", "forward", "encode", "write"))
 
 
-def test_pipeline_writes_the_same_bytes_in_any_order_of_tasks(job: Job, tmp_path: Path) -> None:
-    other = replace(job.config, store=tmp_path / "other")
+def test_pipeline_writes_the_same_bytes_in_any_order_of_tasks(config: CacheConfig, job: Job, tmp_path: Path) -> None:
+    other = replace(config, store=tmp_path / "other")
     _run(job)
     reverse = _prepare(other)
     _run(reverse, reversed(remaining_tasks(reverse.store)))
 
-    assert _objects(job.config.store) == _objects(other.store)
+    assert _objects(job.store.path) == _objects(other.store)
 
 
 def _objects(store: Path) -> dict[str, bytes]:
@@ -77,7 +82,7 @@ def test_pipeline_pulls_no_task_before_it_has_room_for_it(job: Job) -> None:
     _run(job, queue(), on_batch=lambda images, times: ahead.append(len(pulled) - images // 6))
 
     assert len(ahead) == 12
-    assert max(ahead) <= PREFETCH * max(1, job.config.workers)
+    assert max(ahead) <= PREFETCH * max(1, job.compute.workers)
 
 
 class _SlowStore:
@@ -118,7 +123,7 @@ def test_pipeline_keeps_few_units_in_memory_when_the_writer_is_slow(job: Job, mo
         store.turn.release()
     runner.join(60)
 
-    assert len(open_store(job.config.store).committed.units) == 12
+    assert len(open_store(job.store.path).committed.units) == 12
 
 
 def test_pipeline_leaves_out_a_unit_when_another_process_commits_it_first(
@@ -145,7 +150,7 @@ def test_pipeline_finishes_the_unit_under_way_only_if_that_is_quick_when_stopped
 ) -> None:
     monkeypatch.setattr(pipeline_module, "FINISH_SECONDS", seconds)
     stop, pulled = threading.Event(), []
-    small = replace(job, config=replace(job.config, batch_size=2))  # three batches a unit
+    small = replace(job, compute=replace(job.compute, batch_size=2))  # three batches a unit
 
     def stop_in_third_unit(images: int, times: object) -> None:
         if images == 2 * 6 + 2:
@@ -158,7 +163,7 @@ def test_pipeline_finishes_the_unit_under_way_only_if_that_is_quick_when_stopped
     assert len(pulled) == 3
     assert set(report.committed) | set(report.abandoned) == set(pulled)
     _run(job)
-    assert len(open_store(job.config.store).committed.units) == 12
+    assert len(open_store(job.store.path).committed.units) == 12
 
 
 def test_pipeline_does_nothing_when_stopped_before_it_began(job: Job) -> None:
@@ -170,8 +175,10 @@ def test_pipeline_does_nothing_when_stopped_before_it_began(job: Job) -> None:
     assert (report.committed, report.abandoned, report.images) == ((), (), 0)
 
 
-def test_two_pipelines_share_a_store_when_they_take_tasks_from_one_queue(job: Job, tmp_path: Path) -> None:
-    whole = replace(job.config, store=tmp_path / "whole")
+def test_two_pipelines_share_a_store_when_they_take_tasks_from_one_queue(
+    config: CacheConfig, job: Job, tmp_path: Path
+) -> None:
+    whole = replace(config, store=tmp_path / "whole")
     alone = _prepare(whole)
     _run(alone)
     alone.store.write_commit_index()
@@ -186,7 +193,7 @@ def test_two_pipelines_share_a_store_when_they_take_tasks_from_one_queue(job: Jo
             yield task
 
     reports: list[PipelineReport] = []
-    stores = [open_store(job.config.store) for _ in range(2)]
+    stores = [open_store(job.store.path) for _ in range(2)]
     workers = [
         threading.Thread(target=lambda store=store: reports.append(_run(replace(job, store=store), take())))
         for store in stores
@@ -195,9 +202,9 @@ def test_two_pipelines_share_a_store_when_they_take_tasks_from_one_queue(job: Jo
         worker.start()
     for worker in workers:
         worker.join(60)
-    open_store(job.config.store).write_commit_index()
+    open_store(job.store.path).write_commit_index()
 
     together = PipelineReport.together(reports)
     assert sorted(task.unit for task in together.committed) == list(range(12))
     assert together.images == 72
-    assert _objects(job.config.store) == _objects(whole.store)
+    assert _objects(job.store.path) == _objects(whole.store)

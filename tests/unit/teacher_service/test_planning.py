@@ -2,16 +2,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_jobs import TinyTeacher, noise_samples, write_tar, write_tars
+from tiny_jobs import TinyTeacher, make_config, noise_samples, write_tar, write_tars
 
 from feature_store.errors import InputError
-from teacher_service.config import PlanConfig
+from teacher_service.config import PlanConfig, TeacherSpec
 from teacher_service.plan.sizes import plan
 from teacher_service.plan.survey import outline_teacher
 
 
 def _config(tars: tuple[str, ...], teacher: TinyTeacher, store: Path, **options) -> PlanConfig:
-    return PlanConfig(
+    return make_config(
+        PlanConfig,
         tars=tars,
         teacher=teacher.name,
         model_kwargs=teacher.model_kwargs,
@@ -76,7 +77,7 @@ def test_plan_grows_with_views_and_codec(tmp_path: Path, tiny_swin: TinyTeacher)
 
 
 def test_outline_teacher_knows_a_large_model_without_its_weights() -> None:
-    outline = outline_teacher(PlanConfig(tars=(), teacher="swin_large_patch4_window7_224"))
+    outline = outline_teacher(TeacherSpec(name="swin_large_patch4_window7_224"))
 
     assert outline.info.input_size == (224, 224)
     assert (outline.split.output_grid, outline.split.output_dim) == ((7, 7), 1536)

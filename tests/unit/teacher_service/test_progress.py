@@ -2,7 +2,7 @@ import io
 from pathlib import Path
 
 import pytest
-from tiny_jobs import TinyTeacher, write_tars
+from tiny_jobs import TinyTeacher, make_config, write_tars
 
 from feature_store.format.manifest import Manifest
 from feature_store.inputs.tar import Tar
@@ -19,8 +19,8 @@ from teacher_service.plan.survey import job_manifest, outline_teacher
 def manifest(tmp_path: Path, tiny_swin: TinyTeacher) -> Manifest:
     """Two views of three units: 2, 3 and 4 samples."""
     tars = write_tars(tmp_path, 2, 3, 4)
-    config = PlanConfig(tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, views=2)
-    outline = outline_teacher(config)
+    config = make_config(PlanConfig, tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, views=2)
+    outline = outline_teacher(config.teacher)
     return job_manifest(config, [Tar.open(tar) for tar in tars], outline)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_jobs import TinyTeacher, write_tars
+from tiny_jobs import TinyTeacher, make_config, write_tars
 
 from feature_store.errors import InputError
 from feature_store.format.layout import StoreLayout
@@ -23,10 +23,10 @@ from teacher_service.plan.survey import job_manifest, outline_teacher
 def manifest(tmp_path: Path, tiny_swin: TinyTeacher) -> Manifest:
     """Two views of five samples, taps [4, 64], four classes, f16."""
     tars = write_tars(tmp_path, 5)
-    config = PlanConfig(
-        tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, views=2, tap_codec="f16"
+    config = make_config(
+        PlanConfig, tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, views=2, tap_codec="f16"
     )
-    outline = outline_teacher(config)
+    outline = outline_teacher(config.teacher)
     return job_manifest(config, [Tar.open(tars[0])], outline)
 
 

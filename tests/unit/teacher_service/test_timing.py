@@ -2,11 +2,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
+from tiny_jobs import TinyTeacher, cache_config, make_config, store_files, write_tars
 
 from feature_store.errors import InputError
 from teacher_service.cache.job import cache
-from teacher_service.config import TimedPlanConfig
+from teacher_service.config import PlanConfig
 from teacher_service.plan.survey import survey
 from teacher_service.plan.timing import Timing, measure
 
@@ -53,12 +53,13 @@ def test_measure_times_every_stage_and_leaves_nothing_behind(
 ) -> None:
     tars = write_tars(tmp_path, 7, 9)
     before = sorted(tmp_path.iterdir())
-    config = TimedPlanConfig(
+    config = make_config(
+        PlanConfig,
         tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, store=tmp_path / "store",
         views=2, batch_size=4, workers=workers, time_samples=12,
     )  # fmt: skip
 
-    timing = measure(survey(config), config)
+    timing = measure(survey(config), config.teacher, config.compute)
 
     assert sorted(tmp_path.iterdir()) == before
     assert (timing.samples, timing.views, timing.device, timing.workers) == (10, 2, "cpu", workers)
@@ -70,22 +71,24 @@ def test_measure_times_every_stage_and_leaves_nothing_behind(
 
 def test_measure_does_with_what_there_is_when_there_are_fewer_samples(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
     tars = write_tars(tmp_path, 3)
-    config = TimedPlanConfig(
+    config = make_config(
+        PlanConfig,
         tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, store=tmp_path / "store",
         batch_size=64, workers=0, time_samples=1000,
     )  # fmt: skip
 
-    assert measure(survey(config), config).samples == 2
+    assert measure(survey(config), config.teacher, config.compute).samples == 2
 
 
 def test_measure_says_what_to_do_when_there_is_a_single_sample(tmp_path: Path, tiny_swin: TinyTeacher) -> None:
-    config = TimedPlanConfig(
+    config = make_config(
+        PlanConfig,
         tars=write_tars(tmp_path, 1), teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs,
         store=tmp_path / "store", time_samples=8,
     )  # fmt: skip
 
     with pytest.raises(InputError, match="needs two samples"):
-        measure(survey(config), config)
+        measure(survey(config), config.teacher, config.compute)
 
 
 def test_measure_leaves_materialised_views_alone_when_they_are_part_of_what_is_timed(
@@ -94,11 +97,12 @@ def test_measure_leaves_materialised_views_alone_when_they_are_part_of_what_is_t
     tars, views = write_tars(tmp_path, 6, 5), tmp_path / "views"
     cache(cache_config(tars, tiny_swin, tmp_path / "store", views_out=str(views)))
     before = store_files(views)
-    config = TimedPlanConfig(
+    config = make_config(
+        PlanConfig,
         tars=tars, teacher=tiny_swin.name, model_kwargs=tiny_swin.model_kwargs, store=tmp_path / "store",
         views_out=str(views), tap_codec="f16", batch_size=4, workers=0, time_samples=4,
     )  # fmt: skip
 
-    measure(survey(config), config)
+    measure(survey(config), config.teacher, config.compute)
 
     assert store_files(views) == before

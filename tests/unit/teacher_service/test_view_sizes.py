@@ -1,11 +1,10 @@
 """Room for materialised views: predicted before the job, against what it writes."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_jobs import TinyTeacher, noise_samples, write_tar
+from tiny_jobs import TinyTeacher, make_config, noise_samples, with_options, write_tar
 
 from feature_store.errors import ResourceError
 from teacher_service.cache.job import cache
@@ -16,7 +15,8 @@ from teacher_service.plan.sizes import plan
 @pytest.fixture
 def config(tmp_path: Path, tiny_swin: TinyTeacher) -> CacheConfig:
     tars = tuple(write_tar(tmp_path / f"{unit}.tar", noise_samples(f"u{unit}-", 40, unit)) for unit in range(2))
-    return CacheConfig(
+    return make_config(
+        CacheConfig,
         tars=tars,
         teacher=tiny_swin.name,
         model_kwargs=tiny_swin.model_kwargs,
@@ -30,12 +30,12 @@ def config(tmp_path: Path, tiny_swin: TinyTeacher) -> CacheConfig:
 
 
 def test_plan_predicts_the_view_tars_when_they_are_written(config: CacheConfig) -> None:
-    assert config.views_out is not None
+    assert config.views.out is not None
     predicted = plan(config).view_tars
     assert predicted is not None
     assert predicted.remaining_bytes == predicted.total_bytes
     cache(config)
-    written = sum(file.stat().st_size for file in Path(config.views_out).rglob("*.tar"))
+    written = sum(file.stat().st_size for file in Path(config.views.out).rglob("*.tar"))
     assert predicted.total_bytes == pytest.approx(written, rel=0.05)
     left = plan(config).view_tars
     assert left is not None
@@ -54,6 +54,6 @@ def test_job_is_refused_when_store_and_views_fit_alone_but_not_together(
         cache(config)
     assert not config.store.exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=together))
-    refitted = plan(replace(config, views=2)).view_tars
+    refitted = plan(with_options(config, views=2)).view_tars
     assert refitted is not None
     assert refitted.fits
