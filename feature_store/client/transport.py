@@ -141,7 +141,7 @@ class _Response(http.client.HTTPResponse):
 
     @property
     def left_over(self) -> bool:
-        """Whether bytes came after its body that nobody asked for."""
+        """Whether unexpected bytes followed the body."""
         return self._buffer.left_over
 
     def begin(self) -> None:

@@ -111,7 +111,7 @@ def _shortened(text: str, most: int = 200) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of the application a problem; what nobody foresaw is left to the outermost middleware."""
+    """Report the application's errors as problems; AccessLogMiddleware reports all others as internal."""
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(UserError, _user_error)

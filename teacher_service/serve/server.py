@@ -195,7 +195,11 @@ def _load_teacher(config: ServeConfig) -> "Teacher":
 
 
 def _serve_with_workers(config: ServeConfig, listener: socket.socket) -> None:
-    """Serve in processes that share the socket; if one dies, all end, and whoever runs the service starts it again."""
+    """Serve in processes that share the socket; if one dies, all end, so that a supervisor restarts the service.
+
+    Not uvicorn's Multiprocess: its workers run uvicorn.Server, without the drain delay, the drain limit or the tie to a
+    killed parent; SIGHUP restarts them, and one that cannot load its store would be restarted without end.
+    """
     folder = tempfile.mkdtemp(prefix="scalekd-metrics-")
     os.environ[MULTIPROCESS_DIR] = folder
     context = multiprocessing.get_context("spawn")

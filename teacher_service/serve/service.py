@@ -54,7 +54,7 @@ class StoreSnapshot:
 
     @cached_property
     def commit_index(self) -> bytes:
-        """The commit index of what is open: whoever cannot list, a reader behind HTTP, opens the store by it."""
+        """The commit index of the open store; HTTP clients, which cannot list objects, open the store by it."""
         sizes = self.state[1]
         records = [(record, sizes[record.path]) for record in self.store.committed.records if record.path in sizes]
         return commit_index.build_index(self.store.layout, records).encode()

@@ -46,7 +46,9 @@ Flip = Annotated[bool, Query(description="Of an image: mirror it left to right."
 class TeacherDescription(BaseModel):
     """The live teacher, as a client must know it."""
 
-    identity: str = Field(description="Of all that decides what is computed; every answer's metadata has it too")
+    identity: str = Field(
+        description="Hash of everything that decides how features are computed; in the metadata of every response"
+    )
     teacher: dict[str, Any]
     split: dict[str, Any]
     taps: dict[str, list[int]]
