@@ -31,6 +31,7 @@ class Remedy(StrEnum):
     REWRITE_UNIT = "rewrite-unit"
     RETRY_QUARANTINED = "retry-quarantined"
     REPAIR = "repair"
+    EXACT_CODEC = "exact-codec"
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""Command line of the teacher's side: say what a cache will cost, write it, prove it, serve it."""
+"""Command line: plan, cache, verify, serve, token."""
 
 import sys
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ token = tyro.extras.SubcommandApp()
 
 @app.command
 def plan(config: tyro.conf.OmitArgPrefixes[PlanConfig]) -> None:
-    """Say what a cache would hold, how big it gets, and with --time-samples how long it takes and when it pays."""
+    """Predict the size of a cache and, with --time-samples, its time and break-even."""
     from teacher_service.plan.forecast import forecast
     from teacher_service.plan.survey import survey
 
@@ -41,7 +41,7 @@ def plan(config: tyro.conf.OmitArgPrefixes[PlanConfig]) -> None:
 
 @app.command
 def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig]) -> None:
-    """Run the teacher once over all views of all tars and store what it says; the same command resumes.
+    """Run the teacher once over all views of all tars and store its features; the same command resumes.
 
     SIGTERM, SIGHUP and Ctrl-C end it within ten seconds; exit code 143, 129 or 130 if units are left.
     """
@@ -65,7 +65,7 @@ def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig]) -> None:
 
 @app.command
 def verify(config: tyro.conf.OmitArgPrefixes[VerifyConfig]) -> None:
-    """Compare all checksums of a store, then compute random rows anew with the teacher; exit code 1 if any differs."""
+    """Compare all checksums of a store, then recompute random rows with the teacher; exit code 1 if any differs."""
     from teacher_service.verify.recompute import verify as run_verify
 
     with unit_progress("comparing checksums", quiet=config.json) as progress:
@@ -102,7 +102,7 @@ app.command(token, name="token", help="Make bearer tokens for serve.")
 
 
 def print_deep_report(report: "DeepReport", console: Console) -> None:
-    """A verification for people."""
+    """A verification as text."""
     from feature_store.tools.info import print_report
 
     print_report(report.checksums, console)
@@ -115,7 +115,7 @@ def print_deep_report(report: "DeepReport", console: Console) -> None:
 
 
 def verdict(report: "DeepReport") -> str:
-    """What is wrong with a store, in one line with the next step."""
+    """Faults of a store in one line, with the next step."""
     store, found = report.checksums.store, report.checksums.findings
     if found:
         remedy = f"`feature-store repair {store}` says what helps"

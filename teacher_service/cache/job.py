@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from feature_store.commits.locks import has_locks
 from feature_store.commits.record import encode_record
@@ -36,11 +36,11 @@ class CacheSummary:
         quarantined: Samples in the whole store that could not be used.
         teacher_seconds: Seconds of this run the teacher worked.
         seconds: Seconds of this run.
-        predicted_seconds: What the timed sample said; None without --time-samples.
+        predicted_seconds: Prediction of the timed samples; None without --time-samples.
         images_per_second: View images per second of this run.
         device_hours: Hours of its devices, from the first batch to the last commit, added up.
         bytes_written: Bytes of the units this run committed.
-        predicted_bytes: What the plan says of them.
+        predicted_bytes: The plan's prediction of them.
         stages: Share of its time each stage worked, 0..1.
         bottleneck: The stage the others waited for.
         batch_size: Images per forward pass at the end; less than asked for if memory ran out.
@@ -78,26 +78,41 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
         MismatchError: The store was begun with other settings; names the field.
         ResourceError: Disk full, weights that cannot be fetched, a failed device.
     """
-    processes = max(1, environment_number("WORLD_SIZE", 1))  # torchrun's, which time their samples at once
     started = time.perf_counter()
     warm_up(config.compute.workers)
     here = config.sharing.engine == "local"  # Ray's actors make surveys of their own
     found = survey(config) if here or config.compute.time_samples else None
     surveyed = time.perf_counter()
-    predicted = forecast(found, config, processes).seconds if found and config.compute.time_samples else None
-    started += time.perf_counter() - surveyed  # to time samples is no part of the run
+    predicted = None
+    if found is not None and config.compute.time_samples:
+        processes = max(1, environment_number("WORLD_SIZE", 1))  # torchrun's, which time their samples at once
+        predicted = forecast(found, config, processes).seconds
+    started += time.perf_counter() - surveyed  # timing samples is no part of the run
     tasks, report = _run(found, config, console or Console(quiet=True), stop or Stop())
-    store = open_store(config.store)  # engines commit in other processes
+    store = _finish(config)
+    seconds = time.perf_counter() - started
+    summary = replace(_summary(store, tasks, report, seconds), store=str(config.store), predicted_seconds=predicted)
+    if config.reporting.log_jsonl is not None:
+        append_event(config.reporting.log_jsonl, "end", **asdict(summary))
+    return summary
+
+
+def _finish(config: CacheConfig) -> Store:
+    """The store as all processes left it, without orphans and with a new commit index."""
+    store = open_store(config.store)
     with preparing(config.store):
         if has_locks(store.objects):
-            store.remove_orphans()  # of workers that were killed; what is being written now has a lock
+            store.remove_orphans()  # of killed workers; an object that is being written now has a lock
         if config.views.out is not None:
             ViewTarWriter(config.views.out, store).remove_orphans()
         store.write_commit_index()
-    seconds = time.perf_counter() - started
+    return store
+
+
+def _summary(store: Store, tasks: Sequence[Task], report: PipelineReport, seconds: float) -> CacheSummary:
     units = len(store.manifest.tars)
-    summary = CacheSummary(
-        store=str(config.store),
+    return CacheSummary(
+        store=store.objects.url,
         units=units,
         units_written=len({task.unit for task in report.committed}),
         units_skipped=units - len({task.unit for task in tasks}),
@@ -106,7 +121,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
         quarantined=sum(len(store.quarantined(unit)) for unit in store.committed.units),
         teacher_seconds=report.times.busy.get("forward", 0.0),
         seconds=seconds,
-        predicted_seconds=predicted,
+        predicted_seconds=None,
         images_per_second=report.images / seconds,
         device_hours=report.times.available.get("forward", 0.0) / 3600,
         bytes_written=sum(_bytes(store, task) for task in report.committed),
@@ -115,9 +130,6 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
         bottleneck=report.times.bottleneck,
         batch_size=report.batch_size,
     )
-    if config.reporting.log_jsonl is not None:
-        append_event(config.reporting.log_jsonl, "end", **asdict(summary))
-    return summary
 
 
 def _bytes(store: Store, task: Task) -> int:
@@ -134,7 +146,7 @@ def _views(tasks: Sequence[Task]) -> dict[int, list[int]]:
 
 
 def _run(found: Survey | None, config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], PipelineReport]:
-    """What the store lacked, and what the engine did of it."""
+    """The tasks the store lacked, and the engine's report."""
     if found is None or config.sharing.engine == "ray":
         from teacher_service.share import ray  # an optional extra
 

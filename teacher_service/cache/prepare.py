@@ -28,7 +28,7 @@ from teacher_service.plan.sizes import Plan, plan_of
 from teacher_service.plan.survey import Survey, find_store, growth_of
 from teacher_service.share.store_lock import preparing
 
-CALIBRATION_SAMPLES = 256  # images whose features a codec learns its statistics from
+CALIBRATION_SAMPLES = 256  # images of the calibration batch
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def prepare(survey: Survey, config: CacheConfig) -> Job:
             store = store.grow(growth.manifest)
         if config.retry_quarantined:
             store = _without_usable_quarantine(store, tars)
-        if isinstance(store.objects, LocalObjects):  # in a bucket nothing tells another writer's from a dead one's
+        if isinstance(store.objects, LocalObjects):  # in a bucket, orphans and objects of live writers look alike
             store.remove_orphans()
         if config.views.out is not None:
             views_out = ViewTarWriter(config.views.out, store)
@@ -123,9 +123,9 @@ def _create(survey: Survey, manifest: Manifest, blocks: Mapping[str, Tensor], ne
 
 
 def _without_usable_quarantine(store: Store, tars: Sequence[Tar]) -> Store:
-    """The store without the units that quarantine a sample which can be used by now: they are to be written again.
+    """The store without units that quarantine a sample which is readable by now; they will be written again.
 
-    Mended tars with other member names or sizes never get here: the store is of the ones it was begun with.
+    Repaired tars have the same member names and sizes: a job with others is refused before.
     """
     dataset = ViewDataset(tars, store.manifest.policy, store.manifest.seed)
     quarantined = {(record.unit, position) for record in store.committed.records for position in record.quarantined}
@@ -138,7 +138,7 @@ def _without_usable_quarantine(store: Store, tars: Sequence[Tar]) -> Store:
 
 
 def remaining_tasks(store: Store) -> list[Task]:
-    """What a store still lacks, unit by unit; a unit's missing views are one task where they follow each other."""
+    """Tasks a store lacks, unit by unit; consecutive missing views of a unit are one task."""
     return [task for unit, views in store.committed.missing_views().items() for task in consecutive_tasks(unit, views)]
 
 
@@ -150,7 +150,7 @@ def consecutive_tasks(unit: int, views: Sequence[int]) -> list[Task]:
 
 
 def first_features(batch_size: int, manifest: Manifest, teacher: Teacher, tars: Sequence[Tar]) -> dict[str, np.ndarray]:
-    """A first sample of every tap for codecs that learn from one: view 0 of the first readable samples.
+    """The calibration batch of codecs, [n, N, C] per tap: view 0 of the first readable samples.
 
     Raises:
         ResourceError: The device has too little memory for a single image.

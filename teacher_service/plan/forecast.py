@@ -19,7 +19,7 @@ EPOCHS = (100, 300)  # the schedules of the released settings
 
 @dataclass(frozen=True)
 class ViewCost:
-    """What so many views would cost; times are None where none were measured.
+    """Costs of a number of views; times are None where none were measured.
 
     Attributes:
         views: Views per sample.
@@ -40,7 +40,7 @@ class ViewCost:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan, and what else there is to choose from.
+    """A plan and its alternatives.
 
     Attributes:
         plan: Of the job as it was asked for.

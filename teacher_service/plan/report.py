@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def print_forecast(forecast: "Forecast", console: Console) -> None:
-    """The plan, then what else there is to choose from."""
+    """The plan, then its alternatives."""
     for table in (plan_table(forecast), codec_table(forecast), views_table(forecast)):
         console.print(table)
     print_notes(forecast.plan.notes, console)
@@ -27,13 +27,13 @@ def print_forecast(forecast: "Forecast", console: Console) -> None:
 
 
 def print_notes(notes: "Sequence[str]", console: Console) -> None:
-    """What the user should know of the tars."""
+    """Notes on the tars."""
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def plan_table(forecast: "Forecast") -> Table:
-    """What the job writes, whether it fits, how long it takes."""
+    """Sizes, free disk and time of the job."""
     plan = forecast.plan
     table = Table("", "value", title=f"{plan.teacher} -> {plan.store}", title_justify="left", show_header=False)
     table.add_row("samples", f"{plan.samples:,} in {plan.units:,} units (tars), capacity {plan.capacity:,}")
@@ -63,7 +63,7 @@ def plan_table(forecast: "Forecast") -> Table:
 
 
 def _divided(forecast: "Forecast") -> str:
-    """What a time that was divided among processes takes for granted."""
+    """Conditions of a time that was divided among processes."""
     if forecast.processes == 1 or forecast.timing is None:
         return ""
     return (
@@ -107,14 +107,14 @@ def views_table(forecast: "Forecast") -> Table:
 
 
 def duration(seconds: float) -> str:
-    """In the unit people think of it."""
+    """Seconds in s, min or h."""
     if seconds < 120:
         return f"{seconds:,.1f} s"
     return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def summary_lines(summary: "CacheSummary") -> list[str]:
-    """A finished job, with what was predicted beside what was seen."""
+    """A finished job, predictions beside measurements."""
     shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.stages.items())
     predicted = "" if summary.predicted_seconds is None else f", predicted {duration(summary.predicted_seconds)}"
     lines = [

@@ -20,7 +20,7 @@ GROUPS = 5  # root, taps, view, teacher, teacher/blocks
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job writes.
+    """Predicted sizes of a job.
 
     Attributes:
         teacher: timm model name.
@@ -40,7 +40,7 @@ class Plan:
         free_bytes: Free disk at the destination; None for a bucket.
         fits: Whether the remaining bytes fit in the free ones.
         view_tars: Materialised views, which are not part of the store; None without them.
-        notes: What the user should know of the tars: hidden files, samples without a label, and so on.
+        notes: Notes on the tars: hidden files, samples without a label, and so on.
     """
 
     teacher: str

@@ -30,7 +30,7 @@ from teacher_service.load import load
 from teacher_service.plan.disk import existing_folder
 from teacher_service.plan.survey import Survey
 
-SPLIT_SAMPLES = 16  # images that tell decoding from cutting views
+SPLIT_SAMPLES = 16  # images whose decoding is timed apart from cutting views
 SPLIT_VIEWS = 5
 
 
@@ -59,7 +59,7 @@ class Timing:
         views: Views of each.
         device: Where the teacher ran.
         startup: From the start to the second batch, once a job.
-        calibration: Learning the codecs' statistics, once a store.
+        calibration: Calibration of the codecs, once a store.
         workers: Decode workers; 0 decodes in the teacher's own process.
         read: Reading and decoding one sample, in one worker.
         cut: Cutting one view of it, in one worker.
@@ -165,7 +165,7 @@ def _parts(tars: Sequence[Tar], views: int, compute: ComputeSpec) -> list[TarPar
 def _scratch_job(
     survey: Survey, compute: ComputeSpec, teacher: Teacher, parts: tuple[Tar, ...]
 ) -> Iterator[tuple[Job, float]]:
-    """A job with a store (and views) of its own on the real one's disk, and seconds its codecs took to learn."""
+    """A job with a temporary store (and views) on the real one's disk, and the seconds of its calibration."""
     blocks = bundle_state(teacher.later_blocks)
     manifest = replace(
         survey.manifest_of(teacher, blocks),

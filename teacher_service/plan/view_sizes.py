@@ -19,14 +19,14 @@ _RECORD = 20 * _BLOCK  # a tar's end is filled up to one
 
 @dataclass(frozen=True)
 class ViewTars:
-    """What materialised views take, about: JPEGs differ in size.
+    """Estimated sizes of materialised views.
 
     Attributes:
-        url: Where they go.
-        view_bytes: Of one view with its label, on average.
-        total_bytes: Of all tars.
-        remaining_bytes: Of those still to be written.
-        needed_bytes: The same, and what the store still needs if it is on the same disk.
+        url: Destination of the view tars.
+        view_bytes: Mean bytes of a view with its label.
+        total_bytes: Bytes of all view tars.
+        remaining_bytes: Bytes still to be written.
+        needed_bytes: The same, plus the store's remaining bytes if it is on the same disk.
         free_bytes: Free disk there; None for a bucket.
     """
 

@@ -39,13 +39,13 @@ COMPUTE_ERROR = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """Relative L2 distance two correct forward passes of a teacher may have in each dtype, whatever device, batch size or
 kernel computed them; float32 includes a GPU's TF32."""
 
-_TINY = 1e-30  # of a row of zeros
+_TINY = 1e-30  # norm of a row of zeros
 _SAME = "verify with the teacher the store was written with"
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A row that is not what the teacher says of its sample.
+    """A stored row that differs from the recomputed one.
 
     Attributes:
         unit: Unit of the row.
@@ -66,10 +66,10 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class DeepReport:
-    """What verifying a store found.
+    """Result of verifying a store.
 
     Attributes:
-        checksums: What the checksums say.
+        checksums: Result of the checksums.
         rows: Rows computed anew; none if the checksums already say that the store is damaged.
         worst: Largest distance met, as a share of what is allowed, per value.
         mismatches: Rows that differ by more.
@@ -87,7 +87,7 @@ class DeepReport:
 
 
 def verify(config: VerifyConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> DeepReport:
-    """Check everything a store vouches for, and compute some of its rows anew.
+    """Check all checksums of a store, then recompute some of its rows.
 
     Args:
         config: What to check, and against what.
@@ -117,7 +117,7 @@ def verify(config: VerifyConfig, progress: Callable[[int, int], None] = lambda d
 
 
 def sampled_rows(store: Store, count: int, rng: np.random.Generator) -> list[RowId]:
-    """So many committed rows, every row as likely as any other; in order, so that neighbours share a tar."""
+    """A uniform random subset of committed rows, in order, so that neighbours share a tar."""
     shards = [(record, view) for record in store.committed.records for view in record.views]
     ends = np.cumsum([record.samples - len(record.quarantined) for record, _ in shards])
     if not len(ends) or not ends[-1]:
@@ -213,7 +213,7 @@ class _DeepCheck:
 
 @dataclass(frozen=True)
 class _StoredView:
-    """What a store says of the samples of one unit and view, and the version of Pillow that made the pixels."""
+    """One unit and view of a store: its samples, and the version of Pillow that made the pixels."""
 
     keys: list[str]
     labels: np.ndarray

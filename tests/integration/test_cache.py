@@ -60,6 +60,34 @@ def _load(teacher: TinyTeacher):
     return load_teacher(teacher.name, checkpoint=teacher.checkpoint, model_kwargs=teacher.model_kwargs)
 
 
+def test_cache_indexes_each_tar_once_when_it_times_samples_too(
+    tmp_path: Path, tiny_swin: TinyTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars, opened, real = write_tars(tmp_path, 4, 3), [], Tar.open
+    monkeypatch.setattr(Tar, "open", lambda url, **options: (opened.append(url), real(url, **options))[1])
+
+    summary = cache(cache_config(tars, tiny_swin, tmp_path / "store", time_samples=4))
+
+    assert (summary.units_written, sorted(opened)) == (2, sorted(tars))
+    assert summary.predicted_seconds is not None
+
+
+def test_cache_runs_as_its_page_shows_from_python(
+    tmp_path: Path, tiny_swin: TinyTeacher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path("docs/caching.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    write_tars(tmp_path, 3, 2)
+    monkeypatch.chdir(tmp_path)
+    teacher = f'"{tiny_swin.name}", model_kwargs={tiny_swin.model_kwargs}'
+    code = code.replace('"swin_large_patch4_window7_224.ms_in22k_ft_in1k"', teacher).replace("workers=8", "workers=0")
+    code = code.replace('store="store"', f'store="store", checkpoint=Path({str(tiny_swin.checkpoint)!r})')
+
+    exec(code, {"Path": Path})
+
+    assert capsys.readouterr().out == "2 units written\n"
+
+
 @pytest.mark.parametrize("codec", ["f16", "f32"])
 def test_plan_predicts_the_stores_bytes_within_three_percent(tmp_path: Path, teacher: TinyTeacher, codec: str) -> None:
     tars = write_tars(tmp_path, 60, 41)

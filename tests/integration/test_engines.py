@@ -191,7 +191,7 @@ def test_a_process_says_once_what_it_waits_for_when_others_hold_the_rest(
     tmp_path: Path, tiny_swin: TinyTeacher
 ) -> None:
     config = cache_config(write_tars(tmp_path, 3, 3, 3), tiny_swin, tmp_path / "store")
-    job, messages, committed = prepare(config), [], []
+    job, messages, committed = prepare(survey(config), config), [], []
     waiting = threading.Event()
 
     def compute() -> None:

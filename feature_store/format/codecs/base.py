@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from feature_store.errors import InputError
+from feature_store.errors import InputError, Remedy
 
 Parts = Mapping[str, np.ndarray]
 """Arrays [n, ...] of encoded rows by suffix: ``""`` is the array itself, ``scale`` the one beside it."""
@@ -103,7 +103,8 @@ class Codec(ABC):
         """Error for values the codec cannot hold."""
         return InputError(
             f"the teacher gave values that codec {self.name} cannot hold (largest magnitude "
-            f"{float(np.abs(values).max()):g}); choose codec f32, or check the teacher for NaN"
+            f"{float(np.abs(values).max()):g}); choose codec f32, or check the teacher for NaN",
+            remedy=Remedy.EXACT_CODEC,
         )
 
 
