@@ -13,7 +13,9 @@ from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, wri
 
 from feature_store import RowId, open_store
 from feature_store.errors import InputError, MismatchError
+from feature_store.inputs import indexing
 from feature_store.inputs.tar import Tar
+from feature_store.inputs.tar_index import index_tar
 from feature_store.teacher.model import load_teacher
 from feature_store.views import apply_view, decode_image, draw_view, pixel_crc
 from teacher_service.cache.job import cache
@@ -63,12 +65,12 @@ def _load(teacher: TinyTeacher):
 def test_cache_indexes_each_tar_once_when_it_times_samples_too(
     tmp_path: Path, tiny_swin: TinyTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tars, opened, real = write_tars(tmp_path, 4, 3), [], Tar.open
-    monkeypatch.setattr(Tar, "open", lambda url, **options: (opened.append(url), real(url, **options))[1])
+    tars, indexed = write_tars(tmp_path, 4, 3), []
+    monkeypatch.setattr(indexing, "index_tar", lambda url, *more: (indexed.append(url), index_tar(url, *more))[1])
 
     summary = cache(cache_config(tars, tiny_swin, tmp_path / "store", time_samples=4))
 
-    assert (summary.units_written, sorted(opened)) == (2, sorted(tars))
+    assert (summary.units_written, sorted(indexed)) == (2, sorted(tars))
     assert summary.predicted_seconds is not None
 
 
