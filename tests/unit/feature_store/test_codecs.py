@@ -121,7 +121,7 @@ def test_encode_refuses_when_a_value_is_not_finite(name, bad):
     values = heavy_features()
     codec = bound(name, values)
     values[2, 1, 4] = bad
-    with pytest.raises(InputError, match=f"codec {name} cannot hold.*use --tap-codec f32"):
+    with pytest.raises(InputError, match=f"codec {name} cannot hold.*choose codec f32"):
         codec.encode(values)
 
 
