@@ -111,7 +111,10 @@ class CommitRecord:
 
     def _foreign(self, field: str, expected: Any, got: Any, origin: str) -> MismatchError:
         remedy = f"this record comes from {origin}; {_REMEDY}"
-        return MismatchError(f"{field} of {self.path}", expected=expected, got=got, where="the manifest", remedy=remedy)
+        where = f"{field} of {self.path}"
+        error = MismatchError(where, expected=expected, got=got, where="the manifest", remedy=remedy)
+        error.remedy = Remedy.REWRITE_UNIT
+        return error
 
 
 _RECORD = TypeAdapter(CommitRecord)

@@ -39,6 +39,7 @@ from feature_store.errors import (
     InputError,
     MismatchError,
     QuarantinedError,
+    Remedy,
     ResourceError,
     UncommittedError,
 )
@@ -106,8 +107,8 @@ def test_record_place_is_what_its_path_names(path, place):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw.replace(b"tar-1", b"tar-7"), "is damaged: its checksum does not match; `feature-store repair"),
-        (lambda raw: raw[:-1], "is damaged: .*; `feature-store repair --yes --drop-damaged` removes it, then"),
+        (lambda raw: raw.replace(b"tar-1", b"tar-7"), "is damaged: its checksum does not match; remove it"),
+        (lambda raw: raw[:-1], "is damaged: .*; remove it, then write its unit again"),
         (lambda raw: b"[]", "is damaged"),
         (lambda raw: b"{}", "is damaged"),
         (lambda raw: b"\xff", "is damaged"),
@@ -126,7 +127,7 @@ def test_decode_record_refuses_when_it_has_anothers_name():
 def test_decode_record_accepts_the_last_position_as_quarantined_and_none_beyond():
     last, beyond = (record_of(1, quarantined={0: "a", position: "b"}) for position in (4, 5))
     assert decode_record(last.path, encode_record(last)).quarantined == {0: "a", 4: "b"}
-    with pytest.raises(CorruptStoreError, match="makes no sense: quarantined position 5 of 5 samples; `feature"):
+    with pytest.raises(CorruptStoreError, match="makes no sense: quarantined position 5 of 5 samples; remove it"):
         decode_record(beyond.path, encode_record(beyond))
 
 
@@ -145,7 +146,7 @@ def test_require_of_refuses_records_of_another_store_or_tar(changes, kind, messa
         replace(record_of(1), **changes).require_of(MANIFEST)
     if kind is MismatchError:
         assert "the manifest has" in str(caught.value)
-        assert "--drop-damaged" in str(caught.value)
+        assert caught.value.remedy is Remedy.REWRITE_UNIT
 
 
 def test_require_of_accepts_the_last_unit_and_view():
@@ -166,7 +167,7 @@ def test_readable_rows_are_those_that_are_not_quarantined_in_position_order(quar
 def test_proof_names_the_record_when_an_object_is_not_listed():
     record = record_of(0)
     assert record.proof("label/c/0") == record.objects["label/c/0"]
-    message = "commit record commits/u00000-v0-3.json does not list object label/c/1; .*drop-damaged"
+    message = "commit record commits/u00000-v0-3.json does not list object label/c/1; remove it"
     with pytest.raises(CorruptStoreError, match=message):
         record.proof("label/c/1")
 
@@ -246,7 +247,7 @@ def test_committed_rows_know_units_views_and_records():
 @pytest.mark.parametrize("view", [-1, 0, 4])
 def test_record_says_which_views_are_committed_when_one_is_not(view):
     rows = CommitLog(LAYOUT, [record_of(0, 1, 3)])
-    message = rf"view {view} of unit 0 \(tar-0.tar\) was never committed; .* this unit: \[1, 2, 3\]; finish the store"
+    message = rf"view {view} of unit 0 \(tar-0.tar\) was never committed; .* this unit: \[1, 2, 3\]; write its missing views"
     with pytest.raises(UncommittedError, match=message):
         rows.record(0, view)
     with pytest.raises(UncommittedError, match="views of this unit: none; finish"):
@@ -268,7 +269,7 @@ def test_require_refuses_rows_beyond_the_tar_and_quarantined_ones():
 
 def test_add_refuses_when_any_view_is_taken_and_names_both_records():
     rows = CommitLog(LAYOUT, [record_of(0, 0, 1)])
-    message = r"commits/u00000-v0-1.json and commits/u00000-v1-3.json vouch for the same view; remove one .*repair"
+    message = r"commits/u00000-v0-1.json and commits/u00000-v1-3.json vouch for the same view; remove one of them"
     with pytest.raises(CorruptStoreError, match=message):
         rows.add(record_of(0, 1, 3))
     with pytest.raises(MismatchError):
@@ -478,7 +479,7 @@ def test_load_commits_reads_all_records_when_the_index_has_one_twice(objects):
 def test_load_commits_takes_the_index_alone_when_records_cannot_be_listed(objects, monkeypatch):
     monkeypatch.setattr(LocalObjects, "lists", False)
     with pytest.raises(
-        InputError, match=r"cannot be listed and has no commit index .* in commits/index; call Store.co"
+        InputError, match=r"cannot be listed and has no commit index .* in commits/index; call Store.write_commit_index"
     ):
         load_commits(objects, LAYOUT)
     write_index(objects, LAYOUT, CommitLog(LAYOUT, RECORDS[:2]).records)
