@@ -250,7 +250,7 @@ def test_record_says_which_views_are_committed_when_one_is_not(view):
     message = rf"view {view} of unit 0 \(tar-0.tar\) was never committed; .* this unit: \[1, 2, 3\]; write its missing views"
     with pytest.raises(UncommittedError, match=message):
         rows.record(0, view)
-    with pytest.raises(UncommittedError, match="views of this unit: none; finish"):
+    with pytest.raises(UncommittedError, match="views of this unit: none; write"):
         rows.record(1, 0)
     with pytest.raises(InputError, match="unit 3 does not exist"):
         rows.record(3, 0)
