@@ -1,4 +1,4 @@
-"""Configurations of ``plan`` and ``cache``, read by tyro or made in Python."""
+"""Configurations of ``plan``, ``cache``."""
 
 import math
 from dataclasses import dataclass, field

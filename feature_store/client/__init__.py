@@ -1,1 +1,1 @@
-"""The HTTP client: rows, the store and the live teacher of a service."""
+"""The HTTP client of the service."""

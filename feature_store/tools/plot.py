@@ -178,7 +178,7 @@ def _frequency_picture(energy_HW: np.ndarray, rows: int) -> Picture:
     caption = (
         f"Magnitude of each spatial frequency of the feature maps (orthonormal DCT per channel), averaged over all "
         f"channels and {rows} rows. The direct component (0, 0) is {share:.0%} of the sum{ratio}. The alternative "
-        "view path of ScaleKD takes exactly this component away, so that the rest is heard as well."
+        "view path of ScaleKD removes exactly this component."
     )
     return Picture("frequency", "Energy by frequency", caption, figure)
 

@@ -1,4 +1,4 @@
-"""Progress of a job: a bar on a terminal, elsewhere a line per unit."""
+"""Progress of a job: a bar, or a line per unit."""
 
 import time
 from collections import Counter

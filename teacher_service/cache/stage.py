@@ -1,4 +1,4 @@
-"""A stage of the pipeline: threads of its own behind a bounded queue."""
+"""A pipeline stage: threads behind a bounded queue."""
 
 import threading
 from collections.abc import Callable

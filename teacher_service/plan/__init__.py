@@ -1,1 +1,1 @@
-"""What a job will write, take and cost, before it runs."""
+"""Plan: size, time, cost of a job before it runs."""

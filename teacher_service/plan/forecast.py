@@ -1,4 +1,4 @@
-"""Forecast: costs by codec and number of views, time, break-even."""
+"""Forecast: costs by codec, by number of views, break-even."""
 
 import math
 from collections.abc import Sequence

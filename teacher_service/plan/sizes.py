@@ -1,4 +1,4 @@
-"""Sizes of the store a job writes, predicted from shapes and tar headers."""
+"""Predicted sizes of the store a job writes."""
 
 import json
 from collections import Counter

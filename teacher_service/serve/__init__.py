@@ -1,1 +1,1 @@
-"""The HTTP service: cached rows, the store itself and live features."""
+"""The HTTP service."""

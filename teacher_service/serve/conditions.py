@@ -1,4 +1,4 @@
-"""Conditional and range requests, as RFC 9110 has them."""
+"""Conditional requests, range requests (RFC 9110)."""
 
 import re
 

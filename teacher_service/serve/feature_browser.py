@@ -1,4 +1,4 @@
-"""Colours, likeliest classes and nearest rows of a row's features.
+"""FeatureBrowser: colours, likeliest classes, nearest rows of a row.
 
 Shape legend: n rows, N tokens, C channels, K classes.
 """

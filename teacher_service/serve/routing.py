@@ -1,4 +1,4 @@
-"""Route declarations: path, scope, limits and problems of each route."""
+"""Route declarations: path, scope, limits, problems."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""How processes share the units of a cache job: leases, the loop, launchers."""
+"""Sharing of a job's units among processes."""

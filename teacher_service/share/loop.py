@@ -1,4 +1,4 @@
-"""The loop of every process of a cache job: lease a unit, compute it, commit it.
+"""The loop of every process: lease, compute, commit.
 
 torchrun ranks, Slurm array tasks, Kubernetes pods, Ray actors and processes started by hand all run it. Nothing is
 divided beforehand: a fast process does more, one that starts later joins in, a dead one's units are taken over.

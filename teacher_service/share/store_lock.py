@@ -1,4 +1,4 @@
-"""The lock of the one process that changes a store as a whole."""
+"""Lock of the process that changes a whole store."""
 
 import time
 from collections.abc import Iterator

@@ -142,6 +142,13 @@ def test_map_of_modules_is_the_generated_one():
     assert (ROOT / "docs/map.md").read_text() == script["text"](), "run `python docs/make_map.py`"
 
 
+@pytest.mark.parametrize("package", ["feature_store", "teacher_service"])
+def test_first_lines_of_modules_say_one_thing_in_at_most_twelve_words(package):
+    first_line = run_path(str(ROOT / "docs/make_map.py"))["first_line"]
+    lines = {module: first_line(module) for module in (ROOT / package).rglob("*.py") if module.name != "__main__.py"}
+    assert {str(m): line for m, line in lines.items() if len(line.split()) > 12 or " and " in line} == {}
+
+
 def test_readme_tree_names_every_folder_of_the_packages_and_no_other():
     (tree,) = re.findall(r"^```\n(feature_store/ .*?)^```", README, re.DOTALL | re.MULTILINE)
     found, above = set(), []

@@ -1,4 +1,4 @@
-"""Limits on concurrency, sizes and body time of requests."""
+"""Limits on concurrency, body size, body time of requests."""
 
 import asyncio
 

@@ -247,7 +247,9 @@ def test_committed_rows_know_units_views_and_records():
 @pytest.mark.parametrize("view", [-1, 0, 4])
 def test_record_says_which_views_are_committed_when_one_is_not(view):
     rows = CommitLog(LAYOUT, [record_of(0, 1, 3)])
-    message = rf"view {view} of unit 0 \(tar-0.tar\) was never committed; .* this unit: \[1, 2, 3\]; write its missing views"
+    message = (
+        rf"view {view} of unit 0 \(tar-0.tar\) was never committed; .* this unit: \[1, 2, 3\]; write its missing views"
+    )
     with pytest.raises(UncommittedError, match=message):
         rows.record(0, view)
     with pytest.raises(UncommittedError, match="views of this unit: none; write"):
