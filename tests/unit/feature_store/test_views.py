@@ -52,7 +52,7 @@ def test_views_are_the_same_bytes_when_worker_count_and_order_change(workers, di
     random.Random(workers).shuffle(order)
     with multiprocessing.get_context("forkserver").Pool(workers) as pool:
         crcs = pool.map(view_digests.digest, [view_digests.TASKS[i] for i in order], chunksize=5)
-        pool.close()  # SIGTERM, by which a pool ends otherwise, is blocked if a test before started a shielded fork server
+        pool.close()  # not by SIGTERM, which is blocked if an earlier test started a shielded fork server
         pool.join()
     assert dict(zip(order, crcs, strict=True)) == dict(enumerate(digests))
 
