@@ -1,6 +1,7 @@
 """The processes of one run: which one this is, and what they tell each other. Alone, it is a group of one."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from student_trainer.checkpoint import one_line
 
 T = TypeVar("T")
 
+_RELEASE_SECONDS = 0.2
 _PATIENCE = timedelta(hours=2)  # the others wait while the main process validates
 JOIN = timedelta(minutes=2)  # processes of one run start within seconds of each other
 _VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -142,6 +144,9 @@ def joined(device: str, patience: timedelta = JOIN) -> Iterator[Group]:
     try:
         yield group
     finally:
+        # Gloo's destructor joins threads while it holds the interpreter's lock (torch 2.6): those that still release
+        # Python objects of the last collective need the lock first, or both wait for ever.
+        time.sleep(_RELEASE_SECONDS)
         dist.destroy_process_group()
 
 
