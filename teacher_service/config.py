@@ -11,6 +11,7 @@ from feature_store.format.codecs.registry import DEFAULT_LOGITS_CODEC, DEFAULT_T
 from feature_store.inputs.options import TarOptions
 from feature_store.tools.options import JsonObject, require
 from feature_store.views import PolicyName
+from teacher_service.share.leases import LEASE_SECONDS
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -169,7 +170,7 @@ class SharingSpec:
     """
 
     engine: Literal["local", "ray"] = "local"
-    lease_seconds: float = 120.0
+    lease_seconds: float = LEASE_SECONDS
     ray: OmitArgPrefixes[RayOptions] = field(default_factory=RayOptions)
 
     def __post_init__(self) -> None:

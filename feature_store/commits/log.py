@@ -30,8 +30,8 @@ class CommitLog:
     """
 
     def __init__(self, layout: StoreLayout, records: Iterable[CommitRecord] = ()) -> None:
-        self._layout, self._manifest = layout, (manifest := layout.manifest)
-        self._lines = np.full((len(manifest.tars), manifest.num_views), _NONE, np.int32)
+        self._layout, self._manifest = layout, layout.manifest
+        self._lines = np.full((len(self._manifest.tars), self._manifest.num_views), _NONE, np.int32)
         self._index: CommitIndex | None = None
         self._records: dict[int, CommitRecord] = {}
         self._next_line = 0

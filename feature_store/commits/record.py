@@ -87,9 +87,7 @@ class CommitRecord:
         try:
             return self.objects[path]
         except KeyError:
-            raise CorruptStoreError(
-                f"commit record {self.path} does not list object {path}; {_REMEDY}", remedy=Remedy.REWRITE_UNIT
-            ) from None
+            raise _damaged(f"commit record {self.path} does not list object {path}") from None
 
     def require_of(self, manifest: Manifest) -> None:
         """Refuse a record that is not about this store and its tar.
@@ -149,22 +147,16 @@ def decode_record(path: str, raw: bytes) -> CommitRecord:
     try:
         body = load_json(raw)
         if body.pop("record_crc32c") != crc32c(_canonical(body)):
-            raise CorruptStoreError(
-                f"commit record {path} is damaged: its checksum does not match; {_REMEDY}", remedy=Remedy.REWRITE_UNIT
-            )
+            raise _damaged(f"commit record {path} is damaged: its checksum does not match")
         record = parse(_RECORD, body, f"commit record {path}")
     except UnknownFieldError:
         raise
     except InputError as error:
         raise _damaged(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptStoreError(
-            f"commit record {path} is damaged: {error}; {_REMEDY}", remedy=Remedy.REWRITE_UNIT
-        ) from error
+        raise _damaged(f"commit record {path} is damaged: {error}") from error
     if record.path != path:
-        raise CorruptStoreError(
-            f"commit record {path} is misnamed: it is {record.path}; {_REMEDY}", remedy=Remedy.REWRITE_UNIT
-        )
+        raise _damaged(f"commit record {path} is misnamed: it is {record.path}")
     if beyond := [position for position in record.quarantined if position >= record.samples]:
         raise _damaged(
             f"commit record {path} makes no sense: quarantined position {beyond[0]} of {record.samples} samples"

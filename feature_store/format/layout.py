@@ -71,7 +71,8 @@ class StoreLayout:
         spec, numbers = self.arrays.get(array), chunk.split("/")
         if spec is None or not all(n.isdecimal() and n.isascii() and len(n) < 20 for n in numbers):  # int64 at most
             return None
-        view, unit = [*map(int, numbers[:2]), -1][:2] if spec.per_view else (None, int(numbers[0]))
+        *views, unit = map(int, numbers[: 2 if spec.per_view else 1])
+        view = views[0] if views else None
         return ObjectAddress(spec, unit, view) if spec.object_path(unit, view) == path else None
 
     def object_paths(self, unit: int, views: range) -> list[str]:

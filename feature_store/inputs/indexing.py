@@ -78,9 +78,8 @@ class Indexer:
             )  # fmt: skip
             processes //= _local_jobs()  # which all index everything
         else:
-            with suppress(
-                OSError, UserError
-            ):  # on this machine's own disk: home folders are often on NFS, some without locks
+            # The lock is on this machine's own disk: home folders are often on NFS, which may lack locks.
+            with suppress(OSError, UserError):
                 self._held.enter_context(locked(machine_folder(str(self._cache.folder)) / "indexing"))
         if processes > 1:
             self._threads = ThreadPoolExecutor(processes, "index-tars")

@@ -198,7 +198,7 @@ def _write_shard(
         step = max(1, STEP_BYTES // max(1, spec.row_bytes))
         for start in range(0, len(positions), step):
             some = positions[start : start + step]
-            yield from shard.add(some, rows[some])
+            yield from shard.add(some, (rows[position] for position in some))  # row by row: a list of them is a copy
         yield shard.finish()
 
     target.put(path, parts())

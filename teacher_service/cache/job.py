@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from feature_store.commits.locks import has_locks
 from feature_store.commits.record import encode_record
@@ -91,7 +91,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
     tasks, report = _run(found, config, console or Console(quiet=True), stop or Stop())
     store = _finish(config)
     seconds = time.perf_counter() - started
-    summary = replace(_summary(store, tasks, report, seconds), store=str(config.store), predicted_seconds=predicted)
+    summary = _summary(str(config.store), store, tasks, report, seconds, predicted)
     if config.reporting.log_jsonl is not None:
         append_event(config.reporting.log_jsonl, "end", **asdict(summary))
     return summary
@@ -109,10 +109,12 @@ def _finish(config: CacheConfig) -> Store:
     return store
 
 
-def _summary(store: Store, tasks: Sequence[Task], report: PipelineReport, seconds: float) -> CacheSummary:
+def _summary(
+    path: str, store: Store, tasks: Sequence[Task], report: PipelineReport, seconds: float, predicted: float | None
+) -> CacheSummary:
     units = len(store.manifest.tars)
     return CacheSummary(
-        store=store.objects.url,
+        store=path,
         units=units,
         units_written=len({task.unit for task in report.committed}),
         units_skipped=units - len({task.unit for task in tasks}),
@@ -121,7 +123,7 @@ def _summary(store: Store, tasks: Sequence[Task], report: PipelineReport, second
         quarantined=sum(len(store.quarantined(unit)) for unit in store.committed.units),
         teacher_seconds=report.times.busy.get("forward", 0.0),
         seconds=seconds,
-        predicted_seconds=None,
+        predicted_seconds=predicted,
         images_per_second=report.images / seconds,
         device_hours=report.times.available.get("forward", 0.0) / 3600,
         bytes_written=sum(_bytes(store, task) for task in report.committed),
