@@ -33,7 +33,7 @@ from feature_store.teacher.model import load_teacher
 from feature_store.teacher.torch_codecs import TorchDecoder
 from feature_store.tools.bench import bench_codecs
 from feature_store.views import apply_view, decode_image
-from student_trainer.scalekd import ScaleKDConfig, ScaleKDLoss
+from student_trainer.methods.scalekd import ScaleKDConfig, ScaleKDLoss
 
 BATCH = 64
 MEASURED_BATCHES = 3

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.http_servers import service
 from benchmarks.step import Bench, Setting
-from student_trainer.assemble import assemble
+from student_trainer.plan import assemble
 from student_trainer.train import Trainer
 
 

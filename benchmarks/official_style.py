@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from student_trainer.projector import CrossAttentionProjector
-from student_trainer.scalekd import Maps, ScaleKDLoss
+from student_trainer.methods.cap import CrossAttentionProjector
+from student_trainer.methods.scalekd import Maps, ScaleKDLoss
 
 
 def official_style_loss(

@@ -12,7 +12,7 @@ import torch
 from benchmarks.step import count_flops
 from feature_store.teacher import split_teacher
 from feature_store.teacher.model import build_model
-from student_trainer.assemble import build_trainee
+from student_trainer.plan import build_trainee
 from student_trainer.recipes import PRESETS, Preset, preset_config
 from student_trainer.trainee import ForwardPass
 

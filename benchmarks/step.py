@@ -35,10 +35,10 @@ from feature_store.store import Store, open_store
 from feature_store.teacher.model import build_model
 from feature_store.tools.options import JsonObject
 from feature_store.tools.terminal import Console
-from student_trainer.assemble import assemble
 from student_trainer.config import TeacherConfig, TrainConfig
-from student_trainer.data import Batch, ViewDataset
-from student_trainer.scalekd import ScaleKDLoss
+from student_trainer.data.batch import Batch, ViewDataset
+from student_trainer.methods.scalekd import ScaleKDLoss
+from student_trainer.plan import assemble
 from student_trainer.train import Trainer
 from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig, ComputeSpec, Inputs, TeacherSpec

@@ -17,8 +17,8 @@ from demo.plots import Theme, png, themed
 from feature_store import RowId, Store
 from feature_store.inputs.tar import open_tars
 from feature_store.teacher.model import load_teacher
-from student_trainer.data import ViewDataset, match_tars
-from student_trainer.replay import StoredViews
+from student_trainer.data.batch import ViewDataset, match_tars
+from student_trainer.data.replayed import StoredViews
 
 _FITTED_SAMPLES = 64  # of the first tar, all views: what the colours are fitted on
 _SHOWN_SAMPLES = 2

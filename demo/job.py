@@ -21,7 +21,7 @@ from demo.teacher import TeacherReport, train_teacher
 from feature_store import open_store
 from feature_store.errors import InputError
 from feature_store.format.versions import software_versions
-from student_trainer.student import Student
+from student_trainer.students.student import Student
 from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig, ComputeSpec, Inputs, StorageSpec, TeacherSpec, ViewSpec
 from teacher_service.plan.sizes import plan

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from student_trainer.config import OptimConfig
-from student_trainer.scalekd import ScaleKDConfig
+from student_trainer.methods.scalekd import ScaleKDConfig
 
 CLASSES = 10
 VIEW_POLICY = "rrc_flip"  # of the teacher's training, the store and thereby the students

@@ -14,7 +14,7 @@ from demo.digits import Digits
 from demo.settings import StudentSettings
 from demo.teacher import CROP_PCT
 from student_trainer.config import TeacherConfig, TrainConfig
-from student_trainer.metrics import read_metrics
+from student_trainer.engine.metrics import read_metrics
 from student_trainer.train import TrainResult, train
 
 PROCESSES = 2  # students trained at a time, one thread each: networks this small do not gain from a second thread

@@ -22,7 +22,7 @@ from feature_store.inputs.tar import Tar
 from feature_store.teacher.model import build_model
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, view_policy
 from student_trainer.evaluate import Evaluator
-from student_trainer.trained import Preprocessing
+from student_trainer.students.load import Preprocessing
 
 CROP_PCT = 1.0  # a digit fills its scan: nothing is cut off in testing
 

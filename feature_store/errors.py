@@ -112,3 +112,9 @@ class ResourceError(UserError):
 
 class WireError(ResourceError):
     """A body from another machine that is truncated, damaged, or not a frame (``feature_store.client.frames``)."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a message of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -13,16 +13,16 @@ from rich.table import Table
 from feature_store.errors import InputError
 from feature_store.tools.command_line import run
 from feature_store.tools.terminal import Console, say, say_json
-from student_trainer.compare import CompareConfig
-from student_trainer.compare import compare as run_compare
-from student_trainer.comparison_report import comparison_columns, comparison_rows
 from student_trainer.config import TrainConfig, config_to_dict
-from student_trainer.distributed import is_main_process
+from student_trainer.engine.distributed import is_main_process
 from student_trainer.evaluate import Accuracy, EvaluateConfig
 from student_trainer.evaluate import evaluate as run_evaluate
 from student_trainer.export import ExportConfig
 from student_trainer.export import export as run_export
 from student_trainer.recipes import PRESETS, preset_rows
+from student_trainer.sweeps.compare import CompareConfig
+from student_trainer.sweeps.compare import compare as run_compare
+from student_trainer.sweeps.report import comparison_columns, comparison_rows
 from student_trainer.train import train as run_train
 
 if TYPE_CHECKING:

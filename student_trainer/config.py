@@ -11,7 +11,7 @@ from feature_store.errors import InputError
 from feature_store.inputs.options import TarOptions
 from feature_store.tools.options import JsonObject, require
 from feature_store.views import PolicyName
-from student_trainer.scalekd import ScaleKDConfig
+from student_trainer.methods.scalekd import ScaleKDConfig
 
 # Set by the command's own --preset, not an option of its own.
 _Recorded = Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress, tyro.conf.arg(name="recorded-preset")]

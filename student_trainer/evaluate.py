@@ -17,12 +17,12 @@ from feature_store.format.addressing import RowId
 from feature_store.inputs.options import TarOptions
 from feature_store.inputs.tar import Tar, open_tars, tar_notes
 from feature_store.views import view_policy
-from student_trainer.assemble import find_device
 from student_trainer.config import require
-from student_trainer.data import Batch, ViewDataset
-from student_trainer.loader import BatchLoader, worker_failures_told
-from student_trainer.replay import DrawnViews
-from student_trainer.trained import Preprocessing, load_student
+from student_trainer.data.batch import Batch, ViewDataset
+from student_trainer.data.loader import BatchLoader, worker_failures_told
+from student_trainer.data.replayed import DrawnViews
+from student_trainer.plan import find_device
+from student_trainer.students.load import Preprocessing, load_student
 
 
 @dataclass(frozen=True)

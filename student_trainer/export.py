@@ -13,9 +13,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 from feature_store.backends.files import replacing
-from feature_store.errors import InputError, MismatchError
-from student_trainer.checkpoint import one_line
-from student_trainer.trained import Trained, load_student
+from feature_store.errors import InputError, MismatchError, one_line
+from student_trainer.students.load import Trained, load_student
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 

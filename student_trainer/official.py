@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from feature_store.errors import InputError
 from feature_store.teacher.weights import read_weights
-from student_trainer.projector import CrossAttentionProjector
+from student_trainer.methods.cap import CrossAttentionProjector
 
 State = Mapping[str, Any] | Path  # tensors by name, such a mapping under the key "state_dict", or a file of either
 

@@ -12,26 +12,26 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from feature_store.errors import InputError, ResourceError, UserError
+from feature_store.errors import InputError, ResourceError, UserError, one_line
 from feature_store.inputs.tar import Tar, open_tars
 from feature_store.tools.terminal import say
-from student_trainer.assemble import Parts, assemble
-from student_trainer.checkpoint import Checkpoint, Progress, one_line, rng_state, save_checkpoint, set_rng_state
 from student_trainer.config import TrainConfig
-from student_trainer.data import Batch
-from student_trainer.distributed import Group, data_parallel, gradients_shared, is_main_process, joined
+from student_trainer.data.batch import Batch
+from student_trainer.data.labels import require_labels
+from student_trainer.data.loader import BatchLoader, worker_failures_told
+from student_trainer.engine.checkpoint import Checkpoint, Progress, rng_state, save_checkpoint, set_rng_state
+from student_trainer.engine.determinism import repeatable
+from student_trainer.engine.distributed import Group, data_parallel, gradients_shared, is_main_process, joined
+from student_trainer.engine.loggers import TrackedLog, open_log, require_trackers
+from student_trainer.engine.metrics import Means, MetricsLog, Pace, peak_memory, read_metrics
+from student_trainer.engine.optimizer import Updates
+from student_trainer.engine.progress import RunProgress
+from student_trainer.engine.run_folder import RunFolder, reserved
+from student_trainer.engine.stopping import Stop, Stopped, stop_on_signals
 from student_trainer.evaluate import Accuracy, Evaluator
-from student_trainer.labels import require_labels
-from student_trainer.loader import BatchLoader, worker_failures_told
-from student_trainer.metrics import Means, MetricsLog, Pace, peak_memory, read_metrics
-from student_trainer.optimize import Updates
-from student_trainer.precision import repeatable
-from student_trainer.progress import RunProgress
-from student_trainer.report import write_run_report
-from student_trainer.runs import RunFolder, reserved
-from student_trainer.stopping import Stop, Stopped, stop_on_signals
-from student_trainer.trackers import TrackedLog, open_log, require_trackers
-from student_trainer.trained import describe_student
+from student_trainer.plan import Parts, assemble
+from student_trainer.reports.run import write_run_report
+from student_trainer.students.load import describe_student
 from student_trainer.trainee import ForwardPass
 
 T = TypeVar("T")

@@ -5,8 +5,8 @@ Shape legend: B batch, C channels, H W pixels, K classes.
 
 from torch import Tensor, nn
 
-from student_trainer.student import Student
-from student_trainer.tasks import TASK_LOSSES
+from student_trainer.methods.criterion import TASK_LOSSES
+from student_trainer.students.student import Student
 
 
 class Trainee(nn.Module):

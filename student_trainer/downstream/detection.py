@@ -15,9 +15,9 @@ from torchvision.models.detection import MaskRCNN
 from feature_store.errors import InputError, MismatchError, UserError
 from feature_store.tools.options import require
 from feature_store.tools.terminal import say
-from student_trainer.assemble import find_device
 from student_trainer.downstream.backbone import Backbone, fpn_backbone, load_backbone
 from student_trainer.downstream.coco import CocoInstances, Target, average_precision, require_pycocotools
+from student_trainer.plan import find_device
 
 
 @dataclass(frozen=True, kw_only=True)

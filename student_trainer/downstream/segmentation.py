@@ -22,8 +22,8 @@ from feature_store.errors import InputError, UserError
 from feature_store.tools.options import require
 from feature_store.tools.terminal import say
 from feature_store.views import decode_image
-from student_trainer.assemble import find_device
 from student_trainer.downstream.backbone import Backbone, TimmPyramid, load_backbone
+from student_trainer.plan import find_device
 
 IGNORED = 255  # label of pixels without a class
 _MULTIPLE = 32  # of both sides of an image

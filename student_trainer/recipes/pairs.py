@@ -15,9 +15,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from feature_store.errors import InputError
 from student_trainer.config import TrainConfig
+from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.recipes.preset import Preset, Published, Source, Teacher
 from student_trainer.recipes.schedules import A1, A2, A3, T1, T2
-from student_trainer.scalekd import ScaleKDConfig
 
 COMMIT = "7ba1c12"
 """Parent of becc118, which deleted eleven of the seventeen configs; the six left are the same at 478a7db."""

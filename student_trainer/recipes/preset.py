@@ -9,8 +9,8 @@ from typing import Any
 import tyro
 
 from student_trainer.config import ExpectConfig, TrainConfig
+from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.recipes.schedules import Schedule
-from student_trainer.scalekd import ScaleKDConfig
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from training_world import VIT, World, make_teacher, make_world, samples, write_store, write_tar
 
 from feature_store.errors import FailedError, InputError
-from student_trainer.compare import CompareConfig, compare, is_finished
-from student_trainer.sweep import read_sweep
+from student_trainer.sweeps.compare import CompareConfig, compare, is_finished
+from student_trainer.sweeps.file import read_sweep
 
 SETTINGS = """
 settings:

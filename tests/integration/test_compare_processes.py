@@ -15,7 +15,7 @@ import pytest
 from training_world import shared_world
 
 from feature_store.errors import FailedError
-from student_trainer.compare import CompareConfig, compare
+from student_trainer.sweeps.compare import CompareConfig, compare
 
 SECONDS = 120  # until something that takes seconds counts as hanging
 

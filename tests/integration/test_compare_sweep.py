@@ -12,12 +12,12 @@ from stopped_runs import before_updates, killed_at_update
 from training_world import samples, shared_world, write_tar
 
 from feature_store.errors import FailedError, MismatchError, ResourceError, UserError
-from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main
-from student_trainer.compare import CompareConfig, compare, is_finished
-from student_trainer.metrics import read_metrics
-from student_trainer.run_processes import take_share
-from student_trainer.sweep import read_sweep
+from student_trainer.engine.checkpoint import load_checkpoint
+from student_trainer.engine.metrics import read_metrics
+from student_trainer.sweeps.compare import CompareConfig, compare, is_finished
+from student_trainer.sweeps.file import read_sweep
+from student_trainer.sweeps.processes import take_share
 
 ABLATION = ("No distillation", "CAP", "CAP + DFM", "CAP + DFM + TPP", "CAP + DFM + TPP + KD")
 
@@ -74,7 +74,7 @@ def test_task_loss_is_unweighted_when_methods_are_compared(ablation):
 
 def test_finished_runs_are_left_alone_when_the_sweep_is_repeated(ablation, monkeypatch):
     config, found = ablation
-    monkeypatch.setattr("student_trainer.run_processes.train", lambda config: pytest.fail(f"ran {config.run} again"))
+    monkeypatch.setattr("student_trainer.sweeps.processes.train", lambda config: pytest.fail(f"ran {config.run} again"))
     assert compare(config) == found
 
 
@@ -210,7 +210,7 @@ def test_gpus_are_counted_as_torch_does_when_some_are_hidden(tmp_path, monkeypat
         yield from enumerate(UserError("no GPU here") for _ in configs)
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr("student_trainer.compare.run_in_processes", all_fail)
+    monkeypatch.setattr("student_trainer.sweeps.compare.run_in_processes", all_fail)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden_by is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden_by)

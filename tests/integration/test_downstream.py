@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torchvision.models._utils import IntermediateLayerGetter
 
 from feature_store.errors import InputError, MismatchError
-from student_trainer.checkpoint import Checkpoint, Progress, rng_state, save_checkpoint
 from student_trainer.downstream.__main__ import main
 from student_trainer.downstream.backbone import TimmPyramid, fpn_backbone, load_backbone
 from student_trainer.downstream.coco import CocoInstances, average_precision
@@ -28,9 +27,10 @@ from student_trainer.downstream.segmentation import (
 )
 from student_trainer.downstream.segmentation import make_optimizer as segmentation_optimizer
 from student_trainer.downstream.segmentation import train_step as segmentation_step
+from student_trainer.engine.checkpoint import Checkpoint, Progress, rng_state, save_checkpoint
 from student_trainer.export import ExportConfig, export
-from student_trainer.student import Student
-from student_trainer.trained import Preprocessing, describe_student
+from student_trainer.students.load import Preprocessing, describe_student
+from student_trainer.students.student import Student
 
 # pycocotools' mask decoding predates numpy 2's copy keyword
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -18,8 +18,8 @@ from feature_store.inputs.tar import open_tars
 from feature_store.store import open_store
 from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import view_policy
-from student_trainer.data import ViewDataset, match_tars, training_positions
-from student_trainer.replay import StoredViews
+from student_trainer.data.batch import ViewDataset, match_tars, training_positions
+from student_trainer.data.replayed import StoredViews
 from teacher_service.serve.config import Limits
 
 NO_RETRY = RetryPolicy(deadline=0.0)

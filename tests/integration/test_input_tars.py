@@ -120,9 +120,9 @@ LOADERS = {
     ),
     "train": (
         "from feature_store.format.addressing import RowId\n"
-        "from student_trainer.data import ViewDataset\n"
-        "from student_trainer.loader import BatchLoader\n"
-        "from student_trainer.replay import DrawnViews\n"
+        "from student_trainer.data.batch import ViewDataset\n"
+        "from student_trainer.data.loader import BatchLoader\n"
+        "from student_trainer.data.replayed import DrawnViews\n"
         "def batches(tars, policy):\n"
         "    rows = [[RowId(0, position, 0)] for position in range(2)]\n"
         "    return BatchLoader(ViewDataset(tars, DrawnViews(policy)), rows, workers=1)\n"

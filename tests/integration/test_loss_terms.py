@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from feature_store.tools.loss_terms import FEATURE_TERMS, distillation
-from student_trainer.mimicking import alternative_view_loss, original_view_loss
-from student_trainer.scalekd import kd_loss
+from student_trainer.methods.dfm import alternative_view_loss, original_view_loss
+from student_trainer.methods.scalekd import kd_loss
 
 TORCH = {"original": original_view_loss, "alternative": alternative_view_loss}
 

@@ -25,8 +25,8 @@ from feature_store.errors import InputError, MismatchError, ResourceError, UserE
 from feature_store.inputs.tar import Tar
 from feature_store.tools.info import summarise
 from feature_store.views import decode_view, encode_view, pixel_crc, view_tar
-from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import TrainConfig
+from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.train import train
 from teacher_service.cache import pipeline
 from teacher_service.cache.decode import Task

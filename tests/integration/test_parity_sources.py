@@ -13,13 +13,13 @@ from feature_store.format.addressing import RowId
 from feature_store.inputs.tar import open_tars
 from feature_store.store import open_store
 from feature_store.teacher.model import Teacher, load_teacher
-from student_trainer.assemble import assemble
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
-from student_trainer.data import ViewDataset, match_tars, training_positions
-from student_trainer.live import LiveSource
-from student_trainer.loader import BatchLoader
-from student_trainer.metrics import read_metrics
-from student_trainer.replay import StoredViews
+from student_trainer.data.batch import ViewDataset, match_tars, training_positions
+from student_trainer.data.loader import BatchLoader
+from student_trainer.data.replayed import StoredViews
+from student_trainer.engine.metrics import read_metrics
+from student_trainer.plan import assemble
+from student_trainer.teachers.live import LiveSource
 from student_trainer.train import Trainer, train
 
 
@@ -145,7 +145,7 @@ def test_ten_steps_stay_together_when_store_fed_and_live_fed(tmp_path):
 
 
 def test_training_never_builds_the_teacher_when_fed_from_a_store(tmp_path, world, monkeypatch):
-    monkeypatch.setattr("student_trainer.assemble.load_teacher", None)
+    monkeypatch.setattr("student_trainer.plan.load_teacher", None)
     monkeypatch.setattr("feature_store.teacher.model.Teacher.forward", None)
     running = trainer(world, tmp_path, "store")
     running.step(first_batch(running))

@@ -15,7 +15,7 @@ from training_world import samples, write_tar
 
 from feature_store import open_store
 from student_trainer.cli import main as student_trainer
-from student_trainer.metrics import read_metrics
+from student_trainer.engine.metrics import read_metrics
 from teacher_service.cli import main as teacher_service
 
 PRESET = "adv-eva_l14-resnet50"

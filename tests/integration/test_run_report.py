@@ -8,8 +8,8 @@ from training_world import shared_world, train_config
 
 from feature_store.errors import InputError
 from student_trainer.config import TrainConfig
-from student_trainer.metrics import read_metrics
-from student_trainer.report import run_numbers, write_run_report
+from student_trainer.engine.metrics import read_metrics
+from student_trainer.reports.run import run_numbers, write_run_report
 from student_trainer.train import train
 
 
@@ -53,7 +53,7 @@ def test_tensorboard_repeats_the_log_when_asked_for(run):
 def test_report_has_no_plots_but_all_numbers_when_matplotlib_is_absent(run, monkeypatch, tmp_path):
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / name).write_text((run.run / name).read_text())
-    monkeypatch.setattr("student_trainer.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("student_trainer.reports.plots.find_spec", lambda name: None)
     page = write_run_report(tmp_path).read_text()
     assert "pip install .[report]" in page
     assert "<svg" not in page

@@ -12,12 +12,12 @@ import torch
 from process_runs import kill, poison_second_process, run_alone, run_group, start_group, wait_for_lines
 from training_world import TIMING, samples, shared_world, train_config, write_tar
 
-from student_trainer.assemble import assemble
-from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import OptimConfig, TrainConfig, ViewsConfig
-from student_trainer.distributed import Group, synchronise_batchnorm
-from student_trainer.metrics import read_metrics
-from student_trainer.scalekd import ScaleKDConfig
+from student_trainer.engine.checkpoint import load_checkpoint
+from student_trainer.engine.distributed import Group, synchronise_batchnorm
+from student_trainer.engine.metrics import read_metrics
+from student_trainer.methods.scalekd import ScaleKDConfig
+from student_trainer.plan import assemble
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from training_world import World, shared_world, train_config
 from feature_store.client.connection import connect, read_token
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.store import open_store
-from student_trainer.assemble import assemble
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
-from student_trainer.loader import BatchLoader
-from student_trainer.metrics import read_metrics
+from student_trainer.data.loader import BatchLoader
+from student_trainer.engine.metrics import read_metrics
+from student_trainer.plan import assemble
 from student_trainer.train import train
 
 

@@ -10,9 +10,9 @@ from timm.optim import Lamb
 from training_world import CLASSES, SIZE, World, make_world
 
 from feature_store.views import view_policy
-from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main
-from student_trainer.metrics import read_metrics
+from student_trainer.engine.checkpoint import load_checkpoint
+from student_trainer.engine.metrics import read_metrics
 from student_trainer.recipes import PRESETS
 
 THIN_SWIN = {

@@ -23,7 +23,7 @@ from training_world import (
     write_tar,
 )
 
-import student_trainer.replay
+import student_trainer.data.replayed
 from feature_store.errors import (
     CorruptStoreError,
     InputError,
@@ -34,10 +34,10 @@ from feature_store.errors import (
 )
 from feature_store.inputs.tar import Tar
 from feature_store.views import decode_image, view_policy
-from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, ViewsConfig
-from student_trainer.optimize import Updates
-from student_trainer.scalekd import ScaleKDConfig
+from student_trainer.engine.checkpoint import load_checkpoint
+from student_trainer.engine.optimizer import Updates
+from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.train import train
 
 # Python 3.12 and later warn of fork under threads
@@ -110,7 +110,7 @@ def test_training_stops_when_pillow_resizes_differently(config, monkeypatch, wor
 
 
 def test_training_stops_when_pixels_change_beyond_the_first_rows(config, monkeypatch):
-    replay_view = student_trainer.replay.replay_view
+    replay_view = student_trainer.data.replayed.replay_view
     odd = decode_image(Tar.open(config.tars[0]).read(12).image).size  # a sample beyond those that are always checked
 
     def changed(image, *arguments):
@@ -119,7 +119,7 @@ def test_training_stops_when_pixels_change_beyond_the_first_rows(config, monkeyp
             pixels[0, 0, 0] ^= 1
         return pixels
 
-    monkeypatch.setattr(student_trainer.replay, "replay_view", changed)
+    monkeypatch.setattr(student_trainer.data.replayed, "replay_view", changed)
     config = replace(config, batch_size=25)
     with pytest.raises(MismatchError, match="pixels of sample 'a012', view 0"):
         train(config)

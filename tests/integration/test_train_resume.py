@@ -14,11 +14,11 @@ from training_world import TIMING, samples, shared_world, train_config, write_ta
 
 from feature_store import Store, open_store
 from feature_store.errors import InputError, MismatchError, UncommittedError
-from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
+from student_trainer.engine.checkpoint import load_checkpoint
+from student_trainer.engine.metrics import read_metrics
 from student_trainer.evaluate import Evaluator
-from student_trainer.metrics import read_metrics
-from student_trainer.scalekd import ScaleKDConfig
+from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.train import train
 
 # Python 3.12 and later warn of fork under threads

@@ -19,16 +19,16 @@ from training_world import SIZE, samples, shared_world, train_config, write_tar
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.inputs.tar import Tar
 from feature_store.store import open_store
-from student_trainer.assemble import assemble
-from student_trainer.checkpoint import load_checkpoint
 from student_trainer.cli import main
 from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, ViewsConfig
+from student_trainer.data.loader import BatchLoader
+from student_trainer.data.replayed import StoredViews
+from student_trainer.engine.checkpoint import load_checkpoint
+from student_trainer.engine.metrics import read_metrics
+from student_trainer.engine.optimizer import make_scheduler
 from student_trainer.evaluate import EvaluateConfig, evaluate
-from student_trainer.loader import BatchLoader
-from student_trainer.metrics import read_metrics
-from student_trainer.optimize import make_scheduler
-from student_trainer.replay import StoredViews
-from student_trainer.scalekd import ScaleKDConfig
+from student_trainer.methods.scalekd import ScaleKDConfig
+from student_trainer.plan import assemble
 from student_trainer.train import Trainer, train
 
 SCALEKD_TERMS = {

@@ -19,12 +19,12 @@ from training_world import TIMING, shared_world, train_config
 
 import student_trainer.train
 from feature_store.errors import ResourceError
-from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import OptimConfig, TrainConfig
-from student_trainer.data import ViewDataset
+from student_trainer.data.batch import ViewDataset
+from student_trainer.engine.checkpoint import load_checkpoint
+from student_trainer.engine.metrics import read_metrics
+from student_trainer.engine.run_folder import reserved
 from student_trainer.evaluate import EvaluateConfig, Evaluator, evaluate
-from student_trainer.metrics import read_metrics
-from student_trainer.runs import reserved
 from student_trainer.train import train
 
 # Python 3.12 and later warn of fork under threads

@@ -11,14 +11,14 @@ from stopped_runs import before_updates, killed_at_update
 from training_world import shared_world, train_config
 
 from feature_store.errors import InputError
-from student_trainer.assemble import assemble
-from student_trainer.checkpoint import load_checkpoint
 from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.data.loader import BatchLoader
+from student_trainer.engine.checkpoint import load_checkpoint
+from student_trainer.engine.metrics import read_metrics
 from student_trainer.evaluate import EvaluateConfig, evaluate
 from student_trainer.export import ExportConfig, export
-from student_trainer.loader import BatchLoader
-from student_trainer.metrics import read_metrics
-from student_trainer.scalekd import ScaleKDConfig, ScaleKDLoss
+from student_trainer.methods.scalekd import ScaleKDConfig, ScaleKDLoss
+from student_trainer.plan import assemble
 from student_trainer.train import Trainer, train
 
 

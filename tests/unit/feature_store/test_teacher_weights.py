@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from feature_store.errors import InputError
 from feature_store.teacher.model import build_model, load_teacher
 from feature_store.teacher.weights import read_file, read_weights
-from student_trainer.checkpoint import load_checkpoint
+from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.official import load_vit
-from student_trainer.student import Student
+from student_trainer.students.student import Student
 
 STATE = {"w": torch.arange(3.0)}
 

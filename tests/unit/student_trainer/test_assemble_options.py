@@ -9,8 +9,8 @@ from training_world import SIZE, shared_world, train_config
 
 from feature_store.inputs.tar import Tar
 from feature_store.views import apply_view, decode_image, draw_view, view_policy
-from student_trainer.assemble import Parts, assemble, live_teacher
 from student_trainer.config import TeacherConfig, TrainConfig, ViewsConfig
+from student_trainer.plan import Parts, assemble, live_teacher
 
 
 @pytest.fixture

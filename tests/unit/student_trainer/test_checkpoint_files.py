@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from feature_store.errors import InputError, MismatchError, ResourceError
-from student_trainer.checkpoint import (
+from student_trainer.engine.checkpoint import (
     Checkpoint,
     Progress,
     load_checkpoint,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from student_trainer.comparison import RunResult, compare_runs, paired_difference
-from student_trainer.comparison_report import comparison_rows, markdown_table, write_comparison
-from student_trainer.sweep import Sweep
+from student_trainer.sweeps.comparison import RunResult, compare_runs, paired_difference
+from student_trainer.sweeps.file import Sweep
+from student_trainer.sweeps.report import comparison_rows, markdown_table, write_comparison
 
 OURS, THEIRS = {0: 71.0, 1: 73.5, 2: 72.0}, {0: 70.0, 1: 71.0, 2: 71.5, 3: 10.0}
 
@@ -77,7 +77,7 @@ def test_files_hold_numbers_table_and_plots_when_written(comparison, tmp_path):
 
 
 def test_page_says_what_to_install_when_matplotlib_is_absent(comparison, tmp_path, monkeypatch):
-    monkeypatch.setattr("student_trainer.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("student_trainer.reports.plots.find_spec", lambda name: None)
     write_comparison(tmp_path, comparison)
     page = (tmp_path / "report.html").read_text()
     assert "pip install .[report]" in page

@@ -11,16 +11,16 @@ from feature_store.inputs.tar import Tar, open_tars
 from feature_store.store import Store, open_store
 from feature_store.teacher.torch_codecs import TorchDecoder
 from feature_store.views import view_policy
-from student_trainer.data import (
+from student_trainer.data.batch import (
     ViewDataset,
     match_tars,
     read_keys,
     require_views,
     training_positions,
 )
-from student_trainer.loader import BatchLoader
-from student_trainer.order import EpochBatches
-from student_trainer.replay import DrawnViews, StoredViews
+from student_trainer.data.loader import BatchLoader
+from student_trainer.data.replayed import DrawnViews, StoredViews
+from student_trainer.data.sampler import EpochBatches
 
 # Python 3.12 and later warn of fork under threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 
 from feature_store.errors import InputError, ResourceError
-from student_trainer.distributed import Group, is_main_process, joined, started_group
+from student_trainer.engine.distributed import Group, is_main_process, joined, started_group
 
 WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
 

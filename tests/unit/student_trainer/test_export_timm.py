@@ -13,11 +13,11 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from feature_store.errors import InputError, MismatchError
-from student_trainer.checkpoint import Checkpoint, Progress, load_checkpoint, rng_state, save_checkpoint
 from student_trainer.cli import main
+from student_trainer.engine.checkpoint import Checkpoint, Progress, load_checkpoint, rng_state, save_checkpoint
 from student_trainer.export import ExportConfig, export
-from student_trainer.student import Student
-from student_trainer.trained import Preprocessing, describe_student, load_student
+from student_trainer.students.load import Preprocessing, describe_student, load_student
+from student_trainer.students.student import Student
 
 HOW = Preprocessing((64, 64), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 1.0)
 

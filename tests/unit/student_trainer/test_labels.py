@@ -6,7 +6,7 @@ from training_world import samples, write_tar
 
 from feature_store.errors import InputError
 from feature_store.inputs.tar import Tar
-from student_trainer.labels import require_label, require_labels
+from student_trainer.data.labels import require_label, require_labels
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from torch.utils.data import Sampler
 
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.format.addressing import RowId
-from student_trainer.data import Batch, ViewDataset
-from student_trainer.loader import BatchLoader, worker_failures_told
+from student_trainer.data.batch import Batch, ViewDataset
+from student_trainer.data.loader import BatchLoader, worker_failures_told
 
 # Python 3.12 and later warn of fork under threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

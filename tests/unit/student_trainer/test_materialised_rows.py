@@ -15,8 +15,8 @@ from feature_store.format.addressing import RowId
 from feature_store.inputs.tar import Tar
 from feature_store.store import Store
 from feature_store.views import pixel_crc, view_tar
-from student_trainer.materialised import MaterialisedViews, StoredUnit, require_view_tars, stored_units
-from student_trainer.replay import StoredViews
+from student_trainer.data.materialised import MaterialisedViews, StoredUnit, require_view_tars, stored_units
+from student_trainer.data.replayed import StoredViews
 from teacher_service.cache.job import cache
 from teacher_service.cache.write_views import tar_of
 

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from feature_store.errors import InputError
-from student_trainer.metrics import Means, MetricsLog, Pace, read_metrics, rewind_metrics
+from student_trainer.engine.metrics import Means, MetricsLog, Pace, read_metrics, rewind_metrics
 
 
 @pytest.fixture

@@ -18,11 +18,13 @@ import feature_store
 import student_trainer.cli
 import teacher_service.cli
 from feature_store.teacher import split_teacher
-from student_trainer import networks, official, projector
-from student_trainer.mimicking import VIEW_LOSSES
+from student_trainer import official
+from student_trainer.methods import cap as projector
+from student_trainer.methods.dfm import VIEW_LOSSES
+from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.recipes import PRESETS
 from student_trainer.recipes.preset import Preset
-from student_trainer.scalekd import ScaleKDConfig
+from student_trainer.students import networks
 
 DOCS = Path(__file__).parents[3] / "docs"
 PAGE = (DOCS / "migrate.md").read_text()

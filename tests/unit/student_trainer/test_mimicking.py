@@ -8,7 +8,7 @@ from scipy.fft import dctn, idctn
 from torch import Tensor
 
 from feature_store.errors import InputError
-from student_trainer.mimicking import (
+from student_trainer.methods.dfm import (
     alternative_view_loss,
     dual_view_losses,
     original_view_loss,

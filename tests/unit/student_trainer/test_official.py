@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from feature_store.errors import InputError
+from student_trainer.methods.cap import CrossAttentionProjector
 from student_trainer.official import load_projector, load_swin, load_vit, projector_names
-from student_trainer.projector import CrossAttentionProjector
 
 pytestmark = pytest.mark.golden
 

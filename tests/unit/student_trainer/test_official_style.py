@@ -6,9 +6,9 @@ import torch
 
 from benchmarks.official_style import official_style_loss, without_lowest_frequency
 from feature_store.teacher import split_teacher
-from student_trainer.mimicking import without_spatial_mean
-from student_trainer.scalekd import ScaleKDConfig, ScaleKDLoss
-from student_trainer.tasks import cross_entropy
+from student_trainer.methods.criterion import cross_entropy
+from student_trainer.methods.dfm import without_spatial_mean
+from student_trainer.methods.scalekd import ScaleKDConfig, ScaleKDLoss
 
 
 @pytest.mark.parametrize("kd_alpha", [0.5, None])

@@ -10,9 +10,9 @@ from torch import nn
 
 from feature_store.errors import InputError
 from student_trainer.config import OptimConfig, TrainConfig
-from student_trainer.optimize import Updates, make_optimizer, make_scheduler
-from student_trainer.scalekd import TaskLoss
-from student_trainer.student import Student
+from student_trainer.engine.optimizer import Updates, make_optimizer, make_scheduler
+from student_trainer.methods.scalekd import TaskLoss
+from student_trainer.students.student import Student
 from student_trainer.trainee import Trainee
 
 CPU = torch.device("cpu")

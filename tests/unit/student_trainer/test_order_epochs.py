@@ -3,7 +3,7 @@ import pytest
 
 from feature_store.errors import InputError
 from feature_store.format.addressing import RowId
-from student_trainer.order import EpochBatches
+from student_trainer.data.sampler import EpochBatches
 
 UNITS = [np.array([0, 1, 2, 4, 5, 6]), np.arange(7), np.arange(5), np.arange(9)]
 

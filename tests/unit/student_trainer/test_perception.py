@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from feature_store.errors import InputError
 from feature_store.teacher import split_teacher
+from student_trainer.methods.tpp import TeacherParameterPerception
 from student_trainer.official import load_vit
-from student_trainer.perception import TeacherParameterPerception
 
 VITS = ("tpp_vit", "tpp_vitn")
 

@@ -1,6 +1,6 @@
 from xml.etree import ElementTree
 
-from student_trainer.plots import bars, curves
+from student_trainer.reports.plots import bars, curves
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -3,7 +3,7 @@ import io
 import pytest
 
 from feature_store.tools.terminal import Console
-from student_trainer.progress import RunProgress
+from student_trainer.engine.progress import RunProgress
 
 
 @pytest.mark.parametrize(("enabled", "terminal"), [(True, True), (True, False), (False, True)])

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from feature_store.errors import InputError
+from student_trainer.methods.cap import CrossAttentionProjector, raster_to_window, window_to_raster
 from student_trainer.official import load_projector, projector_names
-from student_trainer.projector import CrossAttentionProjector, raster_to_window, window_to_raster
 
 CASES = names("cap_")
 MODES = ("train", "eval")

@@ -9,7 +9,10 @@ import feature_store
 from feature_store import teacher, views
 from feature_store.source import FeatureSource
 from feature_store.store import Store
-from student_trainer import mimicking, official, projector, scalekd
+from student_trainer import official
+from student_trainer.methods import cap as projector
+from student_trainer.methods import dfm as mimicking
+from student_trainer.methods import scalekd
 
 
 def signature(callable_: Callable) -> str:

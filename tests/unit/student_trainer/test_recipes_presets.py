@@ -13,10 +13,10 @@ from feature_store.errors import InputError
 from feature_store.teacher import LaterBlocks, split_teacher
 from feature_store.teacher.model import build_model
 from feature_store.views import POLICIES
-from student_trainer.assemble import build_trainee
 from student_trainer.cli import main
 from student_trainer.config import OptimConfig, TrainConfig
-from student_trainer.optimize import make_optimizer
+from student_trainer.engine.optimizer import make_optimizer
+from student_trainer.plan import build_trainee
 from student_trainer.recipes import A1, A2, PRESETS, SCHEDULES, T1, preset_config
 from student_trainer.trainee import ForwardPass
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from feature_store.teacher import LaterBlocks, split_teacher
 from feature_store.teacher.model import build_model, teacher_info
 from feature_store.views import view_policy
-from student_trainer.assemble import build_trainee
 from student_trainer.config import TrainConfig
-from student_trainer.distributed import Group
-from student_trainer.optimize import Updates, make_optimizer, make_scheduler
+from student_trainer.engine.distributed import Group
+from student_trainer.engine.optimizer import Updates, make_optimizer, make_scheduler
+from student_trainer.methods.scalekd import TaskLoss
+from student_trainer.plan import build_trainee
 from student_trainer.recipes import PRESETS, preset_config
-from student_trainer.scalekd import TaskLoss
-from student_trainer.student import Student
+from student_trainer.students.student import Student
 from student_trainer.trainee import Trainee
 
 RELEASED = json.loads((Path(__file__).parent / "data" / "released_settings.json").read_text())["presets"]

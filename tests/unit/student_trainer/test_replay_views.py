@@ -9,7 +9,7 @@ from feature_store.format.addressing import RowId
 from feature_store.inputs.tar import Tar, TarSample
 from feature_store.store import Store, open_store
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, view_policy
-from student_trainer.replay import CHECKED_ROWS, DrawnViews, StoredViews
+from student_trainer.data.replayed import CHECKED_ROWS, DrawnViews, StoredViews
 
 
 @pytest.fixture

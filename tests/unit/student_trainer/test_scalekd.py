@@ -23,10 +23,10 @@ from torch import Tensor
 
 from feature_store.errors import InputError
 from feature_store.teacher import split_teacher
-from student_trainer.mimicking import original_view_loss
-from student_trainer.official import load_projector, projector_names
-from student_trainer.projector import CrossAttentionProjector
-from student_trainer.scalekd import (
+from student_trainer.methods.cap import CrossAttentionProjector
+from student_trainer.methods.criterion import binary_cross_entropy, cross_entropy
+from student_trainer.methods.dfm import original_view_loss
+from student_trainer.methods.scalekd import (
     METHODS,
     FDLoss,
     KDLoss,
@@ -37,7 +37,7 @@ from student_trainer.scalekd import (
     default_heads,
     kd_loss,
 )
-from student_trainer.tasks import binary_cross_entropy, cross_entropy
+from student_trainer.official import load_projector, projector_names
 
 CASES = [name for name in names("e2e_") if "distill_class" in arguments(name)]
 KD_CASES = {case["case"]: case for case in arguments("kd")["cases"]}

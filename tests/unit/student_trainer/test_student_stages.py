@@ -2,9 +2,9 @@ import pytest
 import timm
 import torch
 
-import student_trainer.student
+import student_trainer.students.student
 from feature_store.errors import InputError
-from student_trainer.student import Student
+from student_trainer.students.student import Student
 
 SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4), "window_size": 2}
 RELPOS = {"img_size": 64, "embed_dim": 96, "depth": 4, "num_heads": 3}
@@ -82,9 +82,9 @@ def test_student_keeps_random_state_and_batch_statistics_when_built():
 
 def test_student_starts_from_timms_weights_when_asked(monkeypatch):
     asked = []
-    build = student_trainer.student.build_model
+    build = student_trainer.students.student.build_model
     monkeypatch.setattr(
-        "student_trainer.student.build_model",
+        "student_trainer.students.student.build_model",
         lambda name, kwargs, pretrained: asked.append(pretrained) or build(name, kwargs),
     )
     student = Student("test_resnet", 5, (64, 64), {"pretrained": True})
@@ -121,7 +121,7 @@ def test_student_is_refused_when_it_cannot_be_used(name, kwargs, size, message):
 
 
 def test_student_is_refused_when_the_model_gives_no_intermediate_maps(monkeypatch):
-    monkeypatch.setattr("student_trainer.student.build_model", lambda *_, **__: torch.nn.Linear(3, 5))
+    monkeypatch.setattr("student_trainer.students.student.build_model", lambda *_, **__: torch.nn.Linear(3, 5))
     with pytest.raises(InputError, match=r"'test_resnet' \(Linear\) does not give intermediate maps; expected a timm"):
         Student("test_resnet", 5, (64, 64))
 

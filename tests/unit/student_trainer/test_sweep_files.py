@@ -4,7 +4,7 @@ import pytest
 
 from feature_store.errors import InputError
 from student_trainer.recipes import PRESETS
-from student_trainer.sweep import PACKAGED, read_sweep
+from student_trainer.sweeps.file import PACKAGED, read_sweep
 
 BASE = ["store=s", "tars=a.tar", "val_tars=v.tar", "student=test_resnet"]
 OUT = Path("out")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from feature_store.errors import InputError
-from student_trainer.tasks import TASK_LOSSES, binary_cross_entropy, cross_entropy
+from student_trainer.methods.criterion import TASK_LOSSES, binary_cross_entropy, cross_entropy
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5, 0.0], [0.1, 0.2, 3.0, -4.0]], dtype=torch.float64)
 LABELS = torch.tensor([0, 3])

@@ -7,8 +7,8 @@ import pytest
 
 from feature_store.errors import InputError
 from student_trainer.config import TrainConfig
-from student_trainer.metrics import read_metrics
-from student_trainer.trackers import open_log, require_trackers
+from student_trainer.engine.loggers import open_log, require_trackers
+from student_trainer.engine.metrics import read_metrics
 
 VALUES = {"epoch": 0, "total": 1.5, "kd": 0.5, "lr": 0.1, "images_per_second": 9.0, "data_wait": 0.25, "memory": 1000}
 
@@ -88,7 +88,7 @@ def test_wandb_gets_config_and_numbers_and_the_same_run_when_resumed(config, wan
 
 @pytest.mark.parametrize(("change", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "p"}, "wandb")])
 def test_run_is_refused_before_it_starts_when_a_tracker_is_not_installed(config, monkeypatch, change, package):
-    monkeypatch.setattr("student_trainer.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("student_trainer.engine.loggers.find_spec", lambda name: None)
     with pytest.raises(InputError, match=rf"--{package} needs {package}; install with `pip install .\[{package}\]`"):
         require_trackers(replace(config, **change))
 

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from feature_store.errors import InputError, ResourceError, UserError
-from student_trainer.checkpoint import one_line
+from feature_store.errors import InputError, ResourceError, UserError, one_line
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from feature_store.inputs.copies import copy_object, copy_once
 from feature_store.inputs.tar import Tar, TarSample
 from feature_store.store import Store
 from feature_store.views import decode_view, view_tar
-from student_trainer.replay import StoredViews
+from student_trainer.data.replayed import StoredViews
 
 _SHOWN = 5  # names listed in an error message
 

@@ -14,8 +14,8 @@ from feature_store.inputs.options import TarOptions
 from feature_store.inputs.tar import Tar, open_tars
 from feature_store.store import Store, open_store
 from student_trainer.config import TrainConfig
-from student_trainer.data import match_tars, read_keys, require_views, training_positions
-from student_trainer.materialised import UnitTar, require_view_tars, stored_units
+from student_trainer.data.batch import match_tars, read_keys, require_views, training_positions
+from student_trainer.data.materialised import UnitTar, require_view_tars, stored_units
 
 TarOpener = Callable[[Sequence[str], TarOptions], list[Tar]]
 

@@ -1,7 +1,7 @@
 """From a loss to new weights: optimizer, learning rate, loss scaling, clipping and the moving average."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 
 from feature_store.errors import InputError
 from student_trainer.config import OptimConfig, TrainConfig
-from student_trainer.trainee import Trainee
+
+if TYPE_CHECKING:
+    from student_trainer.trainee import Trainee
 
 
 class Updates:
@@ -25,7 +27,7 @@ class Updates:
         ema: Moving average of the student's weights, or None.
     """
 
-    def __init__(self, config: TrainConfig, trainee: Trainee, steps_per_epoch: int, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, trainee: "Trainee", steps_per_epoch: int, device: torch.device) -> None:
         self._student, self._clip_grad = trainee.student.model, config.optim.clip_grad
         self._parameters = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(config.optim.at(config.batch_size), trainee)
@@ -90,7 +92,7 @@ class Updates:
             self.ema.module.load_state_dict(state["ema"])
 
 
-def make_optimizer(config: OptimConfig, trainee: Trainee) -> Optimizer:
+def make_optimizer(config: OptimConfig, trainee: "Trainee") -> Optimizer:
     """A timm optimizer over student and projectors.
 
     Raises:
@@ -113,7 +115,7 @@ def make_optimizer(config: OptimConfig, trainee: Trainee) -> Optimizer:
     return optimizer
 
 
-def _groups(config: OptimConfig, trainee: Trainee) -> list[dict[str, Any]]:
+def _groups(config: OptimConfig, trainee: "Trainee") -> list[dict[str, Any]]:
     """The parameters without weight decay, then those with it."""
     positions, named = trainee.projector_positions(), trainee.no_weight_decay()
     decay_positions = config.decay_all if config.decay_positions is None else config.decay_positions

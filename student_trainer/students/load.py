@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feature_store.errors import FailedError, InputError
+from feature_store.errors import FailedError, InputError, one_line
 from feature_store.teacher.model import normalise
 from feature_store.teacher.weights import not_finite
-from student_trainer.checkpoint import load_checkpoint, one_line
-from student_trainer.student import Student
+from student_trainer.engine.checkpoint import load_checkpoint
+from student_trainer.students.student import Student
 
 
 @dataclass(frozen=True)

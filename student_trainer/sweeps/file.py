@@ -11,10 +11,10 @@ import tyro
 from feature_store.errors import InputError
 from feature_store.tools.options import require
 from student_trainer.config import TrainConfig
-from student_trainer.config_files import build_config, merge, parse_assignments, read_yaml
 from student_trainer.recipes import PRESETS, preset_config
+from student_trainer.sweeps.values import build_config, merge, parse_assignments, read_yaml
 
-PACKAGED = Path(__file__).with_name("sweeps")  # ready sweeps, found by name
+PACKAGED = Path(__file__).with_name("ready")  # ready sweeps, found by name
 
 _CHOSEN = ("run", "seed", "resume")  # what a sweep sets itself
 

@@ -7,9 +7,9 @@ from string import Template
 from typing import Any
 
 from feature_store.tools.terminal import printable
-from student_trainer.plots import can_plot
+from student_trainer.reports.plots import can_plot
 
-_PAGE = Path(__file__).with_name("report.html")
+_PAGE = Path(__file__).with_name("page.html")
 
 
 def escape(text: str) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import mean
 
 from feature_store.backends.files import write_text
-from student_trainer.comparison import Comparison, SettingResult
-from student_trainer.pages import page, plots_or_note, section, table
-from student_trainer.plots import Curve, bars, curves
+from student_trainer.reports.pages import page, plots_or_note, section, table
+from student_trainer.reports.plots import Curve, bars, curves
+from student_trainer.sweeps.comparison import Comparison, SettingResult
 
 
 def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from scipy.special import stdtrit
 
 from student_trainer.config import TrainConfig
-from student_trainer.metrics import read_metrics
-from student_trainer.sweep import Run, Sweep
+from student_trainer.engine.metrics import read_metrics
+from student_trainer.sweeps.file import Run, Sweep
 
 
 @dataclass(frozen=True)

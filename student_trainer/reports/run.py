@@ -6,10 +6,10 @@ from statistics import mean
 from typing import Any
 
 from feature_store.backends.files import write_text
-from student_trainer.metrics import read_metrics
-from student_trainer.pages import page, plots_or_note, section, words
-from student_trainer.plots import curves
-from student_trainer.runs import read_description
+from student_trainer.engine.metrics import read_metrics
+from student_trainer.engine.run_folder import read_description
+from student_trainer.reports.pages import page, plots_or_note, section, words
+from student_trainer.reports.plots import curves
 
 _NOT_TERMS = frozenset(  # of a metrics line; everything else that is a number is a loss term
     {"kind", "step", "epoch", "lr", "images_per_second", "data_wait", "memory", "top1", "top5", "val_samples",

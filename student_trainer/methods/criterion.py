@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feature_store.errors import InputError
-from student_trainer.precision import at_least_float32
+from student_trainer.methods.precision import at_least_float32
 
 
 def cross_entropy(logits_BK: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from feature_store.errors import InputError
 from feature_store.teacher import LaterBlocks
-from student_trainer.mimicking import VIEW_LOSSES, dual_view_losses, original_view_loss
-from student_trainer.perception import TeacherParameterPerception
-from student_trainer.precision import at_least_float32
-from student_trainer.projector import CrossAttentionProjector, Grid
+from student_trainer.methods.cap import CrossAttentionProjector, Grid
+from student_trainer.methods.dfm import VIEW_LOSSES, dual_view_losses, original_view_loss
+from student_trainer.methods.precision import at_least_float32
+from student_trainer.methods.tpp import TeacherParameterPerception
 
 Maps = Sequence[Tensor]  # (F3 [B, C3, H3, W3], F4 [B, C4, H4, W4])
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from feature_store.backends.files import replacing
-from feature_store.errors import InputError, MismatchError, ResourceError
+from feature_store.errors import InputError, MismatchError, ResourceError, one_line
 from feature_store.teacher.weights import read_file
 
 FORMAT = 2
@@ -128,12 +128,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _not_a_checkpoint(path: Path, reason: str) -> InputError:
     return InputError(f"{path} is not a checkpoint of student-trainer: {reason}")
-
-
-def one_line(error: BaseException) -> str:
-    """What an error of another library says, short enough for a message of ours."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def rng_state() -> dict[str, Any]:

@@ -14,11 +14,10 @@ import torch
 from rich.filesize import decimal
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from feature_store.errors import ResourceError, UserError
+from feature_store.errors import ResourceError, UserError, one_line
 from feature_store.format.addressing import RowId
 from feature_store.processes import become_loader_worker, shielded_forkserver, shorten_socket_paths
-from student_trainer.checkpoint import one_line
-from student_trainer.data import Batch, ViewDataset
+from student_trainer.data.batch import Batch, ViewDataset
 
 STALLED_SECONDS = 1800.0  # a worker may fetch a tar of views from far away before its first batch
 _POLL_SECONDS = 5.0
@@ -59,7 +58,7 @@ class BatchLoader:
         if workers:
             shorten_socket_paths()
         forks_cleanly = workers > 0 and start_method == "forkserver"
-        context = shielded_forkserver(["student_trainer.loader"]) if forks_cleanly else start_method
+        context = shielded_forkserver(["student_trainer.data.loader"]) if forks_cleanly else start_method
         self._stalled_seconds = stalled_seconds
         self._loader = DataLoader(
             _Guarded(dataset),

@@ -12,7 +12,7 @@ from feature_store.format.addressing import RowId, Rows, row_array
 from feature_store.format.manifest import Manifest, SplitInfo, TeacherInfo
 from feature_store.source import FeatureBatch
 from feature_store.teacher.model import Teacher
-from student_trainer.data import ViewDataset
+from student_trainer.data.batch import ViewDataset
 
 
 class LiveSource:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from feature_store.errors import InputError
 from feature_store.teacher.model import build_model
-from student_trainer import networks  # noqa: F401 - timm then knows them by name
+from student_trainer.students import networks  # noqa: F401 - timm then knows them by name
 
 _START = ("pretrained", "pretrained_cfg_overlay", "checkpoint_path")  # where timm takes the first weights from
 

@@ -18,9 +18,9 @@ from feature_store.backends.files import write_text
 from feature_store.commits.locks import locked
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.format.versions import software_versions
-from student_trainer.checkpoint import Checkpoint, Progress, load_checkpoint, require_same_run, save_checkpoint
 from student_trainer.config import TrainConfig, config_to_dict
-from student_trainer.metrics import rewind_metrics, set_aside_accuracies
+from student_trainer.engine.checkpoint import Checkpoint, Progress, load_checkpoint, require_same_run, save_checkpoint
+from student_trainer.engine.metrics import rewind_metrics, set_aside_accuracies
 
 _LOCK, _WRITER = ".lock", ".writer"  # the second one says who holds the first
 
@@ -198,7 +198,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """Commit of this package's own checkout, if it runs from one."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed: the enclosing checkout, if any, is somebody else's
         return None
     try:

@@ -19,9 +19,9 @@ from feature_store.inputs.unit_tars import tar_changed, unit_tar
 from feature_store.source import FeatureSource
 from feature_store.store import Store
 from feature_store.teacher.torch_codecs import as_tensor
-from student_trainer.labels import require_label
-from student_trainer.materialised import UnitTar
-from student_trainer.replay import ViewSupplier
+from student_trainer.data.labels import require_label
+from student_trainer.data.materialised import UnitTar
+from student_trainer.data.replayed import ViewSupplier
 
 _SHOWN = 5  # names listed in an error message
 

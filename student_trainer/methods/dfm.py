@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feature_store.errors import InputError
-from student_trainer.precision import at_least_float32
+from student_trainer.methods.precision import at_least_float32
 
 
 def original_view_loss(projected_BND: Tensor, teacher_BND: Tensor, alpha: float) -> Tensor:

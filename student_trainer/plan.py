@@ -19,17 +19,17 @@ from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.teacher.torch_codecs import TorchDecoder
 from feature_store.views import ViewPolicy, view_policy
 from student_trainer.config import TrainConfig
-from student_trainer.data import ViewDataset
-from student_trainer.distributed import Group, synchronise_batchnorm
-from student_trainer.expectations import require_expected
-from student_trainer.inputs import open_inputs
-from student_trainer.live import LiveSource, require_same_teacher
-from student_trainer.materialised import MaterialisedViews
-from student_trainer.order import EpochBatches
-from student_trainer.replay import DrawnViews, StoredViews, ViewSupplier
-from student_trainer.scalekd import TaskLoss, build_loss
-from student_trainer.student import Student
-from student_trainer.trained import Preprocessing
+from student_trainer.data.batch import ViewDataset
+from student_trainer.data.inputs import open_inputs
+from student_trainer.data.materialised import MaterialisedViews
+from student_trainer.data.replayed import DrawnViews, StoredViews, ViewSupplier
+from student_trainer.data.sampler import EpochBatches
+from student_trainer.engine.distributed import Group, synchronise_batchnorm
+from student_trainer.methods.scalekd import TaskLoss, build_loss
+from student_trainer.students.load import Preprocessing
+from student_trainer.students.student import Student
+from student_trainer.teachers.expectations import require_expected
+from student_trainer.teachers.live import LiveSource, require_same_teacher
 from student_trainer.trainee import Trainee
 
 ALONE = Group()

@@ -19,15 +19,15 @@ from feature_store.inputs.tar import Tar, open_tars
 from feature_store.processes import usable_cpus
 from feature_store.tools.options import require
 from feature_store.tools.terminal import Console, ProgressBar
-from student_trainer.assemble import live_teacher
-from student_trainer.checkpoint import require_same_run
-from student_trainer.comparison import Comparison, compare_runs, read_run
-from student_trainer.comparison_report import write_comparison
 from student_trainer.config import TrainConfig, config_to_dict
-from student_trainer.inputs import open_inputs
-from student_trainer.run_processes import attempt, run_in_processes
-from student_trainer.runs import RunFolder, read_description
-from student_trainer.sweep import Run, Sweep, read_sweep
+from student_trainer.data.inputs import open_inputs
+from student_trainer.engine.checkpoint import require_same_run
+from student_trainer.engine.run_folder import RunFolder, read_description
+from student_trainer.plan import live_teacher
+from student_trainer.sweeps.comparison import Comparison, compare_runs, read_run
+from student_trainer.sweeps.file import Run, Sweep, read_sweep
+from student_trainer.sweeps.processes import attempt, run_in_processes
+from student_trainer.sweeps.report import write_comparison
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from feature_store.errors import InputError
 from student_trainer.config import TrainConfig, config_to_dict
-from student_trainer.metrics import MetricsLog
+from student_trainer.engine.metrics import MetricsLog
 
 
 class Tracker(Protocol):

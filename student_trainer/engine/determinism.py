@@ -1,21 +1,10 @@
-"""How exact numbers are: the dtype losses are summed in, and whether a run repeats to the bit on a GPU."""
+"""Runs that repeat to the bit on a GPU."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import reduce
 
 import torch
-from torch import Tensor
-
-
-def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in their common dtype, float32 or wider.
-
-    Sums over a whole feature map lose their small differences in float16 and bfloat16.
-    """
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
-    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 @contextmanager

@@ -16,10 +16,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from feature_store.errors import ResourceError, UserError
+from feature_store.errors import ResourceError, UserError, one_line
 from feature_store.processes import become_worker
 from feature_store.tools.terminal import say
-from student_trainer.checkpoint import one_line
 from student_trainer.config import TrainConfig
 from student_trainer.train import train
 

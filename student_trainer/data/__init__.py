@@ -1,0 +1,1 @@
+"""Training data: which rows, their pixels, labels, features."""

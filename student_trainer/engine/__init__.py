@@ -1,0 +1,1 @@
+"""Engine room of a run: optimizer, checkpoints, processes, logs."""

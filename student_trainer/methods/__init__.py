@@ -1,0 +1,1 @@
+"""Distillation methods: what a student learns from a teacher's features."""

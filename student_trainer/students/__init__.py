@@ -1,0 +1,1 @@
+"""Students: timm models, their stages, preprocessing."""

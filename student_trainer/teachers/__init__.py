@@ -1,0 +1,1 @@
+"""Teachers: where a run's teacher features come from."""
