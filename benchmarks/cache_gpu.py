@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from feature_store.teacher.model import load_teacher
-from teacher_service.cache.forward import prepare_for_gpu
+from feature_store.teacher.model import load_teacher, prepare_for_gpu
 
 REPEATS = 20
 DENSE_BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}

@@ -14,7 +14,7 @@ from feature_store.errors import InputError
 from feature_store.tools.command_line import run
 from feature_store.tools.terminal import Console, say, say_json
 from student_trainer.config import TrainConfig, config_to_dict
-from student_trainer.engine.distributed import is_main_process
+from student_trainer.engine.distributed import OtherProcessError, is_main_process
 from student_trainer.evaluate import Accuracy, EvaluateConfig
 from student_trainer.evaluate import evaluate as run_evaluate
 from student_trainer.export import ExportConfig
@@ -54,7 +54,10 @@ def train(
     if print_config:
         _print_json(config_to_dict(config))
         return
-    result = run_train(config)
+    try:
+        result = run_train(config)
+    except OtherProcessError as error:  # which the main process prints
+        raise SystemExit(error.exit_code) from None
     if not is_main_process():
         return
     if json:
@@ -200,13 +203,22 @@ def _print_json(values: dict[str, Any]) -> None:
     say_json(values, indent=2)
 
 
-LISTS = ("--gpus", "--seeds", "--set", "--tars", "--val-tars")
+RENAMED = {
+    "--scalekd.alphas-stage3": "give --scalekd.alpha-stage3 (their sum) and --scalekd.beta-stage3 (the first's share)",
+    "--scalekd.alphas-stage4": "give --scalekd.alpha-stage4 (their sum) and --scalekd.beta-stage4 (the first's share); "
+    "for --method fd, --fd.alpha (the first)",
+}
+"""Options of earlier releases: what to give instead."""
+LISTS = ("--gpus", "--seeds", "--set", "--store", "--store-weights", "--tars", "--val-tars")
 """Options that take several values."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``student-trainer``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if renamed := next((name for a in arguments if (name := a.partition("=")[0].replace("_", "-")) in RENAMED), None):
+        say(f"student-trainer: {renamed} is gone: {RENAMED[renamed]}", error=True)
+        return InputError.exit_code
     return run(_with_preset(arguments), "student-trainer", arguments, lists=LISTS)
 
 

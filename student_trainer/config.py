@@ -1,4 +1,4 @@
-"""What a user can ask of ``train``: frozen configurations, read by tyro and by Python callers."""
+"""What a user can ask of ``train``: frozen configurations, checked the same from Python and the command line."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -10,78 +10,14 @@ import tyro
 from feature_store.errors import InputError
 from feature_store.inputs.options import TarOptions
 from feature_store.tools.options import JsonObject, require
-from feature_store.views import PolicyName
+from student_trainer.config_values import build_config
+from student_trainer.methods.registry import METHODS, find_method
 from student_trainer.methods.scalekd import ScaleKDConfig
+from student_trainer.teachers.config import NoTeacher, TeacherConfig, teacher_from_options
+from student_trainer.teachers.expectations import ExpectConfig
 
 # Set by the command's own --preset, not an option of its own.
 _Recorded = Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress, tyro.conf.arg(name="recorded-preset")]
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """The live teacher; only for ``--source live``.
-
-    Attributes:
-        name: timm model name; default the store's teacher.
-        checkpoint: Its weights (safetensors or torch file); default timm's pretrained weights.
-        pretrained: Without a checkpoint: fetch timm's weights for this name. Off: random weights, for tests.
-        model_kwargs: Extra arguments of timm.create_model, as JSON; default the store's.
-        depth: Number of later blocks of a plain ViT; default the store's, or the last quarter.
-        drop_prefix: Run them on grid tokens alone for the student; default as the store says, or off.
-        compute_dtype: dtype of its forward pass (autocast below float32); default the store's, or float32.
-    """
-
-    name: str | None = None
-    checkpoint: Path | None = None
-    pretrained: bool = True
-    model_kwargs: JsonObject = field(default_factory=dict)
-    depth: int | None = None
-    drop_prefix: bool | None = None
-    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-
-
-@dataclass(frozen=True)
-class ViewsConfig:
-    """Views of a run without a store; with one, its own are replayed.
-
-    Attributes:
-        policy: What views are drawn from (rrc_flip: schedules T1 and T2; a1, a2 and a3: A1, A2 and A3).
-        size: Height and width of a view, in pixels.
-        seed: Seed of the views.
-        count: Views per sample, used in turn; default a new one every epoch.
-    """
-
-    policy: PolicyName = "rrc_flip"
-    size: int = 224
-    seed: int = 0
-    count: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values no run could use."""
-        require(self.size >= 1, "--views.size", self.size, "at least 1")
-        require(0 <= self.seed < 2**64, "--views.seed", self.seed, "an unsigned 64-bit integer")
-        require(self.count is None or self.count >= 1, "--views.count", self.count, "at least 1")
-
-
-@dataclass(frozen=True)
-class ExpectConfig:
-    """What the teacher features must be; presets say so, and None accepts anything.
-
-    Attributes:
-        teacher: timm architecture of the teacher; its pretrained tag does not count.
-        model_kwargs: Extra arguments of timm.create_model it was built with, as JSON.
-        input_size: Height and width of its views, in pixels.
-        depth: Number of its later blocks.
-        prefix: What students run the later blocks with, beside grid tokens.
-        policy: View policy its views were drawn from; every field is compared but the label.
-    """
-
-    teacher: str | None = None
-    model_kwargs: JsonObject | None = None
-    input_size: tuple[int, int] | None = None
-    depth: int | None = None
-    prefix: Literal["none", "cached", "dropped"] | None = None
-    policy: PolicyName | None = None
 
 
 @dataclass(frozen=True)
@@ -153,39 +89,36 @@ class TrainConfig(TarOptions):
     """One training run.
 
     Attributes:
-        run: Folder of the run: config.json, metrics.jsonl, last.pt, best.pt.
+        run: Folder of the run: config.json, metrics.jsonl, last.pt, best.safetensors.
         student: timm model name.
         preset: Name of the preset that these settings were begun from, for the record; see preset_config.
         tars: Training tars: paths, brace patterns, URLs; with a store, those it was written from.
         views_from: In place of tars: folder or URL of the store's materialised views (what --views-out was).
-        store: Store of the teacher's features: a directory, or a URL (s3://, gs://, http(s)://).
-        val_tars: Validation tars; without them nothing is validated and there is no best.pt.
-        method: scalekd, or a baseline: fd (features), kd (logits), none (no distillation).
-        source: Where teacher features come from: store; live, a teacher in this process; http://host:port, a service's
-            cached rows; or live+http://host:port, its live teacher. A service brings its own store.
-        token_file: File with the service's bearer token; default the environment variable FEATURE_STORE_TOKEN.
+        teacher: What the student learns from.
+        val_tars: Validation tars; without them nothing is validated and there is no best.safetensors.
+        method: How it learns: scalekd, fd (features), kd, dist, nkd (logits), attention_transfer, none (no
+            distillation), or package.module:Class, a method of your own.
+        method_options: Options of a method of your own, as JSON.
+        scalekd: The ScaleKD loss.
         student_kwargs: Extra arguments of timm.create_model for the student, as JSON.
         student_stages: Indices of the student's stages 3 and 4 in timm's feature_info; default those at reductions 16
             and 32, or by depth in networks of one resolution.
         num_classes: Classes of the student; default the teacher's, or the largest label in the store + 1.
         keys_file: Train on the samples listed here only, one key per line.
-        num_views: Use the store's first views only; default all. Epoch e uses view e mod this.
-        teacher: The live teacher.
         expect: What the teacher features must be.
-        views: Views of a run without a store.
-        scalekd: The ScaleKD loss; kd_alpha, kd_temperature and alphas_stage4 also serve the baselines.
         task: ce (cross entropy), or bce (sigmoid cross entropy summed over classes).
         label_smoothing: Label smoothing of the task loss.
         epochs: Passes over the samples.
         batch_size: Samples per step, over all processes; the last incomplete batch of an epoch is dropped.
-        accumulate: Passes that a step's samples are split into, to fit a batch into memory; BatchNorm sees one
-            pass at a time.
+        accumulate: Micro-batches that a step's samples are split into, to fit into memory; BatchNorm sees one at a
+            time.
         shuffle_units: Units (tars) mixed together when an epoch is shuffled.
         optim: Optimizer and schedule.
         amp: Autocast of student and loss; float16 scales the loss to keep small gradients.
+        tf32: On GPUs, TF32 products of float32 matrices: faster, with 10 bits of mantissa.
         compile: torch.compile student and loss.
         ema_decay: Also keep a moving average of the student's weights with this decay.
-        ema_eval: Validate, choose as best and export the averaged weights. Off: the raw ones; checkpoints keep both.
+        ema_eval: Validate, choose as best and export the averaged weights. Off: the raw ones; last.pt keeps both.
         sync_bn: The student's BatchNorm statistics over all processes rather than each one's own samples; needs GPUs.
         deterministic: Only algorithms that repeat to the bit, also on GPUs; slower there.
         device: Where the student runs, e.g. cuda:1; auto takes a GPU if there is one. Under torchrun: cuda or cpu.
@@ -194,13 +127,13 @@ class TrainConfig(TarOptions):
         seed: Seed of weights, order and dropout.
         crop_pct: Part of the shorter side validation keeps (256 -> 224 is 0.875).
         val_every: Validate every this many epochs, and after the last.
-        log_every: Write a metrics line every this many steps.
+        log_every: Write a metrics line every this many steps; on GPUs the loss is only read, and a signal only
+            followed, at these steps.
         tensorboard: Also log to TensorBoard, into the run's folder.
         wandb: Also log to this project of Weights & Biases.
+        mlflow: Also log to this experiment of MLflow.
         report: Write report.html when the run ends. Off: leave it out.
         checkpoint_every: Also write last.pt every this many steps; 0: after each epoch only.
-        check_all_pixels: Check the CRC of every view of a store. Off: of each unit's first 8 only, which saves 1 to 2 %
-            of the time that workers take to make views.
         resume: Continue the run in its folder.
         progress: Show progress on stderr. Off: none.
     """
@@ -210,20 +143,16 @@ class TrainConfig(TarOptions):
     preset: _Recorded = None
     tars: tuple[str, ...] = ()
     views_from: str | None = None
-    store: str | Path | None = None
+    teacher: Annotated[TeacherConfig, tyro.conf.arg(name="", constructor=teacher_from_options)] = NoTeacher()  # noqa: RUF009 - frozen
     val_tars: tuple[str, ...] = ()
-    method: Literal["scalekd", "fd", "kd", "none"] = "scalekd"
-    source: str = "store"
-    token_file: Path | None = None
+    method: str = "scalekd"
+    method_options: JsonObject = field(default_factory=dict)
+    scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
     student_kwargs: JsonObject = field(default_factory=dict)
     student_stages: tuple[int, int] | None = None
     num_classes: int | None = None
     keys_file: Path | None = None
-    num_views: int | None = None
-    teacher: TeacherConfig = TeacherConfig()
-    expect: ExpectConfig = ExpectConfig()
-    views: ViewsConfig = ViewsConfig()
-    scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
+    expect: ExpectConfig = field(default_factory=ExpectConfig)
     task: Literal["ce", "bce"] = "ce"
     label_smoothing: float = 0.0
     epochs: int = 100
@@ -232,6 +161,7 @@ class TrainConfig(TarOptions):
     shuffle_units: int = 8
     optim: OptimConfig = OptimConfig()
     amp: Literal["off", "bfloat16", "float16"] = "off"
+    tf32: bool = False
     compile: bool = False
     ema_decay: float | None = None
     ema_eval: bool = True
@@ -246,9 +176,9 @@ class TrainConfig(TarOptions):
     log_every: int = 50
     tensorboard: bool = False
     wandb: str | None = None
+    mlflow: str | None = None
     report: bool = True
     checkpoint_every: int = 0
-    check_all_pixels: bool = True
     resume: bool = False
     progress: bool = True
 
@@ -275,74 +205,37 @@ class TrainConfig(TarOptions):
             self.batch_size % self.accumulate == 0,
             "--accumulate", self.accumulate, f"a divisor of --batch-size {self.batch_size}",
         )  # fmt: skip
-        self._require_source()
-
-    @property
-    def service_url(self) -> str | None:
-        """URL of the service that features come from; None if they come from elsewhere."""
-        url = self.source.removeprefix(_LIVE)
-        return url if url.startswith(_SCHEMES) else None
-
-    @property
-    def has_store(self) -> bool:
-        """Whether there is a store whose views are replayed: one's own, or a service's."""
-        return self.store is not None or self.service_url is not None
-
-    @property
-    def is_live(self) -> bool:
-        """Whether features are computed while training, here or by a service."""
-        return self.source == "live" or self.source.startswith(_LIVE)
-
-    def _require_source(self) -> None:
-        url = self.service_url
-        if self.source not in ("store", "live") and url is None:
-            raise InputError(
-                f"--source is {self.source!r}, expected store, live, http(s)://host:port or live+http(s)://host:port"
-            )
         if bool(self.tars) == (self.views_from is not None):
             raise InputError(
                 "give either --tars or --views-from: source tars whose views are made anew, or materialised views"
             )
-        if self.views_from is not None and not self.has_store:
-            raise InputError(
-                "--views-from reads views that belong to a store; give that --store or --source http://..."
-            )
-        if url is not None and self.store is not None:
-            raise InputError(f"--source {self.source} brings its own store; leave out --store")
-        if url is None and self.token_file is not None:
-            raise InputError("--token-file is for --source http://...; leave it out")
-        if not self.has_store and self.source == "store" and self.method != "none":
-            raise InputError(
-                f"--method {self.method} needs teacher features; give --store, --source http://host:port, or --source "
-                "live with --teacher.name"
-            )
-        if not self.has_store and self.is_live and self.teacher.name is None:
-            raise InputError("--source live without --store needs --teacher.name")
-        if self.is_live and self.method == "none":
-            raise InputError(f"--method none uses no teacher; leave out --source {self.source}")
-        if self.source != "live" and self.teacher != TeacherConfig():
-            raise InputError("--teacher options are for --source live; leave them out or add --source live")
-        if self.has_store and self.views != ViewsConfig():
-            raise InputError("--views options are for runs without --store, whose own views are replayed")
-        if not self.has_store and self.num_views is not None:
-            raise InputError("--num-views limits a store's views; without --store use --views.count")
-        if not self.has_store and not self.check_all_pixels:
-            raise InputError(
-                "--no-check-all-pixels is for replayed views; without --store none are checked, leave it out"
-            )
+        own = ":" in self.method
+        if self.method_options and not own:
+            raise InputError(f"--method-options is for a method of your own, package.module:Class; got {self.method}")
+        self.method_config()
+
+    def method_config(self) -> Any:
+        """The options of the chosen method; those of the others have no effect.
+
+        Raises:
+            InputError: There is no such method, or it has other options.
+        """
+        kind = find_method(self.method).Config
+        if ":" in self.method:
+            return build_config(kind, self.method_options, "--method-options: ")
+        return getattr(self, self.method, None) or kind()
 
 
-_SCHEMES = ("http://", "https://")
-_LIVE = "live+"
 _AT_LEAST = {
-    "num_classes": 1, "num_views": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "shuffle_units": 1,
+    "num_classes": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "shuffle_units": 1,
     "workers": 0, "seed": 0, "val_every": 1, "log_every": 1, "checkpoint_every": 0,
 }  # fmt: skip
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
-    """JSON form of a config."""
-    return json.loads(json.dumps(asdict(config), default=str))
+    """JSON form of a config, without the options of methods that are not chosen."""
+    values = json.loads(json.dumps(asdict(config), default=str))
+    return {name: value for name, value in values.items() if name == config.method or name not in METHODS}
 
 
 def _option(name: str) -> str:

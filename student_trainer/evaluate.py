@@ -1,7 +1,7 @@
 """Accuracy of a student on a tar set, and what its forward pass costs."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -16,13 +16,15 @@ from feature_store.errors import FailedError, InputError
 from feature_store.format.addressing import RowId
 from feature_store.inputs.options import TarOptions
 from feature_store.inputs.tar import Tar, open_tars, tar_notes
+from feature_store.tools.options import require
 from feature_store.views import view_policy
-from student_trainer.config import require
 from student_trainer.data.batch import Batch, ViewDataset
 from student_trainer.data.loader import BatchLoader, worker_failures_told
 from student_trainer.data.replayed import DrawnViews
+from student_trainer.engine.distributed import ALONE, Group
 from student_trainer.plan import find_device
-from student_trainer.students.load import Preprocessing, load_student
+from student_trainer.students.load import load_student
+from student_trainer.students.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,20 @@ class Evaluator:
         workers: int = 0,
         start_method: str = "forkserver",
         device: torch.device,
+        group: Group = ALONE,
     ) -> None:
+        """Set up the workers.
+
+        Args:
+            tars: What is evaluated on.
+            preprocessing: How images reach the model.
+            num_classes: K; a label that reaches this is refused.
+            batch_size: Samples per forward pass.
+            workers: Processes that decode images; 0 decodes in this process.
+            start_method: How they start.
+            device: Where models run.
+            group: Processes that share the samples.
+        """
         policy = view_policy(
             "center",
             preprocessing.input_size,
@@ -89,47 +104,54 @@ class Evaluator:
             interpolation=preprocessing.interpolation,
         )
         dataset = ViewDataset(tars, DrawnViews(policy), num_classes=num_classes)
-        batches = _InOrder([len(tar) for tar in tars], batch_size)
+        batches = _InOrder([len(tar) for tar in tars], batch_size, group)
         self._loader = BatchLoader(
             dataset, batches, workers=workers, start_method=start_method, pin=device.type == "cuda"
         )
-        self._tars = tars
+        self._tars, self._group = tars, group
         self._normalise, self._device, self._num_classes = preprocessing.normaliser(device), device, num_classes
 
-    @torch.no_grad()
-    def __call__(self, model: nn.Module) -> Accuracy:
+    def __call__(self, model: nn.Module, stop: Callable[[], bool] = lambda: False) -> Accuracy | None:
         """Accuracy of a timm model, in eval mode; its mode is restored.
+
+        Every process of the group calls this and gets the same.
+
+        Args:
+            model: The model, with the same weights on every process.
+            stop: Asked before every batch; True ends the evaluation on all processes.
+
+        Returns:
+            The accuracy; None if a process was told to stop.
 
         Raises:
             InputError: No sample could be read.
             FailedError: Logits are NaN or infinite, or none of them tells any class from another.
         """
+        shares = self._group.gather(self._group.all_or_raise(lambda: self._count(model, stop)))
+        if any(share is None for share in shares):
+            return None
+        return self._group.all_or_raise(lambda: _accuracy([share for share in shares if share is not None]))
+
+    @torch.no_grad()
+    def _count(self, model: nn.Module, stop: Callable[[], bool]) -> "_Counts | None":
+        """What this process's share of the samples gives; None if it was told to stop."""
         was_training = model.training
         model.eval()
-        counts_KT, unreadable = torch.zeros(self._num_classes, 3, dtype=torch.int64), []
-        tells_apart = self._num_classes == 1
-        with worker_failures_told():
-            for batch in self._loader:
-                unreadable += batch.unreadable
-                if len(batch.labels):
-                    logits = model(self._normalise(batch.pixels))
-                    self._require_finite(logits, batch)
-                    tells_apart = tells_apart or bool((logits != logits[:, :1]).any())
-                    counts_KT.index_add_(0, batch.labels, _hits(logits, batch.labels.to(self._device)).cpu())
-        model.train(was_training)
-        samples, top1, top5 = counts_KT.sum(0).tolist()
-        if not samples:
-            raise InputError(f"none of {len(unreadable)} validation images can be read, first: {unreadable[0]}")
-        if not tells_apart:
-            raise FailedError(
-                f"the student gives all {self._num_classes} classes the same logit, for each of {samples} images: an "
-                "accuracy would mean nothing; look at its training loss, or use another checkpoint"
-            )
-        per_class = tuple(100 * right / count if count else None for count, right, _ in counts_KT.tolist())
-        class_samples = tuple(counts_KT[:, 0].tolist())
-        return Accuracy(
-            100 * top1 / samples, 100 * top5 / samples, samples, tuple(unreadable), per_class, class_samples
-        )
+        counts = _Counts(torch.zeros(self._num_classes, 3, dtype=torch.int64), [], self._num_classes == 1)
+        try:
+            with worker_failures_told():
+                for batch in self._loader:
+                    if stop():
+                        return None
+                    counts.unreadable.extend(batch.unreadable)
+                    if len(batch.labels):
+                        logits = model(self._normalise(batch.pixels))
+                        self._require_finite(logits, batch)
+                        counts.tells_apart = counts.tells_apart or bool((logits != logits[:, :1]).any())
+                        counts.hits.index_add_(0, batch.labels, _hits(logits, batch.labels.to(self._device)).cpu())
+        finally:
+            model.train(was_training)
+        return counts
 
     def close(self) -> None:
         """End the processes that make batches."""
@@ -147,6 +169,42 @@ class Evaluator:
             )
 
 
+@dataclass
+class _Counts:
+    """What an evaluation counts: per class samples, top-1 and top-5 hits; whether logits ever differ by class."""
+
+    hits: Tensor  # [K, 3]
+    unreadable: list[str]
+    tells_apart: bool
+
+
+def _accuracy(shares: Sequence[_Counts]) -> Accuracy:
+    """What the shares of all processes say together.
+
+    Raises:
+        InputError: No sample could be read.
+        FailedError: No logits tell any class from another.
+    """
+    hits_KT = torch.stack([share.hits for share in shares]).sum(dim=0)
+    unreadable = tuple(sorted(line for share in shares for line in share.unreadable))
+    samples, top1, top5 = hits_KT.sum(0).tolist()
+    if not samples:
+        raise InputError(f"none of {len(unreadable)} validation images can be read, first: {unreadable[0]}")
+    if not any(share.tells_apart for share in shares):
+        raise FailedError(
+            f"the student gives all {len(hits_KT)} classes the same logit, for each of {samples} images: an "
+            "accuracy would mean nothing; look at its training loss, or use another checkpoint"
+        )
+    return Accuracy(
+        top1=100 * top1 / samples,
+        top5=100 * top5 / samples,
+        samples=samples,
+        unreadable=unreadable,
+        per_class=tuple(100 * right / count if count else None for count, right, _ in hits_KT.tolist()),
+        class_samples=tuple(hits_KT[:, 0].tolist()),
+    )
+
+
 def _hits(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
     """Per sample: one, whether its label is the best class, and whether among the five best; int64 [B, 3]."""
     best = logits_BK.topk(min(5, logits_BK.shape[1])).indices == labels_B[:, None]
@@ -154,11 +212,11 @@ def _hits(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
 
 
 class _InOrder(Sampler[list[RowId]]):
-    """All rows of all units in order, view 0, in batches; the last may be smaller."""
+    """A process's share of all rows of all units, view 0, in batches; the last may be smaller."""
 
-    def __init__(self, samples: Sequence[int], batch_size: int) -> None:
-        self._rows = [RowId(unit, position, 0) for unit, count in enumerate(samples) for position in range(count)]
-        self._batch_size = batch_size
+    def __init__(self, samples: Sequence[int], batch_size: int, group: Group) -> None:
+        rows = [RowId(unit, position, 0) for unit, count in enumerate(samples) for position in range(count)]
+        self._rows, self._batch_size = rows[group.rank :: group.size], batch_size
 
     def __iter__(self) -> Iterator[list[RowId]]:
         for start in range(0, len(self._rows), self._batch_size):
@@ -170,8 +228,8 @@ class EvaluateConfig(TarOptions):
     """Accuracy of a trained student.
 
     Attributes:
-        run: Folder of the training run; its best.pt is used, or last.pt if nothing was validated.
-        checkpoint: One checkpoint file instead of a run.
+        run: Folder of the training run; its best.safetensors is used, or last.pt if nothing was validated.
+        checkpoint: One file instead of a run: best.safetensors, or a checkpoint.
         tars: Tars to evaluate on: paths, brace patterns, URLs.
         crop_pct: Part of the shorter side the centre crop keeps; default as in training.
         batch_size: Samples per forward pass.
@@ -226,6 +284,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     model = trained.student.model.to(device)
     begun = time.perf_counter()
     accuracy = evaluator(model)
+    assert accuracy is not None  # nothing told it to stop
     seconds = time.perf_counter() - begun
     images = min(config.batch_size, accuracy.samples)
     images_BCHW = torch.zeros(images, 3, *preprocessing.input_size, device=device)

@@ -14,7 +14,7 @@ from torch import nn
 
 from feature_store.backends.files import replacing
 from feature_store.errors import InputError, MismatchError, one_line
-from student_trainer.students.load import Trained, load_student
+from student_trainer.students.load import LoadedStudent, load_student
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -83,7 +83,7 @@ def backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith(prefixes)}
 
 
-def _pretrained_config(trained: Trained) -> dict[str, object]:
+def _pretrained_config(trained: LoadedStudent) -> dict[str, object]:
     """Preprocessing in timm's words."""
     how = trained.preprocessing
     return {

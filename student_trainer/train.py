@@ -1,38 +1,42 @@
-"""The training loop: source and tars -> student -> the method's loss -> step."""
+"""The training loop: batch, forward, method, backward, step."""
 
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
 
-from feature_store.errors import InputError, ResourceError, UserError, one_line
+from feature_store.errors import InputError
 from feature_store.inputs.tar import Tar, open_tars
 from feature_store.tools.terminal import say
 from student_trainer.config import TrainConfig
 from student_trainer.data.batch import Batch
 from student_trainer.data.labels import require_labels
-from student_trainer.data.loader import BatchLoader, worker_failures_told
-from student_trainer.engine.checkpoint import Checkpoint, Progress, rng_state, save_checkpoint, set_rng_state
-from student_trainer.engine.determinism import repeatable
+from student_trainer.data.loader import BatchLoader
+from student_trainer.distilled import DistilledStudent
+from student_trainer.engine.callbacks import Callback
+from student_trainer.engine.checkpoint import Checkpoint, Progress, rng_state, set_rng_state
 from student_trainer.engine.distributed import Group, data_parallel, gradients_shared, is_main_process, joined
-from student_trainer.engine.loggers import TrackedLog, open_log, require_trackers
-from student_trainer.engine.metrics import Means, MetricsLog, Pace, peak_memory, read_metrics
-from student_trainer.engine.optimizer import Updates
+from student_trainer.engine.failures import machine_failures_told, not_finite_loss, require_finite_weights
+from student_trainer.engine.loggers import Logger, RunLog, make_loggers, require_loggers
+from student_trainer.engine.metrics import MetricsLog, Throughput, peak_memory, read_metrics
+from student_trainer.engine.numerics import numerics
+from student_trainer.engine.optimizer import make_optimizer, make_scheduler, state_bytes
 from student_trainer.engine.progress import RunProgress
 from student_trainer.engine.run_folder import RunFolder, reserved
 from student_trainer.engine.stopping import Stop, Stopped, stop_on_signals
+from student_trainer.engine.terms import TermMeans
 from student_trainer.evaluate import Accuracy, Evaluator
-from student_trainer.plan import Parts, assemble
+from student_trainer.methods.base import DistillBatch, Terms
+from student_trainer.plan import RunPlan, resolve
 from student_trainer.reports.run import write_run_report
-from student_trainer.students.load import describe_student
-from student_trainer.trainee import ForwardPass
+from student_trainer.students.load import describe_student, save_student
 
 T = TypeVar("T")
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,364 +65,371 @@ class TrainResult:
     history: tuple[dict[str, Any], ...]
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, *, loggers: Sequence[Logger] = (), callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Train a student, or go on with a run that stopped.
 
-    Under torchrun every process calls this with the same config. The main one writes and validates; the run's folder
-    must be one that all of them see.
+    Under torchrun every process calls this with the same config. The main one writes, all of them validate; the run's
+    folder must be one that all of them see.
+
+    Args:
+        config: The run.
+        loggers: Loggers of one's own, beside those the config asks for; used by the main process.
+        callbacks: Called on every process.
 
     Raises:
         UserError: Things that do not fit together, data other than the store was made from, a loss that is not
             finite; the message says what to do.
+        OtherProcessError: On processes other than the main one, which raises the error itself.
     """
     with stop_on_signals() as stop, ExitStack() as held:
         try:
             group = held.enter_context(joined(config.device))
-            held.enter_context(repeatable(enabled=config.deterministic))
-            with _machine_failures_told(stop):
-                return _train(config, group, stop, held)
+            held.enter_context(numerics(deterministic=config.deterministic, tf32=config.tf32))
+            with machine_failures_told(stop):
+                return _train(config, group, stop, held, loggers, callbacks)
         except Stopped as stopped:
             if is_main_process():
                 say(f"student-trainer: {stopped}", error=True)
             raise
 
 
-def _train(config: TrainConfig, group: Group, stop: Stop, held: ExitStack) -> TrainResult:
-    group.from_main(lambda: held.enter_context(reserved(config.run)))
-    trainer = group.together(lambda: _prepare(config, group, stop))
-    folder = group.from_main(lambda: RunFolder.open(config, trainer.parts.inputs, trainer.parts.resolved()))
-    checkpoint = group.together(folder.saved)
-    group.from_main(lambda: folder.rewind(checkpoint))
+def _train(
+    config: TrainConfig,
+    group: Group,
+    stop: Stop,
+    held: ExitStack,
+    loggers: Sequence[Logger],
+    callbacks: Sequence[Callback],
+) -> TrainResult:
+    group.broadcast_from_main(lambda: held.enter_context(reserved(config.run)))
+    run = group.all_or_raise(lambda: Run(_resolve(config, group), stop, callbacks))
+    folder, notes = group.broadcast_from_main(lambda: RunFolder.open(config, run.plan.identity, run.plan.describe()))
+    checkpoint = group.all_or_raise(folder.saved)
+    group.broadcast_from_main(lambda: folder.rewind(checkpoint))
     if checkpoint is not None:
-        group.together(lambda: trainer.restore(checkpoint))
-    with closing(trainer), _log(config, folder, trainer) as log:
-        trainer.run(folder, log)
-    group.from_main(lambda: folder.finish(trainer.progress))
+        group.all_or_raise(lambda: run.restore(checkpoint))
+    own = [*make_loggers(config, run.progress.step), *loggers] if group.is_main else []
+    with closing(run), RunLog(MetricsLog(folder.metrics if group.is_main else Path(os.devnull)), own) as log:
+        run.fit(folder, log, notes)
+    group.broadcast_from_main(lambda: folder.finish(run.progress))
     stop.note = "stopped after the last step; --resume writes the report"
     if config.report:
-        group.from_main(lambda: write_run_report(folder.path))
-    return group.from_main(lambda: trainer.result(folder))
+        group.broadcast_from_main(lambda: write_run_report(folder.path))
+    return group.broadcast_from_main(lambda: run.result(folder))
 
 
-def _prepare(config: TrainConfig, group: Group, stop: Stop) -> "Trainer":
-    require_trackers(config)
-    val_tars = open_tars(config.val_tars, config) if config.val_tars else []
-    parts = assemble(config, val_tars, group)
+def _resolve(config: TrainConfig, group: Group) -> RunPlan:
+    require_loggers(config)
+    plan = resolve(config, open_tars(config.val_tars, config) if config.val_tars else [], group)
     if group.is_main:
-        num_classes = parts.trainee.student.num_classes
-        require_labels(val_tars, num_classes, "--val-tars")
-        if not config.has_store:  # whose labels are checked already
-            tars = [tar for tar in parts.dataset.tars if isinstance(tar, Tar)]
-            require_labels(tars, num_classes, "--tars", parts.batches.units)
-    return Trainer(config, parts, stop)
+        require_labels(plan.val_tars, plan.student.num_classes, "--val-tars")
+        if not plan.inputs.checked:
+            tars = [tar for tar in plan.inputs.tars if isinstance(tar, Tar)]
+            require_labels(tars, plan.student.num_classes, "--tars", plan.inputs.units)
+    return plan
 
 
-@contextmanager
-def _machine_failures_told(stop: Stop) -> Iterator[None]:
-    """Within: what torch raises when memory runs out, or another process ends, becomes a user's error."""
-    try:
-        with worker_failures_told():
-            yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"the GPU's memory is full: {one_line(error)}; start a run with a larger --accumulate, --amp bfloat16 or "
-            "--scalekd.checkpoint-later-blocks"
-        ) from error
-    except RuntimeError as error:
-        if "gloo/transport" not in str(error):  # a connection that was closed, reset or broken
-            raise
-        stop.check()  # the others got the signal too
-        raise ResourceError("another process of the run ended; its own message says why") from error
+class Run:
+    """A run in memory.
 
+    Attributes:
+        plan: What it is made of.
+        config: What was asked for.
+        group: Its processes.
+        module: Student and method; under torchrun, wrapped to average gradients.
+        optimizer: Over both, with the learning rates of the run's batch size.
+        ema: Moving average of the student's weights, or None.
+        progress: How far it is.
+    """
 
-def _log(config: TrainConfig, folder: RunFolder, trainer: "Trainer") -> TrackedLog:
-    if trainer.group.is_main:
-        return open_log(config, folder.metrics, trainer.progress.step)
-    return TrackedLog(MetricsLog(Path(os.devnull)), ())
-
-
-class Trainer:
-    """A run in memory: parts, updates, and how far it is."""
-
-    def __init__(self, config: TrainConfig, parts: Parts, stop: Stop | None = None) -> None:
-        self.config, self.parts, self.progress, self.pace = config, parts, Progress(), Pace()
-        self._stop, self._told_to_stop = stop or Stop(), False
-        self.student, self.loss, self.group = parts.trainee.student, parts.trainee.loss, parts.group
-        self.updates = Updates(config, parts.trainee, parts.batches.per_epoch, parts.device)
-        self.optimizer = self.updates.optimizer
-        self._forward: nn.Module = ForwardPass(parts.trainee, config.task, config.label_smoothing)
+    def __init__(self, plan: RunPlan, stop: Stop | None = None, callbacks: Sequence[Callback] = ()) -> None:
+        config = plan.config
+        self.plan, self.config, self.group, self.device = plan, config, plan.group, plan.device
+        self.student, self.method, self.progress = plan.student, plan.method, Progress()
+        self._stop, self._callbacks, self._throughput = stop or Stop(), callbacks, Throughput()
+        distilled = DistilledStudent(plan.student, plan.method)
+        self._parameters = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
+        self._on_gpu = plan.device.type == "cuda"
+        if self._on_gpu:
+            distilled.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.optimizer = make_optimizer(config.optim.at(config.batch_size), distilled)
+        self.scheduler = make_scheduler(config, self.optimizer, plan.sampler.per_epoch)
+        self._scaler = torch.amp.GradScaler(plan.device.type, enabled=config.amp == "float16")
+        self.ema = None if config.ema_decay is None else ModelEmaV3(plan.student.model, decay=config.ema_decay)
+        self.module: nn.Module = distilled
         if config.compile:
-            self._forward.compile()
-        if not parts.group.is_main:  # own random numbers for drop path and dropout
-            torch.manual_seed((config.seed + parts.group.rank) % 2**64)
-        self._normalise = parts.preprocessing.normaliser(parts.device)
+            self.module.compile()
+        if not plan.group.is_main:  # own random numbers for drop path and dropout
+            torch.manual_seed((config.seed + plan.group.rank) % 2**64)
+        self._normalise = plan.preprocessing.normaliser(plan.device)
         workers = {"workers": config.workers, "start_method": config.start_method}
-        self._loader = BatchLoader(parts.dataset, parts.batches, pin=parts.device.type == "cuda", **workers)
-        self._evaluate = (
-            Evaluator(parts.val_tars, parts.preprocessing, self.student.num_classes,
-                      batch_size=parts.batches.rows_per_pass, device=parts.device, **workers)
-            if parts.val_tars and parts.group.is_main else None
+        self._loader = BatchLoader(plan.dataset, plan.sampler, pin=self._on_gpu, **workers)
+        self._means, self._unreadable = TermMeans(), list[str]()
+        self._evaluator = (
+            Evaluator(plan.val_tars, plan.preprocessing, plan.student.num_classes, group=plan.group,
+                      batch_size=plan.sampler.rows_per_pass, device=plan.device, **workers)
+            if plan.val_tars else None
         )  # fmt: skip
 
-    def run(self, folder: RunFolder, log: TrackedLog) -> None:
-        """All epochs that are left.
+    @property
+    def eval_model(self) -> nn.Module:
+        """The timm model with the weights to use: averaged ones if any are kept and evaluated."""
+        return self.ema.module if self.ema is not None and self.config.ema_eval else self.student.model
+
+    def step(self, micro_batches: Sequence[Batch]) -> None:
+        """One optimizer step on this process's part of a batch; nothing here waits for the device."""
+        terms: list[Terms] = []
+        for batch in micro_batches:
+            with gradients_shared(self.module, now=batch is micro_batches[-1]):
+                terms.append(self.terms(batch))
+                self._scaler.scale(terms[-1].total / len(micro_batches)).backward()
+        if self.config.optim.clip_grad is not None:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, self.config.optim.clip_grad)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.batch += 1
+        self.progress.step += 1
+        self.scheduler.step_update(self.progress.step)
+        if self.ema is not None:
+            self.ema.update(self.student.model, self.progress.step)
+        self._means.add(terms, self.progress.step)
+
+    def terms(self, batch: Batch) -> Terms:
+        """Forward pass of student and method on a micro-batch.
 
         Raises:
-            Stopped: A signal came; the run was saved after its last whole step.
+            InputError: None of its images can be read.
         """
-        config, batches = self.config, self.parts.batches
-        self._forward = data_parallel(self._forward, self.group)
-        if self.progress.epoch < config.epochs:
-            self.group.from_main(lambda: folder.require_room(self._checkpoint_bytes()))
-        log.write("start", self.progress.step, **self.parts.summary())
-        total = config.epochs * batches.per_epoch
-        self._stop.raises = self.group.size == 1
-        with RunProgress(enabled=config.progress and self.group.is_main, total=total, done=self.progress.step) as bar:
-            for line in (f"{config.run}: {self.parts.sentence()}", *self.parts.notes()):
+        if not len(batch.labels):
+            raise InputError(f"no image of a batch can be read: {'; '.join(batch.unreadable[:3])}; fix the tars")
+        pixels = batch.pixels.to(self.device, non_blocking=True)
+        images, labels = self._normalise(pixels), batch.labels.to(self.device, non_blocking=True)
+        teachers = self.plan.teacher.outputs(batch, pixels, self.method.needs)
+        with self._autocast():
+            return self.module(DistillBatch(images, labels, *teachers))
+
+    def _autocast(self) -> Any:
+        enabled = self.config.amp in AMP_DTYPES
+        return torch.autocast(self.device.type, AMP_DTYPES[self.config.amp]) if enabled else nullcontext()
+
+    def fit(self, folder: RunFolder, log: RunLog, notes: Sequence[str] = ()) -> None:
+        """Train until all epochs are done, or a signal asks to stop.
+
+        Args:
+            folder: Where checkpoints go.
+            log: Where numbers go.
+            notes: What differs from the run as it was before it was resumed.
+        """
+        plan, config, progress = self.plan, self.config, self.progress
+        self.module = data_parallel(self.module, self.group)
+        if progress.epoch < config.epochs:
+            self.group.broadcast_from_main(lambda: folder.require_room(self._checkpoint_bytes()))
+        log.write("start", progress.step, **plan.summary(), notes=list(notes))
+        total = config.epochs * plan.sampler.per_epoch
+        with RunProgress(enabled=config.progress and self.group.is_main, total=total, done=progress.step) as bar:
+            for line in (f"{config.run}: {plan.sentence()}", *plan.notes(), *notes):
                 bar.note(line)
+            self._call("on_start")
             try:
-                while self.progress.epoch < config.epochs:
-                    means = self._epoch(folder, log, bar)
-                    self._end_epoch(means, folder, log, bar)
+                self._stop.raises = self.group.size == 1  # several processes stop together, see _told_to_stop
+                while progress.epoch < config.epochs:
+                    self._train_epoch(folder, log, bar)
+                    self._end_epoch(folder, log, bar)
             except Stopped as stopped:
-                self._write(folder.last)
-                at = f"epoch {min(self.progress.epoch + 1, config.epochs)} step {self.progress.step}"
+                self._save(folder)
+                at = f"epoch {min(progress.epoch + 1, config.epochs)} step {progress.step}"
                 raise Stopped(stopped.signal, f"stopped at {at}, saved; continue with --resume") from None
+        self._call("on_end")
 
-    def close(self) -> None:
-        """End the processes that make batches."""
-        self._loader.close()
-        if self._evaluate is not None:
-            self._evaluate.close()
-
-    def _epoch(self, folder: RunFolder, log: TrackedLog, bar: RunProgress) -> Means:
+    def _train_epoch(self, folder: RunFolder, log: RunLog, bar: RunProgress) -> None:
         """What is left of the epoch in progress."""
-        means = Means(self.progress.means)
-        self.parts.batches.start(self.progress.epoch, self.progress.batch)
-        self.parts.trainee.train()
-        for pieces, waited in _timed(_in_groups(self._loader, self.config.accumulate)):
+        progress, sampler = self.progress, self.plan.sampler
+        sampler.set_epoch(progress.epoch, progress.batch)
+        self.module.train()
+        for micro_batches, waited in _timed(_in_groups(self._loader, self.config.accumulate)):
             with self._stop.held():
-                begun, lr = time.perf_counter(), self.updates.lr
-                terms = self.step(*pieces)
-                means.add(terms)
-                self._advance(means)
-                images = self.group.size * sum(len(batch.labels) for batch in pieces)
-                self.pace.add(images, waited, time.perf_counter() - begun)
-                self._report(pieces, terms, lr, log, bar)
+                begun, lr = time.perf_counter(), self.optimizer.param_groups[0]["lr"]
+                self.step(micro_batches)
+                reads = not self._on_gpu or progress.step % self.config.log_every == 0
+                told_to_stop = reads and self._agree()
+                images = self.group.size * sum(len(batch.labels) for batch in micro_batches)
+                self._throughput.add(images, waited, time.perf_counter() - begun)
+                self._report(micro_batches, lr, log, bar, reads=reads)
+                self._call("on_step")
                 if self._saves_now():
-                    self._write(folder.last)
-            if self._told_to_stop:
+                    self._write(folder)
+            if told_to_stop:
                 raise self._stop.now()
-        return means
 
-    def _save(self, *paths: Path) -> None:
-        """Write the run as it is now; a signal waits until that is done."""
-        with self._stop.held():
-            self._write(*paths)
+    def _agree(self) -> bool:
+        """Whether processes stop after this step, because any of them got a signal; waits for the device.
 
-    def _write(self, *paths: Path) -> None:
-        """Write the run; of several processes, the main one does."""
-        self._require_finite_weights()
-        for path in paths:
-            checkpoint = self.checkpoint()
-            if self.group.is_main:
-                save_checkpoint(path, checkpoint)
+        Raises:
+            UserError: The loss of any process was not finite since this was last asked.
+        """
+        own = self._means.first_not_finite()
+        is_bad, is_told = self.group.any(own is not None, self._stop.signal is not None, device=self.device)
+        if not is_bad:
+            return is_told and self.group.size > 1  # alone, the signal raises by itself
+        step = min(bad for bad in self.group.gather(own) if bad is not None)
+        batch = self.progress.batch - (self.progress.step - step) - 1
+        rows = [row for micro in self.plan.sampler.micro_batches(self.progress.epoch, batch) for row in micro]
+        terms = self._means.first_not_finite_terms()
+        raise not_finite_loss(step - 1, self.progress.epoch, terms, rows, self.group)
 
-    def _require_finite_weights(self) -> None:
-        """Keep the checkpoint there is from being replaced by weights that nothing can be learned with any more."""
-        if all(weights.isfinite().all() for weights in self.parts.trainee.parameters()):
-            return
-        if not self.group.is_main:  # whose weights are the same
-            raise SystemExit(UserError.exit_code)
-        raise UserError(
-            f"weights are not finite after step {self.progress.step}: not saved, the checkpoint before this one stays; "
-            "lower --optim.lr, set --optim.clip-grad, or use --amp off, in a new run"
-        )
-
-    def _checkpoint_bytes(self) -> int:
-        return sum(weights.nbytes for weights in self.parts.trainee.parameters()) + self.updates.state_bytes()
-
-    def _report(
-        self, pieces: Sequence[Batch], terms: dict[str, float], lr: float, log: TrackedLog, bar: RunProgress
-    ) -> None:
+    def _report(self, micro_batches: Sequence[Batch], lr: float, log: RunLog, bar: RunProgress, *, reads: bool) -> None:
         epoch, step = self.progress.epoch, self.progress.step
-        bar.step(epoch, self.config.epochs, terms["total"])
-        if unreadable := self._unreadable(pieces):
+        logged = step % self.config.log_every == 0
+        values = self._means.last(self.group) if logged else {}
+        bar.step(epoch, self.config.epochs, self._means.last_total if reads else None)
+        self._unreadable += [line for batch in micro_batches for line in batch.unreadable]
+        if reads and (unreadable := self._all_unreadable()):
             log.write("unreadable", step, epoch=epoch, samples=unreadable)
             bar.note(f"left out, unreadable: {'; '.join(unreadable)}")
-        if step % self.config.log_every == 0:
-            memory = peak_memory(self.parts.device)
-            log.write("step", step, epoch=epoch, lr=lr, **terms, **self.pace.since_last(), memory=memory)
+        if logged:
+            speed = {**self._throughput.since_last(), "memory": peak_memory(self.device)}
+            log.write("step", step, epoch=epoch, lr=lr, **values, speed=speed)
+
+    def _all_unreadable(self) -> list[str]:
+        """Samples that any process left out since this was last asked."""
+        own, self._unreadable = self._unreadable, []
+        if not self.plan.dataset.views.skips_unreadable:
+            return own  # none: replayed samples must be readable, so there is nothing to ask the others
+        return [line for lines in self.group.gather(own) for line in lines]
 
     def _saves_now(self) -> bool:
         """Whether a checkpoint is due inside the epoch; its end has its own."""
         every = self.config.checkpoint_every
-        return every > 0 and self.progress.step % every == 0 and self.progress.batch < self.parts.batches.per_epoch
+        return every > 0 and self.progress.step % every == 0 and self.progress.batch < self.plan.sampler.per_epoch
 
-    def _unreadable(self, pieces: Sequence[Batch]) -> list[str]:
-        own = [line for batch in pieces for line in batch.unreadable]
-        if not self.parts.dataset.views.skips_unreadable:
-            return own  # none: replayed samples must be readable, so there is nothing to ask the others
-        return [line for lines in self.group.gather(own) for line in lines]
+    def _end_epoch(self, folder: RunFolder, log: RunLog, bar: RunProgress) -> None:
+        """Validate, log, and save: best first, so that a crash between the two repeats the epoch's end."""
+        progress, config, improved = self.progress, self.config, False
+        told_to_stop = self._on_gpu and self._agree()  # of the steps since the last logged one
+        if told_to_stop:
+            raise self._stop.now()
+        values: dict[str, Any] = {**self._means.means(self.group)}
+        if self._validates():
+            self._save(folder)  # validation can fail, or be stopped, and the epoch's work must not be lost
+            accuracy = self._validate()
+            values["val"] = {
+                "top1": accuracy.top1, "top5": accuracy.top5, "samples": accuracy.samples,
+                "unreadable": list(accuracy.unreadable),
+            }  # fmt: skip
+            improved = progress.best_top1 is None or accuracy.top1 > progress.best_top1
+        progress.teacher_seconds = self.plan.teacher.seconds
+        values["speed"] = {
+            "seconds_per_step": self._throughput.median(),
+            "teacher_seconds": progress.teacher_seconds,
+        }
+        log.write("epoch", progress.step, epoch=progress.epoch, **values)
+        bar.note(_epoch_line(progress.epoch, config.epochs, values))
+        self._call("on_epoch", values)
+        with self._stop.held():
+            if improved:
+                progress.best_top1 = values["val"]["top1"]
+                if self.group.is_main:
+                    description = describe_student(self.student, self.plan.preprocessing)
+                    save_student(folder.best, description, self.eval_model.state_dict())
+            progress.epoch, progress.batch, self._means = progress.epoch + 1, 0, TermMeans()
+            self._write(folder)
 
-    def step(self, *pieces: Batch) -> dict[str, float]:
-        """One optimizer step: forward, loss and backward of every piece of this process's batch, then the update.
+    def _validates(self) -> bool:
+        epoch = self.progress.epoch
+        due = (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.epochs
+        return due and self._evaluator is not None
 
-        Returns:
-            Every loss term, its mean over pieces and processes.
+    def _validate(self) -> Accuracy:
+        """Accuracy on the validation tars, of which every process takes its share.
 
         Raises:
-            InputError: None of a piece's images can be read.
-            UserError: The loss is not finite; nothing was updated.
+            Stopped: A signal came meanwhile, to any process.
         """
-        values: list[dict[str, float]] = []
-        for batch in pieces:
-            if not len(batch.labels):
-                raise InputError(f"no image of a batch can be read: {'; '.join(batch.unreadable[:3])}; fix the tars")
-            with gradients_shared(self._forward, now=batch is pieces[-1]):
-                terms = self.losses(batch)
-                values.append(self._values(terms, batch))
-                self.updates.backward(terms["total"] / len(pieces))
-        self.updates.apply(self.progress.step + 1)
-        return {name: sum(piece[name] for piece in values) / len(pieces) for name in values[0]}
+        assert self._evaluator is not None  # _validates asked
+        alone = self.group.size == 1
+        with self._stop.at_once() if alone else nullcontext():
+            accuracy = self._evaluator(self.eval_model, stop=lambda: not alone and self._stop.signal is not None)
+        if accuracy is None:
+            raise self._stop.now()
+        return accuracy
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Every term of the method's loss for a batch, ``total`` being their sum."""
-        device = self.parts.device
-        taps, teacher_logits = self._teacher_features(batch)
-        images, labels = self._normalise(batch.pixels), batch.labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, AMP_DTYPES.get(self.config.amp), enabled=self.config.amp in AMP_DTYPES):
-            return self._forward(images, labels, taps, teacher_logits)
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, hook)(self, *arguments)
 
-    def _values(self, terms: dict[str, Tensor], batch: Batch) -> dict[str, float]:
-        """The terms as numbers, their mean over processes."""
-        own = torch.stack([term.detach().float() for term in terms.values()])
-        told = own.new_tensor([float(self._stop.signal is not None)])  # with them, so that all stop after one step
-        *means, told = self.group.mean(torch.cat([own, told])).tolist()
-        self._told_to_stop = told > 0
-        values = dict(zip(terms, means, strict=True))
-        if not all(map(math.isfinite, values.values())):
-            self._stop_at(dict(zip(terms, own.tolist(), strict=True)), batch)
-        return values
+    def _save(self, folder: RunFolder) -> None:
+        """Write the run as it is now; a signal waits until that is done."""
+        with self._stop.held():
+            self._write(folder)
 
-    def _teacher_features(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Taps and logits on the device in float32: from the batch, or from the live teacher."""
-        device, live, logits = self.parts.device, self.parts.live, batch.logits
-        if live is None:
-            taps = {name: self._decoded(name, parts) for name, parts in batch.taps.items()}
-        else:
-            features = live.read(batch.row_ids(), self.parts.taps, pixels=batch.pixels.numpy())
-            taps = {name: torch.from_numpy(tap).to(device).float() for name, tap in features.taps.items()}
-            logits = None if features.logits is None else torch.from_numpy(features.logits)
-        return taps, None if logits is None else logits.to(device, non_blocking=True).float()
+    def _write(self, folder: RunFolder) -> None:
+        """Write the run; of several processes, the main one does."""
+        require_finite_weights(self.module, self.progress.step, self.group)
+        checkpoint = self.checkpoint()
+        if self.group.is_main:
+            folder.save(checkpoint)
 
-    def _decoded(self, tap: str, parts: dict[str, Tensor]) -> Tensor:
-        decoder = self.parts.decoders.get(tap)
-        if decoder is None:
-            return parts[""].to(self.parts.device, non_blocking=True).float()
-        return decoder(parts, self.parts.device)
-
-    def _stop_at(self, values: dict[str, float], batch: Batch) -> NoReturn:
-        """End the run, naming the rows of the first process whose loss is not finite."""
-        everyone = self.group.gather((values, batch.row_ids()[:4]))
-        values, first_rows = next(((v, r) for v, r in everyone if not all(map(math.isfinite, v.values()))), everyone[0])
-        terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        rows = ", ".join(f"unit {row.unit} position {row.position} view {row.view}" for row in first_rows)
-        if not self.group.is_main:
-            raise SystemExit(UserError.exit_code)
-        raise UserError(
-            f"the loss is not finite at step {self.progress.step} (epoch {self.progress.epoch}): {terms}; first rows "
-            f"of the batch: {rows}; lower --optim.lr, set --optim.clip-grad, or use --amp off"
-        )
-
-    def _advance(self, means: Means) -> None:
-        live = self.parts.live
-        self.progress = replace(
-            self.progress,
-            batch=self.progress.batch + 1,
-            step=self.progress.step + 1,
-            means=means.state_dict(),
-            teacher_seconds=0.0 if live is None else live.seconds,
-        )
-
-    def _end_epoch(self, means: Means, folder: RunFolder, log: TrackedLog, bar: RunProgress) -> None:
-        """Validate, log, and save: best first, so that a crash between the two repeats the epoch's end."""
-        epoch, values = self.progress.epoch, dict[str, Any](means.means())
-        best, improved = self.progress.best_top1, False
-        if self._validates(epoch):
-            self._save(folder.last)  # validation can fail, or be stopped, and the epoch's work must not be lost
-            accuracy = self.group.from_main(self._accuracy)
-            if accuracy is None:
-                raise self._stop.now()
-            values |= {"top1": accuracy.top1, "top5": accuracy.top5, "val_samples": accuracy.samples}
-            values |= {"val_unreadable": list(accuracy.unreadable)}
-            improved = best is None or accuracy.top1 > best
-            best = accuracy.top1 if improved else best
-        log.write("epoch", self.progress.step, epoch=epoch, **values, teacher_seconds=self.progress.teacher_seconds,
-                  seconds_per_step=self.pace.median())  # fmt: skip
-        bar.note(_epoch_line(epoch, self.config.epochs, values))
-        self.progress = replace(self.progress, epoch=epoch + 1, batch=0, means=None, best_top1=best)
-        self._save(*([folder.best] if improved else []), folder.last)
-
-    def _validates(self, epoch: int) -> bool:
-        due = (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.epochs
-        return due and bool(self.config.val_tars)
-
-    def _accuracy(self) -> Accuracy | None:
-        """None if a signal came meanwhile."""
-        assert self._evaluate is not None  # the main process has one if there are validation tars
-        try:
-            with self._stop.at_once():
-                return self._evaluate(self.updates.validated)
-        except Stopped:
-            return None
+    def _checkpoint_bytes(self) -> int:
+        averaged = [] if self.ema is None else list(self.ema.parameters())
+        return sum(weights.nbytes for weights in (*self._parameters, *averaged)) + state_bytes(self.optimizer)
 
     def checkpoint(self) -> Checkpoint:
-        """The run as it is now."""
+        """The run as it is now; every process calls this."""
+        self.progress.teacher_seconds = self.plan.teacher.seconds
         return Checkpoint(
-            student=describe_student(self.student, self.parts.preprocessing),
+            student=describe_student(self.student, self.plan.preprocessing),
             weights=self.student.model.state_dict(),
-            loss=self.loss.state_dict(),
-            progress=self.progress,
+            loss=self.method.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            progress=replace(self.progress, means=self._means.state_dict(self.group)),
             rng=self.group.gather(rng_state()),
+            ema=None if self.ema is None else self.ema.module.state_dict(),
+            scaler=self._scaler.state_dict(),
             ema_eval=self.config.ema_eval,
-            **self.updates.state_dict(),
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint of the same config.
+        """Go back to a checkpoint of the same run.
 
         Raises:
-            InputError: Its tensors do not fit, after a change of timm or of this package.
+            InputError: Its tensors do not fit, or it is past the epochs asked for.
         """
-        try:
-            self.student.model.load_state_dict(checkpoint.weights)
-            self.loss.load_state_dict(checkpoint.loss)
-            self.updates.load_state_dict(
-                {"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler, "ema": checkpoint.ema}
-            )
-        except (RuntimeError, ValueError) as error:
+        checkpoint.load_into(
+            self.student.model, self.method, self.optimizer, self._scaler, self.ema and self.ema.module
+        )
+        self.progress = replace(checkpoint.progress, means=None)
+        if self.progress.epoch > self.config.epochs:
             raise InputError(
-                f"the checkpoint does not fit the run: {one_line(error)}; resume with the versions in its config.json"
-            ) from error
-        self.progress = checkpoint.progress
-        if self.parts.live is not None:
-            self.parts.live.seconds = checkpoint.progress.teacher_seconds
-        set_rng_state(checkpoint.rng[self.group.rank])
+                f"--epochs is {self.config.epochs}, but the run has done {self.progress.epoch}; give at least as many"
+            )
+        self._means.load_state_dict(checkpoint.progress.means, self.group)
+        self.plan.teacher.seconds = checkpoint.progress.teacher_seconds
+        if len(checkpoint.rng) == self.group.size:
+            set_rng_state(checkpoint.rng[self.group.rank])
+        else:  # another number of processes: new random numbers, which do not repeat those of the run's start
+            torch.manual_seed((self.config.seed + self.group.rank + 1000003 * self.progress.step) % 2**64)
 
     def result(self, folder: RunFolder) -> TrainResult:
         """What the run gave so far."""
         history = tuple(line for line in read_metrics(folder.metrics) if line["kind"] == "epoch")
-        validated = [line["top1"] for line in history if "top1" in line]
+        validated = [line["val"]["top1"] for line in history if "val" in line]
         return TrainResult(
             run=folder.path,
             best_top1=self.progress.best_top1,
             last_top1=validated[-1] if validated else None,
             steps=self.progress.step,
-            seconds_per_step=self.pace.median(),
+            seconds_per_step=self._throughput.median(),
             teacher_seconds=self.progress.teacher_seconds,
             history=history,
         )
+
+    def close(self) -> None:
+        """End the processes that make batches."""
+        self._loader.close()
+        if self._evaluator is not None:
+            self._evaluator.close()
 
 
 def _in_groups(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
@@ -439,6 +450,7 @@ def _timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
 
 
 def _epoch_line(epoch: int, epochs: int, values: dict[str, Any]) -> str:
-    accuracy = f", top-1 {values['top1']:.2f} %" if "top1" in values else ""
-    unreadable = f", {len(values['val_unreadable'])} unreadable" if values.get("val_unreadable") else ""
-    return f"epoch {epoch + 1}/{epochs}: loss {values['total']:.4f}{accuracy}{unreadable}"
+    val = values.get("val", {})
+    accuracy = f", top-1 {val['top1']:.2f} %" if val else ""
+    unreadable = f", {len(val['unreadable'])} unreadable" if val.get("unreadable") else ""
+    return f"epoch {epoch + 1}/{epochs}: loss {values['loss']['total']:.4f}{accuracy}{unreadable}"

@@ -1,6 +1,7 @@
 """Fixtures shared by tests that go from image tars through a teacher."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,6 +12,8 @@ from tiny_jobs import TINY_SWIN, TINY_VIT, TinyTeacher, make_teacher
 
 # processes of all tests are forks of one server that has imported torch, student_trainer and teacher_service once
 multiprocessing.set_forkserver_preload(["student_trainer.train", "teacher_service.cache.job"])
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # of nohup: a signal that is ignored stays so in all we start
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Mutation testing needs to know that a test fails, not the smallest input for which it does.
 settings.register_profile("mutants", derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate])
 

@@ -5,8 +5,9 @@ import io
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ from feature_store.teacher.model import Teacher, load_teacher
 from feature_store.views import ViewPolicy, apply_view, decode_image, draw_view, pixel_crc, view_policy
 from feature_store.write.unit import EncodedUnit
 from student_trainer.config import TrainConfig
+from student_trainer.teachers.config import (
+    LiveOptions,
+    LiveTeacher,
+    NoTeacher,
+    ServiceTeacher,
+    StoreTeacher,
+    TeacherConfig,
+    teacher_from_options,
+)
 
 CLASSES = 4
 SIZE = 64
@@ -44,8 +54,10 @@ BEIT: tuple[str, dict[str, Any]] = ("beitv2_large_patch16_224", _SMALL)
 DINOV3: tuple[str, dict[str, Any]] = ("vit_large_patch16_dinov3", _SMALL)
 FAMILIES = {"vit": VIT, "swin": SWIN, "beit": BEIT, "dinov3": DINOV3}
 
-# numbers of metrics.jsonl that no two runs share
-TIMING = {"images_per_second", "data_wait", "seconds_per_step", "teacher_seconds", "memory"}
+TEACHER_OPTIONS = frozenset(signature(teacher_from_options).parameters)
+
+# what no two runs share in metrics.jsonl
+TIMING = {"speed"}
 
 
 @dataclass(frozen=True)
@@ -191,10 +203,41 @@ def make_world(root: Path, spec: tuple[str, dict[str, Any]] = VIT, *, codec: str
 
 
 def train_config(run: Path, world: World | None = None, **changes: Any) -> TrainConfig:
-    """One epoch of three batches of a small network on a world, the shared one unless given, with changes."""
+    """One epoch of three batches of a small network on a world, the shared one unless given, with changes.
+
+    Options of the teacher (store, source, teacher, views...) are given as on the command line.
+    """
     world = world or shared_world()
     common: dict[str, Any] = {
         "student": "test_resnet", "tars": world.tars, "store": world.store, "epochs": 1, "batch_size": 8, "workers": 0,
         "log_every": 1, "report": False, "progress": False,
     }  # fmt: skip
-    return TrainConfig(run=run, **{**common, **changes})
+    return TrainConfig(run=run, **_with_teacher({**common, **changes}))
+
+
+def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """A config with other values; options of the teacher are given as on the command line."""
+    if TEACHER_OPTIONS & changes.keys():
+        changes = _with_teacher({**_options_of(config.teacher), **changes})
+    return replace(config, **changes)
+
+
+def _with_teacher(values: dict[str, Any]) -> dict[str, Any]:
+    options = {name: values.pop(name) for name in TEACHER_OPTIONS & values.keys()}
+    store = options.pop("store", None)
+    stores = () if store is None else store if isinstance(store, tuple) else (store,)
+    return {**values, "teacher": teacher_from_options(stores, **options)}
+
+
+def _options_of(teacher: TeacherConfig) -> dict[str, Any]:
+    match teacher:
+        case StoreTeacher(store, _, replay):
+            return {"store": store, **vars(replay)}
+        case ServiceTeacher(url, live, token_file, replay):
+            return {"source": f"live+{url}" if live else url, "token_file": token_file, **vars(replay)}
+        case LiveTeacher(store=store, replay=replay, views=views):
+            own = {field.name: getattr(teacher, field.name) for field in fields(LiveOptions)}
+            return {"source": "live", "store": store, "teacher": LiveOptions(**own), "views": views, **vars(replay)}
+        case NoTeacher(views):
+            return {"views": views}
+    return {"store": tuple(one.store for one in teacher), "store_weights": tuple(one.weight for one in teacher)}

@@ -26,24 +26,33 @@ from student_trainer.data.replayed import ViewSupplier
 _SHOWN = 5  # names listed in an error message
 
 
+class RawFeatures(NamedTuple):
+    """One teacher's features as a source gave them.
+
+    Attributes:
+        taps: Parts [B, ...] of each tap by suffix, to be decoded on the trainer's device; values alone under ``""``.
+        logits: Teacher logits [B, K], or None.
+    """
+
+    taps: dict[str, dict[str, Tensor]]
+    logits: Tensor | None
+
+
 class Batch(NamedTuple):
-    """What one step trains on.
+    """What one pass trains on, as a worker made it.
 
     Attributes:
         rows: int64 [B, 3]: unit, position, view.
         pixels: uint8 [B, H, W, 3].
         labels: int64 [B].
-        taps: Teacher features, each tap's parts [B, ...] by suffix: as stored, to be decoded on the trainer's
-            device, or values as a service computed them; empty if a live teacher in the training process gives them.
-        logits: Teacher logits [B, K], or None.
+        features: Of each teacher; empty if none are read.
         unreadable: ``tar/key: reason`` of samples left out; always empty when a store is replayed.
     """
 
     rows: Tensor
     pixels: Tensor
     labels: Tensor
-    taps: dict[str, dict[str, Tensor]]
-    logits: Tensor | None
+    features: tuple[RawFeatures, ...]
     unreadable: list[str]
 
     def row_ids(self) -> list[RowId]:
@@ -63,8 +72,7 @@ class ViewDataset(Dataset[Batch]):
         views: ViewSupplier,
         *,
         num_classes: int | None = None,
-        source: FeatureSource | None = None,
-        taps: Sequence[str] = (),
+        sources: Sequence[FeatureSource] = (),
     ) -> None:
         """Join tars, views and features.
 
@@ -72,11 +80,9 @@ class ViewDataset(Dataset[Batch]):
             tars: One per unit, in unit order, of the kind the views are read from.
             views: Which view each row is, and its pixels.
             num_classes: Refuse labels that reach this; None to accept any.
-            source: Features to put into the batches, or None.
-            taps: Taps to read from the source.
+            sources: Give the features put into the batches, each all of its taps; one for each teacher.
         """
-        self.tars, self.views, self.num_classes = tuple(tars), views, num_classes
-        self.source, self.taps = source, tuple(taps)
+        self.tars, self.views, self.num_classes, self.sources = tuple(tars), views, num_classes, tuple(sources)
 
     def __getitem__(self, rows: Sequence[RowId]) -> Batch:
         """The batch of these rows, in this order.
@@ -99,11 +105,14 @@ class ViewDataset(Dataset[Batch]):
                 pixels.append(view)
                 labels.append(label)
         stacked = np.stack(pixels) if pixels else np.zeros((0, *self.views.size, 3), np.uint8)
-        taps, logits = self._features(kept, stacked)
+        kept_rows = np.array(kept, np.int64).reshape(-1, 3)
         return Batch(
-            torch.tensor(kept, dtype=torch.int64).reshape(-1, 3),
-            torch.from_numpy(stacked), torch.tensor(labels, dtype=torch.int64), taps, logits, unreadable,
-        )  # fmt: skip
+            torch.from_numpy(kept_rows),
+            torch.from_numpy(stacked),
+            torch.tensor(labels, dtype=torch.int64),
+            tuple(_read(source, kept_rows, stacked) for source in self.sources),
+            unreadable,
+        )
 
     def _view(self, row: RowId) -> tuple[np.ndarray, int]:
         sample = self.views.read(self.tars[row.unit], row)
@@ -122,13 +131,14 @@ class ViewDataset(Dataset[Batch]):
             f"{error}; restore the tar as it was then"
         ) from error
 
-    def _features(self, rows: list[RowId], pixels: np.ndarray) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
-        if self.source is None:
-            return {}, None
-        features = self.source.read(rows, self.taps, pixels=pixels, decode=False)
-        logits = None if features.logits is None else torch.from_numpy(features.logits)
-        parts = {tap: {"": values} for tap, values in features.taps.items()} | features.encoded
-        return {tap: {name: as_tensor(part) for name, part in some.items()} for tap, some in parts.items()}, logits
+
+def _read(source: FeatureSource, rows: np.ndarray, pixels: np.ndarray) -> RawFeatures:
+    features = source.read(rows, pixels=pixels, decode=False)
+    logits = None if features.logits is None else torch.from_numpy(features.logits)
+    parts = {tap: {"": values} for tap, values in features.taps.items()} | features.encoded
+    return RawFeatures(
+        {tap: {name: as_tensor(part) for name, part in some.items()} for tap, some in parts.items()}, logits
+    )
 
 
 def match_tars(store: Store, tars: Sequence[Tar]) -> list[Tar]:

@@ -183,11 +183,11 @@ def _share(batch: Batch) -> None:
     Raises:
         ResourceError: There is no room.
     """
-    parts = [part for parts in batch.taps.values() for part in parts.values()]
+    parts = [part for given in batch.features for tap in given.taps.values() for part in tap.values()]
+    logits = [given.logits for given in batch.features if given.logits is not None]
     try:
-        for tensor in (batch.rows, batch.pixels, batch.labels, *parts, batch.logits):
-            if tensor is not None:
-                tensor.share_memory_()
+        for tensor in (batch.rows, batch.pixels, batch.labels, *parts, *logits):
+            tensor.share_memory_()
     except RuntimeError as error:
         raise ResourceError(f"a batch cannot be handed over, {_room()}: {one_line(error)}; {_REMEDY}") from error
 

@@ -9,21 +9,21 @@ from feature_store.errors import InputError
 from feature_store.format.addressing import RowId
 
 
-class EpochBatches(Sampler[list[RowId]]):
+class EpochSampler(Sampler[list[RowId]]):
     """Batches of row addresses, one epoch at a time.
 
     Units are permuted; then groups of ``shuffle_units`` neighbours are mixed and permuted as one. Reads stay inside
     few units at a time, which is what makes a store on slow disks bearable. The last incomplete batch is dropped.
     Epoch e uses view e mod ``num_views``, or view e itself when views are drawn without end.
 
-    Each of several processes gets its share of every batch, in ``accumulate`` pieces of one size; which rows make up
-    a batch depends on neither.
+    Each of several processes gets its share of every batch, in ``accumulate`` micro-batches of one size; which rows
+    make up a batch depends on neither.
 
     Attributes:
         units: Positions to train on, one int array per unit.
         rows: Rows of an epoch, before the incomplete batch is dropped.
         num_views: Number of views V; None if every epoch has its own.
-        rows_per_pass: Rows that a process has in memory at once: those of one of its pieces.
+        rows_per_pass: Rows of a micro-batch, which a process has in memory at once.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class EpochBatches(Sampler[list[RowId]]):
             seed: Seed of every epoch's order.
             shuffle_units: Units mixed together.
             num_views: Number of views V; None if every epoch has its own.
-            accumulate: Pieces a process's share of a batch is given in.
+            accumulate: Micro-batches that a process's share of a batch is given in.
             rank: Number of this process.
             processes: Number of processes that share every batch.
 
@@ -69,7 +69,7 @@ class EpochBatches(Sampler[list[RowId]]):
         self.rows_per_pass = batch_size // (processes * accumulate)
         self._own = range(rank * accumulate, (rank + 1) * accumulate)  # pieces of every batch that are this process's
 
-    def start(self, epoch: int, first_batch: int = 0) -> None:
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose what the next iteration gives: an epoch, from one of its batches on."""
         self._epoch, self._first = epoch, first_batch
 
@@ -82,13 +82,23 @@ class EpochBatches(Sampler[list[RowId]]):
         return (self.per_epoch - self._first) * len(self._own)
 
     def __iter__(self) -> Iterator[list[RowId]]:
-        order = self.epoch_rows(self._epoch)
-        view = self._epoch if self.num_views is None else self._epoch % self.num_views
+        order, view = self.epoch_rows(self._epoch), self.view_of(self._epoch)
         for batch in range(self._first, self.per_epoch):
-            for piece in self._own:
-                start = batch * self._batch_size + piece * self.rows_per_pass
-                rows = order[start : start + self.rows_per_pass].tolist()
-                yield [RowId(unit, position, view) for unit, position in rows]
+            yield from self._micro_batches(order, view, batch)
+
+    def micro_batches(self, epoch: int, batch: int) -> list[list[RowId]]:
+        """Rows of each of this process's micro-batches of one batch."""
+        return list(self._micro_batches(self.epoch_rows(epoch), self.view_of(epoch), batch))
+
+    def _micro_batches(self, order: np.ndarray, view: int, batch: int) -> Iterator[list[RowId]]:
+        for piece in self._own:
+            start = batch * self._batch_size + piece * self.rows_per_pass
+            rows = order[start : start + self.rows_per_pass].tolist()
+            yield [RowId(unit, position, view) for unit, position in rows]
+
+    def view_of(self, epoch: int) -> int:
+        """View index of an epoch: epoch mod V, or a view of its own if V is None."""
+        return epoch if self.num_views is None else epoch % self.num_views
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
         """All (unit, position) pairs of an epoch in order, int64 [rows, 2]."""

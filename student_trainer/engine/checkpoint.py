@@ -6,28 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 from feature_store.backends.files import replacing
 from feature_store.errors import InputError, MismatchError, ResourceError, one_line
 from feature_store.teacher.weights import read_file
+from student_trainer.students.load import CHECKPOINT_FORMAT
 
-FORMAT = 2
-
-# Options that say where something lies, or how much of it is used: what comes of them is compared instead, see a run's
-# inputs.
-_PLACES = frozenset(
-    {"store", "source", "tars", "views_from", "val_tars", "keys_file", "num_views", "teacher.checkpoint",
-     "student_kwargs.checkpoint_path"}
-)  # fmt: skip
-# Options that cannot change a run's numbers.
-_FREE = frozenset(
-    {"run", "resume", "progress", "workers", "start_method", "log_every", "val_every", "checkpoint_every",
-     "check_all_pixels", "scratch", "allow_pipe", "token_file", "tensorboard", "wandb", "report", "preset",
+# Settings that may differ when a run is resumed, because they cannot change its numbers. What the teacher is, where it
+# lies and how it is read is compared by content instead, see a run's inputs.
+_RESUMABLE = frozenset(
+    {"run", "resume", "progress", "workers", "start_method", "log_every", "val_every", "checkpoint_every", "scratch",
+     "allow_pipe", "tensorboard", "wandb", "mlflow", "report", "preset", "teacher", "expect",
      "scalekd.checkpoint_later_blocks"}
 )  # fmt: skip
+# Settings that say where something lies: what lies there is compared.
+_LOCATIONS = frozenset({"tars", "views_from", "val_tars", "keys_file", "student_kwargs.checkpoint_path"})
+# Settings that may change the numbers, or the schedule, from there on, and are told.
+_TOLD = frozenset({"device", "epochs"})
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
     """How far a run is.
 
@@ -37,7 +38,7 @@ class Progress:
         step: Optimizer steps done in all.
         best_top1: Best validation accuracy so far, in percent; None before the first validation.
         teacher_seconds: Time spent in a live teacher.
-        means: State of the epoch's running means.
+        means: State of the epoch's running means, see TermMeans; only in checkpoints.
     """
 
     epoch: int = 0
@@ -57,7 +58,7 @@ class Checkpoint:
     Attributes:
         student: The student's timm name, arguments, input size and normalisation, see ``train``.
         weights: State dict of the timm model.
-        loss: State dict of the loss module: the projectors.
+        loss: State dict of the method: its projectors.
         optimizer: State dict of the optimizer.
         progress: How far the run is.
         rng: Random state per device kind, of every process.
@@ -76,10 +77,26 @@ class Checkpoint:
     scaler: dict[str, Any] = field(default_factory=dict)
     ema_eval: bool = True
 
-    @property
-    def trained(self) -> dict[str, Any]:
-        """The weights to use, which are those the run validates: averaged ones if it keeps and evaluates any."""
-        return self.ema if self.ema is not None and self.ema_eval else self.weights
+    def load_into(
+        self, student: nn.Module, method: nn.Module, optimizer: Optimizer, scaler: GradScaler, ema: nn.Module | None
+    ) -> None:
+        """Give a run's parts the state they had.
+
+        Raises:
+            InputError: Tensors that do not fit, after a change of timm or of this package.
+        """
+        try:
+            student.load_state_dict(self.weights)
+            method.load_state_dict(self.loss)
+            optimizer.load_state_dict(self.optimizer)
+            if scaler.is_enabled():
+                scaler.load_state_dict(self.scaler)
+            if ema is not None:
+                ema.load_state_dict(self.ema or {})
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"the checkpoint does not fit the run: {one_line(error)}; resume with the versions in its config.json"
+            ) from error
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -91,7 +108,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
     try:
         with replacing(path, durable=True) as partial, partial.open("wb") as file:
-            torch.save({"format": FORMAT, **fields, "progress": asdict(checkpoint.progress)}, file)
+            torch.save({"format": CHECKPOINT_FORMAT, **fields, "progress": asdict(checkpoint.progress)}, file)
     except (OSError, RuntimeError) as error:  # torch tells of a failed write by a RuntimeError
         raise ResourceError(
             f"checkpoint {path} cannot be written: {one_line(error)}; make room on the disk and run the same command "
@@ -113,10 +130,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise _not_a_checkpoint(path, "it " + str(error).removeprefix(f"checkpoint {path} ")) from error
     found = saved.get("format") if isinstance(saved, dict) else None
     if found is None:
-        raise _not_a_checkpoint(path, "it has no format number; give the run's folder, or its best.pt or last.pt")
-    if found != FORMAT:
+        raise _not_a_checkpoint(path, "it has no format number; give the run's folder, or its last.pt")
+    if found != CHECKPOINT_FORMAT:
         raise InputError(
-            f"{path} has checkpoint format {found!r}, this build reads {FORMAT}; use the release that wrote it"
+            f"{path} has checkpoint format {found!r}, this build reads {CHECKPOINT_FORMAT}; use the release that "
+            "wrote it"
         )
     try:
         saved.setdefault("ema_eval", True)  # not in checkpoints from before there was a choice
@@ -155,7 +173,7 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
     for section in ("config", "inputs"):
         before, now = _flat(saved[section]), _flat(current[section])
         for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name) and not (section == "config" and _is_free(name)):
+            if before.get(name) != now.get(name) and not (section == "config" and _may_differ(name)):
                 raise MismatchError(
                     f"{section}.{name}",
                     where="the run",
@@ -165,8 +183,35 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
                 )
 
 
-def _is_free(name: str) -> bool:
-    return name in _FREE | _PLACES or name.partition(".")[0] == "expect"
+def resume_notes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What is different for a run from where it is resumed, a sentence each; the order of samples never is.
+
+    Args:
+        saved: The run's config.json.
+        current: What it would be now.
+    """
+    notes = []
+    for name, consequence in (
+        ("processes", "other random numbers in dropout and drop path, and other rounding"),
+        ("device", "rounding may differ"),
+    ):
+        before, now = saved["plan"].get(name), current["plan"].get(name)
+        if before != now:
+            notes.append(
+                f"{name} {before} before, {now} from here on: the same samples in the same order; {consequence}"
+            )
+    before, now = saved["config"]["epochs"], current["config"]["epochs"]
+    if before != now:
+        notes.append(f"epochs {before} before, {now} now: from here on the learning rate follows the new schedule")
+    versions = ((name, saved["software"].get(name), current["software"].get(name)) for name in ("torch", "timm"))
+    notes += [
+        f"{name} {before} before, {now} now: numbers may differ" for name, before, now in versions if before != now
+    ]
+    return notes
+
+
+def _may_differ(name: str) -> bool:
+    return name in _RESUMABLE | _LOCATIONS | _TOLD or name.partition(".")[0] in _RESUMABLE
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,9 +18,21 @@ from feature_store.errors import InputError, ResourceError, UserError, one_line
 T = TypeVar("T")
 
 _RELEASE_SECONDS = 0.2
-_PATIENCE = timedelta(hours=2)  # the others wait while the main process validates
+_TIMEOUT = timedelta(hours=2)  # the others wait while the main process validates
 JOIN = timedelta(minutes=2)  # processes of one run start within seconds of each other
 _VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class OtherProcessError(UserError):
+    """The run ended because of an error that the main process tells.
+
+    Attributes:
+        exit_code: That error's.
+    """
+
+    def __init__(self, cause: UserError) -> None:
+        super().__init__(f"another process of the run failed: {cause}")
+        self.exit_code = cause.exit_code
 
 
 @dataclass(frozen=True)
@@ -58,17 +70,23 @@ class Group:
         dist.all_gather_object(items, item)
         return cast("list[T]", items)
 
-    def from_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes, on every process; its user error ends all of them, see together."""
-        made = self.together(lambda: make() if self.is_main else None)
+    def broadcast_from_main(self, make: Callable[[], T]) -> T:
+        """What the main process makes, on every process; its user error ends all of them, see all_or_raise."""
+        made = self.all_or_raise(lambda: make() if self.is_main else None)
         return cast("T", self.gather(made)[0])
 
-    def together(self, build: Callable[[], T]) -> T:
+    def any(self, *flags: bool, device: torch.device) -> tuple[bool, ...]:
+        """For each flag, whether any process sets it; several processes wait for their devices."""
+        if self.size == 1:
+            return flags
+        return tuple(mean > 0 for mean in self.mean(torch.tensor(flags, dtype=torch.float32, device=device)).tolist())
+
+    def all_or_raise(self, build: Callable[[], T]) -> T:
         """What each process builds for itself, or the end of all of them.
 
         Raises:
             UserError: On the main process: the first user error of any process.
-            SystemExit: On the others, with that error's exit code: the main process tells it once.
+            OtherProcessError: On the others; the main process tells what happened.
         """
         built, error = None, None
         try:
@@ -76,11 +94,12 @@ class Group:
         except UserError as caught:
             error = caught
         first = next((found for found in self.gather(error) if found is not None), None)
-        if first is not None and not self.is_main:
-            raise SystemExit(first.exit_code)
         if first is not None:
-            raise first
+            raise first if self.is_main else OtherProcessError(first)
         return cast("T", built)
+
+
+ALONE = Group()
 
 
 def is_main_process() -> bool:
@@ -153,9 +172,9 @@ def _connect(group: Group, backend: str, patience: timedelta) -> None:
     """Meet the other processes where MASTER_ADDR and MASTER_PORT say."""
     try:
         store, _, _ = next(dist.rendezvous("env://", group.rank, group.size, timeout=patience))  # pyright: ignore[reportPrivateImportUsage]
-        store.set_timeout(_PATIENCE)
+        store.set_timeout(_TIMEOUT)
         store = dist.PrefixStore("default_pg", store)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.size, timeout=_PATIENCE)
+        dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.size, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:  # of torch.distributed's own kinds, all of them RuntimeErrors
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ResourceError(

@@ -1,4 +1,4 @@
-"""Experiment trackers that repeat metrics.jsonl: TensorBoard and Weights & Biases, each an optional extra."""
+"""Loggers that repeat metrics.jsonl: TensorBoard, Weights & Biases, MLflow."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from student_trainer.config import TrainConfig, config_to_dict
 from student_trainer.engine.metrics import MetricsLog
 
 
-class Tracker(Protocol):
-    """Takes scalars by name and step."""
+class Logger(Protocol):
+    """Takes scalars by name and step; one of your own is handed to ``train(loggers=...)``."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log values at a step, counted in optimizer steps done."""
@@ -72,59 +72,94 @@ class Wandb:
         self._run.finish()
 
 
-class TrackedLog:
-    """A metrics log whose numbers also go to trackers; the log itself is the record."""
+class Mlflow:
+    """A run of MLflow; a resumed run goes on in the same one. MLFLOW_TRACKING_URI says where to."""
 
-    def __init__(self, log: MetricsLog, trackers: Sequence[Tracker]) -> None:
-        self._log, self._trackers = log, trackers
+    def __init__(self, experiment: str, config: TrainConfig) -> None:
+        import mlflow  # pyright: ignore[reportMissingImports] - optional extra
+
+        mlflow.set_experiment(experiment)
+        kept = config.run / "mlflow_id"
+        run_id = kept.read_text() if kept.is_file() else None
+        self._mlflow = mlflow
+        run = mlflow.start_run(run_id=run_id, run_name=None if run_id else config.run.name)
+        if run_id is None:
+            kept.write_text(run.info.run_id)
+            mlflow.log_dict(config_to_dict(config), "config.json")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Send values to the run."""
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        """End the run's session."""
+        self._mlflow.end_run()
+
+
+class RunLog:
+    """A metrics log whose numbers also go to loggers; the log itself is the record."""
+
+    def __init__(self, log: MetricsLog, loggers: Sequence[Logger]) -> None:
+        self._log, self._loggers = log, loggers
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append a line; numbers of step and epoch lines go to every tracker as ``kind/name``."""
+        """Append a line; numbers of step and epoch lines go to every logger as ``kind/name``, nested ones likewise."""
         self._log.write(kind, step, **values)
-        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         if kind in ("step", "epoch"):
-            for tracker in self._trackers:
-                tracker.scalars(numbers, step)
+            for logger in self._loggers:
+                logger.scalars(_numbers(kind, values), step)
 
-    def __enter__(self) -> "TrackedLog":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._log.close()
-        for tracker in self._trackers:
-            tracker.close()
+        for logger in self._loggers:
+            logger.close()
 
 
-def require_trackers(config: TrainConfig) -> None:
-    """Refuse a run whose trackers are not installed, before anything is computed.
+def _numbers(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            numbers |= _numbers(f"{prefix}/{name}", value)
+        elif isinstance(value, int | float):
+            numbers[f"{prefix}/{name}"] = value
+    return numbers
+
+
+def require_loggers(config: TrainConfig) -> None:
+    """Refuse a run whose loggers are not installed, before anything is computed.
 
     Raises:
         InputError: Says what to install.
     """
-    for asked, option, package in (
-        (config.tensorboard, "--tensorboard", "tensorboard"),
-        (config.wandb is not None, "--wandb", "wandb"),
+    for asked, package in (
+        (config.tensorboard, "tensorboard"),
+        (config.wandb is not None, "wandb"),
+        (config.mlflow is not None, "mlflow"),
     ):
         if asked and find_spec(package) is None:
-            raise InputError(f"{option} needs {package}; install with `pip install .[{package}]`")
+            raise InputError(f"--{package} needs {package}; install with `pip install .[{package}]`")
 
 
-def open_log(config: TrainConfig, path: Path, first_step: int) -> TrackedLog:
-    """The run's log: metrics.jsonl, and the trackers it asks for.
+def make_loggers(config: TrainConfig, first_step: int) -> list[Logger]:
+    """The loggers that a run asks for.
 
     Args:
         config: The run.
-        path: metrics.jsonl.
         first_step: Optimizer steps done before.
     """
-    trackers: list[Tracker] = []
+    loggers: list[Logger] = []
     if config.tensorboard:
-        trackers.append(TensorBoard(config.run / "tensorboard", first_step))
+        loggers.append(TensorBoard(config.run / "tensorboard", first_step))
     if config.wandb is not None:
-        trackers.append(Wandb(config.wandb, config))
-    return TrackedLog(MetricsLog(path), trackers)
+        loggers.append(Wandb(config.wandb, config))
+    if config.mlflow is not None:
+        loggers.append(Mlflow(config.mlflow, config))
+    return loggers
 
 
 def _wandb_id(run: Path) -> str:

@@ -1,7 +1,6 @@
-"""The run's numbers: metrics.jsonl, means over an epoch, and the pace of steps."""
+"""The run's numbers: metrics.jsonl, throughput, memory."""
 
 import json
-import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,13 @@ import torch
 from feature_store.backends.files import write_text
 from feature_store.errors import InputError
 
-ACCURACY = ("top1", "top5", "val_samples", "val_unreadable")
-"""Of an epoch line of metrics.jsonl: what its validation gave."""
-
 
 class MetricsLog:
-    """Appends one JSON object per line; every line names its ``kind``, and its ``step`` as optimizer steps done."""
+    """Appends one JSON object per line; every line names its ``kind``, and its ``step`` as optimizer steps done.
+
+    Step and epoch lines are nested: ``loss`` (weighted terms with their ``total``), ``raw`` (the same unweighted),
+    ``val`` (top1, top5, samples, unreadable) and ``speed``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,11 +71,11 @@ def rewind_metrics(path: Path, step: int, epoch: int) -> None:
 
 
 def set_aside_accuracies(path: Path) -> None:
-    """Move accuracies into ``earlier_validation`` of their lines: those of other validation tars do not compare."""
+    """Rename ``val`` of every line to ``earlier_val``: accuracies on other validation tars do not compare."""
     lines = read_metrics(path)
     for line in lines:
-        if accuracy := {name: line.pop(name) for name in ACCURACY if name in line}:
-            line["earlier_validation"] = accuracy
+        if "val" in line:
+            line["earlier_val"] = line.pop("val")
     _rewrite(path, lines)
 
 
@@ -87,29 +87,7 @@ def _rewrite(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-class Means:
-    """Running means of named values, resumable to the bit."""
-
-    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        self._sums: dict[str, float] = dict(state["sums"]) if state else {}
-        self._count: int = state["count"] if state else 0
-
-    def add(self, values: Mapping[str, float]) -> None:
-        """Count one step's values; every step has the same names."""
-        self._count += 1
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-
-    def means(self) -> dict[str, float]:
-        """Mean per name; NaN before the first step."""
-        return {name: total / self._count if self._count else math.nan for name, total in self._sums.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"sums": dict(self._sums), "count": self._count}
-
-
-class Pace:
+class Throughput:
     """How fast steps go: their median time, images per second, and the share spent waiting for data."""
 
     def __init__(self) -> None:
@@ -126,7 +104,7 @@ class Pace:
         return median(self._seconds) if self._seconds else None
 
     def since_last(self) -> dict[str, float]:
-        """Images per second, and data-wait share of the time, since this was last asked."""
+        """Images per second, and the share of the time spent waiting for data, since this was last asked."""
         images, waited, total = self._since
         self._since = [0.0, 0.0, 0.0]
         return {"images_per_second": images / total, "data_wait": waited / total}

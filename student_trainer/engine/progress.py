@@ -37,9 +37,11 @@ class RunProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def step(self, epoch: int, epochs: int, loss: float) -> None:
-        """One optimizer step more."""
-        self._bar.update(self._task, advance=1, description=f"epoch {epoch + 1}/{epochs} loss {loss:.4f}")
+    def step(self, epoch: int, epochs: int, loss: float | None) -> None:
+        """One optimizer step more; the loss is None where it was not read."""
+        self._bar.advance(self._task)
+        if loss is not None:
+            self._bar.update(self._task, description=f"epoch {epoch + 1}/{epochs} loss {loss:.4f}")
 
     def note(self, line: str) -> None:
         """A line that stays."""

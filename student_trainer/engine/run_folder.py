@@ -7,7 +7,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,16 @@ from feature_store.commits.locks import locked
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.format.versions import software_versions
 from student_trainer.config import TrainConfig, config_to_dict
-from student_trainer.engine.checkpoint import Checkpoint, Progress, load_checkpoint, require_same_run, save_checkpoint
+from student_trainer.engine.checkpoint import (
+    Checkpoint,
+    Progress,
+    load_checkpoint,
+    require_same_run,
+    resume_notes,
+    save_checkpoint,
+)
 from student_trainer.engine.metrics import rewind_metrics, set_aside_accuracies
+from student_trainer.students.load import BEST, LAST
 
 _LOCK, _WRITER = ".lock", ".writer"  # the second one says who holds the first
 
@@ -69,17 +77,20 @@ class RunFolder:
         path: The folder.
         metrics: metrics.jsonl.
         last: last.pt, where the run resumes.
-        best: best.pt, the epoch with the best validation accuracy; absent without validation.
-        description: config.json: settings, inputs, versions, and whether all epochs are done.
+        best: best.safetensors, the student of the epoch with the best validation accuracy; absent without validation.
+        description: config.json: settings, inputs, plan and versions, as the run was begun.
+        progress: progress.json: epoch, step, best accuracy, and whether all epochs are done.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metrics, self.last, self.best = path / "metrics.jsonl", path / "last.pt", path / "best.pt"
-        self.description = path / "config.json"
+        self.metrics, self.last, self.best = path / "metrics.jsonl", path / LAST, path / BEST
+        self.description, self.progress = path / "config.json", path / "progress.json"
 
     @classmethod
-    def open(cls, config: TrainConfig, inputs: Mapping[str, Any], resolved: Mapping[str, Any]) -> "RunFolder":
+    def open(
+        cls, config: TrainConfig, inputs: Mapping[str, Any], plan: Mapping[str, Any]
+    ) -> tuple["RunFolder", list[str]]:
         """Make the folder of a new run, or check that a run may continue in it. It must be reserved.
 
         Other validation tars, or none, do not change what is learned: an unfinished run continues with them.
@@ -87,29 +98,37 @@ class RunFolder:
         Args:
             config: What was asked for.
             inputs: Names and hashes of what is read.
-            resolved: What the config left open (device, classes...); informative.
+            plan: What was made of the config.
+
+        Returns:
+            The folder, and what differs from the run as it was before, a sentence each.
 
         Raises:
             InputError: The folder holds something and the config does not say resume.
             MismatchError: The run was started with other settings or data.
         """
         folder = cls(config.run)
-        description = {"config": config_to_dict(config), "inputs": dict(inputs)}
+        versions = {**software_versions(), "git": _git_commit()}
+        description = {
+            "config": config_to_dict(config),
+            "inputs": dict(inputs),
+            "plan": dict(plan),
+            "software": versions,
+        }
         described = folder.description
         if config.resume and described.is_file():
             saved = read_description(described)
             require_same_run(saved, {**description, "inputs": {**inputs, **_validation(saved["inputs"])}})
             folder._remove_partials()
             folder._change_validation(config, saved, inputs)
-            return folder
+            return folder, resume_notes(saved, description)
         # a lock and partial files are all that is there of a run killed while it was begun
         if any(path.name not in (_LOCK, _WRITER) and path.suffix != PARTIAL_SUFFIX for path in config.run.iterdir()):
             step = "it holds no run to continue;" if config.resume else "add --resume to continue it, or"
             raise InputError(f"--run {config.run} already exists; {step} choose another folder")
         folder._remove_partials()
-        versions = {**software_versions(), "git": _git_commit()}
-        folder._describe({**description, "resolved": dict(resolved), "software": versions})
-        return folder
+        folder._describe(description)
+        return folder, []
 
     def saved(self) -> Checkpoint | None:
         """Where the run resumes; None if it starts from nothing."""
@@ -117,17 +136,38 @@ class RunFolder:
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
         """Cut the metrics back to where the run resumes, which is unfinished from here on."""
-        described = read_description(self.description)
-        if described.pop("finished", None):
-            self._describe(described)
+        progress = None if checkpoint is None else checkpoint.progress
+        if progress is not None:
+            self._write_progress(progress, finished=False)
         if self.metrics.is_file():
-            progress = None if checkpoint is None else checkpoint.progress
             rewind_metrics(self.metrics, *((-1, 0) if progress is None else (progress.step, progress.epoch)))
 
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write last.pt, then progress.json.
+
+        Raises:
+            ResourceError: The disk is full or refuses; the checkpoint that was there before stays.
+        """
+        save_checkpoint(self.last, checkpoint)
+        self._write_progress(checkpoint.progress, finished=False)
+
     def finish(self, progress: Progress) -> None:
-        """Note that all epochs are done: in a small file, so that nobody has to read a checkpoint to know it."""
-        finished = {"epochs": progress.epoch, "steps": progress.step}
-        self._describe({**read_description(self.description), "finished": finished})
+        """Note that all epochs are done."""
+        self._write_progress(progress, finished=True)
+
+    def finished_epochs(self) -> int | None:
+        """Epochs of a run that is finished; None if it is not."""
+        if not self.progress.is_file():
+            return None
+        try:
+            progress = json.loads(self.progress.read_text())
+            return progress["epoch"] if progress["finished"] else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.progress} is damaged: {error!r}; remove it and resume the run") from error
+
+    def _write_progress(self, progress: Progress, *, finished: bool) -> None:
+        values = {name: value for name, value in asdict(progress).items() if name != "means"}
+        write_text(self.progress, json.dumps({**values, "finished": finished}, indent=2), durable=True)
 
     def require_room(self, checkpoint_bytes: int) -> None:
         """Refuse a disk without room for a checkpoint.
@@ -155,7 +195,7 @@ class RunFolder:
         if _validation(saved["inputs"]) == _validation(inputs):
             return
         checkpoint = self.saved()
-        finished = "finished" in saved or (checkpoint is not None and checkpoint.progress.epoch >= config.epochs)
+        finished = checkpoint is not None and checkpoint.progress.epoch >= config.epochs
         if finished and not config.val_tars:
             return
         if finished:
@@ -169,7 +209,7 @@ class RunFolder:
         if config.val_tars and self.metrics.is_file():
             set_aside_accuracies(self.metrics)
         if config.val_tars and checkpoint is not None:
-            save_checkpoint(self.last, replace(checkpoint, progress=replace(checkpoint.progress, best_top1=None)))
+            self.save(replace(checkpoint, progress=replace(checkpoint.progress, best_top1=None)))
         changed = {"config": {**saved["config"], "val_tars": list(config.val_tars)}}
         self._describe({**saved, **changed, "inputs": {**saved["inputs"], **_validation(inputs)}})
 

@@ -20,14 +20,15 @@ from feature_store.processes import usable_cpus
 from feature_store.tools.options import require
 from feature_store.tools.terminal import Console, ProgressBar
 from student_trainer.config import TrainConfig, config_to_dict
-from student_trainer.data.inputs import open_inputs
 from student_trainer.engine.checkpoint import require_same_run
 from student_trainer.engine.run_folder import RunFolder, read_description
-from student_trainer.plan import live_teacher
+from student_trainer.inputs import open_inputs
+from student_trainer.plan import run_identity
 from student_trainer.sweeps.comparison import Comparison, compare_runs, read_run
 from student_trainer.sweeps.file import Run, Sweep, read_sweep
 from student_trainer.sweeps.processes import attempt, run_in_processes
 from student_trainer.sweeps.report import write_comparison
+from student_trainer.teachers.open import open_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def is_finished(config: TrainConfig, inputs_now: "InputsNow | None" = None) -> b
         return False
     saved, asked = read_description(folder.description), config_to_dict(config)
     require_same_run(saved, {"config": asked, "inputs": saved["inputs"]})
-    if "finished" not in saved:
+    if (folder.finished_epochs() or 0) < config.epochs:
         return False
     try:
         require_same_run(saved, {"config": asked, "inputs": (inputs_now or InputsNow())(config)})
@@ -158,10 +159,10 @@ class InputsNow:
         return self._known[key]
 
     def _read(self, config: TrainConfig) -> dict[str, Any]:
-        inputs = open_inputs(config, self._open_tars)
-        teacher = live_teacher(config, inputs.store, torch.device("cpu")) if config.source == "live" else None
+        teacher = open_teacher(config.teacher, torch.device("cpu"))
+        inputs = open_inputs(config, teacher.store, teacher.num_views, self._open_tars)
         val_tars = self._open_tars(config.val_tars, config) if config.val_tars else []
-        return inputs.identity(config, val_tars, teacher and teacher.info.weights_sha256)
+        return run_identity(config, teacher, inputs, val_tars)
 
     def _open_tars(self, patterns: Sequence[str], options: TarOptions) -> list[Tar]:
         return self._opened(tuple(patterns), TarOptions(allow_pipe=options.allow_pipe, scratch=options.scratch))

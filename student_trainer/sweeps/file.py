@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +11,8 @@ import tyro
 from feature_store.errors import InputError
 from feature_store.tools.options import require
 from student_trainer.config import TrainConfig
+from student_trainer.config_values import build_config, merge, parse_assignments, read_yaml
 from student_trainer.recipes import PRESETS, preset_config
-from student_trainer.sweeps.values import build_config, merge, parse_assignments, read_yaml
 
 PACKAGED = Path(__file__).with_name("ready")  # ready sweeps, found by name
 
@@ -120,8 +120,14 @@ def _with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("preset") is None:
         return own
     preset = preset_config(PRESETS, str(values["preset"]))
-    left_open = {field.name for field in fields(preset) if getattr(preset, field.name) is tyro.MISSING}
-    return merge({name: value for name, value in asdict(preset).items() if name not in left_open}, own)
+    set_by_preset = {
+        field.name for field in fields(preset) if getattr(preset, field.name) not in (tyro.MISSING, _default(field))
+    }
+    return merge({name: value for name, value in asdict(preset).items() if name in set_by_preset}, own)
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _find(path: Path) -> Path:

@@ -1,21 +1,44 @@
 """Comparison of a run's teacher and views with what its preset expects."""
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from feature_store.errors import MismatchError
 from feature_store.format.manifest import SplitInfo, TeacherInfo
-from feature_store.views import ViewPolicy, view_policy
-from student_trainer.config import ExpectConfig, TrainConfig
+from feature_store.tools.options import JsonObject
+from feature_store.views import PolicyName, ViewPolicy, view_policy
+
+
+@dataclass(frozen=True)
+class ExpectConfig:
+    """What the teacher features must be; presets say so, and None accepts anything.
+
+    Attributes:
+        teacher: timm architecture of the teacher; its pretrained tag does not count.
+        model_kwargs: Extra arguments of timm.create_model it was built with, as JSON.
+        input_size: Height and width of its views, in pixels.
+        depth: Number of its later blocks.
+        prefix: What students run the later blocks with, beside grid tokens.
+        policy: View policy its views were drawn from; every field is compared but the label.
+    """
+
+    teacher: str | None = None
+    model_kwargs: JsonObject | None = None
+    input_size: tuple[int, int] | None = None
+    depth: int | None = None
+    prefix: Literal["none", "cached", "dropped"] | None = None
+    policy: PolicyName | None = None
 
 
 def require_expected(
-    config: TrainConfig, policy: ViewPolicy, teacher: TeacherInfo | None, split: SplitInfo | None
+    expect: ExpectConfig, preset: str | None, policy: ViewPolicy, teacher: TeacherInfo | None, split: SplitInfo | None
 ) -> None:
     """Refuse features of another teacher, or of other views, than the run expects.
 
     Args:
-        config: The run; ``config.expect`` says what is expected.
+        expect: What is expected.
+        preset: Name of the preset that expects it, if one does.
         policy: What its views are drawn from.
         teacher: The teacher of its features; None if it has none.
         split: Where that teacher is cut.
@@ -23,8 +46,8 @@ def require_expected(
     Raises:
         MismatchError: Names the first field that differs, and the option that accepts it.
     """
-    command = f"student-trainer presets {config.preset or 'NAME'} --cache-command"
-    for option, field, expected, got in _compared(config.expect, policy, teacher, split):
+    command = f"student-trainer presets {preset or 'NAME'} --cache-command"
+    for option, field, expected, got in _compared(expect, policy, teacher, split):
         if expected is not None and expected != got:
             raise MismatchError(
                 f"expect.{field}",

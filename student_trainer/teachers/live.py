@@ -1,102 +1,125 @@
-"""LiveSource: teacher features computed in the training process, from each batch's pixels."""
+"""A teacher in the training process, computing from the pixels that the student sees."""
 
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from feature_store.errors import InputError, MismatchError
-from feature_store.format.addressing import RowId, Rows, row_array
-from feature_store.format.manifest import Manifest, SplitInfo, TeacherInfo
-from feature_store.source import FeatureBatch
-from feature_store.teacher.model import Teacher
-from student_trainer.data.batch import ViewDataset
+from feature_store.errors import InputError
+from feature_store.store import Store, open_store
+from feature_store.teacher.model import Teacher, load_teacher, prepare_for_gpu
+from student_trainer.data.batch import Batch
+from student_trainer.methods.base import Needs, TeacherOutput, TeacherShape
+from student_trainer.teachers.base import TeacherSide, require_same_teacher
+from student_trainer.teachers.config import LiveTeacher
 
 
-class LiveSource:
-    """FeatureSource that computes each batch's features from its pixels, float32 values on the CPU.
+class LiveSide(TeacherSide):
+    """A live teacher on the student's device: features never leave it, and pixels get there once for both.
 
-    Features pass through CPU memory, and pixels go to the GPU once more for the student; a cache job's fused attention
-    is not used. A step is slower by that than one written for a live teacher alone.
-
-    Attributes:
-        teacher: The frozen teacher.
-        seconds: Time spent in it so far, copies to and from its device included.
+    On a GPU it runs as in a cache job: channels-last convolutions, fused attention.
     """
 
-    needs_pixels = True
+    computes = True
 
-    def __init__(self, teacher: Teacher, views: ViewDataset, units: Sequence[np.ndarray]) -> None:
-        """Join a teacher and the views it may be asked about.
-
-        Args:
-            teacher: The frozen teacher, on its device.
-            views: Makes the pixels of whole units for iter_unit.
-            units: Readable positions per unit.
-        """
-        self.teacher, self.seconds = teacher, 0.0
-        self._views, self._units = views, units
-
-    def read(
-        self,
-        rows: Rows,
-        taps: Sequence[str] | None = None,
-        *,
-        pixels: np.ndarray | None = None,
-        decode: bool = True,
-    ) -> FeatureBatch:
-        """See FeatureSource.read; features are float32, whatever the teacher computes in, and never encoded.
+    def __init__(self, config: LiveTeacher, device: torch.device) -> None:
+        """Load the teacher, and open the store whose views are replayed, if there is one.
 
         Raises:
-            InputError: Pixels are missing or not one view per row, or a tap is unknown.
+            UserError: The teacher cannot be loaded.
+            MismatchError: It is not the store's.
+            InputError: Its input size is not the views'.
         """
-        names = self._known(taps)
-        if pixels is None:
-            raise InputError("a live source needs the rows' pixels [B, H, W, 3]; pass pixels=")
-        if len(pixels) != len(rows):
-            raise InputError(f"got pixels of {len(pixels)} views for {len(rows)} rows; pass one view per row")
-        start = time.perf_counter()
-        output = self.teacher(torch.as_tensor(pixels))
-        features = {name: output.taps[name].cpu().numpy() for name in names}
-        logits = None if output.logits is None else output.logits.cpu().numpy()
-        self.seconds += time.perf_counter() - start
-        return FeatureBatch(row_array(rows), features, logits)
-
-    def iter_unit(
-        self, unit: int, view: int, taps: Sequence[str] | None = None, *, batch_size: int = 256
-    ) -> Iterator[FeatureBatch]:
-        """See FeatureSource.iter_unit; unreadable samples are left out."""
-        positions = self._units[unit]
-        for start in range(0, len(positions), batch_size):
-            rows = [RowId(unit, int(position), view) for position in positions[start : start + batch_size]]
-            batch = self._views[rows]
-            yield self.read(batch.row_ids(), taps, pixels=batch.pixels.numpy())
-
-    def _known(self, taps: Sequence[str] | None) -> Sequence[str]:
-        known = self.teacher.tap_shapes
-        if taps is None:
-            return tuple(known)
-        unknown = [name for name in taps if name not in known]
-        if unknown:
-            raise InputError(f"the teacher has no tap {unknown[0]!r}; it has: {', '.join(known)}")
-        return taps
-
-
-def require_same_teacher(manifest: Manifest, info: TeacherInfo, split: SplitInfo) -> None:
-    """Refuse a live teacher that is not the one a store was written with, cut at the same place.
-
-    Raises:
-        MismatchError: Names the first field that differs, both values and the remedy.
-    """
-    expected = asdict(manifest.teacher) | {"split": manifest.split}
-    got = asdict(info) | {"split": split}
-    for field in ("name", "weights_sha256", "input_size", "mean", "std", "num_classes", "split"):
-        if expected[field] != got[field]:
-            raise MismatchError(
-                field if field == "split" else f"teacher.{field}",
-                expected=expected[field],
-                got=got[field],
-                remedy="use the --teacher options the store was written with, or write a store with this teacher",
+        store = None if config.store is None else open_store(config.store)
+        self.teacher = _load(config, store, device)
+        if device.type == "cuda":
+            prepare_for_gpu(self.teacher)
+        super().__init__(
+            device,
+            store=store,
+            replay=config.replay,
+            views=config.views,
+            info=self.teacher.info,
+            split=self.teacher.split,
+        )
+        self._timed: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        if self.policy.size != self.teacher.info.input_size:
+            raise InputError(
+                f"views are {self.policy.size[0]} x {self.policy.size[1]}, but teacher {self.teacher.info.name} takes "
+                f"{self.teacher.info.input_size[0]} x {self.teacher.info.input_size[1]}; set --views.size"
             )
+
+    def shapes(self) -> tuple[TeacherShape, ...]:
+        """The teacher, whose own later blocks are the tail."""
+        return (TeacherShape(self.teacher.split, self.teacher.info.num_classes, lambda: self.teacher.later_blocks),)
+
+    def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Needs) -> tuple[TeacherOutput, ...]:
+        """A forward pass of the teacher."""
+        if not (needs.taps or needs.logits):
+            return ()
+        begun, started = time.perf_counter(), _event(self.device)
+        output = self.teacher(pixels_BHWC)
+        if started is None:
+            self._seconds += time.perf_counter() - begun
+        elif (ended := _event(self.device)) is not None:
+            self._timed.append((started, ended))
+        taps = {name: output.taps[name] for name in needs.taps}
+        return (TeacherOutput(taps, output.logits if needs.logits else None),)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the teacher so far; on a GPU, of passes that are over."""
+        while self._timed and self._timed[0][1].query():
+            begun, ended = self._timed.pop(0)
+            self._seconds += begun.elapsed_time(ended) / 1000
+        return self._seconds
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._seconds = value
+
+    def identity(self) -> dict[str, Any]:
+        """The teacher, and the store whose views are replayed."""
+        info = self.teacher.info
+        return {
+            "features": "live",
+            "store": None if self.store is None else self.store.manifest.identity(),
+            "weights": 1.0,
+            "live_teacher": {
+                "name": info.name,
+                "weights_sha256": info.weights_sha256,
+                "compute_dtype": info.compute_dtype,
+                "split": asdict(self.teacher.split),
+            },
+        }
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """A moment in the GPU's work; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _load(asked: LiveTeacher, store: Store | None, device: torch.device) -> Teacher:
+    """The teacher asked for; with a store, the store's own or none."""
+    manifest = None if store is None else store.manifest
+    teacher = load_teacher(
+        asked.name or (manifest.teacher.name if manifest else ""),
+        checkpoint=asked.checkpoint,
+        pretrained=asked.pretrained,
+        model_kwargs=asked.model_kwargs or (manifest.teacher.model_kwargs if manifest else {}),
+        depth=asked.depth or (manifest.split.depth if manifest else None),
+        drop_prefix=(
+            asked.drop_prefix if asked.drop_prefix is not None else bool(manifest and manifest.split.drops_prefix)
+        ),
+        compute_dtype=asked.compute_dtype or (manifest.teacher.compute_dtype if manifest else "float32"),
+        device=device,
+    )
+    if manifest is not None:
+        require_same_teacher(manifest, teacher.info, teacher.split)
+    return teacher

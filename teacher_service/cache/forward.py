@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from feature_store.errors import ResourceError
-from feature_store.teacher.model import Teacher, TeacherOutput
+from feature_store.teacher.model import Teacher, TeacherOutput, prepare_for_gpu
 from teacher_service.cache.stage_timer import StageTimer
 
 Arrays = dict[str, np.ndarray]
@@ -186,11 +186,3 @@ def _event() -> Any:
 
 def _of_compiler(error: RuntimeError) -> bool:
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-
-
-def prepare_for_gpu(teacher: Teacher) -> None:
-    """Lay its convolutions out channels-last, and use fused attention also where timm leaves it off (Swin)."""
-    teacher.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    for module in teacher.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = True  # pyright: ignore[reportArgumentType]

@@ -17,7 +17,7 @@ import webdataset
 from PIL import Image
 from servers import WebServer, s3_server
 from tiny_jobs import cache_config, make_teacher, store_files, with_options
-from training_world import CLASSES, samples, train_config, write_tar
+from training_world import CLASSES, changed, samples, train_config, write_tar
 
 from feature_store import open_store
 from feature_store.commits.locks import locked
@@ -305,11 +305,11 @@ def test_run_is_refused_when_views_are_missing_or_not_of_this_store(run, views, 
     read = replace(run, tars=(), views_from=str(views))
     (views / view_tar(1, 1)).unlink()
     refused(read, InputError, r"lacks 1 of the store's 4 view tars: v1/u00001.tar.*place --views-out wrote to")
-    assert len(losses(replace(read, num_views=1))) == 4
+    assert len(losses(changed(read, num_views=1))) == 4
     plain = cache(with_options(world, store=tmp_path / "plain", views_out=None))
-    refused(replace(read, store=Path(plain.store)), InputError, r"views are not materialised .* --views-out")
+    refused(changed(read, store=Path(plain.store)), InputError, r"views are not materialised .* --views-out")
     shutil.copy(views / view_tar(0, 0), views / view_tar(1, 0))
-    refused(replace(read, run=tmp_path / "other", num_views=1), MismatchError, r"samples of .*v0/u00001.tar differs")
+    refused(changed(read, run=tmp_path / "other", num_views=1), MismatchError, r"samples of .*v0/u00001.tar differs")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_views_go_to_a_bucket_and_come_back(world, run, tmp_path):
         config = with_options(world, store=tmp_path / "store", views_out=f"{new_bucket()}/views")
         cache(config)
         ViewTarWriter(config.views.out, open_store(config.store)).require_committed()
-        read = replace(run, tars=(), store=config.store, views_from=config.views.out, scratch=tmp_path / "scratch")
+        read = changed(run, tars=(), store=config.store, views_from=config.views.out, scratch=tmp_path / "scratch")
         assert losses(read) == losses(replace(run, run=tmp_path / "replayed"))
 
 

@@ -13,14 +13,15 @@ from feature_store.format.addressing import RowId
 from feature_store.inputs.tar import open_tars
 from feature_store.store import open_store
 from feature_store.teacher.model import Teacher, load_teacher
-from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
+from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.data.batch import ViewDataset, match_tars, training_positions
 from student_trainer.data.loader import BatchLoader
 from student_trainer.data.replayed import StoredViews
 from student_trainer.engine.metrics import read_metrics
-from student_trainer.plan import assemble
+from student_trainer.plan import resolve
+from student_trainer.teachers.config import LiveOptions
 from student_trainer.teachers.live import LiveSource
-from student_trainer.train import Trainer, train
+from student_trainer.train import Run, train
 
 
 @pytest.fixture
@@ -83,18 +84,18 @@ class TestLiveSource(FeatureSourceConformance):
 
 
 def config(world: World, tmp_path: Path, source: str, **changes) -> TrainConfig:
-    teacher = TeacherConfig(checkpoint=world.checkpoint) if source == "live" else TeacherConfig()
+    teacher = LiveOptions(checkpoint=world.checkpoint) if source == "live" else LiveOptions()
     asked = {"source": source, "teacher": teacher, "epochs": 4, **changes}
     return train_config(tmp_path / source, world, **asked)
 
 
-def trainer(world: World, tmp_path: Path, source: str, **changes) -> Trainer:
+def trainer(world: World, tmp_path: Path, source: str, **changes) -> Run:
     asked = config(world, tmp_path, source, **changes)
-    return Trainer(asked, assemble(asked))
+    return Run(resolve(asked))
 
 
-def first_batch(of: Trainer):
-    return next(iter(BatchLoader(of.parts.dataset, of.parts.batches)))
+def first_batch(of: Run):
+    return next(iter(BatchLoader(of.plan.dataset, of.plan.sampler)))
 
 
 def relative_difference(a: dict[str, float], b: dict[str, float]) -> float:

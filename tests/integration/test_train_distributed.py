@@ -12,12 +12,13 @@ import torch
 from process_runs import kill, poison_second_process, run_alone, run_group, start_group, wait_for_lines
 from training_world import TIMING, samples, shared_world, train_config, write_tar
 
-from student_trainer.config import OptimConfig, TrainConfig, ViewsConfig
+from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.engine.distributed import Group, synchronise_batchnorm
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.methods.scalekd import ScaleKDConfig
-from student_trainer.plan import assemble
+from student_trainer.plan import resolve
+from student_trainer.teachers.config import ViewsConfig
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_group_names_the_rows_of_the_process_whose_loss_is_not_finite(config):
     first, second = run_group(config, 2, poison_second_process)
     assert second == {"exit": 2}
     assert first["error"].startswith("UserError: the loss is not finite at step 2 (epoch 0): task ")
-    rows = list(assemble(config, group=Group(1, 2)).batches)[2]
+    rows = list(resolve(config, group=Group(1, 2)).batches)[2]
     assert f"first rows of the batch: unit {rows[0].unit} position {rows[0].position} view 0" in first["error"]
 
 

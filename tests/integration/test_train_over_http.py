@@ -1,7 +1,6 @@
 """Training against a running service is training against its store, and its live teacher is a live teacher."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,16 @@ import torch
 from conformance import ROWS
 from service_process import running_service
 from stopped_runs import killed_at_update
-from training_world import World, shared_world, train_config
+from training_world import World, changed, shared_world, train_config
 
 from feature_store.client.connection import connect, read_token
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.store import open_store
-from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
+from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.data.loader import BatchLoader
 from student_trainer.engine.metrics import read_metrics
-from student_trainer.plan import assemble
+from student_trainer.plan import resolve
+from student_trainer.teachers.config import LiveOptions
 from student_trainer.train import train
 
 
@@ -69,7 +69,7 @@ def test_run_goes_on_over_http_when_it_began_with_the_store_and_not_with_another
 
 
 def test_losses_agree_when_the_teacher_lives_in_the_service(world, url, tmp_path):
-    teacher = TeacherConfig(checkpoint=world.checkpoint)
+    teacher = LiveOptions(checkpoint=world.checkpoint)
     optim = OptimConfig("momentum", lr=1e-3)  # the service may compute other batches, whose rounding Adam would enlarge
     local = train(config(world, tmp_path / "local", "live", store=world.store, teacher=teacher, optim=optim))
     remote = train(config(world, tmp_path / "remote", f"live+{url}", optim=optim))
@@ -80,10 +80,10 @@ def test_losses_agree_when_the_teacher_lives_in_the_service(world, url, tmp_path
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
 def test_losses_are_the_same_when_workers_read_over_http(world, url, tmp_path, start_method):
-    local = assemble(config(world, tmp_path, "store", store=world.store))
-    parts = assemble(config(world, tmp_path, url))
+    local = resolve(config(world, tmp_path, "store", store=world.store))
+    parts = resolve(config(world, tmp_path, url))
     parts.dataset.source.read(ROWS)  # the parent's connection must not be its children's
-    by_workers = BatchLoader(parts.dataset, parts.batches, workers=1, start_method=start_method)
+    by_workers = BatchLoader(parts.dataset, parts.sampler, workers=1, start_method=start_method)
     for near, far in zip(BatchLoader(local.dataset, local.batches), by_workers, strict=True):
         assert torch.equal(near.rows, far.rows)
         assert torch.equal(near.logits, far.logits)
@@ -96,7 +96,7 @@ def test_losses_are_the_same_when_workers_read_over_http(world, url, tmp_path, s
 
 def test_training_is_refused_when_the_service_has_no_teacher(world, tmp_path):
     with running_service(world.store) as running, pytest.raises(InputError, match="teacher"):
-        assemble(config(world, tmp_path, f"live+{running.url}"))
+        resolve(config(world, tmp_path, f"live+{running.url}"))
 
 
 @pytest.mark.parametrize("how", ["variable", "file"])
@@ -109,10 +109,10 @@ def test_training_reads_with_a_token_when_the_service_needs_one(world, tmp_path,
     with running_service(world.store, "--tokens", str(tokens)) as running:
         asked = config(world, tmp_path / "run", running.url, epochs=1)
         with pytest.raises(InputError, match="refuses: .*give the token with --token-file or its variable"):
-            assemble(asked)
+            resolve(asked)
         if how == "file":
             (tmp_path / "token").write_text(token + "\n")
-            asked = replace(asked, token_file=tmp_path / "token")
+            asked = changed(asked, token_file=tmp_path / "token")
         else:
             monkeypatch.setenv("FEATURE_STORE_TOKEN", token)
         result = train(asked)
@@ -127,7 +127,7 @@ def test_training_reads_with_a_token_when_the_service_needs_one(world, tmp_path,
 def test_training_gives_up_with_a_clear_word_when_nobody_listens(world, tmp_path, monkeypatch):
     monkeypatch.setattr("feature_store.client.connection._FIRST_SECONDS", 0.2)
     with pytest.raises(ResourceError, match=r"127.0.0.1:1/v1/manifest: the connection failed .*is the service running"):
-        assemble(config(world, tmp_path, "http://127.0.0.1:1"))
+        resolve(config(world, tmp_path, "http://127.0.0.1:1"))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_training_gives_up_with_a_clear_word_when_nobody_listens(world, tmp_path
         ({"source": "http://host", "store": Path("s")}, "--source http://host brings its own store"),
         ({"source": "store", "store": Path("s"), "token_file": Path("t")}, "--token-file is for --source http"),
         ({"source": "live+http://host", "method": "none"}, "uses no teacher; leave out --source live"),
-        ({"source": "http://host", "teacher": TeacherConfig(name="x")}, "--teacher options are for --source live"),
+        ({"source": "http://host", "teacher": LiveOptions(name="x")}, "--teacher options are for --source live"),
     ],
 )
 def test_options_are_refused_when_they_contradict_the_source(world, tmp_path, changes, words):

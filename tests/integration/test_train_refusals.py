@@ -15,6 +15,7 @@ from training_world import (
     SIZE,
     SWIN,
     VIT,
+    changed,
     make_teacher,
     samples,
     shared_world,
@@ -34,10 +35,11 @@ from feature_store.errors import (
 )
 from feature_store.inputs.tar import Tar
 from feature_store.views import decode_image, view_policy
-from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, ViewsConfig
+from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.engine.optimizer import Updates
 from student_trainer.methods.scalekd import ScaleKDConfig
+from student_trainer.teachers.config import LiveOptions, ViewsConfig
 from student_trainer.train import train
 
 # Python 3.12 and later warn of fork under threads
@@ -73,7 +75,7 @@ def other_store(tmp_path):
 def test_live_teacher_is_refused_when_its_weights_are_not_the_stores(config, tmp_path):
     make_teacher(VIT, tmp_path / "other.safetensors", seed=9)
     refused(
-        replace(config, source="live", teacher=TeacherConfig(checkpoint=tmp_path / "other.safetensors")),
+        changed(config, source="live", teacher=LiveOptions(checkpoint=tmp_path / "other.safetensors")),
         MismatchError,
         r"^teacher.weights_sha256 differs: store has '[0-9a-f]{64}', got '[0-9a-f]{64}'; use the --teacher options",
     )
@@ -82,10 +84,10 @@ def test_live_teacher_is_refused_when_its_weights_are_not_the_stores(config, tmp
 def test_live_teacher_is_refused_when_it_is_another_model_or_cut_elsewhere(config, tmp_path):
     world = shared_world()
     make_teacher(SWIN, tmp_path / "swin.safetensors")
-    swin = TeacherConfig(name=SWIN[0], model_kwargs=SWIN[1], checkpoint=tmp_path / "swin.safetensors")
-    refused(replace(config, source="live", teacher=swin), MismatchError, r"^teacher.name differs: store has 'test_vit'")
-    deeper = TeacherConfig(checkpoint=world.checkpoint, depth=3)
-    refused(replace(config, source="live", teacher=deeper), MismatchError, r"^split differs: store has .*depth.*1.*got")
+    swin = LiveOptions(name=SWIN[0], model_kwargs=SWIN[1], checkpoint=tmp_path / "swin.safetensors")
+    refused(changed(config, source="live", teacher=swin), MismatchError, r"^teacher.name differs: store has 'test_vit'")
+    deeper = LiveOptions(checkpoint=world.checkpoint, depth=3)
+    refused(changed(config, source="live", teacher=deeper), MismatchError, r"^split differs: store has .*depth.*1.*got")
 
 
 def test_tar_is_refused_when_it_changed_since_the_store_was_written(config, tmp_path):
@@ -124,7 +126,7 @@ def test_training_stops_when_pixels_change_beyond_the_first_rows(config, monkeyp
     with pytest.raises(MismatchError, match="pixels of sample 'a012', view 0"):
         train(config)
     shutil.rmtree(config.run)
-    assert train(replace(config, check_all_pixels=False)).steps == 1
+    assert train(changed(config, check_all_pixels=False)).steps == 1
 
 
 def test_training_stops_when_a_source_image_changed_under_the_same_size(config, tmp_path):
@@ -137,7 +139,7 @@ def test_training_stops_when_a_source_image_changed_under_the_same_size(config, 
     content[3]["png"] = content[3]["png"][:54] + bytes(255 - byte for byte in content[3]["png"][54:])
     write_tar(tmp_path / "train.tar", content)
     with pytest.raises(MismatchError, match=r"pixels of sample 's003', view 0 differs"):
-        train(replace(config, tars=(tar,), store=tmp_path / "store"))
+        train(changed(config, tars=(tar,), store=tmp_path / "store"))
 
 
 def bitmap(png: bytes) -> bytes:
@@ -149,20 +151,20 @@ def bitmap(png: bytes) -> bytes:
 def test_store_is_refused_when_views_are_missing(config, other_store):
     store = other_store(skip=[(1, 0)])
     refused(
-        replace(config, store=store),
+        changed(config, store=store),
         UncommittedError,
         r"1 of 2 units lack views: train-1.tar \(views 0\); run the same `teacher-service cache` command again",
     )
 
 
 def test_store_is_refused_when_more_views_are_asked_for_than_it_has(config):
-    refused(replace(config, num_views=3), UncommittedError, r"2 of 2 units lack views: train-0.tar \(views 2\)")
+    refused(changed(config, num_views=3), UncommittedError, r"2 of 2 units lack views: train-0.tar \(views 2\)")
 
 
 def test_store_is_refused_when_a_tap_the_loss_needs_is_missing(config, other_store):
     store = other_store(taps=("stage4",))
-    refused(replace(config, store=store), InputError, r"the store has no tap 'stage3_prefix'; it has: stage4")
-    assert train(replace(config, store=store, scalekd=ScaleKDConfig(tpp=False))).steps == 3
+    refused(changed(config, store=store), InputError, r"the store has no tap 'stage3_prefix'; it has: stage4")
+    assert train(changed(config, store=store, scalekd=ScaleKDConfig(tpp=False))).steps == 3
 
 
 def test_store_is_refused_when_its_later_blocks_are_from_another_checkpoint(config, other_store, tmp_path):
@@ -170,7 +172,7 @@ def test_store_is_refused_when_its_later_blocks_are_from_another_checkpoint(conf
     shutil.copytree(config.store, mixed)
     shutil.rmtree(mixed / "teacher" / "blocks")
     shutil.copytree(other_store() / "teacher" / "blocks", mixed / "teacher" / "blocks")
-    refused(replace(config, store=mixed), MismatchError, r"^blocks_sha256 differs: .* come from another checkpoint")
+    refused(changed(config, store=mixed), MismatchError, r"^blocks_sha256 differs: .* come from another checkpoint")
 
 
 def test_training_stops_when_a_shard_is_truncated(config, tmp_path):
@@ -179,7 +181,7 @@ def test_training_stops_when_a_shard_is_truncated(config, tmp_path):
     shard = next(path for path in (damaged / "taps" / "stage4" / "c").rglob("*") if path.is_file())
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CorruptStoreError, match=r"object taps/stage4/c/\d/\d/0/0 is damaged"):
-        train(replace(config, store=damaged, epochs=2))
+        train(changed(config, store=damaged, epochs=2))
 
 
 def test_student_name_is_corrected_when_unknown(config):
@@ -207,9 +209,9 @@ def test_student_is_refused_when_labels_are_beyond_its_classes(config):
 
 def test_kd_is_off_and_the_run_says_so_when_the_teacher_has_no_classifier(config, other_store, tmp_path, capfd):
     store = other_store(HEADLESS)
-    refused(replace(config, store=store, method="kd"), InputError, r"kd method needs teacher logits.* no classifier")
-    asked = replace(config, store=store, progress=True)
-    without = replace(config, store=store, run=tmp_path / "without", scalekd=ScaleKDConfig(kd_alpha=None))
+    refused(changed(config, store=store, method="kd"), InputError, r"kd method needs teacher logits.* no classifier")
+    asked = changed(config, store=store, progress=True)
+    without = changed(config, store=store, run=tmp_path / "without", scalekd=ScaleKDConfig(kd_alpha=None))
     first, second = (train(run).history[-1] for run in (asked, without))
     assert "KD is off: the teacher has no classifier" in capfd.readouterr().err
     assert json.loads((asked.run / "config.json").read_text())["resolved"]["kd_off"] is True
@@ -218,13 +220,13 @@ def test_kd_is_off_and_the_run_says_so_when_the_teacher_has_no_classifier(config
 
 
 def test_classes_are_counted_from_the_labels_when_the_teacher_has_no_classifier(config, other_store):
-    train(replace(config, store=other_store(HEADLESS)))
+    train(changed(config, store=other_store(HEADLESS)))
     assert '"num_classes": 4' in (config.run / "config.json").read_text()
 
 
 def test_classes_must_be_given_when_nobody_knows_them(config):
     refused(
-        replace(config, store=None, method="none", views=ViewsConfig(size=SIZE)),
+        changed(config, store=None, method="none", views=ViewsConfig(size=SIZE)),
         InputError,
         r"the number of classes is unknown without a store or a teacher; give --num-classes",
     )
@@ -232,9 +234,9 @@ def test_classes_must_be_given_when_nobody_knows_them(config):
 
 def test_views_are_refused_when_they_are_not_the_live_teachers_size(config):
     world = shared_world()
-    teacher = TeacherConfig(name=world.teacher[0], model_kwargs=world.teacher[1], checkpoint=world.checkpoint)
+    teacher = LiveOptions(name=world.teacher[0], model_kwargs=world.teacher[1], checkpoint=world.checkpoint)
     refused(
-        replace(config, store=None, source="live", teacher=teacher, views=ViewsConfig(size=32)),
+        changed(config, store=None, source="live", teacher=teacher, views=ViewsConfig(size=32)),
         InputError,
         r"views are 32 x 32, but teacher test_vit takes 64 x 64; set --views.size",
     )
@@ -245,7 +247,7 @@ def test_store_with_other_view_size_sets_the_students_input_when_read(config, tm
     name, kwargs = VIT
     teacher = make_teacher((name, {**kwargs, "img_size": 48}), tmp_path / "small.safetensors")
     write_store(tmp_path / "small", world.tars, teacher, num_views=1, policy=view_policy("a1", 48))
-    train(replace(config, store=tmp_path / "small", student="test_vit"))
+    train(changed(config, store=tmp_path / "small", student="test_vit"))
     saved = torch.load(config.run / "last.pt", weights_only=True)
     assert saved["student"]["preprocessing"]["input_size"] == (48, 48)
     assert saved["student"]["model_kwargs"]["img_size"] == (48, 48)
@@ -289,7 +291,7 @@ def test_validation_tars_are_refused_before_training_when_their_labels_count_fro
 
 def test_training_tars_are_refused_before_training_when_a_label_has_no_class(config, tmp_path):
     tar = relabelled(tmp_path / "train.tar", lambda i: "7" if i == 9 else "0")
-    config = replace(config, tars=(tar,), store=None, method="none", views=ViewsConfig(size=SIZE), num_classes=4)
+    config = changed(config, tars=(tar,), store=None, method="none", views=ViewsConfig(size=SIZE), num_classes=4)
     refused(config, InputError, rf"^--tars: label of sample 'v009' in {tar} is 7, expected 0..3; raise --num-classes")
     keys = tmp_path / "keys"
     keys.write_text("".join(f"v{i:03d}\n" for i in range(9)))

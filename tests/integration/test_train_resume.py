@@ -10,15 +10,16 @@ import pytest
 import torch
 from process_runs import kill, run_alone, start_group, wait_for_lines
 from stopped_runs import killed_at_save, killed_at_update
-from training_world import TIMING, samples, shared_world, train_config, write_tar
+from training_world import TIMING, changed, samples, shared_world, train_config, write_tar
 
 from feature_store import Store, open_store
 from feature_store.errors import InputError, MismatchError, UncommittedError
-from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig
+from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.evaluate import Evaluator
 from student_trainer.methods.scalekd import ScaleKDConfig
+from student_trainer.teachers.config import LiveOptions
 from student_trainer.train import train
 
 # Python 3.12 and later warn of fork under threads
@@ -46,7 +47,7 @@ def numbers(run) -> list[dict]:
 
 def assert_equal_runs(run, other) -> None:
     assert numbers(run) == numbers(other)
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.pt", "best.safetensors"):
         mine, theirs = load_checkpoint(run / name), load_checkpoint(other / name)
         for part in ("weights", "loss"):
             a, b = getattr(mine, part), getattr(theirs, part)
@@ -82,7 +83,7 @@ def test_run_repeats_the_end_of_an_epoch_when_killed_between_its_line_and_its_ch
 
 def test_run_is_the_uninterrupted_one_when_live_and_resumed(config, tmp_path):
     world = shared_world()
-    config = replace(config, source="live", teacher=TeacherConfig(checkpoint=world.checkpoint), epochs=2)
+    config = changed(config, source="live", teacher=LiveOptions(checkpoint=world.checkpoint), epochs=2)
     train(replace(config, run=tmp_path / "whole"))
     with killed_at_update(5):
         train(config)
@@ -135,7 +136,7 @@ def test_run_goes_on_when_its_keys_moved_and_is_refused_when_they_changed(config
 def test_run_is_refused_when_resumed_with_features_of_another_kind(config):
     config = replace(config, epochs=1)
     train(config)
-    live = replace(config, source="live", teacher=TeacherConfig(checkpoint=shared_world().checkpoint))
+    live = changed(config, source="live", teacher=LiveOptions(checkpoint=shared_world().checkpoint))
     with pytest.raises(MismatchError, match=r"inputs.features differs: the run has 'cached', got 'live'"):
         train(replace(live, resume=True))
 
@@ -186,26 +187,26 @@ def test_run_is_refused_when_resumed_with_another_store(config, tmp_path):
     train(replace(config, epochs=1))
     other = shared_world("vit", "f32")
     with pytest.raises(MismatchError, match=r"inputs.store differs: the run has '[0-9a-f]+', got '[0-9a-f]+'"):
-        train(replace(config, epochs=1, resume=True, store=other.store))
+        train(changed(config, epochs=1, resume=True, store=other.store))
 
 
 def test_run_resumes_when_the_store_moved(config, tmp_path):
     train(replace(config, epochs=1))
     shutil.copytree(config.store, tmp_path / "moved")
-    assert train(replace(config, epochs=1, resume=True, store=tmp_path / "moved")).steps == 3
+    assert train(changed(config, epochs=1, resume=True, store=tmp_path / "moved")).steps == 3
 
 
 def test_run_goes_on_with_its_views_when_the_store_grew(config, tmp_path):
     shutil.copytree(config.store, tmp_path / "grown")
-    config = replace(config, store=tmp_path / "grown", epochs=1)
+    config = changed(config, store=tmp_path / "grown", epochs=1)
     train(config)
     store = open_store(config.store)
-    store.grow(replace(store.manifest, num_views=store.manifest.num_views + 1))
+    store.grow(changed(store.manifest, num_views=store.manifest.num_views + 1))
     with pytest.raises(UncommittedError, match="lack views"):
         train(replace(config, resume=True))
-    assert train(replace(config, resume=True, num_views=2)).steps == 3
+    assert train(changed(config, resume=True, num_views=2)).steps == 3
     with pytest.raises(MismatchError, match=r"inputs.views differs: the run has 2, got 1"):
-        train(replace(config, resume=True, num_views=1))
+        train(changed(config, resume=True, num_views=1))
 
 
 def test_run_is_refused_when_quarantined_samples_were_mended_meanwhile(config, monkeypatch):
@@ -259,10 +260,10 @@ def test_run_goes_on_without_validation_when_it_failed(config, monkeypatch):
         failing_validation(patch, 2)
         with pytest.raises(InputError, match="none of 10"):
             train(config)
-    best = (config.run / "best.pt").read_bytes()
+    best = (config.run / "best.safetensors").read_bytes()
     result = train(replace(config, resume=True, val_tars=()))
     assert ["top1" in line for line in result.history] == [True, False, False]
-    assert (config.run / "best.pt").read_bytes() == best
+    assert (config.run / "best.safetensors").read_bytes() == best
     assert json.loads((config.run / "config.json").read_text())["inputs"]["val_tars"] == {}
     assert train(replace(config, resume=True, val_tars=())).steps == 9
 
@@ -278,7 +279,7 @@ def test_run_chooses_its_best_anew_when_it_goes_on_with_other_validation_tars(co
     assert "top1" not in first
     assert [line["val_samples"] for line in rest] == [6, 6]
     assert result.best_top1 == max(line["top1"] for line in rest)
-    assert load_checkpoint(config.run / "best.pt").progress.epoch > 1
+    assert load_checkpoint(config.run / "best.safetensors").progress.epoch > 1
     assert train(replace(config, resume=True, val_tars=other_val)).best_top1 == result.best_top1
 
 

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from servers import WebServer
 from stopped_runs import before_updates
 from torch.nn.modules.module import register_module_forward_pre_hook
-from training_world import SIZE, samples, shared_world, train_config, write_tar
+from training_world import SIZE, changed, samples, shared_world, train_config, write_tar
 
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.inputs.tar import Tar
 from feature_store.store import open_store
 from student_trainer.cli import main
-from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, ViewsConfig
+from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.data.loader import BatchLoader
 from student_trainer.data.replayed import StoredViews
 from student_trainer.engine.checkpoint import load_checkpoint
@@ -28,8 +28,9 @@ from student_trainer.engine.metrics import read_metrics
 from student_trainer.engine.optimizer import make_scheduler
 from student_trainer.evaluate import EvaluateConfig, evaluate
 from student_trainer.methods.scalekd import ScaleKDConfig
-from student_trainer.plan import assemble
-from student_trainer.train import Trainer, train
+from student_trainer.plan import resolve
+from student_trainer.teachers.config import LiveOptions, ViewsConfig
+from student_trainer.train import Run, train
 
 SCALEKD_TERMS = {
     "task",
@@ -84,7 +85,7 @@ def test_run_logs_every_term_when_trained(config, method, terms):
 @pytest.mark.parametrize("student", ["test_vit", "test_convnext"])
 def test_run_trains_every_weight_of_other_families_when_named(config, student):
     config = replace(config, student=student, scalekd=ScaleKDConfig(norm="layer"), epochs=1)
-    before = assemble(config).trainee
+    before = resolve(config).trainee
     assert train(config).steps == 3
     assert all(line.keys() >= SCALEKD_TERMS for line in lines(config, "step"))
     after = load_checkpoint(config.run / "last.pt")
@@ -97,20 +98,20 @@ def test_loss_falls_when_trained_long_enough(config):
     epochs = lines(config, "epoch")
     assert epochs[-1]["total"] < 0.95 * epochs[0]["total"]
     assert "top1" not in epochs[-1]
-    assert not (config.run / "best.pt").exists()
+    assert not (config.run / "best.safetensors").exists()
 
 
 def test_run_counts_teacher_seconds_when_live(config):
     world = shared_world()
-    result = train(replace(config, source="live", teacher=TeacherConfig(checkpoint=world.checkpoint), epochs=1))
+    result = train(changed(config, source="live", teacher=LiveOptions(checkpoint=world.checkpoint), epochs=1))
     assert result.teacher_seconds > 0
     assert lines(config, "epoch")[-1]["teacher_seconds"] == result.teacher_seconds
 
 
 def test_run_needs_no_store_when_the_teacher_is_live(config):
     world = shared_world()
-    teacher = TeacherConfig(name=world.teacher[0], model_kwargs=world.teacher[1], checkpoint=world.checkpoint)
-    config = replace(config, store=None, source="live", teacher=teacher, views=ViewsConfig(size=SIZE), epochs=1)
+    teacher = LiveOptions(name=world.teacher[0], model_kwargs=world.teacher[1], checkpoint=world.checkpoint)
+    config = changed(config, store=None, source="live", teacher=teacher, views=ViewsConfig(size=SIZE), epochs=1)
     train(config)
     # without a store nothing was quarantined before: 26 samples, one of which turns out to be unreadable
     assert lines(config, "start")[0] | {"samples": 26, "quarantined": 0, "views": None} == lines(config, "start")[0]
@@ -118,7 +119,7 @@ def test_run_needs_no_store_when_the_teacher_is_live(config):
 
 
 def test_run_names_unreadable_samples_when_there_is_no_store(config, capsys):
-    config = replace(config, store=None, method="none", num_classes=4, views=ViewsConfig(size=SIZE), batch_size=13)
+    config = changed(config, store=None, method="none", num_classes=4, views=ViewsConfig(size=SIZE), batch_size=13)
     train(config)
     left_out = lines(config, "unreadable")
     assert [line["epoch"] for line in left_out] == [0, 1]
@@ -130,21 +131,21 @@ def test_run_trains_on_the_chosen_keys_only_when_a_file_lists_them(config, tmp_p
     keys = [f"a{i:03d}" for i in range(4)] + [f"b{i:03d}" for i in range(4)]
     (tmp_path / "keys.txt").write_text("\n".join(keys))
     config = replace(config, keys_file=tmp_path / "keys.txt", batch_size=4)
-    parts = assemble(config)
-    assert parts.batches.rows == 8
-    seen = [row for batch in BatchLoader(parts.dataset, parts.batches) for row in batch.row_ids()]
+    parts = resolve(config)
+    assert parts.sampler.rows == 8
+    seen = [row for batch in BatchLoader(parts.dataset, parts.sampler) for row in batch.row_ids()]
     assert sorted((row.unit, row.position) for row in seen) == [(unit, i) for unit in (0, 1) for i in range(4)]
 
 
 def test_run_uses_the_first_views_only_when_limited(config):
-    parts = assemble(replace(config, num_views=1))
-    parts.batches.start(1)
-    assert {row.view for batch in parts.batches for row in batch} == {0}
+    parts = resolve(changed(config, num_views=1))
+    parts.sampler.start(1)
+    assert {row.view for batch in parts.sampler for row in batch} == {0}
 
 
 def test_student_sees_images_normalised_like_the_teachers_when_fed_from_a_store(config):
-    running = Trainer(config, assemble(config))
-    batch = next(iter(BatchLoader(running.parts.dataset, running.parts.batches)))
+    running = Run(resolve(config))
+    batch = next(iter(BatchLoader(running.plan.dataset, running.plan.sampler)))
     seen = []
     running.student.model.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     running.student.forward = lambda images: (
@@ -157,29 +158,29 @@ def test_student_sees_images_normalised_like_the_teachers_when_fed_from_a_store(
 
 
 def test_same_seed_gives_the_same_start_when_the_method_differs(config):
-    weights = [assemble(replace(config, method=method)).trainee.student.state_dict() for method in ("scalekd", "none")]
+    weights = [resolve(replace(config, method=method)).trainee.student.state_dict() for method in ("scalekd", "none")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_task_options_change_the_loss_when_set(config):
     config, logits = replace(config, method="none"), []
-    parts = assemble(config)
-    batch = next(iter(BatchLoader(parts.dataset, parts.batches)))
-    parts.trainee.student.model.get_classifier().register_forward_hook(lambda *arguments: logits.append(arguments[2]))
+    parts = resolve(config)
+    batch = next(iter(BatchLoader(parts.dataset, parts.sampler)))
+    parts.student.model.get_classifier().register_forward_hook(lambda *arguments: logits.append(arguments[2]))
     one_hot = F.one_hot(batch.labels, 4).float()
     for change, expected in (
         ({}, lambda logits: F.cross_entropy(logits, batch.labels)),
         ({"label_smoothing": 0.1}, lambda logits: F.cross_entropy(logits, batch.labels, label_smoothing=0.1)),
         ({"task": "bce"}, lambda logits: F.binary_cross_entropy_with_logits(logits, one_hot, reduction="sum") / 8),
     ):
-        got = Trainer(replace(config, **change), parts).losses(batch)["task"]
+        got = Run(replace(config, **change), parts).terms(batch).weighted["task"]
         torch.testing.assert_close(got, expected(logits[-1]), rtol=1e-4, atol=1e-5)
 
 
 def test_optimizer_options_reach_the_optimizer_when_set(config):
     def groups(**changes):
         asked = replace(config, optim=replace(config.optim, **changes))
-        return Trainer(asked, assemble(asked)).optimizer
+        return Run(resolve(asked)).optimizer
 
     adamw = groups()
     assert isinstance(adamw, torch.optim.AdamW)
@@ -219,18 +220,18 @@ def test_gradients_are_clipped_when_asked(config):
     moved = {}
     for clip in (None, 1e-3):
         asked = replace(config, optim=OptimConfig(opt="momentum", lr=1.0, weight_decay=0, momentum=0, clip_grad=clip))
-        running = Trainer(asked, assemble(asked))
-        before = [p.detach().clone() for p in running.parts.trainee.parameters()]
-        running.step(next(iter(BatchLoader(running.parts.dataset, running.parts.batches))))
-        after = running.parts.trainee.parameters()
+        running = Run(resolve(asked))
+        before = [p.detach().clone() for p in running.module.parameters()]
+        running.step(next(iter(BatchLoader(running.plan.dataset, running.plan.sampler))))
+        after = running.module.parameters()
         moved[clip] = torch.sqrt(sum((a - b).square().sum() for a, b in zip(after, before, strict=True))).item()
     assert moved[1e-3] == pytest.approx(1e-3, rel=0.01)
     assert moved[None] > 0.1
 
 
 def test_run_stops_before_updating_when_the_loss_is_not_finite(config):
-    running = Trainer(config, assemble(config))
-    batch = next(iter(BatchLoader(running.parts.dataset, running.parts.batches)))
+    running = Run(resolve(config))
+    batch = next(iter(BatchLoader(running.plan.dataset, running.plan.sampler)))
     batch.taps["stage4"][""][2, 0, 0] = float("nan")
     before = {name: value.clone() for name, value in running.student.named_parameters()}
     row = batch.row_ids()[0]
@@ -277,7 +278,7 @@ def test_best_checkpoint_is_the_first_of_equals_when_accuracy_stays(config):
     config = replace(config, student="test_vit", student_kwargs={"depth": 4}, method="none", optim=tiny)
     result = train(config)
     assert len({line["top1"] for line in result.history}) == 1
-    assert load_checkpoint(config.run / "best.pt").progress.epoch == 1
+    assert load_checkpoint(config.run / "best.safetensors").progress.epoch == 1
     assert load_checkpoint(config.run / "last.pt").progress.epoch == 2
 
 
@@ -327,7 +328,7 @@ def test_run_folder_says_what_it_was_made_from_when_started(config):
     assert saved["inputs"]["tars"]["train-0.tar"] == Tar.open(config.tars[0]).header_sha256
     assert saved["resolved"]["num_classes"] == 4
     assert saved["software"]["torch"] == torch.__version__.split("+")[0]
-    files = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "report.html"}
+    files = {"config.json", "metrics.jsonl", "last.pt", "best.safetensors", "report.html"}
     assert {path.name for path in config.run.iterdir()} == files
 
 
@@ -360,7 +361,7 @@ def test_commands_train_evaluate_and_export_when_called_in_turn(config, tmp_path
     assert main(["export", "--run", run, "--out", out]) == 0
     assert capsys.readouterr().out.split() == [f"{out}/config.json", f"{out}/model.safetensors"]
     exported = timm.create_model("test_resnet", checkpoint_path=f"{out}/model.safetensors", num_classes=4)
-    best = load_checkpoint(config.run / "best.pt").weights
+    best = load_checkpoint(config.run / "best.safetensors").weights
     assert all(torch.equal(best[name], value) for name, value in exported.state_dict().items())
 
 
@@ -378,7 +379,7 @@ def test_run_ends_when_no_image_of_a_batch_can_be_read(config, tmp_path):
     tars = (write_tar(tmp_path / "bad.tar", content),)
     with pytest.raises(InputError, match=r"no image of a batch can be read: bad.tar/s00\d: not an image"):
         train(
-            replace(
+            changed(
                 config, method="none", store=None, tars=tars, batch_size=1, num_classes=4, views=ViewsConfig(size=SIZE)
             )
         )

@@ -18,8 +18,8 @@ from student_trainer.engine.metrics import read_metrics
 from student_trainer.evaluate import EvaluateConfig, evaluate
 from student_trainer.export import ExportConfig, export
 from student_trainer.methods.scalekd import ScaleKDConfig, ScaleKDLoss
-from student_trainer.plan import assemble
-from student_trainer.train import Trainer, train
+from student_trainer.plan import resolve
+from student_trainer.train import Run, train
 
 
 @pytest.fixture
@@ -35,12 +35,12 @@ def config(tmp_path) -> TrainConfig:
     )
 
 
-def running(config: TrainConfig) -> Trainer:
-    return Trainer(config, assemble(config))
+def running(config: TrainConfig) -> Run:
+    return Run(resolve(config))
 
 
-def first_batch(trainer: Trainer):
-    return next(iter(BatchLoader(trainer.parts.dataset, trainer.parts.batches)))
+def first_batch(trainer: Run):
+    return next(iter(BatchLoader(trainer.plan.dataset, trainer.plan.sampler)))
 
 
 def totals(config: TrainConfig) -> list[float]:
@@ -60,10 +60,10 @@ def test_accumulated_gradients_are_the_whole_batchs_when_there_is_no_batchnorm(c
     gradients = []
     for pieces in (1, 4):
         trainer = running(replace(config, accumulate=pieces))
-        loader = iter(BatchLoader(trainer.parts.dataset, trainer.parts.batches))
+        loader = iter(BatchLoader(trainer.plan.dataset, trainer.plan.sampler))
         for _ in range(pieces):
-            trainer.updates.backward(trainer.losses(next(loader))["total"] / pieces)
-        gradients.append([p.grad for p in trainer.parts.trainee.parameters()])
+            trainer.updates.backward(trainer.terms(next(loader)).total / pieces)
+        gradients.append([p.grad for p in trainer.module.parameters()])
     for whole, split in zip(*gradients, strict=True):
         assert (whole - split).abs().max() <= 1e-3 * whole.abs().max()
 
@@ -126,7 +126,7 @@ def test_autocast_computes_in_its_type_and_stays_close_to_float32_when_training(
     exact, rough = running(config), running(replace(config, amp=amp))
     batch, types = first_batch(exact), []
     rough.student.model.get_classifier().register_forward_hook(lambda *arguments: types.append(arguments[2].dtype))
-    expected, got = exact.losses(batch)["total"].item(), rough.losses(batch)["total"].item()
+    expected, got = exact.terms(batch).total.item(), rough.terms(batch).total.item()
     assert types == [getattr(torch, amp)]
     assert got == pytest.approx(expected, rel=0.03)
     assert len(totals(replace(config, amp=amp))) == 2
@@ -139,9 +139,9 @@ def test_float16_scales_the_loss_and_skips_the_step_when_gradients_overflow(conf
     trainer.updates.load_state_dict(
         {**state, "scaler": {**state["scaler"], "scale": 2.0**126}}
     )  # any gradient overflows
-    before = [p.detach().clone() for p in trainer.parts.trainee.parameters()]
+    before = [p.detach().clone() for p in trainer.module.parameters()]
     trainer.step(batch)
-    after = list(trainer.parts.trainee.parameters())
+    after = list(trainer.module.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert trainer.updates.state_dict()["scaler"]["scale"] == 2.0**125
     assert running(replace(config)).updates.state_dict()["scaler"] == {}
@@ -184,7 +184,7 @@ def test_idle_terms_change_nothing_when_left_out(config, alphas):
     batch = first_batch(lean)
     faithful = _released(whole)
     faithful.load_state_dict(lean.loss.state_dict(), strict=False)
-    whole.parts.trainee.loss = faithful
+    whole.module.loss = faithful
     terms, expected = lean.losses(batch), whole.losses(batch)
     assert terms.keys() < expected.keys()
     assert all(expected[name] == 0 for name in expected.keys() - terms.keys())
@@ -198,7 +198,7 @@ def test_idle_terms_change_nothing_when_left_out(config, alphas):
     assert len(left) == {0: 3, 1: 4, 2: 2, 3: 4}[IDLE.index(alphas)]
 
 
-def _released(trainer: Trainer) -> ScaleKDLoss:
+def _released(trainer: Run) -> ScaleKDLoss:
     student = trainer.student
     later_blocks = trainer.loss.perception.later_blocks
     return ScaleKDLoss(trainer.config.scalekd, student.dims, student.grids, later_blocks)
@@ -210,9 +210,9 @@ def test_later_blocks_run_twice_and_give_the_same_gradients_when_checkpointed(co
         trainer = running(replace(config, scalekd=replace(config.scalekd, checkpoint_later_blocks=checkpointed)))
         runs = []
         trainer.loss.perception.later_blocks.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
-        total = trainer.losses(first_batch(trainer))["total"]
+        total = trainer.terms(first_batch(trainer)).total
         total.backward()
-        results.append((len(runs), total.item(), [p.grad for p in trainer.parts.trainee.parameters()]))
+        results.append((len(runs), total.item(), [p.grad for p in trainer.module.parameters()]))
     (once, total, gradients), (twice, same_total, same_gradients) = results
     assert (once, twice) == (1, 2)
     assert total == same_total

@@ -5,8 +5,8 @@ import pytest
 
 from feature_store.errors import InputError
 from student_trainer.config import OptimConfig, TrainConfig, config_to_dict
+from student_trainer.config_values import build_config, merge, parse_assignments, parse_yaml, read_yaml
 from student_trainer.methods.scalekd import ScaleKDConfig
-from student_trainer.sweeps.values import build_config, merge, parse_assignments, parse_yaml, read_yaml
 
 FULL = TrainConfig(
     run=Path("r"),

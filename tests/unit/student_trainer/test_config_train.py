@@ -6,7 +6,8 @@ import pytest
 import tyro
 
 from feature_store.errors import InputError
-from student_trainer.config import OptimConfig, TeacherConfig, TrainConfig, ViewsConfig, config_to_dict
+from student_trainer.config import OptimConfig, TrainConfig, config_to_dict
+from student_trainer.teachers.config import LiveOptions, ViewsConfig
 
 GOOD = TrainConfig(run=Path("r"), student="test_resnet", tars=("a.tar",), store=Path("s"))
 
@@ -26,7 +27,7 @@ GOOD = TrainConfig(run=Path("r"), student="test_resnet", tars=("a.tar",), store=
         ({"store": None}, "--method scalekd needs teacher features; give --store"),
         ({"store": None, "source": "live"}, "needs --teacher.name"),
         ({"method": "none", "source": "live"}, "--method none uses no teacher"),
-        ({"teacher": TeacherConfig(name="vit")}, "--teacher options are for --source live"),
+        ({"teacher": LiveOptions(name="vit")}, "--teacher options are for --source live"),
         ({"views": ViewsConfig(size=32)}, "--views options are for runs without --store"),
         ({"store": None, "method": "none", "num_views": 2}, "--num-views limits a store's views"),
         ({"store": None, "method": "none", "check_all_pixels": False}, "--no-check-all-pixels is for replayed"),

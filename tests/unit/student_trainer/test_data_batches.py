@@ -20,7 +20,7 @@ from student_trainer.data.batch import (
 )
 from student_trainer.data.loader import BatchLoader
 from student_trainer.data.replayed import DrawnViews, StoredViews
-from student_trainer.data.sampler import EpochBatches
+from student_trainer.data.sampler import EpochSampler
 
 # Python 3.12 and later warn of fork under threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -48,9 +48,9 @@ def dataset(store, tars) -> ViewDataset:
     )
 
 
-def planned(store, tars, **changes) -> EpochBatches:
+def planned(store, tars, **changes) -> EpochSampler:
     units = training_positions(tars, store=store)
-    return EpochBatches(units, **{"batch_size": 6, "seed": 0, "num_views": 2, **changes})
+    return EpochSampler(units, **{"batch_size": 6, "seed": 0, "num_views": 2, **changes})
 
 
 def flat(taps):

@@ -90,7 +90,7 @@ def test_best_checkpoint_is_taken_when_a_run_has_one(run):
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.zero_()
-    save(folder / "best.pt", student)
+    save(folder / "best.safetensors", student)
     weights = load_student(folder).student.model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in student.model.state_dict().items())
     other = load_student(folder / "last.pt").student.model.state_dict()

@@ -7,8 +7,8 @@ import torch
 from tiny_jobs import TinyTeacher
 
 from feature_store.errors import ResourceError
-from feature_store.teacher.model import Teacher, TeacherOutput, load_teacher
-from teacher_service.cache.forward import Forward, prepare_for_gpu
+from feature_store.teacher.model import Teacher, TeacherOutput, load_teacher, prepare_for_gpu
+from teacher_service.cache.forward import Forward
 from teacher_service.cache.stage_timer import StageTimer
 
 

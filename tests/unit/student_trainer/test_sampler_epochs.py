@@ -3,16 +3,16 @@ import pytest
 
 from feature_store.errors import InputError
 from feature_store.format.addressing import RowId
-from student_trainer.data.sampler import EpochBatches
+from student_trainer.data.sampler import EpochSampler
 
 UNITS = [np.array([0, 1, 2, 4, 5, 6]), np.arange(7), np.arange(5), np.arange(9)]
 
 
 def batches(**changes):
-    return EpochBatches(UNITS, **{"batch_size": 4, "seed": 3, "shuffle_units": 2, "num_views": 2, **changes})
+    return EpochSampler(UNITS, **{"batch_size": 4, "seed": 3, "shuffle_units": 2, "num_views": 2, **changes})
 
 
-def epoch(of: EpochBatches, number: int, first: int = 0) -> list[list[RowId]]:
+def epoch(of: EpochSampler, number: int, first: int = 0) -> list[list[RowId]]:
     of.start(number, first)
     return list(of)
 
@@ -58,7 +58,7 @@ def test_epoch_mixes_rows_only_within_a_group_when_units_are_grouped():
 
 
 def test_addresses_are_whole_numbers_when_a_unit_is_empty():
-    planned = EpochBatches([[], [0, 2]], batch_size=1, seed=0)
+    planned = EpochSampler([[], [0, 2]], batch_size=1, seed=0)
     assert sorted(row for batch in epoch(planned, 0) for row in batch) == [RowId(1, 0, 0), RowId(1, 2, 0)]
     assert planned.epoch_rows(0).dtype == np.int64
 

@@ -1,4 +1,4 @@
-"""What a run reads, opened, and its identity by content."""
+"""The images that a run trains on, opened, with their identity by content."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from feature_store.client.connection import Client, connect, read_token
 from feature_store.errors import InputError
 from feature_store.inputs.options import TarOptions
 from feature_store.inputs.tar import Tar, open_tars
-from feature_store.store import Store, open_store
+from feature_store.store import Store
 from student_trainer.config import TrainConfig
 from student_trainer.data.batch import match_tars, read_keys, require_views, training_positions
 from student_trainer.data.materialised import UnitTar, require_view_tars, stored_units
@@ -22,92 +21,78 @@ TarOpener = Callable[[Sequence[str], TarOptions], list[Tar]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """A run's data.
+    """A run's images.
 
     Attributes:
-        store: The store whose views are replayed; None if views are drawn.
-        service: The service that brings it, if one does.
         tars: One per unit.
         units: Positions to train on, per unit.
-        num_views: Views used in turn; None for a new one every epoch.
+        quarantined: Samples left out because the teacher's pass could not read them.
+        checked: Whether a store's labels and CRCs check what is read.
         keys: The samples chosen by ``keys_file``; None for all.
     """
 
-    store: Store | None
-    service: Client | None
     tars: Sequence[UnitTar]
     units: Sequence[np.ndarray]
-    num_views: int | None
+    quarantined: int
+    checked: bool
     keys: frozenset[str] | None
 
-    def identity(
-        self, config: TrainConfig, val_tars: Sequence[Tar], live_teacher: str | None, processes: int = 1
-    ) -> dict[str, Any]:
-        """Names and hashes of everything a run reads: equal for equal content, wherever it lies.
+    def identity(self, config: TrainConfig, val_tars: Sequence[Tar]) -> dict[str, Any]:
+        """Names and hashes of everything that is read: equal for equal content, wherever it lies.
 
         Of training tars whose contents a store's labels and CRCs check, only the headers count.
 
         Args:
             config: The run.
             val_tars: Its validation tars.
-            live_teacher: Hash of the live teacher's weights; None without one.
-            processes: The run's processes.
         """
         return {
-            "features": _kind_of_features(config),
-            "views": self.num_views,
             "samples": _digest(self.units),
-            "store": None if self.store is None else self.store.manifest.identity(),  # it may have grown since
-            "live_teacher": live_teacher,
             "initial_weights": _initial_weights(config),
             "keys": None if self.keys is None else hashlib.sha256("\n".join(sorted(self.keys)).encode()).hexdigest(),
             "tars": _by_name(
-                (tar.name, tar.content_sha256() if isinstance(tar, Tar) and self.store is None else tar.header_sha256)
+                (tar.name, tar.content_sha256() if isinstance(tar, Tar) and not self.checked else tar.header_sha256)
                 for tar in self.tars
             ),
             "val_tars": _by_name((tar.name, tar.content_sha256()) for tar in val_tars),
-            "processes": processes,
         }
 
 
-def open_inputs(config: TrainConfig, open_tars: TarOpener = open_tars) -> Inputs:
-    """Open what a run trains on, apart from a live teacher.
+def open_inputs(
+    config: TrainConfig, store: Store | None, num_views: int | None, open_tars: TarOpener = open_tars
+) -> Inputs:
+    """Open the images a run trains on.
 
     Args:
         config: The run.
+        store: The store whose views are replayed; None if views are drawn.
+        num_views: Views used in turn; None for a new one every epoch.
         open_tars: Opens tars by patterns.
 
     Raises:
         UserError: Something is missing, or does not fit together.
     """
-    service = None if config.service_url is None else connect(config.service_url, _token(config))
-    store = service.store if service is not None else None if config.store is None else open_store(config.store)
     keys = None if config.keys_file is None else read_keys(config.keys_file)
-    num_views = config.views.count if store is None else config.num_views or store.manifest.num_views
     if store is not None and num_views is not None:
         require_views(store, num_views)
-    tars = _unit_tars(config, store, open_tars)
-    return Inputs(store, service, tars, training_positions(tars, store=store, keys=keys), num_views, keys)
+    tars = _unit_tars(config, store, num_views, open_tars)
+    quarantined = sum(len(store.quarantined(unit)) for unit in range(len(tars))) if store else 0
+    return Inputs(tars, training_positions(tars, store=store, keys=keys), quarantined, store is not None, keys)
 
 
-def _unit_tars(config: TrainConfig, store: Store | None, open_tars: TarOpener) -> Sequence[UnitTar]:
+def _unit_tars(
+    config: TrainConfig, store: Store | None, num_views: int | None, open_tars: TarOpener
+) -> Sequence[UnitTar]:
     """What views are made of, unit by unit; of a store with materialised views only what it says of its source."""
-    if config.views_from is not None and store is not None:
-        require_view_tars(store, config.views_from, config.num_views or store.manifest.num_views)
+    if config.views_from is not None:
+        if store is None or num_views is None:
+            raise InputError(
+                "--views-from reads views that belong to a store; give that --store or --source http://..."
+            )
+        require_view_tars(store, config.views_from, num_views)
         return stored_units(store, config.views_from)
     tars = open_tars(config.tars, config)
     return tars if store is None else match_tars(store, tars)
-
-
-def _token(config: TrainConfig) -> str | None:
-    return None if config.token_file is None else read_token(config.token_file)
-
-
-def _kind_of_features(config: TrainConfig) -> str:
-    """Cached rows are the same wherever they come from; what is computed anew is so on one machine at best."""
-    if config.method == "none":
-        return "none"
-    return "cached" if not config.is_live else "live" if config.service_url is None else "live, by a service"
 
 
 def _by_name(hashes: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -1,0 +1,26 @@
+"""Student and method as one module: everything that learns."""
+
+from torch import nn
+
+from student_trainer.methods.base import DistillBatch, Method, Terms
+from student_trainer.students.student import Student
+
+
+class DistilledStudent(nn.Module):
+    """Everything that learns, in one forward pass: what is compiled, and what DDP wraps."""
+
+    def __init__(self, student: Student, method: Method) -> None:
+        super().__init__()
+        self.student, self.method = student, method
+
+    def forward(self, batch: DistillBatch) -> Terms:
+        """The terms of the method's loss."""
+        return self.method(self.student(batch.images), batch)
+
+    def no_weight_decay(self) -> set[str]:
+        """The student's parameters free of weight decay besides norms and biases: position embeddings and the like."""
+        return {f"student.{name}" for name in self.student.no_weight_decay()}
+
+    def projector_positions(self) -> set[str]:
+        """The projectors' position embeddings."""
+        return {f"method.{name}" for name, _ in self.method.named_parameters() if name.endswith("position")}
