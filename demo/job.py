@@ -131,7 +131,7 @@ def _train(students: Students, console: Console) -> list[SettingResult]:
         for setting, result in students.run():
             runs.append((setting, result))
             bar.advance(task)
-    return summarise(runs, students.student)
+    return summarise(runs)
 
 
 def _describe_student(settings: Settings) -> StudentResult:

@@ -13,8 +13,9 @@ import torch
 from demo.digits import Digits
 from demo.settings import StudentSettings
 from demo.teacher import CROP_PCT
-from student_trainer.config import TeacherConfig, TrainConfig
+from student_trainer.config import TrainConfig
 from student_trainer.engine.metrics import read_metrics
+from student_trainer.teachers.config import LiveTeacher, StoreTeacher
 from student_trainer.train import TrainResult, train
 
 PROCESSES = 2  # students trained at a time, one thread each: networks this small do not gain from a second thread
@@ -110,10 +111,12 @@ class Students:
             tars=self._digits.train_tars,
             keys_file=self._digits.few_keys if setting.labels == "few" else None,
             val_tars=self._digits.test_tars,
-            store=self._store,
             method=method.method,
-            source=method.source,
-            teacher=TeacherConfig(checkpoint=self._checkpoint) if method.source == "live" else TeacherConfig(),
+            teacher=(
+                LiveTeacher(checkpoint=self._checkpoint, store=self._store)
+                if method.source == "live"
+                else StoreTeacher(self._store)
+            ),
             epochs=epochs,
             val_every=epochs,  # test once, after the last step: no choosing by test accuracy
             batch_size=student.batch_size,
@@ -137,17 +140,16 @@ class Students:
                 yield setting, result
 
 
-def summarise(runs: Iterable[tuple[Setting, TrainResult]], settings: StudentSettings) -> list[SettingResult]:
+def summarise(runs: Iterable[tuple[Setting, TrainResult]]) -> list[SettingResult]:
     """Results by setting, in order of first appearance."""
     by_setting: dict[Setting, list[TrainResult]] = {}
     for setting, result in runs:
         by_setting.setdefault(setting, []).append(result)
-    return [_summary(setting, results, settings) for setting, results in by_setting.items()]
+    return [_summary(setting, results) for setting, results in by_setting.items()]
 
 
-def _summary(setting: Setting, results: Sequence[TrainResult], settings: StudentSettings) -> SettingResult:
+def _summary(setting: Setting, results: Sequence[TrainResult]) -> SettingResult:
     top1 = tuple(_known(result.last_top1) for result in results)
-    logits_share = settings.scalekd.kd_alpha or 0.0 if setting.method.method in ("kd", "scalekd") else 0.0
     return SettingResult(
         labels=setting.labels,
         method=setting.method.label,
@@ -159,7 +161,7 @@ def _summary(setting: Setting, results: Sequence[TrainResult], settings: Student
         steps=results[0].steps,
         seconds_per_step=median(_known(result.seconds_per_step) for result in results),
         teacher_seconds=mean(result.teacher_seconds for result in results),
-        curves=tuple(_cross_entropy(result.run, 1 - logits_share) for result in results),
+        curves=tuple(_cross_entropy(result.run) for result in results),
     )
 
 
@@ -168,6 +170,6 @@ def _known(value: float | None) -> float:
     return value
 
 
-def _cross_entropy(run: Path, weight: float) -> tuple[float, ...]:
-    """The task loss per step without the weight the method gives it, so that methods can be compared."""
-    return tuple(line["task"] / weight for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step")
+def _cross_entropy(run: Path) -> tuple[float, ...]:
+    """The unweighted task loss per step, in which methods can be compared."""
+    return tuple(line["raw"]["task"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step")

@@ -11,6 +11,8 @@ from feature_store.errors import InputError
 from feature_store.inputs.options import TarOptions
 from feature_store.tools.options import JsonObject, require
 from student_trainer.config_values import build_config
+from student_trainer.methods.fd import FDConfig
+from student_trainer.methods.kd import KDConfig
 from student_trainer.methods.registry import METHODS, find_method
 from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.teachers.config import NoTeacher, TeacherConfig, teacher_from_options
@@ -99,7 +101,9 @@ class TrainConfig(TarOptions):
         method: How it learns: scalekd, fd (features), kd, dist, nkd (logits), attention_transfer, none (no
             distillation), or package.module:Class, a method of your own.
         method_options: Options of a method of your own, as JSON.
-        scalekd: The ScaleKD loss.
+        scalekd: Options of --method scalekd.
+        kd: Options of --method kd.
+        fd: Options of --method fd.
         student_kwargs: Extra arguments of timm.create_model for the student, as JSON.
         student_stages: Indices of the student's stages 3 and 4 in timm's feature_info; default those at reductions 16
             and 32, or by depth in networks of one resolution.
@@ -148,6 +152,8 @@ class TrainConfig(TarOptions):
     method: str = "scalekd"
     method_options: JsonObject = field(default_factory=dict)
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
+    kd: KDConfig = field(default_factory=KDConfig)
+    fd: FDConfig = field(default_factory=FDConfig)
     student_kwargs: JsonObject = field(default_factory=dict)
     student_stages: tuple[int, int] | None = None
     num_classes: int | None = None

@@ -111,7 +111,13 @@ class Evaluator:
         self._tars, self._group = tars, group
         self._normalise, self._device, self._num_classes = preprocessing.normaliser(device), device, num_classes
 
-    def __call__(self, model: nn.Module, stop: Callable[[], bool] = lambda: False) -> Accuracy | None:
+    def __call__(self, model: nn.Module) -> Accuracy:
+        """Accuracy of a timm model, see ``unless_stopped``."""
+        accuracy = self.unless_stopped(model, lambda: False)
+        assert accuracy is not None  # nothing stops it
+        return accuracy
+
+    def unless_stopped(self, model: nn.Module, stop: Callable[[], bool]) -> Accuracy | None:
         """Accuracy of a timm model, in eval mode; its mode is restored.
 
         Every process of the group calls this and gets the same.
@@ -284,7 +290,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     model = trained.student.model.to(device)
     begun = time.perf_counter()
     accuracy = evaluator(model)
-    assert accuracy is not None  # nothing told it to stop
     seconds = time.perf_counter() - begun
     images = min(config.batch_size, accuracy.samples)
     images_BCHW = torch.zeros(images, 3, *preprocessing.input_size, device=device)

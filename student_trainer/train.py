@@ -33,7 +33,7 @@ from student_trainer.engine.run_folder import RunFolder, reserved
 from student_trainer.engine.stopping import Stop, Stopped, stop_on_signals
 from student_trainer.engine.terms import TermMeans
 from student_trainer.evaluate import Accuracy, Evaluator
-from student_trainer.methods.base import DistillBatch, Terms
+from student_trainer.methods.base import DistillBatch, TeacherOutput, Terms
 from student_trainer.plan import RunPlan, resolve
 from student_trainer.reports.run import write_run_report
 from student_trainer.students.load import describe_student, save_student
@@ -208,7 +208,7 @@ class Run:
         images, labels = self._normalise(pixels), batch.labels.to(self.device, non_blocking=True)
         teachers = self.plan.teacher.outputs(batch, pixels, self.method.needs)
         with self._autocast():
-            return self.module(DistillBatch(images, labels, *teachers))
+            return self.module(DistillBatch(images, labels, *(teachers or [TeacherOutput()])))
 
     def _autocast(self) -> Any:
         enabled = self.config.amp in AMP_DTYPES
@@ -350,7 +350,9 @@ class Run:
         assert self._evaluator is not None  # _validates asked
         alone = self.group.size == 1
         with self._stop.at_once() if alone else nullcontext():
-            accuracy = self._evaluator(self.eval_model, stop=lambda: not alone and self._stop.signal is not None)
+            accuracy = self._evaluator.unless_stopped(
+                self.eval_model, lambda: not alone and self._stop.signal is not None
+            )
         if accuracy is None:
             raise self._stop.now()
         return accuracy

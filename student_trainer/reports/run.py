@@ -11,11 +11,6 @@ from student_trainer.engine.run_folder import read_description
 from student_trainer.reports.pages import page, plots_or_note, section, words
 from student_trainer.reports.plots import curves
 
-_NOT_TERMS = frozenset(  # of a metrics line; everything else that is a number is a loss term
-    {"kind", "step", "epoch", "lr", "images_per_second", "data_wait", "memory", "top1", "top5", "val_samples",
-     "val_unreadable", "teacher_seconds", "seconds_per_step"}
-)  # fmt: skip
-
 
 def write_run_report(folder: Path) -> Path:
     """Write report.html into a run's folder, from its config.json and metrics.jsonl.
@@ -28,12 +23,12 @@ def write_run_report(folder: Path) -> Path:
     description, lines = read_description(folder / "config.json"), read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if line["kind"] == "step"]
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    settings, resolved = _flat(description["config"]), _flat(description["resolved"])
+    settings, plan = _flat(description["config"]), _flat(description["plan"])
     body = [
         section("Results", words(run_numbers(steps, epochs))),
         section("Curves", *plots_or_note(lambda: _run_curves(steps, epochs))),
         section("Settings", words(settings)),
-        section("Resolved", words(resolved)),
+        section("Plan", words(plan)),
         section("Inputs", words(_flat(description["inputs"]))),
         section("Software", words(description["software"])),
     ]
@@ -50,22 +45,23 @@ def run_numbers(steps: Sequence[Mapping[str, Any]], epochs: Sequence[Mapping[str
         steps: Its step lines of metrics.jsonl.
         epochs: Its epoch lines.
     """
-    top1 = [line["top1"] for line in epochs if "top1" in line]
+    top1 = [line["val"]["top1"] for line in epochs if "val" in line]
     numbers: dict[str, str] = {"epochs": str(len(epochs))}
     if epochs:
         last = epochs[-1]
         numbers |= {"steps": str(last["step"])}
-        numbers |= {f"{name}, mean of the last epoch": f"{value:.4g}" for name, value in _terms(last).items()}
-        numbers |= {"teacher seconds": f"{last['teacher_seconds']:.1f}"}
-        if last["seconds_per_step"] is not None:
-            numbers |= {"seconds per step, median": f"{last['seconds_per_step']:.4f}"}
+        numbers |= {f"{name}, mean of the last epoch": f"{value:.4g}" for name, value in last["loss"].items()}
+        speed = last["speed"]
+        numbers |= {"teacher seconds": f"{speed['teacher_seconds']:.1f}"}
+        if speed["seconds_per_step"] is not None:
+            numbers |= {"seconds per step, median": f"{speed['seconds_per_step']:.4f}"}
     if top1:
         numbers = {"best top-1": f"{max(top1):.2f} %", "last top-1": f"{top1[-1]:.2f} %", **numbers}
     if steps:
         numbers |= {
-            "images per second, mean": f"{mean(line['images_per_second'] for line in steps):.1f}",
-            "share of time waiting for data": f"{mean(line['data_wait'] for line in steps):.1%}",
-            "largest memory": f"{max(line['memory'] for line in steps) / 2**20:,.0f} MiB",
+            "images per second, mean": f"{mean(line['speed']['images_per_second'] for line in steps):.1f}",
+            "share of time waiting for data": f"{mean(line['speed']['data_wait'] for line in steps):.1%}",
+            "largest memory": f"{max(line['speed']['memory'] for line in steps) / 2**20:,.0f} MiB",
         }
     return numbers
 
@@ -73,22 +69,22 @@ def run_numbers(steps: Sequence[Mapping[str, Any]], epochs: Sequence[Mapping[str
 def _run_curves(steps: Sequence[Mapping[str, Any]], epochs: Sequence[Mapping[str, Any]]) -> list[str]:
     if not (steps or epochs):
         return []
-    terms = {name: [(line["step"], line[name]) for line in steps or epochs] for name in _terms((steps or epochs)[-1])}
+    lines = steps or epochs
+    terms = {name: [(line["step"], line["loss"][name]) for line in lines] for name in lines[-1]["loss"]}
     figures = [curves(terms, x="step", y="loss terms")]
     accuracies = {
-        name: [(line["epoch"] + 1, line[key]) for line in epochs if key in line]
+        name: [(line["epoch"] + 1, line["val"][key]) for line in epochs if "val" in line]
         for name, key in (("top-1", "top1"), ("top-5", "top5"))
     }
     if accuracies["top-1"]:
         figures.append(curves(accuracies, x="epoch", y="validation accuracy %"))
-    for key, label in (("lr", "learning rate"), ("images_per_second", "images per second"), ("data_wait", "data wait")):
-        if steps:
-            figures.append(curves({label: [(line["step"], line[key]) for line in steps]}, x="step", y=label))
+    if steps:
+        curve = {"learning rate": [(line["step"], line["lr"]) for line in steps]}
+        figures.append(curves(curve, x="step", y="learning rate"))
+        for key, label in (("images_per_second", "images per second"), ("data_wait", "data wait")):
+            curve = {label: [(line["step"], line["speed"][key]) for line in steps]}
+            figures.append(curves(curve, x="step", y=label))
     return figures
-
-
-def _terms(line: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name not in _NOT_TERMS and isinstance(value, int | float)}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

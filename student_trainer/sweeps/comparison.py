@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
 
 from scipy.special import stdtrit
 
-from student_trainer.config import TrainConfig
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.sweeps.file import Run, Sweep
 
@@ -26,7 +24,7 @@ class RunResult:
         steps: Optimizer steps.
         seconds_per_step: Median over steps of the process that ended the run; None if it made none.
         teacher_seconds: Time in a live teacher; 0 with a store.
-        task_loss: Task loss per epoch without the weight the method gives it; None if that weight is 0.
+        task_loss: Task loss per epoch, without the weight that the method gives it.
         top1_curve: (epochs done, top-1 in percent) of every validation.
     """
 
@@ -37,7 +35,7 @@ class RunResult:
     steps: int
     seconds_per_step: float | None
     teacher_seconds: float
-    task_loss: tuple[float, ...] | None
+    task_loss: tuple[float, ...]
     top1_curve: tuple[tuple[int, float], ...]
 
 
@@ -103,9 +101,10 @@ class Comparison:
 def read_run(run: Run, score: str) -> RunResult:
     """The result of a finished run."""
     epochs = [line for line in read_metrics(run.config.run / "metrics.jsonl") if line["kind"] == "epoch"]
-    curve = tuple((line["epoch"] + 1, line["top1"]) for line in epochs if "top1" in line)
+    curve = tuple((line["epoch"] + 1, line["val"]["top1"]) for line in epochs if "val" in line)
     accuracies = [top1 for _, top1 in curve]
-    paces = [line["seconds_per_step"] for line in epochs if line["seconds_per_step"] is not None]
+    speeds = [line["speed"] for line in epochs]
+    paces = [speed["seconds_per_step"] for speed in speeds if speed["seconds_per_step"] is not None]
     return RunResult(
         setting=run.setting,
         seed=run.seed,
@@ -113,8 +112,8 @@ def read_run(run: Run, score: str) -> RunResult:
         top1=max(accuracies) if score == "best" else accuracies[-1],
         steps=epochs[-1]["step"],
         seconds_per_step=paces[-1] if paces else None,
-        teacher_seconds=epochs[-1]["teacher_seconds"],
-        task_loss=_task_loss(run.config, epochs),
+        teacher_seconds=speeds[-1]["teacher_seconds"],
+        task_loss=tuple(line["raw"]["task"] for line in epochs),
         top1_curve=curve,
     )
 
@@ -165,13 +164,6 @@ def _row(name: str, runs: Sequence[RunResult], difference: Difference | None) ->
         seconds_per_step=median(paces) if paces else None,
         teacher_seconds=mean(run.teacher_seconds for run in runs) if runs else 0.0,
     )
-
-
-def _task_loss(config: TrainConfig, epochs: Sequence[dict[str, Any]]) -> tuple[float, ...] | None:
-    """The task loss as if its weight were 1, so that methods can be compared."""
-    takes_share = all("kd" in line for line in epochs)  # a run may be without KD for want of teacher logits
-    weight = 1 - (config.scalekd.kd_alpha or 0.0) if takes_share else 1.0
-    return tuple(line["task"] / weight for line in epochs) if weight else None
 
 
 def _seed(run: RunResult) -> int:
