@@ -173,7 +173,7 @@ class TrainConfig(TarOptions):
         teacher: The live teacher.
         expect: What the teacher features must be.
         views: Views of a run without a store.
-        scalekd: The ScaleKD loss; kd_alpha, kd_temperature and alphas_stage4 also serve the baselines.
+        scalekd: The ScaleKD loss; its weights also serve the baselines.
         task: ce (cross entropy), or bce (sigmoid cross entropy summed over classes).
         label_smoothing: Label smoothing of the task loss.
         epochs: Passes over the samples.

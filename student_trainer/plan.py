@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from timm.data.config import resolve_model_data_config
-from torch import nn
 
 from feature_store.client.connection import Client
 from feature_store.errors import InputError, MismatchError, ResourceError
@@ -25,7 +25,9 @@ from student_trainer.data.materialised import MaterialisedViews
 from student_trainer.data.replayed import DrawnViews, StoredViews, ViewSupplier
 from student_trainer.data.sampler import EpochBatches
 from student_trainer.engine.distributed import Group, synchronise_batchnorm
-from student_trainer.methods.scalekd import TaskLoss, build_loss
+from student_trainer.methods import FDConfig, KDConfig, Method, StudentShape, TeacherShape, find_method
+from student_trainer.methods.base import NoOptions
+from student_trainer.methods.criterion import TASK_LOSSES
 from student_trainer.students.load import Preprocessing
 from student_trainer.students.student import Student
 from student_trainer.teachers.expectations import require_expected
@@ -345,10 +347,25 @@ def _later_blocks(
     return None if store is None else store.later_blocks(device)
 
 
-def _loss(config: TrainConfig, student: Student, later_blocks: LaterBlocks | None) -> nn.Module:
-    if later_blocks is None:
-        return TaskLoss()
-    return build_loss(config.method, config.scalekd, student.dims, student.grids, later_blocks)
+def _loss(config: TrainConfig, student: Student, later_blocks: LaterBlocks | None) -> Method:
+    scalekd, shape = config.scalekd, StudentShape(student.dims, student.grids, student.num_classes)
+    match config.method:
+        case "scalekd":
+            options = scalekd
+        case "fd":
+            options = FDConfig(scalekd.alpha_stage4 * scalekd.beta_stage4)
+        case "kd":
+            if scalekd.kd_alpha is None:
+                raise InputError("kd_alpha is None, but logit distillation is all the kd method does; set it to 0..1")
+            options = KDConfig(scalekd.kd_alpha, scalekd.kd_temperature)
+        case _:
+            options = NoOptions()
+    # whether there are logits was decided before
+    teacher = (
+        None if later_blocks is None else TeacherShape(later_blocks.info, student.num_classes, lambda: later_blocks)
+    )
+    task = partial(TASK_LOSSES[config.task], label_smoothing=config.label_smoothing)
+    return find_method(config.method)(options, shape, teacher, task)
 
 
 def _preprocessing(

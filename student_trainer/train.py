@@ -146,7 +146,7 @@ class Trainer:
         self.student, self.loss, self.group = parts.trainee.student, parts.trainee.loss, parts.group
         self.updates = Updates(config, parts.trainee, parts.batches.per_epoch, parts.device)
         self.optimizer = self.updates.optimizer
-        self._forward: nn.Module = ForwardPass(parts.trainee, config.task, config.label_smoothing)
+        self._forward: nn.Module = ForwardPass(parts.trainee)
         if config.compile:
             self._forward.compile()
         if not parts.group.is_main:  # own random numbers for drop path and dropout

@@ -5,14 +5,14 @@ Shape legend: B batch, C channels, H W pixels, K classes.
 
 from torch import Tensor, nn
 
-from student_trainer.methods.criterion import TASK_LOSSES
+from student_trainer.methods.base import DistillBatch, Method, TeacherOutput
 from student_trainer.students.student import Student
 
 
 class Trainee(nn.Module):
-    """Everything that learns: the student, and the loss with its projectors."""
+    """Everything that learns: the student, and the method with its projectors."""
 
-    def __init__(self, student: Student, loss: nn.Module) -> None:
+    def __init__(self, student: Student, loss: Method) -> None:
         super().__init__()
         self.student, self.loss = student, loss
 
@@ -26,18 +26,16 @@ class Trainee(nn.Module):
 
 
 class ForwardPass(nn.Module):
-    """Student, task loss and the method's loss as one module: what is compiled, and what DDP wraps."""
+    """Student and the method's loss as one module: what is compiled, and what DDP wraps."""
 
-    def __init__(self, trainee: Trainee, task: str, label_smoothing: float) -> None:
+    def __init__(self, trainee: Trainee) -> None:
         super().__init__()
-        self.trainee, self._task, self._smoothing = trainee, TASK_LOSSES[task], label_smoothing
+        self.trainee = trainee
 
     def forward(
         self, images_BCHW: Tensor, labels_B: Tensor, taps: dict[str, Tensor], teacher_logits_BK: Tensor | None
     ) -> dict[str, Tensor]:
-        """Every term of the method's loss, ``total`` being their sum."""
-        output = self.trainee.student(images_BCHW)
-        task = self._task(output.logits, labels_B, self._smoothing)
-        return self.trainee.loss(
-            output.maps, output.logits, taps.get("stage4"), teacher_logits_BK, task, taps.get("stage3_prefix")
-        )
+        """Every weighted term of the method's loss, ``total`` being their sum."""
+        teacher = TeacherOutput(taps, teacher_logits_BK)
+        terms = self.trainee.loss(self.trainee.student(images_BCHW), DistillBatch(images_BCHW, labels_B, teacher))
+        return {**terms.weighted, "total": terms.total}

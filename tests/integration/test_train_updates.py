@@ -17,7 +17,7 @@ from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.evaluate import EvaluateConfig, evaluate
 from student_trainer.export import ExportConfig, export
-from student_trainer.methods.scalekd import ScaleKDConfig, ScaleKDLoss
+from student_trainer.methods import ScaleKD, ScaleKDConfig, StudentShape, TeacherShape
 from student_trainer.plan import assemble
 from student_trainer.train import Trainer, train
 
@@ -168,10 +168,10 @@ def test_deterministic_run_asks_torch_for_it_when_switched_on(config):
 
 
 IDLE = [
-    {"alphas_stage4": (0.08, 0.0)},
-    {"alphas_stage3": (0.0, 0.06)},
-    {"alphas_stage3": (0.08, 0.0), "alphas_stage4": (0.08, 0.0)},
-    {"alphas_stage3": (0.0, 0.0)},
+    {"beta_stage4": 1.0},
+    {"beta_stage3": 0.0},
+    {"beta_stage3": 1.0, "beta_stage4": 1.0},
+    {"alpha_stage3": 0.0},
 ]
 
 
@@ -198,10 +198,16 @@ def test_idle_terms_change_nothing_when_left_out(config, alphas):
     assert len(left) == {0: 3, 1: 4, 2: 2, 3: 4}[IDLE.index(alphas)]
 
 
-def _released(trainer: Trainer) -> ScaleKDLoss:
-    student = trainer.student
-    later_blocks = trainer.loss.perception.later_blocks
-    return ScaleKDLoss(trainer.config.scalekd, student.dims, student.grids, later_blocks)
+def _released(trainer: Trainer) -> ScaleKD:
+    student, later = trainer.student, trainer.loss.perception.later_blocks
+    shapes = (
+        StudentShape(student.dims, student.grids, student.num_classes),
+        TeacherShape(later.info, student.num_classes, lambda: later),
+    )
+    released = replace(trainer.config.scalekd, alpha_stage3=0.14, beta_stage3=0.5, alpha_stage4=0.14, beta_stage4=0.5)
+    method = ScaleKD(released, *shapes)
+    method.weights = {**dict.fromkeys(method.weights, 0.0), **trainer.loss.weights}
+    return method
 
 
 def test_later_blocks_run_twice_and_give_the_same_gradients_when_checkpointed(config):
