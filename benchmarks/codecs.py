@@ -20,7 +20,6 @@ from typing import Any, Literal
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
@@ -33,7 +32,15 @@ from feature_store.teacher.model import load_teacher
 from feature_store.teacher.torch_codecs import TorchDecoder
 from feature_store.tools.bench import bench_codecs
 from feature_store.views import apply_view, decode_image
-from student_trainer.methods.scalekd import ScaleKDConfig, ScaleKDLoss
+from student_trainer.methods import (
+    DistillBatch,
+    ScaleKD,
+    ScaleKDConfig,
+    StudentShape,
+    TeacherOutput,
+    TeacherShape,
+)
+from student_trainer.students.student import StudentOutput
 
 BATCH = 64
 MEASURED_BATCHES = 3
@@ -134,7 +141,12 @@ class Measurement:
     def __init__(self, store: Store, tar: str) -> None:
         torch.manual_seed(0)
         self.student = Student()
-        self.loss = ScaleKDLoss(ScaleKDConfig(), Student.dims, Student.grids, store.later_blocks())
+        later_blocks = store.later_blocks()
+        self.loss = ScaleKD(
+            ScaleKDConfig(),
+            StudentShape(Student.dims, Student.grids, CLASSES),
+            TeacherShape(later_blocks.info, CLASSES, lambda: later_blocks),
+        )
         self.parameters = [*self.student.parameters(), *self.loss.parameters()]
         self.batches = _batches(store, tar)
 
@@ -149,12 +161,12 @@ class Measurement:
             optimizer.step()
 
     def terms(self, batch: Batch, teacher_BND: Tensor, logits_BK: Tensor) -> dict[str, Tensor]:
-        """ScaleKD's terms."""
-        maps, student_BK = self.student(batch.images)
-        prefix = batch.taps.get("stage3_prefix")
-        prefix_BPD = None if prefix is None else torch.from_numpy(prefix)
-        task = F.cross_entropy(student_BK, batch.labels)
-        return self.loss(maps, student_BK, teacher_BND, logits_BK, task, prefix_BPD)
+        """ScaleKD's weighted terms."""
+        (F3_BCHW, F4_BCHW), student_BK = self.student(batch.images)
+        taps = {name: torch.from_numpy(tap) for name, tap in batch.taps.items()} | {"stage4": teacher_BND}
+        given = DistillBatch(batch.images, batch.labels, TeacherOutput(taps, logits_BK))
+        terms = self.loss(StudentOutput((F3_BCHW, F4_BCHW), student_BK), given)
+        return {**terms.weighted, "total": terms.total}
 
     def gradients(self, batch: Batch, teacher_BND: Tensor, logits_BK: Tensor) -> dict[str, tuple[float, Tensor]]:
         """Loss and its gradient with respect to every weight of student and projectors, by term."""

@@ -44,14 +44,17 @@ TESTS = {  # what notices a change, by module
     "student_trainer/evaluate.py": [f"{_TRAINER}evaluate_accuracy.py"],
     "student_trainer/data/labels.py": [f"{_TRAINER}labels.py"],
     "student_trainer/data/materialised.py": [f"{_TRAINER}materialised_rows.py"],
-    "student_trainer/methods/dfm.py": [f"{_TRAINER}mimicking.py"],
+    "student_trainer/methods/[bnr]*.py": [f"{_TRAINER}methods_base.py"],
+    "student_trainer/methods/cap.py": [f"{_TRAINER}cap.py"],
+    "student_trainer/methods/criterion.py": [f"{_TRAINER}criterion.py"],
+    "student_trainer/methods/dfm.py": [f"{_TRAINER}dfm.py"],
+    "student_trainer/methods/fd.py": [f"{_TRAINER}fd.py"],
+    "student_trainer/methods/kd.py": [f"{_TRAINER}kd.py"],
+    "student_trainer/methods/scalekd.py": [f"{_TRAINER}scalekd.py"],
+    "student_trainer/methods/tpp.py": [f"{_TRAINER}tpp.py", f"{_TRAINER}scalekd.py"],
     "student_trainer/engine/optimizer.py": [f"{_TRAINER}optimize_updates.py"],
     "student_trainer/data/sampler.py": [f"{_TRAINER}order_epochs.py"],
-    "student_trainer/methods/tpp.py": [f"{_TRAINER}perception.py", f"{_TRAINER}scalekd.py"],
-    "student_trainer/methods/cap.py": [f"{_TRAINER}projector.py"],
     "student_trainer/data/replayed.py": [f"{_TRAINER}replay_views.py"],
-    "student_trainer/methods/scalekd.py": [f"{_TRAINER}scalekd.py"],
-    "student_trainer/methods/criterion.py": [f"{_TRAINER}tasks.py"],
 }
 _WORK = Path("mutants")
 _COPIED = ("feature_store", "student_trainer", "teacher_service", "tests", "benchmarks", "pyproject.toml")

@@ -1,7 +1,7 @@
-"""The ScaleKD loss the way a first reading of its formulas is written down: the baseline of step.py.
+"""ScaleKD's loss written down operation by operation: the baseline of step.py.
 
 DCT by matrices, one view path after the other, a batch of queries although all samples share them, one pass through the
-later blocks per view path. It borrows the weights of a ScaleKDLoss, so that both must give the same values.
+later blocks per view path. It borrows the weights of a ScaleKD, so that both must give the same values.
 
 Shape legend: B batch, C student channels, D teacher channels, H W grid, N = H*W positions, A attention heads.
 """
@@ -12,39 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from student_trainer.methods.base import DistillBatch, Terms
 from student_trainer.methods.cap import CrossAttentionProjector
-from student_trainer.methods.scalekd import Maps, ScaleKDLoss
+from student_trainer.methods.scalekd import ScaleKD
+from student_trainer.students.student import StudentOutput
 
 
-def official_style_loss(
-    loss: ScaleKDLoss,
-    student_maps: Maps,
-    student_logits_BK: Tensor,
-    teacher_BND: Tensor,
-    teacher_logits_BK: Tensor,
-    task_loss: Tensor,
-    prefix_BPD: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The terms of ``loss`` and their sum; see ScaleKDLoss.forward."""
-    config, (F3_BCHW, F4_BCHW) = loss.config, student_maps
-    later_blocks, grid = loss.perception.later_blocks, loss.perception.later_blocks.info.output_grid
-    alpha = config.kd_alpha or 0.0
-    terms = {"task": (1 - alpha) * task_loss}
-    for i, view in enumerate(("original", "alternative")):
-        y_BND = later_blocks(project(loss.stage3[view], F3_BCHW, None), prefix_BPD)
-        z_BND = project(loss.stage4[view], F4_BCHW, y_BND)
-        stages = ("stage3", y_BND, config.alphas_stage3[i]), ("stage4", z_BND, config.alphas_stage4[i])
-        for stage, x_BND, weight in stages:
-            target_BND = teacher_BND
+def official_style_loss(method: ScaleKD, student: StudentOutput, batch: DistillBatch) -> Terms:
+    """The terms of ``method``, all of whose parts are switched on; see ScaleKD.forward."""
+    config, (F3_BCHW, F4_BCHW), teacher = method.config, student.maps, batch.teacher
+    later_blocks, grid = method.perception.later_blocks, method.perception.later_blocks.info.output_grid
+    raw = {"task": method.task(student.logits, batch.labels)}
+    for view in ("original", "alternative"):
+        y_BND = later_blocks(project(method.stage3[view], F3_BCHW, None), teacher.taps.get("stage3_prefix"))
+        z_BND = project(method.stage4[view], F4_BCHW, y_BND)
+        for stage, x_BND in (("stage3", y_BND), ("stage4", z_BND)):
+            target_BND = teacher.taps["stage4"]
             if view == "alternative":
-                x_BND, target_BND = without_lowest_frequency(x_BND, grid), without_lowest_frequency(teacher_BND, grid)
-            terms[f"{stage}_{view}"] = weight * mimic(x_BND, target_BND)
-    if alpha:
-        probabilities = torch.softmax(student_logits_BK / config.kd_temperature, dim=1)
-        target = torch.softmax(teacher_logits_BK / config.kd_temperature, dim=1)
+                x_BND, target_BND = without_lowest_frequency(x_BND, grid), without_lowest_frequency(target_BND, grid)
+            raw[f"{stage}_{view}"] = mimic(x_BND, target_BND)
+    if "kd" in method.weights and teacher.logits is not None:
+        probabilities = torch.softmax(student.logits / config.kd_temperature, dim=1)
+        target = torch.softmax(teacher.logits / config.kd_temperature, dim=1)
         cross_entropy = -(target * torch.log(probabilities)).sum(dim=1).mean()
-        terms["kd"] = alpha * config.kd_temperature**2 * cross_entropy
-    return {**terms, "total": torch.stack(list(terms.values())).sum()}
+        raw["kd"] = config.kd_temperature**2 * cross_entropy
+    return Terms(raw, method.weights)
 
 
 def project(cap: nn.Module, student_BCHW: Tensor, query_BND: Tensor | None) -> Tensor:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from student_trainer.trainee import ForwardPass
 
 from benchmarks.step import count_flops
 from feature_store.teacher import split_teacher
 from feature_store.teacher.model import build_model
 from student_trainer.plan import build_trainee
 from student_trainer.recipes import PRESETS, Preset, preset_config
-from student_trainer.trainee import ForwardPass
 
 CLASSES, SIZE = 1000, 224
 
@@ -28,9 +28,7 @@ def preset_flops(preset: Preset) -> dict[str, Any]:
             model.requires_grad_(False), preset.teacher.depth, drop_prefix=preset.teacher.drop_prefix
         )
         split = later_blocks.info
-        forward = ForwardPass(
-            build_trainee(config, CLASSES, (SIZE, SIZE), later_blocks), config.task, config.label_smoothing
-        )
+        forward = ForwardPass(build_trainee(config, CLASSES, (SIZE, SIZE), later_blocks))
         images, labels = torch.empty(2, 3, SIZE, SIZE), torch.zeros(2, dtype=torch.int64)
         taps = {"stage4": torch.empty(2, split.output_grid[0] * split.output_grid[1], split.output_dim)}
         if split.prefix == "cached":

@@ -37,8 +37,9 @@ from feature_store.tools.options import JsonObject
 from feature_store.tools.terminal import Console
 from student_trainer.config import TeacherConfig, TrainConfig
 from student_trainer.data.batch import Batch, ViewDataset
-from student_trainer.methods.scalekd import ScaleKDLoss
+from student_trainer.methods import DistillBatch, ScaleKD, Terms
 from student_trainer.plan import assemble
+from student_trainer.students.student import StudentOutput
 from student_trainer.train import Trainer
 from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig, ComputeSpec, Inputs, TeacherSpec
@@ -202,28 +203,27 @@ def loss_times(bench: Bench) -> dict[str, Any]:
     """
     trainer = bench.trainer("store")
     loss = trainer.loss
-    assert isinstance(loss, ScaleKDLoss)
+    assert isinstance(loss, ScaleKD)
     batch = trainer.parts.dataset[next(iter(trainer.parts.batches))]
-    arguments = loss_arguments(trainer, batch)
+    student, given = loss_arguments(trainer, batch)
 
-    def run(compute: Callable[..., dict[str, Tensor]]) -> tuple[float, list[Tensor]]:
-        maps, logits, *others = arguments
-        leaves = [leaf.detach().requires_grad_() for leaf in (*maps, logits)]
+    def run(compute: Callable[[StudentOutput, DistillBatch], Terms]) -> tuple[float, list[Tensor]]:
+        leaves = [leaf.detach().requires_grad_() for leaf in (*student.maps, student.logits)]
         device = trainer.parts.device.type
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(bench.setting.amp)
         with torch.autocast(device, dtype, enabled=dtype is not None):
-            total = compute((leaves[0], leaves[1]), leaves[2], *others)["total"]
+            total = compute(StudentOutput((leaves[0], leaves[1]), leaves[2]), given).total
         total.backward()
         loss.zero_grad(set_to_none=True)
         loss.perception.later_blocks.zero_grad(set_to_none=True)
         return total.item(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    def plain(*inputs: Any) -> dict[str, Tensor]:
-        return official_style_loss(loss, *inputs)
+    def plain(student: StudentOutput, batch: DistillBatch) -> Terms:
+        return official_style_loss(loss, student, batch)
 
-    def plain_unfrozen(*inputs: Any) -> dict[str, Tensor]:
+    def plain_unfrozen(student: StudentOutput, batch: DistillBatch) -> Terms:
         loss.perception.later_blocks.requires_grad_(True)
-        terms = plain(*inputs)
+        terms = plain(student, batch)
         loss.perception.later_blocks.requires_grad_(False)  # what is recorded by now keeps its gradients
         return terms
 
@@ -244,15 +244,15 @@ def loss_times(bench: Bench) -> dict[str, Any]:
     }
 
 
-def loss_arguments(trainer: Trainer, batch: Batch) -> tuple[Any, ...]:
-    """What a step hands to the loss."""
-    seen: list[tuple[Any, ...]] = []
+def loss_arguments(trainer: Trainer, batch: Batch) -> tuple[StudentOutput, DistillBatch]:
+    """What a step hands to the method."""
+    seen: list[tuple[StudentOutput, DistillBatch]] = []
     handle = trainer.loss.register_forward_pre_hook(lambda _, args: seen.append(args))
     trainer.losses(batch)
     handle.remove()
-    maps, logits, teacher, teacher_logits, task, prefix = seen[0]
-    maps = tuple(leaf.detach().float() for leaf in maps)
-    return maps, logits.detach().float(), teacher, teacher_logits, task.detach(), prefix
+    (student, given) = seen[0]
+    stage3, stage4, logits = (leaf.detach().float() for leaf in (*student.maps, student.logits))
+    return StudentOutput((stage3, stage4), logits), given
 
 
 def take_turns(turns: dict[str, Callable[[int], object]], setting: Setting) -> dict[str, list[float]]:

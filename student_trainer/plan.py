@@ -22,7 +22,6 @@ from student_trainer.inputs import Inputs, open_inputs
 from student_trainer.methods.base import Method, StudentShape, TaskLoss, TeacherShape
 from student_trainer.methods.criterion import TASK_LOSSES
 from student_trainer.methods.registry import find_method
-from student_trainer.methods.several import SeveralTeachers
 from student_trainer.students.preprocessing import Preprocessing
 from student_trainer.students.student import Student
 from student_trainer.teachers.base import TeacherSide
@@ -185,7 +184,7 @@ def build_method(
             "live with --teacher.name"
         )
     if len(teachers) > 1:
-        return SeveralTeachers(kind, options, shape, teachers, weights, task)
+        raise NotImplementedError
     return kind(options, shape, teachers[0] if teachers else None, task)
 
 

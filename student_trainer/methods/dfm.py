@@ -12,44 +12,42 @@ from feature_store.errors import InputError
 from student_trainer.methods.precision import at_least_float32
 
 
-def original_view_loss(projected_BND: Tensor, teacher_BND: Tensor, alpha: float) -> Tensor:
-    """L_ori = alpha * sum_n ||p_n / |p_n| - t_n / |t_n|||^2 / B = alpha * 2 * sum_n (1 - cos(p_n, t_n)) / B.
+def original_view_loss(projected_BND: Tensor, teacher_BND: Tensor) -> Tensor:
+    """L_ori = sum_n ||p_n / |p_n| - t_n / |t_n|||^2 / B = 2 sum_n (1 - cos(p_n, t_n)) / B.
 
     Args:
         projected_BND: The student's projected tokens p.
         teacher_BND: The teacher's final feature map F^t as tokens, same order.
-        alpha: Weight; the paper's alpha * beta (0.08 in the released settings).
 
     Returns:
-        The loss, a scalar in float32 or wider.
+        The unweighted loss, a scalar in float32 or wider.
 
     Raises:
         InputError: The shapes differ.
     """
     projected_BND, teacher_BND = _comparable(projected_BND, teacher_BND)
     difference = F.normalize(projected_BND, dim=-1) - F.normalize(teacher_BND, dim=-1)
-    return alpha * difference.square().sum() / len(projected_BND)
+    return difference.square().sum() / len(projected_BND)
 
 
-def alternative_view_loss(projected_BND: Tensor, teacher_BND: Tensor, alpha: float) -> Tensor:
+def alternative_view_loss(projected_BND: Tensor, teacher_BND: Tensor) -> Tensor:
     """L_alt: the original-view loss of phi(p) and phi(F^t).
 
-    phi = IDCT(zero the (0, 0) coefficient of DCT) takes each channel's spatial mean away and nothing else,
-    whatever the scaling of the transform; so it is computed as that subtraction.
+    phi = IDCT(zero the (0, 0) coefficient of DCT) subtracts each channel's spatial mean, whatever the scaling of the
+    transform; it is computed as that subtraction.
 
     Args:
         projected_BND: The student's projected tokens p.
         teacher_BND: The teacher's final feature map F^t as tokens, same order.
-        alpha: Weight; the paper's alpha * (1 - beta) (0.06 in the released settings).
 
     Returns:
-        The loss, a scalar in float32 or wider.
+        The unweighted loss, a scalar in float32 or wider.
 
     Raises:
         InputError: The shapes differ.
     """
     projected_BND, teacher_BND = _comparable(projected_BND, teacher_BND)
-    return original_view_loss(without_spatial_mean(projected_BND), without_spatial_mean(teacher_BND), alpha)
+    return original_view_loss(without_spatial_mean(projected_BND), without_spatial_mean(teacher_BND))
 
 
 def without_spatial_mean(x_BND: Tensor) -> Tensor:
@@ -60,21 +58,15 @@ def without_spatial_mean(x_BND: Tensor) -> Tensor:
 VIEW_LOSSES = {"original": original_view_loss, "alternative": alternative_view_loss}
 
 
-def dual_view_losses(
-    stage: str, projected: Mapping[str, Tensor], teacher_BND: Tensor, alphas: tuple[float, float]
-) -> dict[str, Tensor]:
-    """The loss of each view path that was projected, as ``<stage>_<view path>``.
+def dual_view_losses(stage: str, projected: Mapping[str, Tensor], teacher_BND: Tensor) -> dict[str, Tensor]:
+    """The unweighted loss of each projected view path, as ``<stage>_<view path>``.
 
     Args:
         stage: Where the features come from.
-        projected: Tokens [B, N, D] by view path, ``original`` and, unless switched off, ``alternative``.
+        projected: Tokens [B, N, D] by view path, ``original`` and ``alternative`` or one of them.
         teacher_BND: F^t as tokens.
-        alphas: Weights of the original and the alternative view path.
     """
-    weights = dict(zip(VIEW_LOSSES, alphas, strict=True))
-    return {
-        f"{stage}_{view}": VIEW_LOSSES[view](p_BND, teacher_BND, weights[view]) for view, p_BND in projected.items()
-    }
+    return {f"{stage}_{view}": VIEW_LOSSES[view](p_BND, teacher_BND) for view, p_BND in projected.items()}
 
 
 def _comparable(projected_BND: Tensor, teacher_BND: Tensor) -> tuple[Tensor, ...]:

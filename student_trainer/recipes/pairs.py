@@ -37,7 +37,7 @@ EVA_L14 = Teacher(
 )
 
 _NO_CLASS_TOKEN = {"class_token": False, "global_pool": "avg", "fc_norm": False}
-_EVA_ALPHAS: dict[str, Any] = {"alphas_stage3": (0.016, 0.008), "alphas_stage4": (0.016, 0.008)}
+_EVA_PRODUCTS: dict[str, Any] = {"stage3": (0.016, 0.008), "stage4": (0.016, 0.008)}
 
 _PER_STEP = {"rate is updated after warm-up": "released: per epoch; here: per step; no measurable effect"}
 _EVAL_MODE = {
@@ -75,7 +75,7 @@ _ALL = (
         "resnet50",
         T1,
         {**_EVAL_MODE, **_OPENCV},
-        ScaleKDConfig(heads_stage3=3, heads_stage4=6, alphas_stage4=(0.08, 0.0), kd_alpha=None),
+        ScaleKDConfig.from_products(heads_stage3=3, heads_stage4=6, stage4=(0.08, 0.0), kd_alpha=None),
     ),
     Preset(
         "trad-swin_b-resnet50",
@@ -84,7 +84,7 @@ _ALL = (
         "resnet50",
         T1,
         {**_EVAL_MODE, **_OPENCV},
-        ScaleKDConfig(heads_stage3=8, heads_stage4=16),
+        ScaleKDConfig.from_products(heads_stage3=8, heads_stage4=16),
     ),
     Preset(
         "trad-swin_l-resnet50",
@@ -93,7 +93,7 @@ _ALL = (
         "resnet50",
         T1,
         {**_EVAL_MODE, **_OPENCV},
-        ScaleKDConfig(heads_stage3=16, heads_stage4=24),
+        ScaleKDConfig.from_products(heads_stage3=16, heads_stage4=24),
     ),
     Preset(
         "trad-swin_l-mobilenetv1",
@@ -102,7 +102,7 @@ _ALL = (
         "mobilenetv1_100",
         T2,
         {**_EVAL_MODE, **_OPENCV, **_PER_STEP},
-        ScaleKDConfig(heads_stage3=16, heads_stage4=24),
+        ScaleKDConfig.from_products(heads_stage3=16, heads_stage4=24),
         {"label_smoothing": 0.1, "student_kwargs": {"act_layer": "relu"}},
         Published(72.10, 75.15),
     ),
@@ -113,7 +113,7 @@ _ALL = (
         "resnet50d",
         A1,
         {**_EVAL_MODE, **_PER_STEP},
-        ScaleKDConfig(heads_stage3=16, heads_stage4=24),
+        ScaleKDConfig.from_products(heads_stage3=16, heads_stage4=24),
         {"task": "bce"},
         Published(78.64, 82.03),
     ),
@@ -124,7 +124,7 @@ _ALL = (
         "vit_base_patch16_224",
         A2,
         {**_EVAL_MODE, **_PER_STEP, **_batch(512, 1024, "by a comment in the config")},
-        ScaleKDConfig(heads_stage3=8, heads_stage4=8),
+        ScaleKDConfig.from_products(heads_stage3=8, heads_stage4=8),
         {"student_kwargs": _NO_CLASS_TOKEN, "crop_pct": 1.0},
         Published(81.80, 85.53),
     ),
@@ -135,7 +135,7 @@ _ALL = (
         "vit_small_patch16_224",
         A2,
         {**_EVAL_MODE, **_PER_STEP},
-        ScaleKDConfig(heads_stage3=8, heads_stage4=8),
+        ScaleKDConfig.from_products(heads_stage3=8, heads_stage4=8),
         {"student_kwargs": _NO_CLASS_TOKEN},
         Published(79.90, 83.93),
     ),
@@ -146,7 +146,7 @@ _ALL = (
         "swin_tiny_patch4_window7_224",
         A2,
         {**_EVAL_MODE, **_PER_STEP, **_batch(512, 1024, "which the config labels its rate for")},
-        ScaleKDConfig(heads_stage3=24, heads_stage4=48, softmax_scale=1.0, norm="layer"),
+        ScaleKDConfig.from_products(heads_stage3=24, heads_stage4=48, softmax_scale=1.0, norm="layer"),
         {"student_kwargs": {"drop_path_rate": 0.05}, "optim": replace(A2.optim, decay_positions=True)},
         Published(81.18, 83.80),
     ),
@@ -157,7 +157,7 @@ _ALL = (
         "convnext_tiny",
         A2,
         {**_EVAL_MODE, **_PER_STEP},
-        ScaleKDConfig(heads_stage3=8, heads_stage4=16, softmax_scale=1.0),
+        ScaleKDConfig.from_products(heads_stage3=8, heads_stage4=16, softmax_scale=1.0),
         {
             "student_kwargs": {"drop_path_rate": 0.1, "head_norm_first": True},
             "optim": replace(A2.optim, clip_grad=None, decay_positions=True),
@@ -171,7 +171,7 @@ _ALL = (
         "mixer_s16_224",
         A3,
         {**_EVAL_MODE, **_PER_STEP, **_MIXER_EPS, **_batch(768, 1536, "by a comment in the config")},
-        ScaleKDConfig(heads_stage3=8, heads_stage4=8),
+        ScaleKDConfig.from_products(heads_stage3=8, heads_stage4=8),
         {"ema_decay": 1 - 1e-4, "ema_eval": False},
         Published(74.02, 78.63),
     ),
@@ -187,7 +187,7 @@ _ALL = (
             **_MIXER_EPS,
             "sync BN of the student": "released: on; here: off; the student has no BatchNorm",
         },
-        ScaleKDConfig(heads_stage3=8, heads_stage4=8),
+        ScaleKDConfig.from_products(heads_stage3=8, heads_stage4=8),
         {"student_kwargs": {"drop_path_rate": 0.1}},
         Published(76.44, 81.96),
     ),
@@ -198,7 +198,7 @@ _ALL = (
         "resnet50d",
         A1,
         _PER_STEP,
-        ScaleKDConfig(heads_stage3=8, heads_stage4=8, softmax_scale=0.2, **_EVA_ALPHAS),
+        ScaleKDConfig.from_products(heads_stage3=8, heads_stage4=8, softmax_scale=0.2, **_EVA_PRODUCTS),
         {"task": "bce"},
         Published(78.64, 82.34),
     ),
@@ -209,7 +209,7 @@ _ALL = (
         "mixer_b14_224",
         A3,
         {**_PER_STEP, **_batch(768, 1536, "by a comment in the config")},
-        ScaleKDConfig(heads_stage3=8, heads_stage4=8, softmax_scale=1.0, **_EVA_ALPHAS),
+        ScaleKDConfig.from_products(heads_stage3=8, heads_stage4=8, softmax_scale=1.0, **_EVA_PRODUCTS),
         {"student_kwargs": {"drop_path_rate": 0.1}, "ema_decay": 1 - 1e-4, "label_smoothing": 0.1},
         Published(76.62, 82.89),
     ),
@@ -220,7 +220,7 @@ _ALL = (
         "vit_base_patch14_two_norms_224",
         A2,
         _PER_STEP,
-        ScaleKDConfig(heads_stage3=8, heads_stage4=8, softmax_scale=1.0, **_EVA_ALPHAS),
+        ScaleKDConfig.from_products(heads_stage3=8, heads_stage4=8, softmax_scale=1.0, **_EVA_PRODUCTS),
         {"ema_decay": None},
         Published(82.02, 86.43),
     ),

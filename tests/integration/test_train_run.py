@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from servers import WebServer
 from stopped_runs import before_updates
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -30,6 +33,7 @@ from student_trainer.evaluate import EvaluateConfig, evaluate
 from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.plan import resolve
 from student_trainer.teachers.config import LiveOptions, ViewsConfig
+from student_trainer.teachers.store import StoreSide
 from student_trainer.train import Run, train
 
 SCALEKD_TERMS = {
@@ -68,16 +72,17 @@ def test_run_logs_every_term_when_trained(config, method, terms):
     steps, epochs = lines(config, "step"), lines(config, "epoch")
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]  # 25 readable samples: 3 batches of 8 an epoch
     for line in steps:
-        assert terms <= line.keys()
-        assert line["total"] == pytest.approx(sum(line[name] for name in terms - {"total"}), rel=1e-5)
-        assert 0 <= line["data_wait"] <= 1
+        assert line["loss"].keys() == terms
+        assert line["raw"].keys() == terms - {"total"}
+        assert line["loss"]["total"] == pytest.approx(sum(line["loss"][name] for name in terms - {"total"}), rel=1e-5)
+        assert 0 <= line["speed"]["data_wait"] <= 1
     for epoch, line in enumerate(epochs):
         own = [step for step in steps if step["epoch"] == epoch]
-        assert line["total"] == pytest.approx(sum(step["total"] for step in own) / 3, rel=1e-5)
-        assert line["val_samples"] == 10
+        assert line["loss"]["total"] == pytest.approx(sum(step["loss"]["total"] for step in own) / 3, rel=1e-5)
+        assert line["val"]["samples"] == 10
     assert result.history == tuple(epochs)
-    assert result.last_top1 == epochs[-1]["top1"]
-    assert result.best_top1 == max(line["top1"] for line in epochs)
+    assert result.last_top1 == epochs[-1]["val"]["top1"]
+    assert result.best_top1 == max(line["val"]["top1"] for line in epochs)
     assert (result.steps, result.teacher_seconds) == (6, 0.0)
     assert result.seconds_per_step > 0
 
@@ -85,19 +90,19 @@ def test_run_logs_every_term_when_trained(config, method, terms):
 @pytest.mark.parametrize("student", ["test_vit", "test_convnext"])
 def test_run_trains_every_weight_of_other_families_when_named(config, student):
     config = replace(config, student=student, scalekd=ScaleKDConfig(norm="layer"), epochs=1)
-    before = resolve(config).trainee
+    before = resolve(config)
     assert train(config).steps == 3
-    assert all(line.keys() >= SCALEKD_TERMS for line in lines(config, "step"))
+    assert all(line["loss"].keys() == SCALEKD_TERMS for line in lines(config, "step"))
     after = load_checkpoint(config.run / "last.pt")
-    for module, trained in ((before.student.model, after.weights), (before.loss, after.loss)):
+    for module, trained in ((before.student.model, after.weights), (before.method, after.loss)):
         assert [name for name, leaf in module.named_parameters() if torch.equal(leaf, trained[name])] == []
 
 
 def test_loss_falls_when_trained_long_enough(config):
     train(replace(config, method="kd", epochs=8, val_tars=()))
     epochs = lines(config, "epoch")
-    assert epochs[-1]["total"] < 0.95 * epochs[0]["total"]
-    assert "top1" not in epochs[-1]
+    assert epochs[-1]["loss"]["total"] < 0.95 * epochs[0]["loss"]["total"]
+    assert "val" not in epochs[-1]
     assert not (config.run / "best.safetensors").exists()
 
 
@@ -105,7 +110,7 @@ def test_run_counts_teacher_seconds_when_live(config):
     world = shared_world()
     result = train(changed(config, source="live", teacher=LiveOptions(checkpoint=world.checkpoint), epochs=1))
     assert result.teacher_seconds > 0
-    assert lines(config, "epoch")[-1]["teacher_seconds"] == result.teacher_seconds
+    assert lines(config, "epoch")[-1]["speed"]["teacher_seconds"] == result.teacher_seconds
 
 
 def test_run_needs_no_store_when_the_teacher_is_live(config):
@@ -115,7 +120,7 @@ def test_run_needs_no_store_when_the_teacher_is_live(config):
     train(config)
     # without a store nothing was quarantined before: 26 samples, one of which turns out to be unreadable
     assert lines(config, "start")[0] | {"samples": 26, "quarantined": 0, "views": None} == lines(config, "start")[0]
-    assert lines(config, "step")[0].keys() >= SCALEKD_TERMS
+    assert lines(config, "step")[0]["loss"].keys() == SCALEKD_TERMS
 
 
 def test_run_names_unreadable_samples_when_there_is_no_store(config, capsys):
@@ -139,7 +144,7 @@ def test_run_trains_on_the_chosen_keys_only_when_a_file_lists_them(config, tmp_p
 
 def test_run_uses_the_first_views_only_when_limited(config):
     parts = resolve(changed(config, num_views=1))
-    parts.sampler.start(1)
+    parts.sampler.set_epoch(1)
     assert {row.view for batch in parts.sampler for row in batch} == {0}
 
 
@@ -151,30 +156,34 @@ def test_student_sees_images_normalised_like_the_teachers_when_fed_from_a_store(
     running.student.forward = lambda images: (
         seen.append(images) or type(running.student).forward(running.student, images)
     )
-    running.losses(batch)
-    info = open_store(config.store).manifest.teacher
+    running.terms(batch)
+    info = open_store(shared_world().store).manifest.teacher
     expected = (batch.pixels.numpy() / 255.0 - info.mean) / info.std
     torch.testing.assert_close(seen[0].permute(0, 2, 3, 1).double(), torch.from_numpy(expected), rtol=0, atol=1e-5)
 
 
 def test_same_seed_gives_the_same_start_when_the_method_differs(config):
-    weights = [resolve(replace(config, method=method)).trainee.student.state_dict() for method in ("scalekd", "none")]
+    weights = [resolve(replace(config, method=method)).student.state_dict() for method in ("scalekd", "none")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_task_options_change_the_loss_when_set(config):
-    config, logits = replace(config, method="none"), []
-    parts = resolve(config)
-    batch = next(iter(BatchLoader(parts.dataset, parts.sampler)))
-    parts.student.model.get_classifier().register_forward_hook(lambda *arguments: logits.append(arguments[2]))
-    one_hot = F.one_hot(batch.labels, 4).float()
+    config = replace(config, method="none")
     for change, expected in (
-        ({}, lambda logits: F.cross_entropy(logits, batch.labels)),
-        ({"label_smoothing": 0.1}, lambda logits: F.cross_entropy(logits, batch.labels, label_smoothing=0.1)),
-        ({"task": "bce"}, lambda logits: F.binary_cross_entropy_with_logits(logits, one_hot, reduction="sum") / 8),
+        ({}, F.cross_entropy),
+        ({"label_smoothing": 0.1}, partial(F.cross_entropy, label_smoothing=0.1)),
+        (
+            {"task": "bce"},
+            lambda logits, labels: (
+                F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 4).float(), reduction="sum") / len(labels)
+            ),
+        ),
     ):
-        got = Run(replace(config, **change), parts).terms(batch).weighted["task"]
-        torch.testing.assert_close(got, expected(logits[-1]), rtol=1e-4, atol=1e-5)
+        run, logits = Run(resolve(replace(config, **change))), []
+        batch = next(iter(BatchLoader(run.plan.dataset, run.plan.sampler)))
+        run.student.model.get_classifier().register_forward_hook(lambda *a, logits=logits: logits.append(a[2]))
+        got = run.terms(batch).weighted["task"]
+        torch.testing.assert_close(got, expected(logits[-1], batch.labels), rtol=1e-4, atol=1e-5)
 
 
 def test_optimizer_options_reach_the_optimizer_when_set(config):
@@ -222,26 +231,34 @@ def test_gradients_are_clipped_when_asked(config):
         asked = replace(config, optim=OptimConfig(opt="momentum", lr=1.0, weight_decay=0, momentum=0, clip_grad=clip))
         running = Run(resolve(asked))
         before = [p.detach().clone() for p in running.module.parameters()]
-        running.step(next(iter(BatchLoader(running.plan.dataset, running.plan.sampler))))
+        running.step([next(iter(BatchLoader(running.plan.dataset, running.plan.sampler)))])
         after = running.module.parameters()
         moved[clip] = torch.sqrt(sum((a - b).square().sum() for a, b in zip(after, before, strict=True))).item()
     assert moved[1e-3] == pytest.approx(1e-3, rel=0.01)
     assert moved[None] > 0.1
 
 
-def test_run_stops_before_updating_when_the_loss_is_not_finite(config):
-    running = Run(resolve(config))
-    batch = next(iter(BatchLoader(running.plan.dataset, running.plan.sampler)))
-    batch.taps["stage4"][""][2, 0, 0] = float("nan")
-    before = {name: value.clone() for name, value in running.student.named_parameters()}
-    row = batch.row_ids()[0]
-    with pytest.raises(
-        UserError,
-        match=rf"not finite at step 0 \(epoch 0\): task [\d.]+, stage3_original nan.*first rows of the batch: "
+def test_run_stops_and_names_the_rows_when_the_loss_is_not_finite(config, monkeypatch):
+    """The checkpoint there is stays."""
+    outputs, calls = StoreSide.outputs, []
+
+    def broken(self, batch, pixels, needs):
+        (output,) = outputs(self, batch, pixels, needs)
+        calls.append(batch.row_ids()[0])
+        if len(calls) == 5:
+            output.taps["stage4"][2, 0, 0] = float("nan")
+        return (output,)
+
+    monkeypatch.setattr(StoreSide, "outputs", broken)
+    with pytest.raises(UserError) as raised:
+        train(config)
+    row = calls[4]
+    assert re.search(
+        rf"not finite at step 4 \(epoch 1\): task [\d.]+, stage3_original nan.*first rows of the batch: "
         rf"unit {row.unit} position {row.position} view {row.view}, .*lower --optim.lr",
-    ):
-        running.step(batch)
-    assert all(torch.equal(before[name], value) for name, value in running.student.named_parameters())
+        str(raised.value),
+    )
+    assert load_checkpoint(config.run / "last.pt").progress.step == 3
 
 
 def test_run_ends_with_advice_when_memory_runs_out(config):
@@ -270,24 +287,26 @@ def test_run_ends_with_advice_when_a_worker_is_killed(config, monkeypatch):
 
 def test_validation_runs_every_few_epochs_and_last_when_asked(config):
     train(replace(config, method="none", epochs=4, val_every=3))
-    assert ["top1" in line for line in lines(config, "epoch")] == [False, False, True, True]
+    assert ["val" in line for line in lines(config, "epoch")] == [False, False, True, True]
 
 
 def test_best_checkpoint_is_the_first_of_equals_when_accuracy_stays(config):
     tiny = OptimConfig(opt="sgd", lr=1e-12)
     config = replace(config, student="test_vit", student_kwargs={"depth": 4}, method="none", optim=tiny)
-    result = train(config)
-    assert len({line["top1"] for line in result.history}) == 1
-    assert load_checkpoint(config.run / "best.safetensors").progress.epoch == 1
-    assert load_checkpoint(config.run / "last.pt").progress.epoch == 2
+    first = train(replace(config, epochs=1))
+    kept = (config.run / "best.safetensors").stat()
+    result = train(replace(config, epochs=2, resume=True))
+    assert [line["val"]["top1"] for line in result.history] == [first.best_top1] * 2
+    after = (config.run / "best.safetensors").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
 
 
 def test_validation_counts_unreadable_images_when_there_are_some(config, tmp_path):
     content = samples(6, seed=9, prefix="w")
     content[2]["png"] = b"junk"
     result = train(replace(config, method="none", epochs=1, val_tars=(write_tar(tmp_path / "val.tar", content),)))
-    assert result.history[0]["val_samples"] == 5
-    assert result.history[0]["val_unreadable"][0].startswith("val.tar/w002: not an image")
+    assert result.history[0]["val"]["samples"] == 5
+    assert result.history[0]["val"]["unreadable"][0].startswith("val.tar/w002: not an image")
 
 
 def test_validation_holds_no_more_images_at_once_than_a_training_pass(config):
@@ -307,7 +326,7 @@ def test_validation_holds_no_more_images_at_once_than_a_training_pass(config):
 
 
 def test_run_reads_its_store_from_a_url_when_given_one(config, tmp_path, capsys):
-    published = shutil.copytree(config.store, tmp_path / "published")
+    published = shutil.copytree(shared_world().store, tmp_path / "published")
     open_store(published).write_commit_index()
     arguments = ["--student", config.student, "--tars", *config.tars, "--epochs", "1", "--batch-size", "8"]
     with WebServer(published) as server:
@@ -316,19 +335,19 @@ def test_run_reads_its_store_from_a_url_when_given_one(config, tmp_path, capsys)
     assert json.loads(capsys.readouterr().out)["steps"] == 3
     local = replace(config, run=config.run.parent / "local", val_tars=(), epochs=1, optim=OptimConfig())
     train(local)
-    assert [line["total"] for line in lines(config, "epoch")] == [line["total"] for line in lines(local, "epoch")]
+    assert [line["loss"] for line in lines(config, "epoch")] == [line["loss"] for line in lines(local, "epoch")]
 
 
 def test_run_folder_says_what_it_was_made_from_when_started(config):
     train(replace(config, method="none", epochs=1, report=True))
     saved = json.loads((config.run / "config.json").read_text())
     assert saved["config"]["student"] == "test_resnet"
-    assert saved["inputs"]["store"] == open_store(config.store).manifest.identity()
-    assert saved["resolved"]["store_fingerprint"] == open_store(config.store).manifest.fingerprint()
+    assert saved["inputs"]["store"] == open_store(shared_world().store).manifest.identity()
+    assert saved["plan"]["store_fingerprint"] == open_store(shared_world().store).manifest.fingerprint()
     assert saved["inputs"]["tars"]["train-0.tar"] == Tar.open(config.tars[0]).header_sha256
-    assert saved["resolved"]["num_classes"] == 4
+    assert saved["plan"]["num_classes"] == 4
     assert saved["software"]["torch"] == torch.__version__.split("+")[0]
-    files = {"config.json", "metrics.jsonl", "last.pt", "best.safetensors", "report.html"}
+    files = {"config.json", "metrics.jsonl", "progress.json", "last.pt", "best.safetensors", "report.html"}
     assert {path.name for path in config.run.iterdir()} == files
 
 
@@ -342,7 +361,7 @@ def test_evaluation_repeats_the_runs_accuracy_when_run_again(config):
 
 def test_commands_train_evaluate_and_export_when_called_in_turn(config, tmp_path, capsys):
     run, out = str(config.run), str(tmp_path / "out")
-    common = ["--student", "test_resnet", "--store", str(config.store), "--tars", *config.tars]
+    common = ["--student", "test_resnet", "--store", str(shared_world().store), "--tars", *config.tars]
     assert main(["train", "--run", run, *common, "--val-tars", *config.val_tars, "--epochs", "1", "--batch-size", "8",
                  "--workers", "0", "--json", "--no-progress"]) == 0  # fmt: skip
     captured = capsys.readouterr()
@@ -361,12 +380,12 @@ def test_commands_train_evaluate_and_export_when_called_in_turn(config, tmp_path
     assert main(["export", "--run", run, "--out", out]) == 0
     assert capsys.readouterr().out.split() == [f"{out}/config.json", f"{out}/model.safetensors"]
     exported = timm.create_model("test_resnet", checkpoint_path=f"{out}/model.safetensors", num_classes=4)
-    best = load_checkpoint(config.run / "best.safetensors").weights
+    best = load_file(config.run / "best.safetensors")
     assert all(torch.equal(best[name], value) for name, value in exported.state_dict().items())
 
 
 def test_command_prints_one_line_and_exits_2_when_something_is_wrong(config, capsys):
-    arguments = ["--run", str(config.run), "--student", "test_resnet", "--tars", *config.tars]
+    arguments = ["--run", str(config.run), "--student", "test_resnet", "--tars", *config.tars, "--num-classes", "4"]
     assert main(["train", *arguments]) == 2
     assert capsys.readouterr().err.startswith("student-trainer: error: --method scalekd needs teacher features")
     assert not config.run.exists()

@@ -17,7 +17,7 @@ from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.evaluate import EvaluateConfig, evaluate
 from student_trainer.export import ExportConfig, export
-from student_trainer.methods.scalekd import ScaleKDConfig, ScaleKDLoss
+from student_trainer.methods import ScaleKD, ScaleKDConfig, StudentShape, TeacherShape
 from student_trainer.plan import resolve
 from student_trainer.train import Run, train
 
@@ -45,7 +45,7 @@ def first_batch(trainer: Run):
 
 def totals(config: TrainConfig) -> list[float]:
     train(config)
-    return [line["total"] for line in read_metrics(config.run / "metrics.jsonl") if line["kind"] == "step"]
+    return [line["loss"]["total"] for line in read_metrics(config.run / "metrics.jsonl") if line["kind"] == "step"]
 
 
 @pytest.mark.parametrize("pieces", [2, 3])
@@ -62,7 +62,7 @@ def test_accumulated_gradients_are_the_whole_batchs_when_there_is_no_batchnorm(c
         trainer = running(replace(config, accumulate=pieces))
         loader = iter(BatchLoader(trainer.plan.dataset, trainer.plan.sampler))
         for _ in range(pieces):
-            trainer.updates.backward(trainer.terms(next(loader)).total / pieces)
+            (trainer.terms(next(loader)).total / pieces).backward()
         gradients.append([p.grad for p in trainer.module.parameters()])
     for whole, split in zip(*gradients, strict=True):
         assert (whole - split).abs().max() <= 1e-3 * whole.abs().max()
@@ -135,16 +135,14 @@ def test_autocast_computes_in_its_type_and_stays_close_to_float32_when_training(
 def test_float16_scales_the_loss_and_skips_the_step_when_gradients_overflow(config):
     trainer = running(replace(config, amp="float16"))
     batch = first_batch(trainer)
-    state = trainer.updates.state_dict()
-    trainer.updates.load_state_dict(
-        {**state, "scaler": {**state["scaler"], "scale": 2.0**126}}
-    )  # any gradient overflows
+    saved = trainer.checkpoint()
+    trainer.restore(replace(saved, scaler={**saved.scaler, "scale": 2.0**126}))  # any gradient overflows
     before = [p.detach().clone() for p in trainer.module.parameters()]
-    trainer.step(batch)
+    trainer.step([batch])
     after = list(trainer.module.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert trainer.updates.state_dict()["scaler"]["scale"] == 2.0**125
-    assert running(replace(config)).updates.state_dict()["scaler"] == {}
+    assert trainer.checkpoint().scaler["scale"] == 2.0**125
+    assert running(replace(config)).checkpoint().scaler == {}
 
 
 def test_compiled_run_gives_the_same_losses_when_traced(config, monkeypatch):
@@ -153,7 +151,7 @@ def test_compiled_run_gives_the_same_losses_when_traced(config, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *a, **kw: compiled_modules.append(a) or compile_module(*a, **kw))
     plain, compiled = running(config), running(replace(config, compile=True))
     batch = first_batch(plain)
-    expected, got = plain.losses(batch), compiled.losses(batch)
+    expected, got = plain.terms(batch).weighted, compiled.terms(batch).weighted
     for name, term in expected.items():
         torch.testing.assert_close(got[name], term, rtol=1e-4, atol=1e-5)
     assert len(compiled_modules) == 1
@@ -168,11 +166,16 @@ def test_deterministic_run_asks_torch_for_it_when_switched_on(config):
 
 
 IDLE = [
-    {"alphas_stage4": (0.08, 0.0)},
-    {"alphas_stage3": (0.0, 0.06)},
-    {"alphas_stage3": (0.08, 0.0), "alphas_stage4": (0.08, 0.0)},
-    {"alphas_stage3": (0.0, 0.0)},
+    {"beta_stage4": 1.0},
+    {"beta_stage3": 0.0},
+    {"beta_stage3": 1.0, "beta_stage4": 1.0},
+    {"alpha_stage3": 0.0},
 ]
+
+
+def _terms(run: Run, batch) -> dict[str, torch.Tensor]:
+    terms = run.terms(batch)
+    return {**terms.weighted, "total": terms.total}
 
 
 @pytest.mark.parametrize("alphas", IDLE)
@@ -183,25 +186,31 @@ def test_idle_terms_change_nothing_when_left_out(config, alphas):
     whole = running(config)
     batch = first_batch(lean)
     faithful = _released(whole)
-    faithful.load_state_dict(lean.loss.state_dict(), strict=False)
-    whole.module.loss = faithful
-    terms, expected = lean.losses(batch), whole.losses(batch)
+    faithful.load_state_dict(lean.method.state_dict(), strict=False)
+    whole.module.method = faithful
+    terms, expected = _terms(lean, batch), _terms(whole, batch)
     assert terms.keys() < expected.keys()
     assert all(expected[name] == 0 for name in expected.keys() - terms.keys())
     assert terms["total"].item() == pytest.approx(expected["total"].item(), rel=1e-4)
     terms["total"].backward()
     expected["total"].backward()
-    for name, leaf in lean.loss.named_parameters():
+    for name, leaf in lean.method.named_parameters():
         reference = dict(faithful.named_parameters())[name].grad
         assert (leaf.grad - reference).abs().max() <= 1e-3 * reference.abs().max()
-    left = [cap for stage in (lean.loss.stage3, lean.loss.stage4) for cap in stage]
+    left = [cap for stage in (lean.method.stage3, lean.method.stage4) for cap in stage]
     assert len(left) == {0: 3, 1: 4, 2: 2, 3: 4}[IDLE.index(alphas)]
 
 
-def _released(trainer: Run) -> ScaleKDLoss:
-    student = trainer.student
-    later_blocks = trainer.loss.perception.later_blocks
-    return ScaleKDLoss(trainer.config.scalekd, student.dims, student.grids, later_blocks)
+def _released(trainer: Run) -> ScaleKD:
+    student, later = trainer.student, trainer.method.perception.later_blocks
+    shapes = (
+        StudentShape(student.dims, student.grids, student.num_classes),
+        TeacherShape(later.info, student.num_classes, lambda: later),
+    )
+    released = replace(trainer.config.scalekd, alpha_stage3=0.14, beta_stage3=0.5, alpha_stage4=0.14, beta_stage4=0.5)
+    method = ScaleKD(released, *shapes)
+    method.weights = {**dict.fromkeys(method.weights, 0.0), **trainer.method.weights}
+    return method
 
 
 def test_later_blocks_run_twice_and_give_the_same_gradients_when_checkpointed(config):
@@ -209,7 +218,7 @@ def test_later_blocks_run_twice_and_give_the_same_gradients_when_checkpointed(co
     for checkpointed in (False, True):
         trainer = running(replace(config, scalekd=replace(config.scalekd, checkpoint_later_blocks=checkpointed)))
         runs = []
-        trainer.loss.perception.later_blocks.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        trainer.method.perception.later_blocks.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         total = trainer.terms(first_batch(trainer)).total
         total.backward()
         results.append((len(runs), total.item(), [p.grad for p in trainer.module.parameters()]))

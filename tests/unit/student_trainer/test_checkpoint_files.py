@@ -108,8 +108,8 @@ SAVED = {
 @pytest.mark.parametrize(
     "change",
     [
-        {"workers": 0}, {"tars": ["/elsewhere/x"]}, {"keys_file": "/elsewhere"}, {"token_file": "/elsewhere"},
-        {"views_from": "/elsewhere"}, {"source": "http://elsewhere:80"}, {"teacher": {"checkpoint": "/elsewhere"}},
+        {"workers": 0}, {"tars": ["/elsewhere/x"]}, {"keys_file": "/elsewhere"},
+        {"views_from": "/elsewhere"}, {"teacher": {"url": "http://elsewhere:80"}}, {"device": "cpu"}, {"epochs": 9},
     ],
 )  # fmt: skip
 def test_run_may_resume_when_the_change_cannot_matter(change):
@@ -128,23 +128,6 @@ def test_run_may_resume_when_the_change_cannot_matter(change):
 def test_run_is_refused_when_resumed_with_something_else(section, change, message):
     with pytest.raises(MismatchError, match=message):
         require_same_run(SAVED, {**SAVED, section: {**SAVED[section], **change}})
-
-
-@pytest.mark.parametrize(
-    ("ema", "ema_eval", "used"), [(None, True, "raw"), ("averaged", True, "averaged"), ("averaged", False, "raw")]
-)
-def test_checkpoint_gives_the_weights_that_the_run_evaluates(tmp_path, ema, ema_eval, used):
-    saved = replace(checkpoint(), weights={"w": "raw"}, ema=ema and {"w": ema}, ema_eval=ema_eval)
-    save_checkpoint(tmp_path / "last.pt", saved)
-    assert load_checkpoint(tmp_path / "last.pt").trained == {"w": used}
-
-
-def test_checkpoint_gives_the_average_when_it_is_from_before_there_was_a_choice(tmp_path):
-    save_checkpoint(tmp_path / "last.pt", replace(checkpoint(), ema={"w": "averaged"}))
-    saved = torch.load(tmp_path / "last.pt", weights_only=True)
-    del saved["ema_eval"]
-    torch.save(saved, tmp_path / "last.pt")
-    assert load_checkpoint(tmp_path / "last.pt").trained == {"w": "averaged"}
 
 
 def test_run_is_the_same_when_only_what_it_was_held_against_changed():

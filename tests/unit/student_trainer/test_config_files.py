@@ -15,7 +15,7 @@ FULL = TrainConfig(
     store="s",
     student_kwargs={"drop_rate": 0.1},
     optim=OptimConfig(lr=0.5, clip_grad=5.0),
-    scalekd=ScaleKDConfig(kd_alpha=None, alphas_stage4=(0.08, 0.0), tpp=False),
+    scalekd=ScaleKDConfig(kd_alpha=None, alpha_stage4=0.08, beta_stage4=1.0, tpp=False),
 )
 
 
@@ -81,8 +81,8 @@ def test_assignment_is_refused_when_it_assigns_nothing(text):
         ({"optim": 3}, "f: optim is 3, expected a mapping"),
         ({"optim": {"lr": "1e"}}, "f: optim.lr is '1e', expected a number"),
         ({"method": "cap"}, "f: method is 'cap', expected one of scalekd, fd, kd, none"),
-        ({"scalekd": {"alphas_stage3": [0.1]}}, r"f: scalekd.alphas_stage3 has 1 values, expected 2"),
-        ({"scalekd": {"alphas_stage3": [0.1, "x"]}}, r"alphas_stage3\[1\] is 'x', expected a number"),
+        ({"scalekd": {"windows": [1]}}, r"f: scalekd.windows has 1 values, expected 2"),
+        ({"scalekd": {"windows": [1, "x"]}}, r"windows\[1\] is 'x', expected a"),
         ({"resume": "yes"}, "f: resume is 'yes', expected true or false"),
         ({"student_kwargs": [1]}, r"f: student_kwargs is \[1\], expected a mapping"),
         ({"student": None}, "f: student is None, expected text"),

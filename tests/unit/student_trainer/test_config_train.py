@@ -60,14 +60,14 @@ def test_nested_config_is_refused_when_a_value_is_out_of_range(config, values, m
 def test_config_is_read_from_a_command_line_when_given_as_flags():
     line = (
         '--run r --student test_resnet --tars a.tar b-{0..2}.tar --store s --student-kwargs {"drop_rate":0.1} '
-        "--optim.lr 0.5 --scalekd.kd-alpha None --scalekd.alphas-stage4 0.08 0"
+        "--optim.lr 0.5 --scalekd.kd-alpha None --scalekd.alpha-stage4 0.08 --scalekd.beta-stage4 1"
     )
     config = tyro.cli(TrainConfig, args=line.split())
     assert config.tars == ("a.tar", "b-{0..2}.tar")
     assert config.student_kwargs == {"drop_rate": 0.1}
     assert config.optim == OptimConfig(lr=0.5)
     assert config.scalekd.kd_alpha is None
-    assert config.scalekd.alphas_stage4 == (0.08, 0.0)
+    assert config.scalekd.weights()["stage4_original"] == 0.08
 
 
 @pytest.mark.parametrize(("given", "kept"), [("s3://bucket/swin.zarr", "s3://bucket/swin.zarr"), ("None", None)])

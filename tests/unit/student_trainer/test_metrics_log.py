@@ -1,9 +1,7 @@
-import math
-
 import pytest
 
 from feature_store.errors import InputError
-from student_trainer.engine.metrics import Means, MetricsLog, Pace, read_metrics, rewind_metrics
+from student_trainer.engine.metrics import MetricsLog, Throughput, read_metrics, rewind_metrics
 
 
 @pytest.fixture
@@ -51,26 +49,12 @@ def test_log_ends_at_the_checkpoint_when_rewound(path):
     assert path.read_text().endswith("}\n")
 
 
-def test_means_are_the_same_to_the_bit_when_resumed():
-    values = [{"a": 0.1 * n, "b": 1 / (n + 1)} for n in range(7)]
-    whole, first = Means(), Means()
-    for value in values:
-        whole.add(value)
-    for value in values[:3]:
-        first.add(value)
-    second = Means(first.state_dict())
-    for value in values[3:]:
-        second.add(value)
-    assert second.means() == whole.means()
-    assert math.isclose(whole.means()["a"], 0.3)
-
-
-def test_pace_counts_from_the_last_line_when_asked():
-    pace = Pace()
-    assert pace.median() is None
-    pace.add(10, 0.5, 1.5)
-    pace.add(10, 0.0, 3.0)
-    assert pace.since_last() == {"images_per_second": 4.0, "data_wait": 0.1}
-    pace.add(5, 1.0, 0.0)
-    assert pace.since_last() == {"images_per_second": 5.0, "data_wait": 1.0}
-    assert pace.median() == 2.0
+def test_throughput_counts_from_the_last_line_when_asked():
+    throughput = Throughput()
+    assert throughput.median() is None
+    throughput.add(10, 0.5, 1.5)
+    throughput.add(10, 0.0, 3.0)
+    assert throughput.since_last() == {"images_per_second": 4.0, "data_wait": 0.1}
+    throughput.add(5, 1.0, 0.0)
+    assert throughput.since_last() == {"images_per_second": 5.0, "data_wait": 1.0}
+    assert throughput.median() == 2.0

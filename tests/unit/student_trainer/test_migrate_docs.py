@@ -111,7 +111,16 @@ def test_commands_have_the_options_when_the_page_names_them(capsys):
 def test_names_are_ours_or_theirs_when_the_page_gives_them():
     files = (preset.source.file.removeprefix("configs/distillers/") for preset in PRESETS.values())
     fields_of = (field.name for made in (Preset, ScaleKDConfig) for field in fields(made))
-    known = {*files, *fields_of, *VIEW_LOSSES, *dir(official), *dir(projector), f"import {networks.__name__}", *THEIRS}
+    known = {
+        *files,
+        *fields_of,
+        *VIEW_LOSSES,
+        *dir(official),
+        *dir(projector),
+        *dir(ScaleKDConfig),
+        f"import {networks.__name__}",
+        *THEIRS,
+    }
     for name in NAMES:
         (word,) = re.findall(r"^\W*((?:import )?[\w./-]*\w)", name)  # without arguments
         option = name.startswith(("--", *PROGRAMS))

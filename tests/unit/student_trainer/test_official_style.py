@@ -1,14 +1,23 @@
 """The loss that benchmarks/step.py compares ours with must be the same loss."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 
 from benchmarks.official_style import official_style_loss, without_lowest_frequency
 from feature_store.teacher import split_teacher
-from student_trainer.methods.criterion import cross_entropy
+from student_trainer.methods import (
+    DistillBatch,
+    ScaleKD,
+    ScaleKDConfig,
+    StudentShape,
+    TeacherOutput,
+    TeacherShape,
+)
 from student_trainer.methods.dfm import without_spatial_mean
-from student_trainer.methods.scalekd import ScaleKDConfig, ScaleKDLoss
+from student_trainer.students.student import StudentOutput
 
 
 @pytest.mark.parametrize("kd_alpha", [0.5, None])
@@ -19,17 +28,22 @@ def test_official_style_loss_equals_ours_when_given_its_weights(kd_alpha):
         num_heads=(1, 1, 2, 2), num_classes=0,
     ).eval()  # fmt: skip
     later = split_teacher(swin.double())[1]
-    loss = ScaleKDLoss(ScaleKDConfig(kd_alpha=kd_alpha), (6, 10), ((4, 4), (2, 2)), later).double()
+    method = ScaleKD(
+        ScaleKDConfig(kd_alpha=kd_alpha),
+        StudentShape((6, 10), ((4, 4), (2, 2)), 5),
+        TeacherShape(later.info, 5, lambda: later),
+    ).double()
     inputs = [torch.randn(3, 6, 4, 4), torch.randn(3, 10, 2, 2), torch.randn(3, 5)]
-    teacher, teacher_logits = torch.randn(3, 4, 64).double(), torch.randn(3, 5).double()
+    teacher = TeacherOutput({"stage4": torch.randn(3, 4, 64).double()}, torch.randn(3, 5).double())
+    batch = DistillBatch(torch.empty(0), torch.tensor([0, 4, 2]), teacher)
     results = []
-    for compute in (loss, lambda *arguments: official_style_loss(loss, *arguments)):
+    for compute in (method, partial(official_style_loss, method)):
         F3, F4, logits = leaves = [leaf.double().requires_grad_() for leaf in inputs]
-        terms = compute((F3, F4), logits, teacher, teacher_logits, cross_entropy(logits, torch.tensor([0, 4, 2])))
-        terms["total"].backward()
-        weights = [leaf.grad.clone() for leaf in loss.parameters()]
-        loss.zero_grad()
-        results.append((terms, [leaf.grad for leaf in leaves] + weights))
+        terms = compute(StudentOutput((F3, F4), logits), batch)
+        terms.total.backward()
+        weights = [leaf.grad.clone() for leaf in method.parameters()]
+        method.zero_grad()
+        results.append(({**terms.weighted, "total": terms.total}, [leaf.grad for leaf in leaves] + weights))
     (ours, gradients), (theirs, expected) = results
     assert ours.keys() == theirs.keys()
     for name, term in ours.items():

@@ -6,23 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from student_trainer.trainee import Trainee
 from torch import nn
 
 from feature_store.errors import InputError
 from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.engine.optimizer import Updates, make_optimizer, make_scheduler
-from student_trainer.methods.scalekd import TaskLoss
+from student_trainer.methods import StudentShape, TaskOnly
 from student_trainer.students.student import Student
-from student_trainer.trainee import Trainee
 
 CPU = torch.device("cpu")
 PLAIN = OptimConfig(opt="momentum", lr=0.1, momentum=0.0, weight_decay=0.0)
 
 
+def untrained() -> Trainee:
+    student = Student("test_vit", 4, (64, 64), {"depth": 4})
+    return Trainee(student, TaskOnly(TaskOnly.Config(), StudentShape(student.dims, student.grids, 4), None))
+
+
 @pytest.fixture
 def trainee() -> Trainee:
     torch.manual_seed(0)
-    return Trainee(Student("test_vit", 4, (64, 64), {"depth": 4}), TaskLoss())
+    return untrained()
 
 
 def config(optim: OptimConfig = PLAIN, **changes) -> TrainConfig:
@@ -91,7 +96,7 @@ def test_averaged_weights_are_validated_when_kept_and_asked_for(trainee, changes
 def test_optimizer_goes_on_as_before_when_its_state_is_restored(trainee):
     """AdamW with an average: the second of two steps is the same in the run that was restored after the first."""
     torch.manual_seed(0)
-    other = Trainee(Student("test_vit", 4, (64, 64), {"depth": 4}), TaskLoss())
+    other = untrained()
     settings = config(OptimConfig(), ema_decay=0.5, amp="float16")
     first, second = Updates(settings, trainee, 3, CPU), Updates(settings, other, 3, CPU)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from student_trainer.trainee import ForwardPass
 from timm.optim import Lamb
 
 from feature_store.errors import InputError
@@ -18,7 +19,6 @@ from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.engine.optimizer import make_optimizer
 from student_trainer.plan import build_trainee
 from student_trainer.recipes import A1, A2, PRESETS, SCHEDULES, T1, preset_config
-from student_trainer.trainee import ForwardPass
 
 B, K = 2, 1000
 
@@ -45,13 +45,13 @@ def test_preset_makes_a_step_in_its_true_shapes_when_built_on_the_meta_device(na
         if split.prefix == "cached":
             taps["stage3_prefix"] = torch.empty(B, split.prefix_tokens, split.input_dim)
         images, labels = torch.empty(B, 3, 224, 224), torch.zeros(B, dtype=torch.int64)
-        forward = ForwardPass(trainee, config.task, config.label_smoothing)
+        forward = ForwardPass(trainee)
         terms = forward(images, labels, taps, torch.empty(B, K))
         optimizer = make_optimizer(config.optim, trainee)
         terms["total"].backward()
     optimizer.step()  # outside: torch 2.6 would put its count of steps there too
     assert "stage3_alternative" in terms
-    assert ("stage4_alternative" in terms) == (config.scalekd.alphas_stage4[1] > 0)
+    assert ("stage4_alternative" in terms) == (config.scalekd.beta_stage4 < 1)
     assert ("kd" in terms) == (config.scalekd.kd_alpha is not None)
     # every parameter learns; one without a gradient would stop distributed training
     assert [name for name, leaf in trainee.named_parameters() if leaf.grad is None] == []

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from student_trainer.trainee import Trainee
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.drop import DropPath
 from timm.models import create_model
@@ -20,11 +21,10 @@ from feature_store.views import view_policy
 from student_trainer.config import TrainConfig
 from student_trainer.engine.distributed import Group
 from student_trainer.engine.optimizer import Updates, make_optimizer, make_scheduler
-from student_trainer.methods.scalekd import TaskLoss
+from student_trainer.methods import Method, StudentShape, TaskOnly
 from student_trainer.plan import build_trainee
 from student_trainer.recipes import PRESETS, preset_config
 from student_trainer.students.student import Student
-from student_trainer.trainee import Trainee
 
 RELEASED = json.loads((Path(__file__).parent / "data" / "released_settings.json").read_text())["presets"]
 STEPS = 10  # per epoch
@@ -108,6 +108,10 @@ def of_student(preset: str, trainee: Trainee) -> dict[str, Any]:
     return settings
 
 
+def products(loss: Method, stage: str) -> list[float]:
+    return [round(loss.weights.get(f"{stage}_{view}", 0.0), 15) for view in ("original", "alternative")]
+
+
 def of_loss(config: TrainConfig, trainee: Trainee) -> dict[str, Any]:
     loss = trainee.loss
     caps = [*loss.stage3.values(), *loss.stage4.values()]
@@ -119,8 +123,8 @@ def of_loss(config: TrainConfig, trainee: Trainee) -> dict[str, Any]:
         "heads of stage 4": heads4,
         "softmax scale": scale,
         "windows": list(windows),
-        "alphas of stage 3": list(loss.config.alphas_stage3),
-        "alphas of stage 4": list(loss.config.alphas_stage4),
+        "alphas of stage 3": products(loss, "stage3"),
+        "alphas of stage 4": products(loss, "stage4"),
         "projector norm": "batch" if norm is nn.BatchNorm2d or norm is nn.SyncBatchNorm else "layer",
         "TPP and both views": loss.config.tpp and loss.config.dual_view and len(loss.stage3) == 2,
         "stage-4 queries": "stage 3's output" if all(c.query is None for c in loss.stage4.values()) else "learned",
@@ -134,7 +138,9 @@ def of_loss(config: TrainConfig, trainee: Trainee) -> dict[str, Any]:
 
 def of_optimizer(config: TrainConfig, trainee: Trainee) -> dict[str, Any]:
     optimizer, positions = make_optimizer(config.optim.at(config.batch_size), trainee), trainee.projector_positions()
-    updates = Updates(config, Trainee(Student("test_resnet", 5, (32, 32)), TaskLoss()), STEPS, torch.device("cpu"))
+    student = Student("test_resnet", 5, (32, 32))
+    plain = TaskOnly(TaskOnly.Config(), StudentShape(student.dims, student.grids, 5), None)
+    updates = Updates(config, Trainee(student, plain), STEPS, torch.device("cpu"))
     decays = {id(leaf): group["weight_decay"] > 0 for group in optimizer.param_groups for leaf in group["params"]}
     named = dict(trainee.named_parameters())
     (on_norms,) = {decays[id(leaf)] for leaf in named.values() if leaf.ndim == 1}

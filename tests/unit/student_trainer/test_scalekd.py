@@ -1,11 +1,10 @@
-"""The total loss against the released code's complete losses, its parts, and the baselines."""
+"""ScaleKD against the released code's complete losses."""
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from golden_files import (
@@ -19,29 +18,26 @@ from golden_files import (
     swin,
     under,
 )
+from method_batches import SmallBatch, small_batch
 from torch import Tensor
 
 from feature_store.errors import InputError
 from feature_store.teacher import split_teacher
-from student_trainer.methods.cap import CrossAttentionProjector
-from student_trainer.methods.criterion import binary_cross_entropy, cross_entropy
-from student_trainer.methods.dfm import original_view_loss
-from student_trainer.methods.scalekd import (
-    METHODS,
-    FDLoss,
-    KDLoss,
+from student_trainer.methods import (
+    CrossAttentionProjector,
+    DistillBatch,
+    ScaleKD,
     ScaleKDConfig,
-    ScaleKDLoss,
-    TaskLoss,
-    build_loss,
-    default_heads,
-    kd_loss,
+    StudentShape,
+    TeacherOutput,
+    TeacherShape,
 )
+from student_trainer.methods.criterion import binary_cross_entropy, cross_entropy
+from student_trainer.methods.scalekd import default_heads
 from student_trainer.official import load_projector, projector_names
+from student_trainer.students.student import StudentOutput
 
 CASES = [name for name in names("e2e_") if "distill_class" in arguments(name)]
-KD_CASES = {case["case"]: case for case in arguments("kd")["cases"]}
-FD_CASES = {case["case"]: case for case in arguments("fd")["cases"]}
 TERMS = {
     "ori_loss": "task",
     "loss_s3": "stage3_original",
@@ -70,30 +66,33 @@ class Run:
     middle: dict[str, Tensor]
 
 
-def official_loss(case: str, later) -> ScaleKDLoss:
+def official_loss(case: str, later) -> ScaleKD:
     args = arguments(case)
     s3, s4, kd = args["s3"], args["s4"], args["kd"]
-    config = ScaleKDConfig(
-        alphas_stage3=tuple(s3["alpha"]),
-        alphas_stage4=tuple(s4["alpha"]),
+    config = ScaleKDConfig.from_products(
+        stage3=tuple(alpha or 1.0 for alpha in s3["alpha"]),
+        stage4=tuple(alpha or 1.0 for alpha in s4["alpha"]),
         kd_alpha=kd["alpha"] if kd else None,
         kd_temperature=kd["temp"] if kd else 1.0,
         softmax_scale=s3["softmax_scale"][0],
         heads_stage3=s3["num_heads"],
         heads_stage4=s4["num_heads"],
     )
-    loss = ScaleKDLoss(
-        config,
-        (s3["student_dims"], s4["student_dims"]),
-        (tuple(s3["pos_hw"]), tuple(s4["pos_hw"])),
-        later,
+    classes = len(golden(case)["student_fc.bias"])
+    student = StudentShape(
+        (s3["student_dims"], s4["student_dims"]), (tuple(s3["pos_hw"]), tuple(s4["pos_hw"])), classes
     )
+    loss = ScaleKD(config, student, TeacherShape(later.info, classes, lambda: later), partial(task_loss, args["head"]))
+    # the released code computes terms of weight 0, which ours leaves out
+    idle = {f"{stage}_{view}" for stage in ("stage3", "stage4") for view, alpha in
+            zip(PATHS.values(), args[stage.replace("tage", "")]["alpha"], strict=True) if not alpha}  # fmt: skip
+    loss.weights |= dict.fromkeys(idle, 0.0)
     for prefix, projector in projectors(loss).items():
         load_projector(projector, under(golden(case), prefix))
     return loss
 
 
-def projectors(loss: ScaleKDLoss) -> dict[str, CrossAttentionProjector]:
+def projectors(loss: ScaleKD) -> dict[str, CrossAttentionProjector]:
     """By the recording's prefix."""
     stages = {"s3": loss.stage3, "s4": loss.stage4}
     views = ("original", "alternative")
@@ -116,16 +115,18 @@ def run(case: str, dtype: torch.dtype) -> Run:
     middle = record_middle(loss)
     leaves = {name: arrays[name].requires_grad_() for name in ("s3", "s4", "student_fc.weight", "student_fc.bias")}
     student_logits = F.linear(leaves["s4"].mean(dim=(2, 3)), leaves["student_fc.weight"], leaves["student_fc.bias"])
-    task = task_loss(args["head"], student_logits, arrays[args["labels"]])
-    terms = loss((leaves["s3"], leaves["s4"]), student_logits, final_BHWD.flatten(1, 2), teacher_logits, task)
+    teacher_output = TeacherOutput({"stage4": final_BHWD.flatten(1, 2)}, teacher_logits)
+    output = StudentOutput((leaves["s3"], leaves["s4"]), student_logits)
+    found = loss(output, DistillBatch(torch.empty(0), arrays[args["labels"]], teacher_output))
+    terms = {**found.weighted, "total": found.total}
     terms["total"].backward(retain_graph=True)
     return Run(
-        final_BHWD.permute(0, 3, 1, 2), teacher_logits, student_logits, task, terms, leaves,
+        final_BHWD.permute(0, 3, 1, 2), teacher_logits, student_logits, found.raw["task"], terms, leaves,
         *gradients_and_buffers(loss, case, leaves), middle,
     )  # fmt: skip
 
 
-def record_middle(loss: ScaleKDLoss) -> dict[str, Tensor]:
+def record_middle(loss: ScaleKD) -> dict[str, Tensor]:
     """Intermediate tokens under the recording's names, filled while the loss runs."""
     middle: dict[str, Tensor] = {}
 
@@ -142,7 +143,7 @@ def record_middle(loss: ScaleKDLoss) -> dict[str, Tensor]:
 
 
 def gradients_and_buffers(
-    loss: ScaleKDLoss, case: str, leaves: dict[str, Tensor]
+    loss: ScaleKD, case: str, leaves: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
     gradients: dict[str, Tensor | None] = {name: leaf.grad for name, leaf in leaves.items()}
     buffers: dict[str, Tensor] = {}
@@ -224,98 +225,243 @@ def test_loss_passes_through_released_intermediates_when_training(case):
     assert_recorded(lambda dtype: run(case, dtype).middle, torch.float64, under(golden(case), "mid/"))
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", KD_CASES)
-def test_kd_gives_released_value_and_gradient_when_logits_are_given(case, dtype):
-    args, expected = KD_CASES[case], under(golden("kd"), f"{case}/")
-
-    def compute(dtype: torch.dtype) -> dict[str, Tensor]:
-        arrays = under(inputs("kd", dtype), f"{case}/")
-        student = arrays["logit_s"].requires_grad_()
-        value = kd_loss(student, arrays["logit_t"], args["temp"], args["alpha"])
-        value.backward()
-        return {"loss": value, "gradient": student.grad}
-
-    assert_recorded(compute, dtype, {"loss": expected["loss_f64"], "gradient": expected["grad_s_f64"]})
+@pytest.fixture
+def batch() -> SmallBatch:
+    return small_batch()
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("case", KD_CASES)
-def test_kd_baseline_scales_the_task_as_released_when_alpha_is_given(case):
-    args, arrays = KD_CASES[case], inputs("kd", torch.float64)
-    student, teacher = arrays[f"{case}/logit_s"], arrays[f"{case}/logit_t"]
-    config = ScaleKDConfig(kd_alpha=args["alpha"], kd_temperature=args["temp"])
-    terms = KDLoss(config)((), student, torch.empty(0), teacher, torch.tensor(2.0).double())
-    expected = under(golden("kd"), f"{case}/")
-    task, kd = 2 * expected["ori_factor"], expected["loss_f64"]
-    assert_recorded(lambda _: terms, torch.float64, {"task": task, "kd": kd, "total": task + kd})
+DISTILLED = {"stage3_original", "stage3_alternative", "stage4_original", "stage4_alternative"}
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", FD_CASES)
-def test_fd_gives_released_value_and_gradients_when_maps_are_given(case, dtype):
-    args, released = FD_CASES[case], under(golden("fd"), f"{case}/")
-
-    def compute(dtype: torch.dtype) -> dict[str, Tensor | None]:
-        arrays = under(inputs("fd", dtype), f"{case}/")
-        fd = FDLoss(args["student_dims"], args["teacher_dims"], args["alpha_fd"])
-        fd.load_state_dict(under(released, "param/"))
-        fd, student = fd.to(dtype), arrays["s_map"].requires_grad_()
-        terms = fd((student,), torch.empty(0), arrays["t_map"].flatten(2).mT, None, torch.zeros((), dtype=dtype))
-        terms["total"].backward()
-        return {**terms, "map": student.grad, **{name: leaf.grad for name, leaf in fd.named_parameters()}}
-
-    loss = released["loss_f64"]
-    terms = {"task": torch.zeros(()).double(), "fd": loss, "total": loss, "map": released["grad_s_f64"]}
-    assert_recorded(compute, dtype, {**terms, **under(released, "grad_f64/")})
-
-
-def test_fd_resizes_the_student_when_grids_differ():
-    """Halving averages, and a constant map stays constant at any size."""
-    torch.manual_seed(0)
-    fd = FDLoss(3, 3, alpha=1.0, teacher_grid=(5, 2))
-    constant = torch.randn(2, 3, 1, 1)
-    torch.testing.assert_close(fd.project(constant.expand(-1, -1, 7, 3)), constant.flatten(2).mT.expand(-1, 10, -1))
-    ramp = torch.arange(8.0).expand(1, 1, 4, 8)
-    halved = FDLoss(1, 1, alpha=1.0, teacher_grid=(2, 4)).project(ramp).view(2, 4)
-    assert halved[0, 1:3].tolist() == pytest.approx([2.5, 4.5])
-    pixels = torch.zeros(1, 1, 8, 8, requires_grad=True)
-    FDLoss(1, 1, alpha=1.0, teacher_grid=(2, 2)).project(pixels).sum().backward()
-    assert (pixels.grad > 0).all()  # shrinking skips no pixel
-    teacher = torch.randn(2, 10, 3)
-    maps = (torch.randn(2, 3, 7, 3, requires_grad=True),)
-    terms = fd(maps, torch.empty(0), teacher, None, torch.zeros(()))
-    torch.testing.assert_close(terms["fd"], original_view_loss(fd.project(maps[0]), teacher, 1.0))
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {*DISTILLED, "kd"}),
+        ({"kd_alpha": None}, DISTILLED),
+        ({"tpp": False}, {"stage4_original", "stage4_alternative", "kd"}),
+        ({"dual_view": False}, {"stage3_original", "stage4_original", "kd"}),
+        ({"tpp": False, "dual_view": False, "kd_alpha": None}, {"stage4_original"}),
+        ({"alpha_stage3": 0.0, "alpha_stage4": 0.0}, {"kd"}),
+        ({"beta_stage3": 0.0, "beta_stage4": 1.0}, {"stage3_alternative", "stage4_original", "kd"}),
+    ],
+)
+def test_scalekd_gives_its_terms_and_their_plain_sum_when_parts_are_switched(batch, config, expected):
+    terms = batch.terms(batch.build(**config))
+    assert set(terms.raw) == {"task", *expected}
+    torch.testing.assert_close(terms.total, sum(terms.weighted.values()))
+    torch.testing.assert_close(terms.raw["task"], cross_entropy(batch.student.logits, batch.batch.labels))
+    assert terms.weights["task"] == (0.5 if "kd" in expected else 1.0)
 
 
-def test_fd_stays_close_to_float32_when_maps_are_bfloat16_under_autocast():
-    torch.manual_seed(0)
-    fd, student, teacher = FDLoss(3, 5, 1.0, teacher_grid=(3, 4)), torch.randn(2, 3, 7, 7), torch.randn(2, 12, 5)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = fd((student.bfloat16(),), torch.empty(0), teacher, None, torch.zeros(()))["fd"]
-    assert low.dtype == torch.float32
-    torch.testing.assert_close(low, original_view_loss(fd.project(student), teacher, 1.0), rtol=0.02, atol=0.0)
+def test_scalekd_weighs_paths_by_alpha_and_beta_when_given(batch):
+    method = batch.build(alpha_stage3=0.2, beta_stage3=0.25, alpha_stage4=0.4, beta_stage4=0.75, kd_alpha=0.1)
+    expected = {
+        "task": 0.9, "stage3_original": 0.05, "stage3_alternative": 0.15, "stage4_original": 0.3,
+        "stage4_alternative": 0.1, "kd": 0.1,
+    }  # fmt: skip
+    assert batch.terms(method).weights == pytest.approx(expected)
 
 
-def test_fd_names_both_shapes_when_grids_differ_and_none_was_given():
-    with pytest.raises(InputError, match=r"\(2, 49, 3\).*\(2, 16, 3\)"):
-        FDLoss(3, 3, 1.0)((torch.zeros(2, 3, 7, 7),), torch.empty(0), torch.zeros(2, 16, 3), None, torch.zeros(()))
+def test_config_gives_the_released_products_when_left_alone():
+    released = {
+        "stage3_original": 0.08, "stage3_alternative": 0.06, "stage4_original": 0.08, "stage4_alternative": 0.06,
+    }  # fmt: skip
+    assert ScaleKDConfig().weights() == pytest.approx(released, rel=1e-15)
+    assert ScaleKDConfig.from_products().weights() == pytest.approx(released, rel=1e-15)
 
 
-@pytest.mark.parametrize("gap", [1e2, 1e3, 1e4])
-def test_kd_stays_finite_when_the_logit_gap_is_large(gap):
-    student = torch.tensor([[gap, 0.0, 0.0]], requires_grad=True)
-    value = kd_loss(student, torch.tensor([[0.0, gap, 0.0]]), temperature=1.0, alpha=0.5)
-    value.backward()
-    assert value.item() == pytest.approx(0.5 * gap)
-    assert student.grad.isfinite().all()
+@pytest.mark.parametrize("products", [(0.08, 0.0), (0.0, 0.06), (0.016, 0.008), (0.0, 0.0)])
+def test_config_takes_released_products_when_some_are_zero(products):
+    config = ScaleKDConfig.from_products(stage4=products, kd_alpha=None, tpp=False)
+    terms = zip(("stage4_original", "stage4_alternative"), products, strict=True)
+    assert config.weights() == pytest.approx({name: product for name, product in terms if product}, rel=1e-14)
+    assert config.kd_alpha is None
 
 
-def test_kd_names_both_shapes_when_class_counts_differ():
-    with pytest.raises(InputError, match=r"\(2, 10\), the teacher's \(2, 1000\)"):
-        kd_loss(torch.zeros(2, 10), torch.zeros(2, 1000), 1.0, 0.5)
+def test_config_refuses_products_when_negative():
+    with pytest.raises(InputError, match=r"\(-0.1, 0.2\), expected two weights"):
+        ScaleKDConfig.from_products(stage3=(-0.1, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("config", "stage3", "stage4"),
+    [
+        ({}, {"original", "alternative"}, {"original", "alternative"}),
+        ({"beta_stage4": 1.0}, {"original", "alternative"}, {"original"}),
+        ({"beta_stage3": 0.0}, {"original", "alternative"}, {"original", "alternative"}),
+        ({"beta_stage3": 1.0, "beta_stage4": 1.0}, {"original"}, {"original"}),
+        ({"beta_stage3": 1.0, "beta_stage4": 0.0}, {"original", "alternative"}, {"alternative"}),
+        ({"alpha_stage3": 0.0}, {"original", "alternative"}, {"original", "alternative"}),
+        ({"alpha_stage4": 0.0, "beta_stage3": 0.0}, {"alternative"}, set()),
+        ({"tpp": False, "beta_stage4": 0.0}, set(), {"alternative"}),
+    ],
+)
+def test_scalekd_builds_only_projectors_that_reach_a_term_when_weights_are_zero(batch, config, stage3, stage4):
+    """A stage-3 projector also gives the queries of its view path's stage-4 projector."""
+    method = batch.build(**config)
+    assert (set(method.stage3), set(method.stage4)) == (stage3, stage4)
+    terms = batch.terms(method)
+    assert set(terms.raw) == {"task", "kd", *method.config.weights()}
+    terms.total.backward()
+    assert [name for name, leaf in method.named_parameters() if leaf.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("config", "needs"),
+    [
+        ({}, (("stage4", "stage3_prefix"), True, False, True)),
+        ({"kd_alpha": None}, (("stage4", "stage3_prefix"), False, False, True)),
+        ({"tpp": False}, (("stage4",), True, False, False)),
+        ({"alpha_stage3": 0.0, "alpha_stage4": 0.0}, ((), True, False, False)),
+    ],
+)
+def test_scalekd_needs_what_its_terms_read_when_parts_are_switched(batch, config, needs):
+    method = batch.build(**config)
+    assert tuple(method.needs) == needs
+    kept = {name: tap for name, tap in batch.batch.teacher.taps.items() if name in method.needs.taps}
+    logits = batch.batch.teacher.logits if method.needs.logits else None
+    torch.testing.assert_close(batch.terms(method, taps=kept, logits=logits).total, batch.terms(method).total)
+
+
+def test_scalekd_loads_no_later_blocks_when_tpp_is_off(batch):
+    batch.teacher = replace(batch.teacher, tail=lambda: pytest.fail("loaded"))
+    batch.terms(batch.build(tpp=False))
+
+
+def test_scalekd_needs_no_prefix_tokens_when_the_split_drops_them(batch):
+    batch.teacher = replace(batch.teacher, split=replace(batch.teacher.split, prefix="dropped"))
+    assert batch.build().needs.taps == ("stage4",)
+
+
+def test_scalekd_leaves_kd_out_with_a_note_when_the_teacher_has_no_classifier(batch):
+    with_classifier = batch.build()
+    batch.teacher = replace(batch.teacher, num_classes=0)
+    method = batch.build()
+    assert method.notes == ("KD is off: the teacher has no classifier",)
+    assert not method.needs.logits
+    terms = batch.terms(method, logits=None)
+    assert "kd" not in terms.raw
+    assert terms.weights["task"] == 1.0
+    assert batch.build(kd_alpha=None).notes == with_classifier.notes == ()
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"tpp": False}, {"dual_view": False}, {"kd_alpha": None}, {"norm": "layer"}, {"windows": (1, 2)}]
+)
+def test_scalekd_gives_every_own_parameter_a_gradient_when_parts_are_switched(batch, config):
+    """A parameter without one would stop distributed training."""
+    method = batch.build(**config)
+    batch.terms(method).total.backward()
+    assert [name for name, leaf in method.named_parameters() if leaf.grad is None] == []
+    assert all(leaf.grad is None for leaf in batch.teacher.tail().parameters())
+    F3, F4 = batch.student.maps
+    assert (F3.grad is not None) == config.get("tpp", True)
+    assert F4.grad.abs().max() > 0
+
+
+def test_stage4_loss_reaches_the_stage3_map_when_tpp_is_on(batch):
+    F3, _ = batch.student.maps
+    (gradient,) = torch.autograd.grad(batch.terms(batch.build()).raw["stage4_original"], F3)
+    assert gradient.abs().max() > 0
+
+
+def test_stage4_holds_a_learned_query_only_when_tpp_is_off(batch):
+    assert [cap.query is None for cap in batch.build().stage4.values()] == [True, True]
+    assert [cap.query is None for cap in batch.build(tpp=False).stage4.values()] == [False, False]
+
+
+def test_scalekd_checkpoints_its_projectors_only_when_saved(batch):
+    method = batch.build()
+    assert {name.split(".")[0] for name in method.state_dict()} == {"stage3", "stage4"}
+    assert "stage3.original.key_proj.0.weight" in method.state_dict()
+    restored = batch.build()
+    restored.load_state_dict(method.state_dict())
+    expected = batch.terms(restored).raw
+    for name, term in batch.terms(method).raw.items():
+        torch.testing.assert_close(term, expected[name])
+
+
+def test_scalekd_falls_when_projectors_learn_one_batch(batch):
+    method = batch.build(kd_alpha=None)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
+    totals = []
+    for _ in range(15):
+        terms = batch.terms(method)
+        totals.append(terms.total - terms.weighted["task"])
+        optimizer.zero_grad()
+        totals[-1].backward()
+        optimizer.step()
+    assert totals[-1] < 0.7 * totals[0]
+
+
+def test_scalekd_asks_for_teacher_logits_when_kd_is_on_and_there_are_none(batch):
+    with pytest.raises(InputError, match="carries no teacher logits"):
+        batch.terms(batch.build(), logits=None)
+
+
+def test_scalekd_asks_for_prefix_tokens_when_the_teacher_has_them(batch):
+    with pytest.raises(InputError, match="prefix_BPD"):
+        batch.terms(batch.build(), taps={"stage4": batch.batch.teacher.taps["stage4"]})
+
+
+def test_scalekd_names_both_shapes_when_teacher_features_are_on_another_grid(batch):
+    taps = batch.batch.teacher.taps
+    with pytest.raises(InputError, match=r"\(2, 12, 64\).*\(2, 6, 64\)"):
+        batch.terms(batch.build(), taps={**taps, "stage4": taps["stage4"][:, :6]})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"kd_alpha": 1.5}, "kd_alpha is 1.5"),
+        ({"kd_alpha": -0.1}, "kd_alpha is -0.1"),
+        ({"kd_temperature": 0.0}, "kd_temperature is 0.0"),
+        ({"alpha_stage3": -0.1}, "alpha_stage3 is -0.1, expected a weight"),
+        ({"alpha_stage4": float("nan")}, "alpha_stage4 is nan"),
+        ({"beta_stage3": -0.1}, "beta_stage3 is -0.1, expected 0..1"),
+        ({"beta_stage4": 1.1}, "beta_stage4 is 1.1, expected 0..1"),
+        ({"heads_stage4": 7}, "num_heads 7 does not divide"),
+        ({"windows": (2, 2)}, r"windows \(2, 2\) do not divide"),
+    ],
+)
+def test_scalekd_refuses_when_its_config_is_impossible(batch, config, message):
+    with pytest.raises(InputError, match=message):
+        batch.build(**config)
+
+
+@pytest.mark.parametrize(
+    "config", [{"kd_alpha": 0.0}, {"kd_alpha": 1.0}, {"beta_stage3": 0.0, "beta_stage4": 1.0}, {"kd_temperature": 1e-3}]
+)
+def test_scalekd_takes_the_ends_of_its_ranges(batch, config):
+    assert batch.terms(batch.build(**config)).total.isfinite()
+
+
+def test_projectors_take_heads_and_windows_of_the_config_when_built(batch):
+    method = batch.build(heads_stage3=2, heads_stage4=8, windows=(3, 1), norm="layer")
+    assert {cap.num_heads for cap in method.stage3.values()} == {2}
+    assert {cap.num_heads for cap in method.stage4.values()} == {8}
+    caps = [*method.stage3.values(), *method.stage4.values()]
+    assert {cap.windows for cap in caps} == {(3, 1)}
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in method.modules())
+    assert {cap.num_heads for cap in batch.build().stage4.values()} == {default_heads(64)}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_later_blocks_run_again_for_backward_only_when_asked(batch, checkpoint):
+    runs = []
+    handle = batch.teacher.tail().register_forward_pre_hook(lambda *_: runs.append(1))
+    batch.terms(batch.build(checkpoint_later_blocks=checkpoint)).total.backward()
+    handle.remove()
+    assert len(runs) == (2 if checkpoint else 1)
+
+
+def test_projectors_take_the_softmax_scale_of_the_config_when_built(batch):
+    plain, sharp = (batch.build(softmax_scale=scale) for scale in (1.0, 4.0))
+    for stage in ("stage3", "stage4"):
+        for one, other in zip(getattr(plain, stage).values(), getattr(sharp, stage).values(), strict=True):
+            assert other.scale == pytest.approx(4 * one.scale)
+    sharp.load_state_dict(plain.state_dict())
+    assert batch.terms(plain).raw["stage4_original"] != batch.terms(sharp).raw["stage4_original"]
 
 
 @pytest.mark.parametrize(
@@ -325,179 +471,3 @@ def test_kd_names_both_shapes_when_class_counts_differ():
 def test_default_heads_is_one_per_64_channels_lowered_until_it_divides_when_width_varies(teacher_dim, heads):
     assert default_heads(teacher_dim) == heads
     assert teacher_dim % heads == 0
-
-
-@dataclass
-class Batch:
-    """A small teacher with a class token, and what a student would hand over."""
-
-    later: Any
-    student_maps: tuple[Tensor, Tensor]
-    student_logits: Tensor
-    teacher: Tensor
-    teacher_logits: Tensor
-    task_loss: Tensor
-    prefix: Tensor
-
-    def build(self, method: str = "scalekd", **config: Any):
-        dims = tuple(leaf.shape[1] for leaf in self.student_maps)
-        grids = tuple(tuple(leaf.shape[2:]) for leaf in self.student_maps)
-        return build_loss(method, ScaleKDConfig(**config), dims, grids, self.later)
-
-    def terms(self, loss, **change: Any) -> dict[str, Tensor]:
-        arguments = {
-            "student_maps": self.student_maps,
-            "student_logits_BK": self.student_logits,
-            "teacher_BND": self.teacher,
-            "teacher_logits_BK": self.teacher_logits,
-            "task_loss": self.task_loss,
-            "prefix_BPD": self.prefix,
-        }
-        return loss(**{**arguments, **change})
-
-
-@pytest.fixture
-def batch() -> Batch:
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", pretrained=False, img_size=(48, 64), num_classes=5).eval()
-    early, later = split_teacher(model, depth=1)
-    with torch.no_grad():
-        tokens = early(torch.randn(2, 3, 48, 64))
-        final = later(tokens)
-        logits = model.forward_head(final)
-    prefix = later.info.prefix_tokens
-    maps = torch.randn(2, 6, 6, 8, requires_grad=True), torch.randn(2, 10, 3, 4, requires_grad=True)
-    student_logits = torch.randn(2, 5, requires_grad=True)
-    task = cross_entropy(student_logits, torch.tensor([0, 4]))
-    return Batch(later, maps, student_logits, final[:, prefix:], logits, task, tokens[:, :prefix])
-
-
-DISTILLED = {"stage3_original", "stage3_alternative", "stage4_original", "stage4_alternative"}
-
-
-@pytest.mark.parametrize(
-    ("method", "config", "expected"),
-    [
-        ("scalekd", {}, {*DISTILLED, "kd"}),
-        ("scalekd", {"kd_alpha": None}, DISTILLED),
-        ("scalekd", {"tpp": False}, {"stage4_original", "stage4_alternative", "kd"}),
-        ("scalekd", {"dual_view": False}, {"stage3_original", "stage4_original", "kd"}),
-        ("scalekd", {"tpp": False, "dual_view": False, "kd_alpha": None}, {"stage4_original"}),
-        ("fd", {}, {"fd"}),
-        ("kd", {}, {"kd"}),
-        ("none", {}, set()),
-    ],
-)
-def test_method_returns_its_terms_and_their_plain_sum_when_parts_are_switched(batch, method, config, expected):
-    terms = batch.terms(batch.build(method, **config))
-    assert set(terms) == {"task", "total", *expected}
-    torch.testing.assert_close(
-        terms["total"], sum(leaf for name, leaf in terms.items() if name != "total"), rtol=1e-5, atol=1e-5
-    )
-    with_kd = "kd" in expected
-    torch.testing.assert_close(terms["task"], batch.task_loss * (0.5 if with_kd else 1.0))
-
-
-@pytest.mark.parametrize(
-    "config", [{}, {"tpp": False}, {"dual_view": False}, {"kd_alpha": None}, {"norm": "layer"}, {"windows": (1, 2)}]
-)
-def test_loss_gives_every_own_parameter_a_gradient_when_parts_are_switched(batch, config):
-    """A parameter without one would stop distributed training."""
-    loss = batch.build(**config)
-    batch.terms(loss)["total"].backward()
-    assert [name for name, leaf in loss.named_parameters() if leaf.grad is None] == []
-    assert all(leaf.grad is None for leaf in batch.later.parameters())
-    F3, F4 = batch.student_maps
-    assert (F3.grad is not None) == config.get("tpp", True)
-    assert F4.grad.abs().max() > 0
-
-
-def test_stage4_loss_reaches_the_stage3_map_when_tpp_is_on(batch):
-    F3, _ = batch.student_maps
-    (gradient,) = torch.autograd.grad(batch.terms(batch.build())["stage4_original"], F3)
-    assert gradient.abs().max() > 0
-
-
-def test_stage4_holds_a_learned_query_only_when_tpp_is_off(batch):
-    assert [cap.query is None for cap in batch.build().stage4.values()] == [True, True]
-    assert [cap.query is None for cap in batch.build(tpp=False).stage4.values()] == [False, False]
-
-
-def test_loss_checkpoints_its_projectors_only_when_saved(batch):
-    loss = batch.build()
-    assert {name.split(".")[0] for name in loss.state_dict()} == {"stage3", "stage4"}
-    restored = batch.build()
-    restored.load_state_dict(loss.state_dict())
-    for name, leaf in batch.terms(loss).items():
-        torch.testing.assert_close(batch.terms(restored)[name], leaf)
-
-
-def test_loss_falls_when_projectors_learn_one_batch(batch):
-    loss = batch.build(kd_alpha=None)
-    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-2)
-    totals = []
-    for _ in range(15):
-        totals.append(batch.terms(loss, task_loss=torch.zeros(()))["total"])
-        optimizer.zero_grad()
-        totals[-1].backward()
-        optimizer.step()
-    assert totals[-1] < 0.7 * totals[0]
-
-
-def test_loss_asks_for_teacher_logits_when_kd_is_on_and_there_are_none(batch):
-    with pytest.raises(InputError, match="carry no logits"):
-        batch.terms(batch.build(), teacher_logits_BK=None)
-    assert "kd" not in batch.terms(batch.build(kd_alpha=None), teacher_logits_BK=None)
-
-
-def test_loss_asks_for_prefix_tokens_when_the_teacher_has_them(batch):
-    with pytest.raises(InputError, match="prefix_BPD"):
-        batch.terms(batch.build(), prefix_BPD=None)
-
-
-def test_loss_names_both_shapes_when_teacher_features_are_on_another_grid(batch):
-    with pytest.raises(InputError, match=r"\(2, 12, 64\).*\(2, 6, 64\)"):
-        batch.terms(batch.build(), teacher_BND=batch.teacher[:, :6])
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"kd_alpha": 1.5}, "kd_alpha is 1.5"),
-        ({"kd_temperature": 0.0}, "kd_temperature is 0.0"),
-        ({"alphas_stage3": (0.1, -0.1)}, "alphas_stage3"),
-        ({"heads_stage4": 7}, "num_heads 7 does not divide"),
-        ({"windows": (2, 2)}, r"windows \(2, 2\) do not divide"),
-    ],
-)
-def test_loss_refuses_when_its_config_is_impossible(batch, config, message):
-    with pytest.raises(InputError, match=message):
-        batch.build(**config)
-
-
-def test_methods_are_built_by_name_when_asked(batch):
-    built = {method: type(batch.build(method)) for method in METHODS}
-    assert built == {"scalekd": ScaleKDLoss, "fd": FDLoss, "kd": KDLoss, "none": TaskLoss}
-    with pytest.raises(InputError, match="unknown method 'at', expected one of scalekd, fd, kd, none"):
-        batch.build("at")
-    with pytest.raises(InputError, match="kd_alpha is None"):
-        batch.build("kd", kd_alpha=None)
-
-
-def test_fd_is_weighed_by_stage_4_when_the_stages_have_other_weights(batch):
-    loss = batch.build("fd", alphas_stage3=(7.0, 7.0), alphas_stage4=(0.5, 7.0))
-    double = batch.build("fd", alphas_stage3=(7.0, 7.0), alphas_stage4=(1.0, 7.0))
-    double.load_state_dict(loss.state_dict())
-    torch.testing.assert_close(batch.terms(double)["fd"], 2 * batch.terms(loss)["fd"])
-    again = batch.build("fd", alphas_stage3=(1.0, 1.0), alphas_stage4=(0.5, 1.0))
-    again.load_state_dict(loss.state_dict())
-    torch.testing.assert_close(batch.terms(again)["fd"], batch.terms(loss)["fd"])
-
-
-def test_projectors_take_the_softmax_scale_of_the_config_when_built(batch):
-    plain, sharp = (batch.build(softmax_scale=scale) for scale in (1.0, 4.0))
-    for stage in ("stage3", "stage4"):
-        for one, other in zip(getattr(plain, stage).values(), getattr(sharp, stage).values(), strict=True):
-            assert other.scale == pytest.approx(4 * one.scale)
-    sharp.load_state_dict(plain.state_dict())
-    assert batch.terms(plain)["stage4_original"] != batch.terms(sharp)["stage4_original"]

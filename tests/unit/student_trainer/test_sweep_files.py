@@ -53,9 +53,11 @@ def test_ablation_adds_one_part_after_the_other_when_read():
 def test_beta_weights_keep_their_sum_when_swept():
     for run in read_sweep(Path("beta"), OUT, BASE).runs:
         beta = float(run.setting.split()[0])
-        for alphas in (run.config.scalekd.alphas_stage3, run.config.scalekd.alphas_stage4):
-            assert sum(alphas) == pytest.approx(0.14)
-            assert alphas[0] == pytest.approx(0.14 * beta, abs=0.001)
+        weights = run.config.scalekd.weights()
+        for stage in ("stage3", "stage4"):
+            original, alternative = (weights.get(f"{stage}_{view}", 0.0) for view in ("original", "alternative"))
+            assert original + alternative == pytest.approx(0.14)
+            assert original == pytest.approx(0.14 * beta, abs=0.001)
 
 
 def test_preset_is_none_when_a_setting_takes_it_back(file):

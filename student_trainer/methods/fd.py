@@ -1,0 +1,71 @@
+"""FD: distillation of the last feature map, the paper's baseline.
+
+Shape legend: B batch, C student channels, D teacher channels, H W grid, N teacher positions.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from feature_store.errors import InputError
+from student_trainer.methods.base import DistillBatch, Grid, Method, Needs, StudentShape, TaskLoss, TeacherShape, Terms
+from student_trainer.methods.criterion import cross_entropy
+from student_trainer.methods.dfm import original_view_loss
+from student_trainer.methods.precision import at_least_float32
+from student_trainer.students.student import StudentOutput
+
+
+@dataclass(frozen=True)
+class FDConfig:
+    """Options of FD.
+
+    Attributes:
+        alpha: Weight of the FD term.
+    """
+
+    alpha: float = 0.08
+
+    def __post_init__(self) -> None:
+        if not self.alpha >= 0:
+            raise InputError(f"alpha of FD is {self.alpha}, expected a number of at least 0")
+
+
+class FD(Method):
+    """Total = L_task + alpha L_fd: the student's last map, on the teacher's width and grid, against F^t.
+
+    A 1x1 convolution adapts the width where the two differ. Where the grids differ, which the released baseline does
+    not support, the student's map is first resized to the teacher's grid.
+    """
+
+    Config = FDConfig
+    needs = Needs(taps=("stage4",))
+
+    def __init__(
+        self, config: FDConfig, student: StudentShape, teacher: TeacherShape, task: TaskLoss = cross_entropy
+    ) -> None:
+        """See Method."""
+        super().__init__(config, student, teacher, task)
+        student_dim, teacher_dim = student.dims[1], teacher.split.output_dim
+        self.teacher_grid = teacher.split.output_grid
+        self.align = nn.Identity() if student_dim == teacher_dim else nn.Conv2d(student_dim, teacher_dim, 1)
+
+    def forward(self, student: StudentOutput, batch: DistillBatch) -> Terms:
+        """Terms ``task`` and ``fd``."""
+        raw = {
+            "task": self.task(student.logits, batch.labels),
+            "fd": original_view_loss(self.project(student.maps[-1]), batch.teacher.taps["stage4"]),
+        }
+        return Terms(raw, {"task": 1.0, "fd": self.config.alpha})
+
+    def project(self, student_BCHW: Tensor) -> Tensor:
+        """The student's map as tokens [B, N, D] on the teacher's grid."""
+        return self.align(resized(student_BCHW, self.teacher_grid)).flatten(2).transpose(1, 2)
+
+
+def resized(map_BCHW: Tensor, grid: Grid) -> Tensor:
+    """A map on another grid: bilinear and antialiased; unchanged where the grid is the same already."""
+    if map_BCHW.shape[2:] == tuple(grid):
+        return map_BCHW
+    (map_BCHW,) = at_least_float32(map_BCHW)  # antialiasing on CPUs is not implemented for bfloat16
+    return F.interpolate(map_BCHW, size=grid, mode="bilinear", antialias=True)

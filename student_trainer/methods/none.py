@@ -1,0 +1,14 @@
+"""Plain training: the task loss without a teacher."""
+
+from student_trainer.methods.base import DistillBatch, Method, Terms
+from student_trainer.students.student import StudentOutput
+
+
+class TaskOnly(Method):
+    """Total = L_task."""
+
+    requires_teacher = False
+
+    def forward(self, student: StudentOutput, batch: DistillBatch) -> Terms:
+        """The term ``task``."""
+        return Terms({"task": self.task(student.logits, batch.labels)}, {"task": 1.0})
