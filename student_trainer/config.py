@@ -15,7 +15,7 @@ from student_trainer.methods.fd import FDConfig
 from student_trainer.methods.kd import KDConfig
 from student_trainer.methods.registry import METHODS, find_method
 from student_trainer.methods.scalekd import ScaleKDConfig
-from student_trainer.teachers.config import NoTeacher, TeacherConfig, teacher_from_options
+from student_trainer.teachers.config import LiveTeacher, NoTeacher, ServiceTeacher, TeacherConfig, teacher_from_options
 from student_trainer.teachers.expectations import ExpectConfig
 
 # Set by the command's own --preset, not an option of its own.
@@ -219,6 +219,17 @@ class TrainConfig(TarOptions):
         if self.method_options and not own:
             raise InputError(f"--method-options is for a method of your own, package.module:Class; got {self.method}")
         self.method_config()
+        requires_teacher = find_method(self.method).requires_teacher
+        if requires_teacher and isinstance(self.teacher, NoTeacher):
+            raise InputError(
+                f"--method {self.method} needs teacher features; give --store, --source http://host:port, or --source "
+                "live with --teacher.name"
+            )
+        computes = isinstance(self.teacher, LiveTeacher) or (
+            isinstance(self.teacher, ServiceTeacher) and self.teacher.live
+        )
+        if not requires_teacher and computes:
+            raise InputError(f"--method {self.method} uses no teacher; leave out --source live")
 
     def method_config(self) -> Any:
         """The options of the chosen method; those of the others have no effect.

@@ -120,6 +120,8 @@ def build_config(kind: type[T], values: Mapping[str, Any], where: str = "") -> T
 def _value(hint: Any, value: Any, where: str) -> Any:
     """A plain value as what a field's type says."""
     options, origin = get_args(hint), get_origin(hint)
+    if is_dataclass(value):
+        return value
     if origin in (Union, UnionType):
         if value is None and NoneType in options:
             return None

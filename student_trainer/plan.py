@@ -17,6 +17,7 @@ from student_trainer.data.batch import ViewDataset
 from student_trainer.data.materialised import MaterialisedViews
 from student_trainer.data.replayed import DrawnViews, StoredViews, ViewSupplier
 from student_trainer.data.sampler import EpochSampler
+from student_trainer.distilled import DistilledStudent
 from student_trainer.engine.distributed import ALONE, Group, synchronise_batchnorm
 from student_trainer.inputs import Inputs, open_inputs
 from student_trainer.methods.base import Method, StudentShape, TaskLoss, TeacherShape
@@ -28,6 +29,8 @@ from student_trainer.teachers.base import TeacherSide
 from student_trainer.teachers.expectations import require_expected
 from student_trainer.teachers.open import open_teacher
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -38,8 +41,7 @@ class RunPlan:
         group: The run's processes.
         device: Where student, method and a live teacher are.
         teacher: Where teacher features come from.
-        student: The student, with its first weights.
-        method: The distillation method, with its first weights.
+        distilled: Student and method, with their first weights.
         dataset: Batches of rows, with the features that the method needs.
         sampler: Which rows, epoch by epoch.
         preprocessing: How images reach the student: normalised as for the teacher, so that both see the same.
@@ -52,14 +54,23 @@ class RunPlan:
     group: Group
     device: torch.device
     teacher: TeacherSide
-    student: Student
-    method: Method
+    distilled: DistilledStudent
     dataset: ViewDataset
     sampler: EpochSampler
     preprocessing: Preprocessing
     inputs: Inputs
     val_tars: tuple[Tar, ...]
     identity: dict[str, Any]
+
+    @property
+    def student(self) -> Student:
+        """The student."""
+        return self.distilled.student
+
+    @property
+    def method(self) -> Method:
+        """The distillation method."""
+        return self.distilled.method
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain values, as it is saved in the run's folder."""
@@ -124,23 +135,20 @@ def resolve(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = AL
     num_classes = _num_classes(config, teacher)
     inputs = open_inputs(config, teacher.store, teacher.num_views)
     torch.manual_seed(config.seed)  # from here on, so that building a live teacher does not shift the weights
-    student = Student(config.student, num_classes, teacher.policy.size, config.student_kwargs, config.student_stages)
-    method = build_method(config, student, teacher.shapes(), teacher.weights)
+    distilled = build_distilled(
+        config, num_classes, teacher.policy.size, teacher.shapes(), teacher.weights, group=group, device=device
+    )
+    student, method = distilled.student, distilled.method
     needs = method.needs
     if needs.logits:
         _require_same_classes(config, num_classes, teacher)
-    if not (needs.taps or needs.logits or needs.tail) and teacher.computes:
-        raise InputError(f"--method {config.method} reads nothing of a teacher; leave out --source live")
-    if config.sync_bn:
-        synchronise_batchnorm(student, group, device)
     dataset = ViewDataset(inputs.tars, _views(config, teacher), num_classes=num_classes, sources=teacher.sources(needs))
     return RunPlan(
         config=config,
         group=group,
         device=device,
         teacher=teacher,
-        student=student.to(device),
-        method=method.to(device),
+        distilled=distilled.to(device),
         dataset=dataset,
         sampler=EpochSampler(
             inputs.units,
@@ -167,22 +175,47 @@ def run_identity(config: TrainConfig, teacher: TeacherSide, inputs: Inputs, val_
     return {**teacher.identity(), **unread, **views, **inputs.identity(config, val_tars)}
 
 
-def build_method(
-    config: TrainConfig, student: Student, teachers: Sequence[TeacherShape], weights: Sequence[float]
-) -> Method:
-    """The method of a run with its first weights; for several teachers, one of its kind for each.
+def build_distilled(
+    config: TrainConfig,
+    num_classes: int,
+    view_size: tuple[int, int],
+    teachers: Sequence[TeacherShape],
+    weights: Sequence[float] = (1.0,),
+    *,
+    group: Group = ALONE,
+    device: torch.device = _CPU,
+) -> DistilledStudent:
+    """Student and method with fresh weights.
+
+    The released code synchronises the student's BatchNorm only, and not that of the projectors.
+
+    Args:
+        config: The run.
+        num_classes: K.
+        view_size: Height and width of the views, in pixels.
+        teachers: Sizes of every teacher; empty without one.
+        weights: Factor on each teacher's terms.
+        group: The run's processes.
+        device: Where it will run.
 
     Raises:
-        InputError: It needs a teacher and there is none, or its options do not fit.
+        InputError: A student that cannot be used, options that do not fit student or teacher, or synchronised
+            BatchNorm where torch has none.
     """
+    student = Student(config.student, num_classes, view_size, config.student_kwargs, config.student_stages)
+    method = _build_method(config, student, teachers, weights)
+    if config.sync_bn:
+        synchronise_batchnorm(student, group, device)
+    return DistilledStudent(student, method)
+
+
+def _build_method(
+    config: TrainConfig, student: Student, teachers: Sequence[TeacherShape], weights: Sequence[float]
+) -> Method:
+    """The method of a run; for several teachers, one of its kind for each."""
     kind, options = find_method(config.method), config.method_config()
     task: TaskLoss = partial(TASK_LOSSES[config.task], label_smoothing=config.label_smoothing)
     shape = StudentShape(student.dims, student.grids, student.num_classes)
-    if kind.requires_teacher and not teachers:
-        raise InputError(
-            f"--method {config.method} needs teacher features; give --store, --source http://host:port, or --source "
-            "live with --teacher.name"
-        )
     if len(teachers) > 1:
         raise NotImplementedError
     return kind(options, shape, teachers[0] if teachers else None, task)

@@ -19,7 +19,6 @@ from student_trainer.config import TrainConfig
 from student_trainer.data.batch import Batch
 from student_trainer.data.labels import require_labels
 from student_trainer.data.loader import BatchLoader
-from student_trainer.distilled import DistilledStudent
 from student_trainer.engine.callbacks import Callback
 from student_trainer.engine.checkpoint import Checkpoint, Progress, rng_state, set_rng_state
 from student_trainer.engine.distributed import Group, data_parallel, gradients_shared, is_main_process, joined
@@ -147,7 +146,7 @@ class Run:
         self.plan, self.config, self.group, self.device = plan, config, plan.group, plan.device
         self.student, self.method, self.progress = plan.student, plan.method, Progress()
         self._stop, self._callbacks, self._throughput = stop or Stop(), callbacks, Throughput()
-        distilled = DistilledStudent(plan.student, plan.method)
+        distilled = plan.distilled
         self._parameters = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
         self._on_gpu = plan.device.type == "cuda"
         if self._on_gpu:

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from student_trainer.teachers.config import (
     ServiceTeacher,
     StoreTeacher,
     TeacherConfig,
-    teacher_from_options,
+    TeacherOptions,
 )
 
 CLASSES = 4
@@ -54,7 +53,7 @@ BEIT: tuple[str, dict[str, Any]] = ("beitv2_large_patch16_224", _SMALL)
 DINOV3: tuple[str, dict[str, Any]] = ("vit_large_patch16_dinov3", _SMALL)
 FAMILIES = {"vit": VIT, "swin": SWIN, "beit": BEIT, "dinov3": DINOV3}
 
-TEACHER_OPTIONS = frozenset(signature(teacher_from_options).parameters)
+TEACHER_OPTIONS = frozenset(field.name for field in fields(TeacherOptions))
 
 # what no two runs share in metrics.jsonl
 TIMING = {"speed"}
@@ -226,7 +225,7 @@ def _with_teacher(values: dict[str, Any]) -> dict[str, Any]:
     options = {name: values.pop(name) for name in TEACHER_OPTIONS & values.keys()}
     store = options.pop("store", None)
     stores = () if store is None else store if isinstance(store, tuple) else (store,)
-    return {**values, "teacher": teacher_from_options(stores, **options)}
+    return {**values, "teacher": TeacherOptions(stores, **options).config()}
 
 
 def _options_of(teacher: TeacherConfig) -> dict[str, Any]:

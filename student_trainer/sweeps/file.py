@@ -13,9 +13,11 @@ from feature_store.tools.options import require
 from student_trainer.config import TrainConfig
 from student_trainer.config_values import build_config, merge, parse_assignments, read_yaml
 from student_trainer.recipes import PRESETS, preset_config
+from student_trainer.teachers.config import TeacherOptions
 
 PACKAGED = Path(__file__).with_name("ready")  # ready sweeps, found by name
 
+_TEACHER = frozenset(field.name for field in fields(TeacherOptions))  # the teacher's, as on the command line
 _CHOSEN = ("run", "seed", "resume")  # what a sweep sets itself
 
 
@@ -25,7 +27,7 @@ class SweepFile:
 
     Attributes:
         settings: What each named setting changes in the base run; the order is the table's.
-        base: Fields of TrainConfig that all runs share; ``preset`` names a released pair that they are set over.
+        base: Options of ``train`` that all runs share; ``preset`` names a released pair that they are set over.
         seeds: Seeds of weights, order and dropout; every setting is run with each.
         baseline: Name of the setting the others are compared with; default the first.
         score: Compare accuracies after the last epoch, or of the best epoch (chosen by the validation set itself).
@@ -108,7 +110,12 @@ def _config(path: Path, name: str, values: Mapping[str, Any], run: Path, seed: i
     for chosen in _CHOSEN:
         if chosen in values:
             raise InputError(f"{where}{chosen} is chosen by the sweep; remove it (seeds are listed under seeds)")
-    config = build_config(TrainConfig, {**_with_preset(values), "run": str(run), "seed": seed, "resume": True}, where)
+    values = _with_preset(values)
+    asked = {name: value for name, value in values.items() if name in _TEACHER}
+    teacher = build_config(TeacherOptions, asked, where).config()
+    others = {name: value for name, value in values.items() if name not in _TEACHER}
+    chosen = {"run": str(run), "seed": seed, "resume": True, "teacher": teacher}
+    config = build_config(TrainConfig, {**others, **chosen}, where)
     if not config.val_tars:
         raise InputError(f"{where}val_tars is missing; without validation there is nothing to compare")
     return config

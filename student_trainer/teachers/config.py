@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
+
+import tyro
 
 from feature_store.errors import InputError
 from feature_store.tools.options import JsonObject, require
@@ -152,19 +154,11 @@ class NoTeacher:
 TeacherConfig: TypeAlias = StoreTeacher | ServiceTeacher | LiveTeacher | NoTeacher | tuple[StoreTeacher, ...]
 
 
-def teacher_from_options(
-    store: tuple[str, ...] = (),
-    store_weights: tuple[float, ...] = (),
-    source: str = "store",
-    token_file: Path | None = None,
-    num_views: int | None = None,
-    check_all_pixels: bool = True,
-    teacher: LiveOptions = LiveOptions(),
-    views: ViewsConfig = ViewsConfig(),
-) -> TeacherConfig:
-    """The teacher that options of the command line ask for.
+@dataclass(frozen=True)
+class TeacherOptions:
+    """Options of the command line, and of sweep files, that say what a student learns from.
 
-    Args:
+    Attributes:
         store: Store of the teacher's features: a directory, or a URL (s3://, gs://, http(s)://); several are several
             teachers of the same views.
         store_weights: With several stores: factor on each teacher's terms; default 1 each.
@@ -176,38 +170,63 @@ def teacher_from_options(
             2 % of the time that workers take to make views.
         teacher: The live teacher.
         views: Views of a run without a store.
-
-    Raises:
-        InputError: Options that do not go together.
     """
-    replay, url = Replay(num_views, check_all_pixels), source.removeprefix(_LIVE)
-    served = url.startswith(SCHEMES)
-    if source not in ("store", "live") and not served:
-        raise InputError(
-            f"--source is {source!r}, expected store, live, http(s)://host:port or live+http(s)://host:port"
-        )
-    if source != "live" and teacher != LiveOptions():
-        raise InputError("--teacher options are for --source live; leave them out or add --source live")
-    if not served and token_file is not None:
-        raise InputError("--token-file is for --source http://...; leave it out")
-    if store_weights and len(store_weights) != len(store):
-        raise InputError(f"--store-weights has {len(store_weights)} values for {len(store)} stores; give one for each")
-    if served:
-        if store:
+
+    store: tuple[str, ...] = ()
+    store_weights: tuple[float, ...] = ()
+    source: str = "store"
+    token_file: Path | None = None
+    num_views: int | None = None
+    check_all_pixels: bool = True
+    teacher: LiveOptions = LiveOptions()
+    views: ViewsConfig = ViewsConfig()
+
+    def config(self) -> TeacherConfig:
+        """The teacher they ask for.
+
+        Raises:
+            InputError: Options that do not go together.
+        """
+        replay, url = Replay(self.num_views, self.check_all_pixels), self.source.removeprefix(_LIVE)
+        served, weights = url.startswith(SCHEMES), self.store_weights or (1.0,) * len(self.store)
+        self._check(served)
+        if served:
+            _require_used(url, replay, self.views)
+            return ServiceTeacher(url, live=self.source != url, token_file=self.token_file, replay=replay)
+        store = self.store[0] if self.store else None
+        _require_used(store, replay, self.views)
+        if self.source == "live":
+            return LiveTeacher(**vars(self.teacher), store=store, replay=replay, views=self.views)
+        if store is None:
+            return NoTeacher(self.views)
+        teachers = tuple(StoreTeacher(*pair, replay=replay) for pair in zip(self.store, weights, strict=True))
+        return teachers if len(teachers) > 1 else StoreTeacher(store, weights[0], replay)
+
+    def _check(self, served: bool) -> None:
+        source = self.source
+        if source not in ("store", "live") and not served:
+            raise InputError(
+                f"--source is {source!r}, expected store, live, http(s)://host:port or live+http(s)://host:port"
+            )
+        if source != "live" and self.teacher != LiveOptions():
+            raise InputError("--teacher options are for --source live; leave them out or add --source live")
+        if not served and self.token_file is not None:
+            raise InputError("--token-file is for --source http://...; leave it out")
+        if served and self.store:
             raise InputError(f"--source {source} brings its own store; leave out --store")
-        _require_used(url, replay, views)
-        return ServiceTeacher(url, live=source != url, token_file=token_file, replay=replay)
-    if source == "live":
-        if len(store) > 1:
+        if source == "live" and len(self.store) > 1:
             raise InputError("--source live takes at most one --store, whose views are replayed")
-        return LiveTeacher(**vars(teacher), store=store[0] if store else None, replay=replay, views=views)
-    if not store:
-        _require_used(None, replay, views)
-        return NoTeacher(views)
-    _require_used(store[0], replay, views)
-    weights = store_weights or (1.0,) * len(store)
-    teachers = tuple(StoreTeacher(*pair, replay=replay) for pair in zip(store, weights, strict=True))
-    return teachers if len(teachers) > 1 else StoreTeacher(store[0], weights[0], replay)
+        if self.store_weights and len(self.store_weights) != len(self.store):
+            raise InputError(
+                f"--store-weights has {len(self.store_weights)} values for {len(self.store)} stores; give one for each"
+            )
+
+
+def teacher_from_options(
+    options: Annotated[TeacherOptions, tyro.conf.arg(name="")] = TeacherOptions(),
+) -> TeacherConfig:
+    """The teacher that options of the command line ask for."""
+    return options.config()
 
 
 def _require_used(store: object, replay: Replay, views: ViewsConfig) -> None:

@@ -29,7 +29,8 @@ from student_trainer.downstream.segmentation import make_optimizer as segmentati
 from student_trainer.downstream.segmentation import train_step as segmentation_step
 from student_trainer.engine.checkpoint import Checkpoint, Progress, rng_state, save_checkpoint
 from student_trainer.export import ExportConfig, export
-from student_trainer.students.load import Preprocessing, describe_student
+from student_trainer.students.load import describe_student
+from student_trainer.students.preprocessing import Preprocessing
 from student_trainer.students.student import Student
 
 # pycocotools' mask decoding predates numpy 2's copy keyword

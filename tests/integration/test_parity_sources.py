@@ -5,22 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conformance import ROWS, FeatureSourceConformance
+from conformance import FeatureSourceConformance
 from training_world import FAMILIES, World, shared_world, train_config
 
-from feature_store.errors import InputError, QuarantinedError, UncommittedError
+from feature_store.errors import QuarantinedError, UncommittedError
 from feature_store.format.addressing import RowId
 from feature_store.inputs.tar import open_tars
 from feature_store.store import open_store
 from feature_store.teacher.model import Teacher, load_teacher
 from student_trainer.config import OptimConfig, TrainConfig
-from student_trainer.data.batch import ViewDataset, match_tars, training_positions
+from student_trainer.data.batch import ViewDataset, match_tars
 from student_trainer.data.loader import BatchLoader
 from student_trainer.data.replayed import StoredViews
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.plan import resolve
 from student_trainer.teachers.config import LiveOptions
-from student_trainer.teachers.live import LiveSource
 from student_trainer.train import Run, train
 
 
@@ -64,23 +63,14 @@ class TestZarrSource(FeatureSourceConformance):
             source.read([RowId(0, 9, 0)])
 
 
-class TestLiveSource(FeatureSourceConformance):
-    @pytest.fixture
-    def source(self, teacher, dataset, store):
-        return LiveSource(teacher, dataset, training_positions(dataset.tars, store=store))
-
-    def test_read_is_refused_when_pixels_are_missing_or_too_few(self, source, views):
-        with pytest.raises(InputError, match="a live source needs the rows' pixels"):
-            source.read(ROWS)
-        with pytest.raises(InputError, match="got pixels of 4 views for 5 rows"):
-            source.read(ROWS, pixels=views(ROWS)[:4])
-
-    def test_seconds_grow_when_the_teacher_runs(self, source, views):
-        assert source.seconds == 0.0
-        source.read(ROWS, pixels=views(ROWS))
-        once = source.seconds
-        source.read(ROWS, pixels=views(ROWS))
-        assert 0 < once < source.seconds
+def test_seconds_grow_when_the_teacher_runs(tmp_path, world):
+    live = trainer(world, tmp_path, "live")
+    batch = first_batch(live)
+    assert live.plan.teacher.seconds == 0.0
+    live.terms(batch)
+    once = live.plan.teacher.seconds
+    live.terms(batch)
+    assert 0 < once < live.plan.teacher.seconds
 
 
 def config(world: World, tmp_path: Path, source: str, **changes) -> TrainConfig:
@@ -112,13 +102,13 @@ def test_loss_terms_agree_when_rows_are_store_fed_and_live_fed(tmp_path, family,
     batches = first_batch(cached), first_batch(live)
     assert torch.equal(batches[0].pixels, batches[1].pixels)
     terms = [
-        {name: term.item() for name, term in of.losses(batch).items()}
+        {name: term.item() for name, term in of.terms(batch).weighted.items()}
         for of, batch in zip((cached, live), batches, strict=True)
     ]
     assert relative_difference(*terms) <= limit
     if method == "scalekd":
         assert terms[0].keys() == {
-            "task", "stage3_original", "stage3_alternative", "stage4_original", "stage4_alternative", "kd", "total",
+            "task", "stage3_original", "stage3_alternative", "stage4_original", "stage4_alternative", "kd",
         }  # fmt: skip
 
 
@@ -126,9 +116,11 @@ def test_parity_check_sees_a_wrong_teacher_when_features_are_anothers(tmp_path):
     world = shared_world("vit", "f32")
     cached = trainer(world, tmp_path, "store")
     batch = first_batch(cached)
-    right = {name: term.item() for name, term in cached.losses(batch).items()}
-    wrong = batch._replace(taps={tap: {"": parts[""].flip(0)} for tap, parts in batch.taps.items()})
-    other = {name: term.item() for name, term in cached.losses(wrong).items()}
+    right = {name: term.item() for name, term in cached.terms(batch).weighted.items()}
+    (raw,) = batch.features
+    flipped = {tap: {"": parts[""].flip(0)} for tap, parts in raw.taps.items()}
+    wrong = batch._replace(features=(raw._replace(taps=flipped),))
+    other = {name: term.item() for name, term in cached.terms(wrong).weighted.items()}
     assert relative_difference(other, right) > 2e-3
 
 
@@ -140,20 +132,20 @@ def test_ten_steps_stay_together_when_store_fed_and_live_fed(tmp_path):
         running = train(config(world, tmp_path, source, optim=optim))
         lines = [line for line in read_metrics(running.run / "metrics.jsonl") if line["kind"] == "step"]
         assert len(lines) >= 10
-        totals[source] = np.array([line["total"] for line in lines[:10]])
+        totals[source] = np.array([line["loss"]["total"] for line in lines[:10]])
     assert np.abs(totals["store"] / totals["live"] - 1).max() <= 1e-2
     assert abs(totals["store"][9] / totals["store"][0] - 1) > 0.05  # the steps did move
 
 
 def test_training_never_builds_the_teacher_when_fed_from_a_store(tmp_path, world, monkeypatch):
-    monkeypatch.setattr("student_trainer.plan.load_teacher", None)
+    monkeypatch.setattr("student_trainer.teachers.live.load_teacher", None)
     monkeypatch.setattr("feature_store.teacher.model.Teacher.forward", None)
     running = trainer(world, tmp_path, "store")
-    running.step(first_batch(running))
-    later_blocks = running.loss.perception.later_blocks
+    running.step([first_batch(running)])
+    later_blocks = running.method.perception.later_blocks
     held = sum(parameter.numel() for parameter in later_blocks.parameters())
     name, kwargs = world.teacher
     whole = sum(p.numel() for p in load_teacher(name, checkpoint=world.checkpoint, model_kwargs=kwargs).parameters())
     assert later_blocks.info.depth == 1  # of 6 blocks
     assert held < whole / 3
-    assert not any("later_blocks" in name for name in running.loss.state_dict())
+    assert not any("later_blocks" in name for name in running.method.state_dict())

@@ -36,11 +36,11 @@ from feature_store.errors import (
 from feature_store.inputs.tar import Tar
 from feature_store.views import decode_image, view_policy
 from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.engine.callbacks import Callback
 from student_trainer.engine.checkpoint import load_checkpoint
-from student_trainer.engine.optimizer import Updates
 from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.teachers.config import LiveOptions, ViewsConfig
-from student_trainer.train import train
+from student_trainer.train import Run, train
 
 # Python 3.12 and later warn of fork under threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -103,10 +103,10 @@ def test_tar_is_refused_when_it_changed_since_the_store_was_written(config, tmp_
 def test_training_stops_when_pillow_resizes_differently(config, monkeypatch, workers):
     resize = Image.Image.resize
 
-    def changed(self, size, resample=None, *arguments, **options):
+    def blocky(self, size, resample=None, *arguments, **options):
         return resize(self, size, Image.Resampling.BOX, *arguments, **options)
 
-    monkeypatch.setattr(Image.Image, "resize", changed)
+    monkeypatch.setattr(Image.Image, "resize", blocky)
     with pytest.raises(MismatchError, match=r"pixels of sample '.*', view 0 differs: .*CRC-32 \w+ by Pillow .*, got"):
         train(replace(config, workers=workers, start_method="fork"))
 
@@ -115,13 +115,13 @@ def test_training_stops_when_pixels_change_beyond_the_first_rows(config, monkeyp
     replay_view = student_trainer.data.replayed.replay_view
     odd = decode_image(Tar.open(config.tars[0]).read(12).image).size  # a sample beyond those that are always checked
 
-    def changed(image, *arguments):
+    def spoiled(image, *arguments):
         pixels = replay_view(image, *arguments)
         if image.size == odd:
             pixels[0, 0, 0] ^= 1
         return pixels
 
-    monkeypatch.setattr(student_trainer.data.replayed, "replay_view", changed)
+    monkeypatch.setattr(student_trainer.data.replayed, "replay_view", spoiled)
     config = replace(config, batch_size=25)
     with pytest.raises(MismatchError, match="pixels of sample 'a012', view 0"):
         train(config)
@@ -169,7 +169,7 @@ def test_store_is_refused_when_a_tap_the_loss_needs_is_missing(config, other_sto
 
 def test_store_is_refused_when_its_later_blocks_are_from_another_checkpoint(config, other_store, tmp_path):
     mixed = tmp_path / "mixed"
-    shutil.copytree(config.store, mixed)
+    shutil.copytree(config.teacher.store, mixed)
     shutil.rmtree(mixed / "teacher" / "blocks")
     shutil.copytree(other_store() / "teacher" / "blocks", mixed / "teacher" / "blocks")
     refused(changed(config, store=mixed), MismatchError, r"^blocks_sha256 differs: .* come from another checkpoint")
@@ -177,7 +177,7 @@ def test_store_is_refused_when_its_later_blocks_are_from_another_checkpoint(conf
 
 def test_training_stops_when_a_shard_is_truncated(config, tmp_path):
     damaged = tmp_path / "damaged"
-    shutil.copytree(config.store, damaged)
+    shutil.copytree(config.teacher.store, damaged)
     shard = next(path for path in (damaged / "taps" / "stage4" / "c").rglob("*") if path.is_file())
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CorruptStoreError, match=r"object taps/stage4/c/\d/\d/0/0 is damaged"):
@@ -214,9 +214,11 @@ def test_kd_is_off_and_the_run_says_so_when_the_teacher_has_no_classifier(config
     without = changed(config, store=store, run=tmp_path / "without", scalekd=ScaleKDConfig(kd_alpha=None))
     first, second = (train(run).history[-1] for run in (asked, without))
     assert "KD is off: the teacher has no classifier" in capfd.readouterr().err
-    assert json.loads((asked.run / "config.json").read_text())["resolved"]["kd_off"] is True
+    assert json.loads((asked.run / "config.json").read_text())["plan"]["notes"] == [
+        "KD is off: the teacher has no classifier"
+    ]
     assert "kd" not in first
-    assert first["total"] == second["total"]
+    assert first["loss"]["total"] == second["loss"]["total"]
 
 
 def test_classes_are_counted_from_the_labels_when_the_teacher_has_no_classifier(config, other_store):
@@ -315,16 +317,14 @@ def test_run_is_refused_when_its_folder_cannot_be_made(config, tmp_path):
         train(replace(config, run=tmp_path / "file"))
 
 
-def test_weights_that_are_not_finite_are_not_saved(config, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(config):
     config = replace(config, epochs=3)
-    apply = Updates.apply
 
-    def spoil(self, step: int) -> None:
-        apply(self, step)
-        if step == 6:  # the last one of the second epoch
-            self.optimizer.param_groups[0]["params"][0].data[0] = float("nan")
+    class Spoil(Callback):
+        def on_step(self, run: Run) -> None:
+            if run.progress.step == 6:  # the last one of the second epoch
+                run.optimizer.param_groups[0]["params"][0].data[0] = float("nan")
 
-    monkeypatch.setattr(Updates, "apply", spoil)
     with pytest.raises(UserError, match=r"weights are not finite after step 6: not saved, the checkpoint"):
-        train(config)
+        train(config, callbacks=[Spoil()])
     assert load_checkpoint(config.run / "last.pt").progress.step == 3

@@ -192,15 +192,15 @@ def test_run_is_refused_when_resumed_with_another_store(config, tmp_path):
 
 def test_run_resumes_when_the_store_moved(config, tmp_path):
     train(replace(config, epochs=1))
-    shutil.copytree(config.store, tmp_path / "moved")
+    shutil.copytree(config.teacher.store, tmp_path / "moved")
     assert train(changed(config, epochs=1, resume=True, store=tmp_path / "moved")).steps == 3
 
 
 def test_run_goes_on_with_its_views_when_the_store_grew(config, tmp_path):
-    shutil.copytree(config.store, tmp_path / "grown")
+    shutil.copytree(config.teacher.store, tmp_path / "grown")
     config = changed(config, store=tmp_path / "grown", epochs=1)
     train(config)
-    store = open_store(config.store)
+    store = open_store(config.teacher.store)
     store.grow(changed(store.manifest, num_views=store.manifest.num_views + 1))
     with pytest.raises(UncommittedError, match="lack views"):
         train(replace(config, resume=True))

@@ -1,15 +1,24 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tyro
+from training_world import changed
 
 from feature_store.errors import InputError
 from student_trainer.config import OptimConfig, TrainConfig, config_to_dict
-from student_trainer.teachers.config import LiveOptions, ViewsConfig
+from student_trainer.teachers.config import (
+    LiveOptions,
+    LiveTeacher,
+    NoTeacher,
+    Replay,
+    ServiceTeacher,
+    StoreTeacher,
+    TeacherOptions,
+    ViewsConfig,
+)
 
-GOOD = TrainConfig(run=Path("r"), student="test_resnet", tars=("a.tar",), store=Path("s"))
+GOOD = TrainConfig(run=Path("r"), student="test_resnet", tars=("a.tar",), teacher=StoreTeacher(Path("s")))
 
 
 @pytest.mark.parametrize(
@@ -25,7 +34,10 @@ GOOD = TrainConfig(run=Path("r"), student="test_resnet", tars=("a.tar",), store=
         ({"accumulate": 3}, "--accumulate is 3, expected a divisor of --batch-size 256"),
         ({"ema_decay": 1.0}, "--ema-decay is 1.0, expected between 0 and 1"),
         ({"store": None}, "--method scalekd needs teacher features; give --store"),
-        ({"store": None, "source": "live"}, "needs --teacher.name"),
+        (
+            {"store": None, "source": "live"},
+            "live teacher without a store needs a name: give --teacher.name or --store",
+        ),
         ({"method": "none", "source": "live"}, "--method none uses no teacher"),
         ({"teacher": LiveOptions(name="vit")}, "--teacher options are for --source live"),
         ({"views": ViewsConfig(size=32)}, "--views options are for runs without --store"),
@@ -35,7 +47,7 @@ GOOD = TrainConfig(run=Path("r"), student="test_resnet", tars=("a.tar",), store=
 )
 def test_config_is_refused_when_it_cannot_work(change, message):
     with pytest.raises(InputError, match=message):
-        replace(GOOD, **change)
+        changed(GOOD, **change)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +82,38 @@ def test_config_is_read_from_a_command_line_when_given_as_flags():
     assert config.scalekd.weights()["stage4_original"] == 0.08
 
 
-@pytest.mark.parametrize(("given", "kept"), [("s3://bucket/swin.zarr", "s3://bucket/swin.zarr"), ("None", None)])
-def test_store_may_be_a_url_when_given_as_flag(given, kept):
-    line = f"--run r --student test_resnet --tars a.tar --method none --store {given}"
-    assert config_to_dict(tyro.cli(TrainConfig, args=line.split()))["store"] == kept
+@pytest.mark.parametrize(
+    ("options", "teacher"),
+    [
+        ("--store s3://bucket/swin.zarr", StoreTeacher("s3://bucket/swin.zarr")),
+        ("--store a b --store-weights 1 0.5", (StoreTeacher("a"), StoreTeacher("b", 0.5))),
+        ("--store a --num-views 2", StoreTeacher("a", replay=Replay(2))),
+        ("--source http://gpu:8000 --token-file t", ServiceTeacher("http://gpu:8000", token_file=Path("t"))),
+        ("--source live+https://gpu:8000", ServiceTeacher("https://gpu:8000", live=True)),
+        ("--source live --store a --teacher.depth 2", LiveTeacher(store="a", depth=2)),
+        ("--source live --teacher.name x --views.size 32", LiveTeacher("x", views=ViewsConfig(size=32))),
+        ("--method none --views.count 3", NoTeacher(ViewsConfig(count=3))),
+    ],
+)
+def test_teacher_is_the_one_that_the_options_ask_for(options, teacher):
+    config = tyro.cli(TrainConfig, args=f"--run r --student test_resnet --tars a.tar {options}".split())
+    assert config.teacher == teacher
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"store": ("a", "b"), "store_weights": (1.0,)}, "--store-weights has 1 values for 2 stores"),
+        ({"store": ("a",), "store_weights": (0.0,)}, "--store-weights is 0.0, expected above 0"),
+        ({"store": ("a", "b"), "source": "live"}, "--source live takes at most one --store"),
+        ({"store": ("a",), "source": "http://gpu:8000"}, "brings its own store; leave out --store"),
+        ({"source": "gpu:8000"}, "--source is 'gpu:8000', expected store, live, http"),
+        ({"store": ("a",), "token_file": Path("t")}, "--token-file is for --source http"),
+    ],
+)
+def test_options_of_the_teacher_are_refused_when_they_do_not_go_together(options, message):
+    with pytest.raises(InputError, match=message):
+        TeacherOptions(**options).config()
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])
@@ -86,7 +126,7 @@ def test_student_kwargs_are_refused_when_they_are_no_json_object(text, capsys):
 def test_config_is_plain_json_when_saved():
     saved = config_to_dict(GOOD)
     assert json.loads(json.dumps(saved)) == saved
-    assert saved["store"] == "s"
+    assert saved["teacher"]["store"] == "s"
     assert saved["optim"]["lr"] == 1e-3
 
 

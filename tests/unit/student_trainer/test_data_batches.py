@@ -44,7 +44,7 @@ def tars(world, store) -> list[Tar]:
 @pytest.fixture
 def dataset(store, tars) -> ViewDataset:
     return ViewDataset(
-        tars, StoredViews(store, check_all=True), num_classes=4, source=store.source(), taps=("stage4", "stage3_prefix")
+        tars, StoredViews(store, check_all=True), num_classes=4, sources=[store.source(("stage4", "stage3_prefix"))]
     )
 
 
@@ -62,9 +62,11 @@ def assert_same(batch, other):
         mine, theirs = value, getattr(other, name)
         if isinstance(value, torch.Tensor):
             assert torch.equal(mine, theirs), name
-        elif isinstance(value, dict):
-            assert flat(value).keys() == flat(theirs).keys(), name
-            assert all(torch.equal(part, flat(theirs)[key]) for key, part in flat(value).items()), name
+        elif name == "features":
+            for raw, also in zip(mine, theirs, strict=True):
+                assert flat(raw.taps).keys() == flat(also.taps).keys()
+                assert all(torch.equal(part, flat(also.taps)[key]) for key, part in flat(raw.taps).items())
+                assert torch.equal(raw.logits, also.logits)
         else:
             assert mine == theirs, name
 
@@ -77,16 +79,16 @@ def test_batch_joins_pixels_labels_and_features_of_its_rows_when_read(dataset, s
     assert batch.pixels.dtype == torch.uint8
     assert batch.labels.tolist() == [3, 0, 3]
     features = store.source().read(rows)
-    decoded = TorchDecoder(store.layout.codecs["stage4"])(batch.taps["stage4"])
+    decoded = TorchDecoder(store.layout.codecs["stage4"])(batch.features[0].taps["stage4"])
     assert np.array_equal(decoded.numpy(), features.taps["stage4"])
-    assert np.array_equal(batch.logits.numpy(), features.logits)
+    assert np.array_equal(batch.features[0].logits.numpy(), features.logits)
     assert batch.unreadable == []
 
 
 def test_batch_reads_only_the_taps_it_needs_when_some_are_named(store, tars):
-    batch = ViewDataset(tars, StoredViews(store), source=store.source(), taps=())[[RowId(0, 0, 0)]]
-    assert batch.taps == {}
-    assert batch.logits.shape == (1, 4)
+    batch = ViewDataset(tars, StoredViews(store), sources=[store.source(())])[[RowId(0, 0, 0)]]
+    assert batch.features[0].taps == {}
+    assert batch.features[0].logits.shape == (1, 4)
 
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver"])  # spawn hands over the same pickle as forkserver
@@ -140,7 +142,7 @@ def test_batch_keeps_its_types_and_shapes_when_none_of_its_images_can_be_read(ta
         assert (batch.rows.shape, batch.rows.dtype) == ((rows, 3), torch.int64)
         assert (batch.pixels.shape, batch.pixels.dtype) == ((rows, 16, 24, 3), torch.uint8)
         assert (batch.labels.shape, batch.labels.dtype) == ((rows,), torch.int64)
-        assert (batch.taps, batch.logits) == ({}, None)
+        assert batch.features == ()
     assert empty.row_ids() == []
     assert [line.partition(":")[0] for line in empty.unreadable] == ["train-0.tar/a009"]
 

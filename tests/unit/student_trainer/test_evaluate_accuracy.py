@@ -14,7 +14,8 @@ from feature_store.errors import FailedError, InputError
 from feature_store.inputs.tar import Tar
 from student_trainer.engine.checkpoint import Checkpoint, Progress, rng_state, save_checkpoint
 from student_trainer.evaluate import EvaluateConfig, Evaluator, count_flops, evaluate, forward_speed
-from student_trainer.students.load import Normaliser, Preprocessing, describe_student
+from student_trainer.students.load import describe_student
+from student_trainer.students.preprocessing import Normaliser, Preprocessing
 from student_trainer.students.student import Student
 
 # Python 3.12 and later warn of fork under threads

@@ -16,7 +16,8 @@ from feature_store.errors import InputError, MismatchError
 from student_trainer.cli import main
 from student_trainer.engine.checkpoint import Checkpoint, Progress, load_checkpoint, rng_state, save_checkpoint
 from student_trainer.export import ExportConfig, export
-from student_trainer.students.load import Preprocessing, describe_student, load_student
+from student_trainer.students.load import describe_student, load_student, save_student
+from student_trainer.students.preprocessing import Preprocessing
 from student_trainer.students.student import Student
 
 HOW = Preprocessing((64, 64), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 1.0)
@@ -85,12 +86,17 @@ def test_export_holds_only_the_student_and_its_preprocessing_when_written(run, t
     assert (pretrained["input_size"], pretrained["crop_pct"], pretrained["num_classes"]) == ([3, 64, 64], 1.0, 7)
 
 
-def test_best_checkpoint_is_taken_when_a_run_has_one(run):
+@pytest.mark.parametrize("name", ["best.safetensors", "best.pt"])  # the second is of runs of release 0.1
+def test_best_student_is_taken_when_a_run_has_one(run, name):
     folder, student = run
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.zero_()
-    save(folder / "best.safetensors", student)
+    if name == "best.pt":
+        save(folder / name, student)
+    else:
+        described = load_checkpoint(folder / "last.pt").student
+        save_student(folder / name, described, student.model.state_dict())
     weights = load_student(folder).student.model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in student.model.state_dict().items())
     other = load_student(folder / "last.pt").student.model.state_dict()

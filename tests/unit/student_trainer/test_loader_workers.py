@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 from feature_store.errors import InputError, ResourceError, UserError
 from feature_store.format.addressing import RowId
-from student_trainer.data.batch import Batch, ViewDataset
+from student_trainer.data.batch import Batch, RawFeatures, ViewDataset
 from student_trainer.data.loader import BatchLoader, worker_failures_told
 
 # Python 3.12 and later warn of fork under threads
@@ -29,7 +29,7 @@ class Rows(ViewDataset):
             self.instead()
         logits = torch.zeros(1, 4) if rows[0].position else None
         return Batch(torch.tensor(rows), torch.ones(1, 8, 8, 3, dtype=torch.uint8), torch.tensor([rows[0].position]),
-                     {"stage4": {"": torch.ones(1, 0), "scale": torch.ones(1)}}, logits, [])  # fmt: skip
+                     (RawFeatures({"stage4": {"": torch.ones(1, 0), "scale": torch.ones(1)}}, logits),), [])  # fmt: skip
 
 
 class InOrder(Sampler[list[RowId]]):

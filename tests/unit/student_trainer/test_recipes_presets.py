@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from student_trainer.trainee import ForwardPass
+from distilled_presets import distilled
 from timm.optim import Lamb
 
 from feature_store.errors import InputError
@@ -17,8 +17,9 @@ from feature_store.views import POLICIES
 from student_trainer.cli import main
 from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.engine.optimizer import make_optimizer
-from student_trainer.plan import build_trainee
+from student_trainer.methods import DistillBatch, TeacherOutput
 from student_trainer.recipes import A1, A2, PRESETS, SCHEDULES, T1, preset_config
+from student_trainer.teachers.config import StoreTeacher
 
 B, K = 2, 1000
 
@@ -32,7 +33,7 @@ def later_blocks(teacher: str) -> LaterBlocks:
 
 
 def run_config(name: str, **options) -> TrainConfig:
-    return preset_config(PRESETS, name, run=Path("r"), tars=("a.tar",), store=Path("s"), **options)
+    return preset_config(PRESETS, name, run=Path("r"), tars=("a.tar",), teacher=StoreTeacher("s"), **options)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -40,23 +41,22 @@ def test_preset_makes_a_step_in_its_true_shapes_when_built_on_the_meta_device(na
     config, later = run_config(name), later_blocks(PRESETS[name].teacher.name)
     split = later.info
     with torch.device("meta"):
-        trainee = build_trainee(config, K, (224, 224), later)
+        module = distilled(config, K, (224, 224), later)
         taps = {"stage4": torch.empty(B, split.output_grid[0] * split.output_grid[1], split.output_dim)}
         if split.prefix == "cached":
             taps["stage3_prefix"] = torch.empty(B, split.prefix_tokens, split.input_dim)
         images, labels = torch.empty(B, 3, 224, 224), torch.zeros(B, dtype=torch.int64)
-        forward = ForwardPass(trainee)
-        terms = forward(images, labels, taps, torch.empty(B, K))
-        optimizer = make_optimizer(config.optim, trainee)
-        terms["total"].backward()
+        terms = module(DistillBatch(images, labels, TeacherOutput(taps, torch.empty(B, K))))
+        optimizer = make_optimizer(config.optim, module)
+        terms.total.backward()
     optimizer.step()  # outside: torch 2.6 would put its count of steps there too
-    assert "stage3_alternative" in terms
-    assert ("stage4_alternative" in terms) == (config.scalekd.beta_stage4 < 1)
-    assert ("kd" in terms) == (config.scalekd.kd_alpha is not None)
+    assert "stage3_alternative" in terms.raw
+    assert ("stage4_alternative" in terms.raw) == (config.scalekd.beta_stage4 < 1)
+    assert ("kd" in terms.raw) == (config.scalekd.kd_alpha is not None)
     # every parameter learns; one without a gradient would stop distributed training
-    assert [name for name, leaf in trainee.named_parameters() if leaf.grad is None] == []
+    assert [name for name, leaf in module.named_parameters() if leaf.grad is None] == []
     assert all(leaf.grad is None for leaf in later.parameters())
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(trainee.parameters()))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(module.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_preset_makes_a_step_in_its_true_shapes_when_built_on_the_meta_device(na
 )
 def test_preset_has_the_released_shapes_when_built(name, dims, grids, heads, queries):
     with torch.device("meta"):
-        trainee = build_trainee(run_config(name), K, (224, 224), later_blocks(PRESETS[name].teacher.name))
-    assert trainee.student.dims == dims
-    assert trainee.student.grids == tuple((grid, grid) for grid in grids)
-    caps = trainee.loss.stage3["original"], trainee.loss.stage4["original"]
+        module = distilled(run_config(name), K, (224, 224), later_blocks(PRESETS[name].teacher.name))
+    assert module.student.dims == dims
+    assert module.student.grids == tuple((grid, grid) for grid in grids)
+    caps = module.method.stage3["original"], module.method.stage4["original"]
     assert tuple(cap.num_heads for cap in caps) == heads
     assert tuple(cap.query_hw[0] * cap.query_hw[1] for cap in caps) == queries
-    assert [cap.key_hw for cap in caps] == list(trainee.student.grids)
+    assert [cap.key_hw for cap in caps] == list(module.student.grids)
 
 
 def test_schedules_name_known_policies_when_listed():
@@ -98,8 +98,8 @@ def test_learning_rate_follows_the_batch_when_it_is_not_the_schedules():
 def test_optimizer_is_timms_with_the_scaled_rate_when_a_preset_trains():
     config = run_config("adv-swin_l-resnet50", batch_size=512)
     with torch.device("meta"):
-        trainee = build_trainee(config, K, (224, 224), later_blocks(PRESETS["adv-swin_l-resnet50"].teacher.name))
-    optimizer = make_optimizer(config.optim.at(config.batch_size), trainee)
+        module = distilled(config, K, (224, 224), later_blocks(PRESETS["adv-swin_l-resnet50"].teacher.name))
+    optimizer = make_optimizer(config.optim.at(config.batch_size), module)
     assert isinstance(optimizer, Lamb)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-3)
 
@@ -107,11 +107,11 @@ def test_optimizer_is_timms_with_the_scaled_rate_when_a_preset_trains():
 def test_a2_spares_norms_biases_positions_and_class_token_when_decaying():
     config = run_config("adv-swin_l-vit_s16")
     with torch.device("meta"):
-        trainee = build_trainee(config, K, (224, 224), later_blocks(PRESETS["adv-swin_l-vit_s16"].teacher.name))
+        module = distilled(config, K, (224, 224), later_blocks(PRESETS["adv-swin_l-vit_s16"].teacher.name))
     spared = {
-        id(p) for g in make_optimizer(config.optim, trainee).param_groups if not g["weight_decay"] for p in g["params"]
+        id(p) for g in make_optimizer(config.optim, module).param_groups if not g["weight_decay"] for p in g["params"]
     }
-    for name, leaf in trainee.named_parameters():
+    for name, leaf in module.named_parameters():
         free = leaf.ndim <= 1 or name.endswith(("bias", "position", "pos_embed", "cls_token"))
         assert (id(leaf) in spared) == free, name
 

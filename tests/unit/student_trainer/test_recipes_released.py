@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -9,22 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from student_trainer.trainee import Trainee
+from distilled_presets import distilled
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.drop import DropPath
 from timm.models import create_model
 from torch import Tensor, nn
+from training_world import shared_world
 
 from feature_store.teacher import LaterBlocks, split_teacher
 from feature_store.teacher.model import build_model, teacher_info
 from feature_store.views import view_policy
 from student_trainer.config import TrainConfig
+from student_trainer.distilled import DistilledStudent
 from student_trainer.engine.distributed import Group
-from student_trainer.engine.optimizer import Updates, make_optimizer, make_scheduler
-from student_trainer.methods import Method, StudentShape, TaskOnly
-from student_trainer.plan import build_trainee
+from student_trainer.engine.optimizer import make_optimizer, make_scheduler
+from student_trainer.methods import Method
+from student_trainer.plan import resolve
 from student_trainer.recipes import PRESETS, preset_config
-from student_trainer.students.student import Student
+from student_trainer.teachers.config import StoreTeacher
+from student_trainer.teachers.expectations import ExpectConfig
+from student_trainer.train import Run
 
 RELEASED = json.loads((Path(__file__).parent / "data" / "released_settings.json").read_text())["presets"]
 STEPS = 10  # per epoch
@@ -41,18 +46,18 @@ def teacher(preset: str) -> tuple[Any, LaterBlocks]:
 
 
 def our_settings(preset: str) -> dict[str, Any]:
-    config = preset_config(PRESETS, preset, run=Path("r"), tars=("a.tar",), store=Path("s"))
+    config = preset_config(PRESETS, preset, run=Path("r"), tars=("a.tar",), teacher=StoreTeacher("s"))
     info, later = teacher(preset)
     with torch.device("meta"):
-        trainee = build_trainee(config, 1000, info.input_size, later, Group(size=2), torch.device("cuda"))
+        module = distilled(config, 1000, info.input_size, later, group=Group(size=2), device=torch.device("cuda"))
     return {
         **of_teacher(preset),
-        **of_student(preset, trainee),
-        **of_loss(config, trainee),
-        **of_optimizer(config, trainee),
+        **of_student(preset, module),
+        **of_loss(config, module),
+        **of_optimizer(config, module),
         **of_views(config),
-        "sync BN of the student": synchronised(trainee.student),
-        "sync BN of the projectors": synchronised(trainee.loss),
+        "sync BN of the student": synchronised(module.student),
+        "sync BN of the projectors": synchronised(module.method),
     }
 
 
@@ -82,9 +87,9 @@ def of_teacher(preset: str) -> dict[str, Any]:
     }
 
 
-def of_student(preset: str, trainee: Trainee) -> dict[str, Any]:
-    student, model = trainee.student, trainee.student.model
-    stage3, stage4 = taps(trainee)
+def of_student(preset: str, module: DistilledStudent) -> dict[str, Any]:
+    student, model = module.student, module.student.model
+    stage3, stage4 = taps(module)
     norms = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
     rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
     settings = {
@@ -112,8 +117,8 @@ def products(loss: Method, stage: str) -> list[float]:
     return [round(loss.weights.get(f"{stage}_{view}", 0.0), 15) for view in ("original", "alternative")]
 
 
-def of_loss(config: TrainConfig, trainee: Trainee) -> dict[str, Any]:
-    loss = trainee.loss
+def of_loss(config: TrainConfig, module: DistilledStudent) -> dict[str, Any]:
+    loss = module.method
     caps = [*loss.stage3.values(), *loss.stage4.values()]
     (heads3,), (heads4,) = ({cap.num_heads for cap in stage.values()} for stage in (loss.stage3, loss.stage4))
     (scale,) = {round(cap.scale * (cap.teacher_dim // cap.num_heads) ** 0.5, 9) for cap in caps}
@@ -136,13 +141,16 @@ def of_loss(config: TrainConfig, trainee: Trainee) -> dict[str, Any]:
     }
 
 
-def of_optimizer(config: TrainConfig, trainee: Trainee) -> dict[str, Any]:
-    optimizer, positions = make_optimizer(config.optim.at(config.batch_size), trainee), trainee.projector_positions()
-    student = Student("test_resnet", 5, (32, 32))
-    plain = TaskOnly(TaskOnly.Config(), StudentShape(student.dims, student.grids, 5), None)
-    updates = Updates(config, Trainee(student, plain), STEPS, torch.device("cpu"))
+def of_optimizer(config: TrainConfig, module: DistilledStudent) -> dict[str, Any]:
+    optimizer, positions = make_optimizer(config.optim.at(config.batch_size), module), module.projector_positions()
+    world = shared_world()
+    plain = replace(
+        config, student="test_resnet", method="none", teacher=StoreTeacher(world.store), tars=world.tars, workers=0,
+        batch_size=8, student_kwargs={}, sync_bn=False, expect=ExpectConfig(),
+    )  # fmt: skip
+    run = Run(resolve(plain))
     decays = {id(leaf): group["weight_decay"] > 0 for group in optimizer.param_groups for leaf in group["params"]}
-    named = dict(trainee.named_parameters())
+    named = dict(module.named_parameters())
     (on_norms,) = {decays[id(leaf)] for leaf in named.values() if leaf.ndim == 1}
     (on_positions,) = {decays[id(named[name])] for name in positions}
     names = {torch.optim.SGD: "momentum", torch.optim.AdamW: "adamw"}
@@ -156,7 +164,7 @@ def of_optimizer(config: TrainConfig, trainee: Trainee) -> dict[str, Any]:
         "batch": config.batch_size,
         "epochs": config.epochs,
         "EMA decay": config.ema_decay,
-        "evaluated weights": "averaged" if updates.ema and updates.validated is updates.ema.module else "raw",
+        "evaluated weights": "averaged" if run.ema and run.eval_model is run.ema.module else "raw",
     }
     return settings | of_schedule(config, optimizer)
 
@@ -219,9 +227,9 @@ def vit_classifier_input(model: Any) -> str:
     return f"mean of the {'normed ' * first}tokens{', normed again' * second}"
 
 
-def taps(trainee: Trainee) -> tuple[str, str]:
+def taps(module: DistilledStudent) -> tuple[str, str]:
     """Which module's output each of the student's maps is, in the table's words."""
-    student, made = trainee.student, {}
+    student, made = module.student, {}
 
     def remember(name: str):
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:

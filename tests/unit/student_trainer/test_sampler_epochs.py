@@ -13,7 +13,7 @@ def batches(**changes):
 
 
 def epoch(of: EpochSampler, number: int, first: int = 0) -> list[list[RowId]]:
-    of.start(number, first)
+    of.set_epoch(number, first)
     return list(of)
 
 
@@ -32,7 +32,7 @@ def test_epoch_is_the_same_when_asked_again_and_differs_by_epoch_and_seed():
 def test_epoch_continues_exactly_when_started_in_the_middle():
     assert epoch(batches(), 2, first=3) == epoch(batches(), 2)[3:]
     planned = batches()
-    planned.start(2, 3)
+    planned.set_epoch(2, 3)
     assert len(planned) == planned.per_epoch - 3 == 3
 
 
@@ -85,7 +85,7 @@ def test_batches_are_the_same_when_shared_out(processes, accumulate):
 def test_epoch_starts_at_a_whole_batch_when_resumed_in_pieces():
     of = batches(batch_size=4, accumulate=2)
     assert epoch(of, 0, 3) == epoch(of, 0)[6:]
-    of.start(0, 3)
+    of.set_epoch(0, 3)
     assert len(of) == len(list(of))
 
 

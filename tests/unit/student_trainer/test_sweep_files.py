@@ -5,6 +5,7 @@ import pytest
 from feature_store.errors import InputError
 from student_trainer.recipes import PRESETS
 from student_trainer.sweeps.file import PACKAGED, read_sweep
+from student_trainer.teachers.config import StoreTeacher
 
 BASE = ["store=s", "tars=a.tar", "val_tars=v.tar", "student=test_resnet"]
 OUT = Path("out")
@@ -68,7 +69,7 @@ def test_preset_is_none_when_a_setting_takes_it_back(file):
 
 def test_store_may_be_a_url_when_set():
     (config, *_) = (run.config for run in read_sweep(Path("baselines"), OUT, [*BASE, "store=s3://bucket/store"]).runs)
-    assert config.store == "s3://bucket/store"
+    assert config.teacher == StoreTeacher("s3://bucket/store")
 
 
 def test_preset_gives_the_schedule_when_the_base_names_one():
