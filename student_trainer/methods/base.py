@@ -15,7 +15,6 @@ from feature_store.format.manifest import SplitInfo
 from feature_store.teacher import LaterBlocks
 from student_trainer.methods.criterion import cross_entropy
 from student_trainer.methods.precision import at_least_float32
-from student_trainer.students.student import StudentOutput
 
 Grid = tuple[int, int]
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
@@ -36,6 +35,18 @@ class Needs(NamedTuple):
     logits: bool = False
     labels: bool = False
     tail: bool = False
+
+
+class StudentOutput(NamedTuple):
+    """What one forward pass of the student gives.
+
+    Attributes:
+        maps: F^s of stages 3 and 4, each [B, C, H, W].
+        logits: s [B, K], bitwise those of the timm model itself.
+    """
+
+    maps: tuple[Tensor, Tensor]
+    logits: Tensor
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feature_store.errors import InputError
-from student_trainer.methods.base import DistillBatch, Grid, Method, Needs, StudentShape, TaskLoss, TeacherShape, Terms
+from student_trainer.methods.base import (
+    DistillBatch,
+    Grid,
+    Method,
+    Needs,
+    StudentOutput,
+    StudentShape,
+    TaskLoss,
+    TeacherShape,
+    Terms,
+)
 from student_trainer.methods.criterion import cross_entropy
 from student_trainer.methods.dfm import original_view_loss
 from student_trainer.methods.precision import at_least_float32
-from student_trainer.students.student import StudentOutput
 
 
 @dataclass(frozen=True)
