@@ -85,7 +85,8 @@ class TeacherOutput(NamedTuple):
     Attributes:
         taps: Features by tap name: ``stage4`` is F^t [B, N, D], ``stage3_prefix`` [B, P, D].
         logits: z [B, K]; None where the method does not need them.
-        mixture: In a run with several teachers: weight and logits of each; weights add up to 1.
+        mixture: In a run with several teachers, set by SeveralTeachers: weight and logits of each that has a
+            classifier; weights add up to 1.
     """
 
     taps: Mapping[str, Tensor] = {}
@@ -114,11 +115,14 @@ class DistillBatch(NamedTuple):
         images: Normalised views [B, 3, H, W], the student's input.
         labels: Class indices int64 [B].
         teacher: What the teacher says about the same views.
+        others: In a run with several teachers: the second and later ones. SeveralTeachers calls a method for each with
+            that teacher as ``teacher``, so no other method reads this.
     """
 
     images: Tensor
     labels: Tensor
     teacher: TeacherOutput
+    others: tuple[TeacherOutput, ...] = ()
 
 
 class Terms(NamedTuple):
