@@ -36,11 +36,11 @@ from student_trainer.methods import (
     DistillBatch,
     ScaleKD,
     ScaleKDConfig,
+    StudentOutput,
     StudentShape,
     TeacherOutput,
     TeacherShape,
 )
-from student_trainer.students.student import StudentOutput
 
 BATCH = 64
 MEASURED_BATCHES = 3

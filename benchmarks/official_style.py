@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from student_trainer.methods import StudentOutput
 from student_trainer.methods.base import DistillBatch, Terms
 from student_trainer.methods.cap import CrossAttentionProjector
 from student_trainer.methods.scalekd import ScaleKD
-from student_trainer.students.student import StudentOutput
 
 
 def official_style_loss(method: ScaleKD, student: StudentOutput, batch: DistillBatch) -> Terms:

@@ -37,9 +37,8 @@ from feature_store.tools.options import JsonObject
 from feature_store.tools.terminal import Console
 from student_trainer.config import TeacherConfig, TrainConfig
 from student_trainer.data.batch import Batch, ViewDataset
-from student_trainer.methods import DistillBatch, ScaleKD, Terms
+from student_trainer.methods import DistillBatch, ScaleKD, StudentOutput, Terms
 from student_trainer.plan import assemble
-from student_trainer.students.student import StudentOutput
 from student_trainer.train import Trainer
 from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig, ComputeSpec, Inputs, TeacherSpec

@@ -15,7 +15,6 @@ from feature_store.format.manifest import SplitInfo
 from feature_store.teacher import LaterBlocks
 from student_trainer.methods.criterion import cross_entropy
 from student_trainer.methods.precision import at_least_float32
-from student_trainer.students.student import StudentOutput
 
 Grid = tuple[int, int]
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
@@ -36,6 +35,18 @@ class Needs(NamedTuple):
     logits: bool = False
     labels: bool = False
     tail: bool = False
+
+
+class StudentOutput(NamedTuple):
+    """What one forward pass of the student gives.
+
+    Attributes:
+        maps: F^s of stages 3 and 4, each [B, C, H, W].
+        logits: s [B, K], bitwise those of the timm model itself.
+    """
+
+    maps: tuple[Tensor, Tensor]
+    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ class TeacherOutput(NamedTuple):
     Attributes:
         taps: Features by tap name: ``stage4`` is F^t [B, N, D], ``stage3_prefix`` [B, P, D].
         logits: z [B, K]; None where the method does not need them.
-        mixture: In a run with several teachers: weight and logits of each; weights add up to 1.
+        mixture: In a run with several teachers, set by SeveralTeachers: weight and logits of each that has a
+            classifier; weights add up to 1.
     """
 
     taps: Mapping[str, Tensor] = {}
@@ -103,11 +115,14 @@ class DistillBatch(NamedTuple):
         images: Normalised views [B, 3, H, W], the student's input.
         labels: Class indices int64 [B].
         teacher: What the teacher says about the same views.
+        others: In a run with several teachers: the second and later ones. SeveralTeachers calls a method for each with
+            that teacher as ``teacher``, so no other method reads this.
     """
 
     images: Tensor
     labels: Tensor
     teacher: TeacherOutput
+    others: tuple[TeacherOutput, ...] = ()
 
 
 class Terms(NamedTuple):

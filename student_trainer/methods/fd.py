@@ -5,15 +5,22 @@ Shape legend: B batch, C student channels, D teacher channels, H W grid, N teach
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feature_store.errors import InputError
-from student_trainer.methods.base import DistillBatch, Grid, Method, Needs, StudentShape, TaskLoss, TeacherShape, Terms
+from student_trainer.methods.base import (
+    DistillBatch,
+    Method,
+    Needs,
+    StudentOutput,
+    StudentShape,
+    TaskLoss,
+    TeacherShape,
+    Terms,
+)
 from student_trainer.methods.criterion import cross_entropy
 from student_trainer.methods.dfm import original_view_loss
-from student_trainer.methods.precision import at_least_float32
-from student_trainer.students.student import StudentOutput
+from student_trainer.methods.resize import resized
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,3 @@ class FD(Method):
     def project(self, student_BCHW: Tensor) -> Tensor:
         """The student's map as tokens [B, N, D] on the teacher's grid."""
         return self.align(resized(student_BCHW, self.teacher_grid)).flatten(2).transpose(1, 2)
-
-
-def resized(map_BCHW: Tensor, grid: Grid) -> Tensor:
-    """A map on another grid: bilinear and antialiased; unchanged where the grid is the same already."""
-    if map_BCHW.shape[2:] == tuple(grid):
-        return map_BCHW
-    (map_BCHW,) = at_least_float32(map_BCHW)  # antialiasing on CPUs is not implemented for bfloat16
-    return F.interpolate(map_BCHW, size=grid, mode="bilinear", antialias=True)

@@ -9,10 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feature_store.errors import InputError
-from student_trainer.methods.base import DistillBatch, Method, Needs, StudentShape, TaskLoss, TeacherShape, Terms
+from student_trainer.methods.base import (
+    DistillBatch,
+    Method,
+    Needs,
+    StudentOutput,
+    StudentShape,
+    TaskLoss,
+    TeacherShape,
+    Terms,
+)
 from student_trainer.methods.criterion import cross_entropy
 from student_trainer.methods.precision import at_least_float32
-from student_trainer.students.student import StudentOutput
 
 
 @dataclass(frozen=True)

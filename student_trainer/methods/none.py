@@ -1,7 +1,6 @@
 """Plain training: the task loss without a teacher."""
 
-from student_trainer.methods.base import DistillBatch, Method, Terms
-from student_trainer.students.student import StudentOutput
+from student_trainer.methods.base import DistillBatch, Method, StudentOutput, Terms
 
 
 class TaskOnly(Method):

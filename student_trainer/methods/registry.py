@@ -4,13 +4,24 @@ import difflib
 from importlib import import_module
 
 from feature_store.errors import InputError
+from student_trainer.methods.attention_transfer import AttentionTransfer
 from student_trainer.methods.base import Method
+from student_trainer.methods.dist import DIST
 from student_trainer.methods.fd import FD
 from student_trainer.methods.kd import KD
+from student_trainer.methods.nkd import NKD
 from student_trainer.methods.none import TaskOnly
 from student_trainer.methods.scalekd import ScaleKD
 
-METHODS: dict[str, type[Method]] = {"scalekd": ScaleKD, "fd": FD, "kd": KD, "none": TaskOnly}
+METHODS: dict[str, type[Method]] = {
+    "scalekd": ScaleKD,
+    "fd": FD,
+    "kd": KD,
+    "none": TaskOnly,
+    "dist": DIST,
+    "nkd": NKD,
+    "attention_transfer": AttentionTransfer,
+}
 """The built-in methods; each one's options are the field of its name in TrainConfig."""
 
 

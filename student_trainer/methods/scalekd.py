@@ -11,13 +11,22 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from feature_store.errors import InputError
-from student_trainer.methods.base import DistillBatch, Grid, Method, Needs, StudentShape, TaskLoss, TeacherShape, Terms
+from student_trainer.methods.base import (
+    DistillBatch,
+    Grid,
+    Method,
+    Needs,
+    StudentOutput,
+    StudentShape,
+    TaskLoss,
+    TeacherShape,
+    Terms,
+)
 from student_trainer.methods.cap import CrossAttentionProjector
 from student_trainer.methods.criterion import cross_entropy
 from student_trainer.methods.dfm import VIEW_LOSSES, dual_view_losses
 from student_trainer.methods.kd import kd_loss
 from student_trainer.methods.tpp import TeacherParameterPerception
-from student_trainer.students.student import StudentOutput
 
 _BETA = 4 / 7  # alpha * beta = 0.08 and alpha * (1 - beta) = 0.06, the released products
 

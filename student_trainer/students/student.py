@@ -4,7 +4,7 @@ Shape legend: B batch, C channels, H W grid, N = H*W grid tokens, P prefix (clas
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -13,21 +13,10 @@ from torch import Tensor, nn
 
 from feature_store.errors import InputError
 from feature_store.teacher.model import build_model
+from student_trainer.methods.base import StudentOutput
 from student_trainer.students import networks  # noqa: F401 - timm then knows them by name
 
 _START = ("pretrained", "pretrained_cfg_overlay", "checkpoint_path")  # where timm takes the first weights from
-
-
-class StudentOutput(NamedTuple):
-    """What one forward pass gives.
-
-    Attributes:
-        maps: F^s of stages 3 and 4, each [B, C, H, W].
-        logits: [B, K], bitwise those of the timm model itself.
-    """
-
-    maps: tuple[Tensor, Tensor]
-    logits: Tensor
 
 
 class Student(nn.Module):

@@ -10,8 +10,16 @@ from torch import Tensor
 
 from feature_store.format.manifest import SplitInfo
 from feature_store.teacher import split_teacher
-from student_trainer.methods import DistillBatch, Method, StudentShape, TeacherOutput, TeacherShape, Terms, find_method
-from student_trainer.students.student import StudentOutput
+from student_trainer.methods import (
+    DistillBatch,
+    Method,
+    StudentOutput,
+    StudentShape,
+    TeacherOutput,
+    TeacherShape,
+    Terms,
+    find_method,
+)
 
 CLASSES = 5
 

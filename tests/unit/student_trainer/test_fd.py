@@ -9,7 +9,7 @@ from torch import Tensor
 from feature_store.errors import InputError
 from student_trainer.methods import FD, FDConfig
 from student_trainer.methods.dfm import original_view_loss
-from student_trainer.methods.fd import resized
+from student_trainer.methods.resize import resized
 
 CASES = {case["case"]: case for case in arguments("fd")["cases"]}
 

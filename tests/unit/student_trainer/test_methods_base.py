@@ -88,7 +88,7 @@ def test_find_method_gives_a_users_class_when_named_by_module(monkeypatch):
     ("name", "message"),
     [
         ("scalkd", "--method is 'scalkd', did you mean scalekd.*package.module:Class"),
-        ("at all", "expected one of scalekd, fd, kd, none"),
+        ("at all", "expected one of scalekd, fd, kd, none, dist, nkd, attention_transfer"),
         ("no_such_module:Own", "No module named 'no_such_module'; the module must be importable.*PYTHONPATH"),
         ("json:Own", "--method json:Own: module 'json' has no attribute 'Own'"),
         ("json:dumps", "expected a subclass of student_trainer.methods.Method"),

@@ -12,12 +12,12 @@ from student_trainer.methods import (
     DistillBatch,
     ScaleKD,
     ScaleKDConfig,
+    StudentOutput,
     StudentShape,
     TeacherOutput,
     TeacherShape,
 )
 from student_trainer.methods.dfm import without_spatial_mean
-from student_trainer.students.student import StudentOutput
 
 
 @pytest.mark.parametrize("kd_alpha", [0.5, None])

@@ -28,6 +28,7 @@ from student_trainer.methods import (
     DistillBatch,
     ScaleKD,
     ScaleKDConfig,
+    StudentOutput,
     StudentShape,
     TeacherOutput,
     TeacherShape,
@@ -35,7 +36,6 @@ from student_trainer.methods import (
 from student_trainer.methods.criterion import binary_cross_entropy, cross_entropy
 from student_trainer.methods.scalekd import default_heads
 from student_trainer.official import load_projector, projector_names
-from student_trainer.students.student import StudentOutput
 
 CASES = [name for name in names("e2e_") if "distill_class" in arguments(name)]
 TERMS = {
