@@ -11,8 +11,11 @@ from feature_store.errors import InputError
 from feature_store.inputs.options import TarOptions
 from feature_store.tools.options import JsonObject, require
 from student_trainer.config_values import build_config
+from student_trainer.methods.attention_transfer import AttentionTransferConfig
+from student_trainer.methods.dist import DISTConfig
 from student_trainer.methods.fd import FDConfig
 from student_trainer.methods.kd import KDConfig
+from student_trainer.methods.nkd import NKDConfig
 from student_trainer.methods.registry import METHODS, find_method
 from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.teachers.config import LiveTeacher, NoTeacher, ServiceTeacher, TeacherConfig, teacher_from_options
@@ -104,6 +107,9 @@ class TrainConfig(TarOptions):
         scalekd: Options of --method scalekd.
         kd: Options of --method kd.
         fd: Options of --method fd.
+        dist: Options of --method dist.
+        nkd: Options of --method nkd.
+        attention_transfer: Options of --method attention_transfer.
         student_kwargs: Extra arguments of timm.create_model for the student, as JSON.
         student_stages: Indices of the student's stages 3 and 4 in timm's feature_info; default those at reductions 16
             and 32, or by depth in networks of one resolution.
@@ -154,6 +160,9 @@ class TrainConfig(TarOptions):
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
     kd: KDConfig = field(default_factory=KDConfig)
     fd: FDConfig = field(default_factory=FDConfig)
+    dist: DISTConfig = field(default_factory=DISTConfig)
+    nkd: NKDConfig = field(default_factory=NKDConfig)
+    attention_transfer: AttentionTransferConfig = field(default_factory=AttentionTransferConfig)
     student_kwargs: JsonObject = field(default_factory=dict)
     student_stages: tuple[int, int] | None = None
     num_classes: int | None = None

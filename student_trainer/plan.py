@@ -1,5 +1,6 @@
 """From a config to everything that a run is made of, opened and checked together."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from student_trainer.inputs import Inputs, open_inputs
 from student_trainer.methods.base import Method, StudentShape, TaskLoss, TeacherShape
 from student_trainer.methods.criterion import TASK_LOSSES
 from student_trainer.methods.registry import find_method
+from student_trainer.methods.several import SeveralTeachers
 from student_trainer.students.preprocessing import Preprocessing
 from student_trainer.students.student import Student
 from student_trainer.teachers.base import TeacherSide
@@ -132,17 +134,17 @@ def resolve(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = AL
     device = find_device(config.device, group.local_rank)
     teacher = open_teacher(config.teacher, device)
     require_expected(config.expect, config.preset, teacher.policy, teacher.info, teacher.split)
-    num_classes = _num_classes(config, teacher)
     inputs = open_inputs(config, teacher.store, teacher.num_views)
+    num_classes = _num_classes(config, teacher)
     torch.manual_seed(config.seed)  # from here on, so that building a live teacher does not shift the weights
     distilled = build_distilled(
         config, num_classes, teacher.policy.size, teacher.shapes(), teacher.weights, group=group, device=device
     )
     student, method = distilled.student, distilled.method
-    needs = method.needs
-    if needs.logits:
-        _require_same_classes(config, num_classes, teacher)
-    dataset = ViewDataset(inputs.tars, _views(config, teacher), num_classes=num_classes, sources=teacher.sources(needs))
+    _require_same_classes(config, num_classes, method, teacher.shapes())
+    dataset = ViewDataset(
+        inputs.tars, _views(config, teacher), num_classes=num_classes, sources=teacher.sources(method.needs_of_teachers)
+    )
     return RunPlan(
         config=config,
         group=group,
@@ -172,7 +174,8 @@ def run_identity(config: TrainConfig, teacher: TeacherSide, inputs: Inputs, val_
     drawn = None if teacher.store is not None else {**teacher.policy.to_dict(), "seed": teacher.views.seed}
     views = {"views": teacher.num_views, "drawn": drawn}
     unread = {} if find_method(config.method).requires_teacher else {"features": "none", "weights": None}
-    return {**teacher.identity(), **unread, **views, **inputs.identity(config, val_tars)}
+    identity = {**teacher.identity(), **unread, **views, **inputs.identity(config, val_tars)}
+    return json.loads(json.dumps(identity))
 
 
 def build_distilled(
@@ -217,7 +220,7 @@ def _build_method(
     task: TaskLoss = partial(TASK_LOSSES[config.task], label_smoothing=config.label_smoothing)
     shape = StudentShape(student.dims, student.grids, student.num_classes)
     if len(teachers) > 1:
-        raise NotImplementedError
+        return SeveralTeachers(kind, options, shape, teachers, weights, task)
     return kind(options, shape, teachers[0] if teachers else None, task)
 
 
@@ -261,9 +264,13 @@ def _num_classes(config: TrainConfig, teacher: TeacherSide) -> int:
     return num_classes
 
 
-def _require_same_classes(config: TrainConfig, student_classes: int, teacher: TeacherSide) -> None:
+def _require_same_classes(
+    config: TrainConfig, student_classes: int, method: Method, teachers: Sequence[TeacherShape]
+) -> None:
     """Refuse a method that compares logits where they are of other classes, or missing."""
-    for shape in teacher.shapes():
+    for needs, shape in zip(method.needs_of_teachers, teachers, strict=False):  # a method without a teacher needs none
+        if not needs.logits:
+            continue
         if not shape.num_classes:
             raise InputError(
                 f"--method {config.method} needs teacher logits, but the teacher has no classifier; choose --method "
@@ -275,7 +282,7 @@ def _require_same_classes(config: TrainConfig, student_classes: int, teacher: Te
                 where="the teacher",
                 expected=shape.num_classes,
                 got=student_classes,
-                remedy="leave out --num-classes, or switch logit distillation off (--scalekd.kd-alpha None)",
+                remedy="leave out --num-classes, or set --scalekd.kd-alpha None to train without logits",
             )
 
 

@@ -205,9 +205,9 @@ class Run:
             raise InputError(f"no image of a batch can be read: {'; '.join(batch.unreadable[:3])}; fix the tars")
         pixels = batch.pixels.to(self.device, non_blocking=True)
         images, labels = self._normalise(pixels), batch.labels.to(self.device, non_blocking=True)
-        teachers = self.plan.teacher.outputs(batch, pixels, self.method.needs)
+        teacher, *others = self.plan.teacher.outputs(batch, pixels, self.method.needs_of_teachers) or (TeacherOutput(),)
         with self._autocast():
-            return self.module(DistillBatch(images, labels, *(teachers or [TeacherOutput()])))
+            return self.module(DistillBatch(images, labels, teacher, tuple(others)))
 
     def _autocast(self) -> Any:
         enabled = self.config.amp in AMP_DTYPES
@@ -237,7 +237,7 @@ class Run:
                     self._train_epoch(folder, log, bar)
                     self._end_epoch(folder, log, bar)
             except Stopped as stopped:
-                self._save(folder)
+                self._write(folder)
                 at = f"epoch {min(progress.epoch + 1, config.epochs)} step {progress.step}"
                 raise Stopped(stopped.signal, f"stopped at {at}, saved; continue with --resume") from None
         self._call("on_end")

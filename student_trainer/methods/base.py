@@ -201,6 +201,11 @@ class Method(nn.Module):
         super().__init__()
         self.config, self.task = config, task
 
+    @property
+    def needs_of_teachers(self) -> tuple[Needs, ...]:
+        """What is read of each teacher; of one, ``needs``."""
+        return (self.needs,)
+
     def forward(self, student: StudentOutput, batch: DistillBatch) -> Terms:
         """The terms of the loss for one batch.
 

@@ -1,7 +1,7 @@
 """Several teachers: one method for each, their own terms weighted."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -69,6 +69,11 @@ class SeveralTeachers(Method):
         )
         self._has_logits = [need.logits for need in needs]
         self._shared_terms = method.shared_terms
+
+    @property
+    def needs_of_teachers(self) -> tuple[Needs, ...]:
+        """What is read of each teacher, in their order."""
+        return tuple(cast(Method, each).needs for each in self.methods)
 
     def forward(self, student: StudentOutput, batch: DistillBatch) -> Terms:
         """The shared terms under their names, and each teacher's own as ``teacher1_NAME``, ``teacher2_NAME``...

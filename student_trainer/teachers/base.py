@@ -4,7 +4,7 @@ Shape legend: B batch, H W pixels of a view.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -88,18 +88,18 @@ class TeacherSide(ABC):
         """Factor on each teacher's terms."""
         return (1.0,) * len(self.shapes())
 
-    def sources(self, needs: Needs) -> tuple[FeatureSource, ...]:
+    def sources(self, needs: Sequence[Needs]) -> tuple[FeatureSource, ...]:
         """What workers read features from, one source for each teacher; empty if they read none."""
         return ()
 
     @abstractmethod
-    def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Needs) -> tuple[TeacherOutput, ...]:
+    def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Sequence[Needs]) -> tuple[TeacherOutput, ...]:
         """What each teacher says about a batch, on the device in float32.
 
         Args:
             batch: A batch whose features come from ``sources``.
             pixels_BHWC: Its views on the device, uint8.
-            needs: What the method reads.
+            needs: What the method reads of each teacher.
         """
 
     @abstractmethod

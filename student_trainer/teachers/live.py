@@ -1,6 +1,7 @@
 """A teacher in the training process, computing from the pixels that the student sees."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -55,18 +56,17 @@ class LiveSide(TeacherSide):
         """The teacher, whose own later blocks are the tail."""
         return (TeacherShape(self.teacher.split, self.teacher.info.num_classes, lambda: self.teacher.later_blocks),)
 
-    def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Needs) -> tuple[TeacherOutput, ...]:
+    def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Sequence[Needs]) -> tuple[TeacherOutput, ...]:
         """A forward pass of the teacher."""
-        if not (needs.taps or needs.logits):
-            return ()
+        (own,) = needs
         begun, started = time.perf_counter(), _event(self.device)
         output = self.teacher(pixels_BHWC)
         if started is None:
             self._seconds += time.perf_counter() - begun
         elif (ended := _event(self.device)) is not None:
             self._timed.append((started, ended))
-        taps = {name: output.taps[name] for name in needs.taps}
-        return (TeacherOutput(taps, output.logits if needs.logits else None),)
+        taps = {name: output.taps[name] for name in own.taps}
+        return (TeacherOutput(taps, output.logits if own.logits else None),)
 
     @property
     def seconds(self) -> float:

@@ -1,5 +1,6 @@
 """No teacher: views are drawn, nothing is distilled."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class NoSide(TeacherSide):
         """None."""
         return ()
 
-    def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Needs) -> tuple[TeacherOutput, ...]:
+    def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Sequence[Needs]) -> tuple[TeacherOutput, ...]:
         """Nothing."""
         return ()
 

@@ -1,5 +1,6 @@
 """Features over HTTP: a service's cached rows, or its live teacher."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,23 +35,24 @@ class ServiceSide(TeacherSide):
         manifest = self._client.manifest
         return (TeacherShape(manifest.split, manifest.teacher.num_classes, tail_of(self._client.store, self.device)),)
 
-    def sources(self, needs: Needs) -> tuple[FeatureSource, ...]:
+    def sources(self, needs: Sequence[Needs]) -> tuple[FeatureSource, ...]:
         """Rows of the service, or its live teacher.
 
         Raises:
             MismatchError: Its live teacher is not the one its store was written with.
         """
-        if not (needs.taps or needs.logits):
+        (own,) = needs
+        if not (own.taps or own.logits):
             return ()
         if not self.computes:
-            return (self._client.source(needs.taps),)
-        source = self._client.live(needs.taps)
+            return (self._client.source(own.taps),)
+        source = self._client.live(own.taps)
         require_same_teacher(self._client.manifest, source.info, source.split)
         return (source,)
 
-    def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Needs) -> tuple[TeacherOutput, ...]:
+    def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Sequence[Needs]) -> tuple[TeacherOutput, ...]:
         """Values as the live teacher computed them, or decoded from rows as stored."""
-        return tuple(decoded(raw, self._decoders, self.device, needs) for raw in batch.features)
+        return tuple(decoded(raw, self._decoders, self.device, needs[0]) for raw in batch.features)
 
     def identity(self) -> dict[str, Any]:
         """Cached rows are the same wherever they come from; computed ones are so on one machine at best."""

@@ -50,14 +50,16 @@ class StoreSide(TeacherSide):
         """Factor on each teacher's terms."""
         return self._weights
 
-    def sources(self, needs: Needs) -> tuple[FeatureSource, ...]:
+    def sources(self, needs: Sequence[Needs]) -> tuple[FeatureSource, ...]:
         """The stores' rows; none where the method reads neither taps nor logits."""
-        return tuple(store.source(needs.taps) for store in self._stores) if needs.taps or needs.logits else ()
+        if not any(own.taps or own.logits for own in needs):
+            return ()
+        return tuple(store.source(own.taps) for store, own in zip(self._stores, needs, strict=True))
 
-    def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Needs) -> tuple[TeacherOutput, ...]:
+    def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Sequence[Needs]) -> tuple[TeacherOutput, ...]:
         """Codes travel to the device, values are made there."""
-        pairs = zip(batch.features, self._decoders, strict=False)
-        return tuple(decoded(raw, decoders, self.device, needs) for raw, decoders in pairs)
+        each = zip(batch.features, self._decoders, needs, strict=False)  # no features where none are read
+        return tuple(decoded(raw, decoders, self.device, own) for raw, decoders, own in each)
 
     def identity(self) -> dict[str, Any]:
         """What the stores' manifests say of themselves; a store may have grown since."""

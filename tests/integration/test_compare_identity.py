@@ -154,9 +154,11 @@ def test_run_is_unfinished_while_it_is_made_again_when_it_was_finished_before(do
     shutil.copytree(config.folder, tmp_path / "copy")
     moved = CompareConfig(sweep=config.sweep, out=tmp_path / "copy", set=config.set, progress=False)
     run = read_sweep(moved.sweep, moved.folder, moved.set).runs[0].config.run
-    described = json.loads((run / "config.json").read_text())
-    assert described.pop("finished") == {"epochs": 1, "steps": 6}
-    (run / "config.json").write_text(json.dumps(described))  # as if it was killed after its last checkpoint
+    progress = json.loads((run / "progress.json").read_text())
+    assert (progress["epoch"], progress["step"], progress["finished"]) == (1, 6, True)
+    (run / "progress.json").write_text(
+        json.dumps({**progress, "finished": False})
+    )  # as if it was killed after its last checkpoint
     assert unfinished(moved) == {"cached"}
     compare(moved)
     assert unfinished(moved) == set()

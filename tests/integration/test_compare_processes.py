@@ -46,7 +46,8 @@ def steps(run: Path) -> int:
 
 
 def is_finished(run: Path) -> bool:
-    return "finished" in json.loads((run / "config.json").read_text())
+    progress = run / "progress.json"
+    return progress.is_file() and json.loads(progress.read_text())["finished"]
 
 
 def when(happened: Callable[[], object], do: Callable[[], object]) -> threading.Thread:

@@ -33,7 +33,7 @@ def changes(**more: object) -> tuple[str, ...]:
 
 
 def top1(folder: Path) -> float:
-    return [line["top1"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "epoch"][-1]
+    return [line["val"]["top1"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "epoch"][-1]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,7 @@ def test_ablation_gives_the_papers_rows_when_run_on_a_store(ablation):
         assert [run.seed for run in row.runs] == [0, 1]
         assert [run.top1 for run in row.runs] == [top1(run.folder) for run in row.runs]
         assert (row.difference is None) == (row.name == "No distillation")
-    terms = [
-        {name for name in read_metrics(row.runs[0].folder / "metrics.jsonl")[-1] if name.startswith(("stage", "kd"))}
-        for row in found.settings
-    ]
+    terms = [set(read_metrics(row.runs[0].folder / "metrics.jsonl")[-1]["raw"]) - {"task"} for row in found.settings]
     stage4, stage3 = ({f"{stage}_original", f"{stage}_alternative"} for stage in ("stage4", "stage3"))
     assert terms == [set(), {"stage4_original"}, stage4, stage3 | stage4, stage3 | stage4 | {"kd"}]
     assert {path.name for path in config.folder.iterdir()} == {"runs", "results.json", "table.md", "report.html"}
@@ -66,10 +63,10 @@ def test_ablation_gives_the_papers_rows_when_run_on_a_store(ablation):
 def test_task_loss_is_unweighted_when_methods_are_compared(ablation):
     _, found = ablation
     kd = found.settings[4].runs[0]
-    logged = [line["task"] for line in read_metrics(kd.folder / "metrics.jsonl") if line["kind"] == "epoch"]
+    logged = [line["loss"]["task"] for line in read_metrics(kd.folder / "metrics.jsonl") if line["kind"] == "epoch"]
     assert kd.task_loss == tuple(2 * value for value in logged)
     plain = found.settings[0].runs[0]
-    assert plain.task_loss == (read_metrics(plain.folder / "metrics.jsonl")[-1]["task"],)
+    assert plain.task_loss == (read_metrics(plain.folder / "metrics.jsonl")[-1]["raw"]["task"],)
 
 
 def test_finished_runs_are_left_alone_when_the_sweep_is_repeated(ablation, monkeypatch):

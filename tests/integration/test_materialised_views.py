@@ -67,7 +67,7 @@ def steps(config: TrainConfig) -> list[dict]:
 
 def losses(config: TrainConfig) -> list[tuple]:
     train(config)
-    return [tuple(line[name] for name in ("total", "task", "kd", "stage4_original")) for line in steps(config)]
+    return [tuple(line["loss"][name] for name in ("total", "task", "kd", "stage4_original")) for line in steps(config)]
 
 
 def test_training_is_bit_for_bit_the_same_when_views_are_read_or_made_anew(world, run, tmp_path):
@@ -85,7 +85,7 @@ def test_training_needs_no_source_tars_and_no_worker_either(world, run, tmp_path
     read = replace(run, tars=(), views_from=str(moved), workers=1, start_method="fork")
     assert len(losses(read)) == 4
     assert losses(replace(read, run=tmp_path / "again", workers=0)) == [
-        tuple(line[name] for name in ("total", "task", "kd", "stage4_original")) for line in steps(read)
+        tuple(line["loss"][name] for name in ("total", "task", "kd", "stage4_original")) for line in steps(read)
     ]
 
 

@@ -71,7 +71,9 @@ def test_preset_trains_on_the_store_that_its_line_caches(cache, tar, tmp_path):
     assert train(store, tar, tmp_path / "run") == 0
     steps = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
     assert len(steps) == 2
-    assert {"stage3_original", "stage3_alternative", "stage4_original", "stage4_alternative", "kd"} <= steps[0].keys()
+    assert {"stage3_original", "stage3_alternative", "stage4_original", "stage4_alternative", "kd"} <= steps[0][
+        "raw"
+    ].keys()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["preset"] == PRESET
 
 

@@ -31,8 +31,8 @@ def test_report_shows_numbers_curves_and_settings_when_a_run_ends(run):
     page = (run.run / "report.html").read_text()
     epochs = [line for line in read_metrics(run.run / "metrics.jsonl") if line["kind"] == "epoch"]
     assert "<h1>Run a &lt;run&gt;</h1>" in page
-    assert f"<td>last top-1</td><td>{epochs[-1]['top1']:.2f} %</td>" in page
-    assert f"<td>total, mean of the last epoch</td><td>{epochs[-1]['total']:.4g}</td>" in page
+    assert f"<td>last top-1</td><td>{epochs[-1]['val']['top1']:.2f} %</td>" in page
+    assert f"<td>total, mean of the last epoch</td><td>{epochs[-1]['loss']['total']:.4g}</td>" in page
     assert page.count("<svg") == 5  # terms, accuracies, learning rate, images per second, data wait
     for term in ("task", "stage3_alternative", "kd", "top-5", "learning rate"):
         assert f">{term}</text>" in page
@@ -43,11 +43,13 @@ def test_report_shows_numbers_curves_and_settings_when_a_run_ends(run):
 def test_tensorboard_repeats_the_log_when_asked_for(run):
     steps = [line for line in read_metrics(run.run / "metrics.jsonl") if line["kind"] == "step"]
     events = EventAccumulator(str(run.run / "tensorboard")).Reload()
-    for name in ("total", "stage4_original", "kd", "lr", "images_per_second", "data_wait", "memory"):
-        logged = [(event.step, event.value) for event in events.Scalars(f"step/{name}")]
-        assert logged == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in steps]
-    assert len(events.Scalars("epoch/top1")) == 2
-    assert all(line["memory"] > 2**20 for line in steps)
+    names = {"loss": ("total", "stage4_original", "kd"), "speed": ("images_per_second", "data_wait", "memory")}
+    for group, name in [(group, name) for group, inside in names.items() for name in inside]:
+        logged = [(event.step, event.value) for event in events.Scalars(f"step/{group}/{name}")]
+        assert logged == [(line["step"], pytest.approx(line[group][name], rel=1e-6)) for line in steps]
+    assert [event.value for event in events.Scalars("step/lr")] == pytest.approx([line["lr"] for line in steps])
+    assert len(events.Scalars("epoch/val/top1")) == 2
+    assert all(line["speed"]["memory"] > 2**20 for line in steps)
 
 
 def test_report_has_no_plots_but_all_numbers_when_matplotlib_is_absent(run, monkeypatch, tmp_path):
@@ -81,7 +83,10 @@ def test_no_report_is_written_when_switched_off(run, tmp_path):
 
 
 def test_report_gives_the_best_and_the_last_accuracy_when_the_best_came_earlier():
-    common = {"kind": "epoch", "total": 1.0, "teacher_seconds": 0.0, "seconds_per_step": None}
-    epochs = [{**common, "step": 3 * i, "epoch": i, "top1": top1} for i, top1 in enumerate((10.0, 40.0, 25.0))]
+    speed = {"teacher_seconds": 0.0, "seconds_per_step": None}
+    epochs = [
+        {"kind": "epoch", "step": 3 * i, "epoch": i, "loss": {"total": 1.0}, "val": {"top1": top1}, "speed": speed}
+        for i, top1 in enumerate((10.0, 40.0, 25.0))
+    ]
     numbers = run_numbers([], epochs)
     assert (numbers["best top-1"], numbers["last top-1"], numbers["epochs"]) == ("40.00 %", "25.00 %", "3")

@@ -272,7 +272,7 @@ def test_store_with_other_view_size_sets_the_students_input_when_read(config, tm
     ],
 )
 def test_option_is_refused_when_it_cannot_be_used(config, change, kind, message):
-    refused(replace(config, **change), kind, message)
+    refused(changed(config, **change), kind, message)
 
 
 def relabelled(path: Path, label: Callable[[int], str], count: int = 10) -> str:

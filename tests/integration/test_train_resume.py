@@ -47,14 +47,14 @@ def numbers(run) -> list[dict]:
 
 def assert_equal_runs(run, other) -> None:
     assert numbers(run) == numbers(other)
-    for name in ("last.pt", "best.safetensors"):
-        mine, theirs = load_checkpoint(run / name), load_checkpoint(other / name)
-        for part in ("weights", "loss"):
-            a, b = getattr(mine, part), getattr(theirs, part)
-            assert a.keys() == b.keys()
-            assert all(torch.equal(a[key], b[key]) for key in a)
-        assert replace(mine.progress, teacher_seconds=0.0) == replace(theirs.progress, teacher_seconds=0.0)
-        assert torch.equal(mine.rng[0]["cpu"], theirs.rng[0]["cpu"])
+    mine, theirs = load_checkpoint(run / "last.pt"), load_checkpoint(other / "last.pt")
+    for part in ("weights", "loss"):
+        a, b = getattr(mine, part), getattr(theirs, part)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert replace(mine.progress, teacher_seconds=0.0) == replace(theirs.progress, teacher_seconds=0.0)
+    assert torch.equal(mine.rng[0]["cpu"], theirs.rng[0]["cpu"])
+    assert (run / "best.safetensors").read_bytes() == (other / "best.safetensors").read_bytes()
 
 
 # checkpoints lie at steps 2, 3 (epoch end), 4, 6 (epoch end), 8: in mid-epoch, at its end, and before the first
@@ -201,7 +201,7 @@ def test_run_goes_on_with_its_views_when_the_store_grew(config, tmp_path):
     config = changed(config, store=tmp_path / "grown", epochs=1)
     train(config)
     store = open_store(config.teacher.store)
-    store.grow(changed(store.manifest, num_views=store.manifest.num_views + 1))
+    store.grow(replace(store.manifest, num_views=store.manifest.num_views + 1))
     with pytest.raises(UncommittedError, match="lack views"):
         train(replace(config, resume=True))
     assert train(changed(config, resume=True, num_views=2)).steps == 3
@@ -232,15 +232,15 @@ def other_val(tmp_path) -> tuple[str]:
 
 def failing_validation(monkeypatch, at: int) -> None:
     """Validation fails at the at-th time."""
-    validate, times = Evaluator.__call__, []
+    validate, times = Evaluator.unless_stopped, []
 
-    def fail(self, model):
+    def fail(self, model, stop):
         times.append(1)
         if len(times) == at:
             raise InputError("none of 10 validation images can be read")
-        return validate(self, model)
+        return validate(self, model, stop)
 
-    monkeypatch.setattr(Evaluator, "__call__", fail)
+    monkeypatch.setattr(Evaluator, "unless_stopped", fail)
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -262,7 +262,7 @@ def test_run_goes_on_without_validation_when_it_failed(config, monkeypatch):
             train(config)
     best = (config.run / "best.safetensors").read_bytes()
     result = train(replace(config, resume=True, val_tars=()))
-    assert ["top1" in line for line in result.history] == [True, False, False]
+    assert ["val" in line for line in result.history] == [True, False, False]
     assert (config.run / "best.safetensors").read_bytes() == best
     assert json.loads((config.run / "config.json").read_text())["inputs"]["val_tars"] == {}
     assert train(replace(config, resume=True, val_tars=())).steps == 9
@@ -273,13 +273,14 @@ def test_run_chooses_its_best_anew_when_it_goes_on_with_other_validation_tars(co
         failing_validation(patch, 2)
         with pytest.raises(InputError, match="none of 10"):
             train(config)
+    best = (config.run / "best.safetensors").read_bytes()
     result = train(replace(config, resume=True, val_tars=other_val))
     first, *rest = result.history
-    assert first["earlier_validation"]["val_samples"] == 10
-    assert "top1" not in first
-    assert [line["val_samples"] for line in rest] == [6, 6]
-    assert result.best_top1 == max(line["top1"] for line in rest)
-    assert load_checkpoint(config.run / "best.safetensors").progress.epoch > 1
+    assert first["earlier_val"]["samples"] == 10
+    assert "val" not in first
+    assert [line["val"]["samples"] for line in rest] == [6, 6]
+    assert result.best_top1 == max(line["val"]["top1"] for line in rest)
+    assert (config.run / "best.safetensors").read_bytes() != best
     assert train(replace(config, resume=True, val_tars=other_val)).best_top1 == result.best_top1
 
 
@@ -290,3 +291,27 @@ def test_finished_run_is_refused_when_resumed_with_other_validation_tars(config,
     ):
         train(replace(config, epochs=1, resume=True, val_tars=other_val))
     assert train(replace(config, epochs=1, resume=True, val_tars=())).best_top1 == result.best_top1
+
+
+def test_finished_run_goes_on_with_the_same_samples_and_says_what_differs_when_given_more_epochs(config, tmp_path):
+    """Steps already made stay; a schedule without decay gives the run that had all epochs from the start."""
+    config = replace(config, optim=OptimConfig(sched="step", decay_epochs=100, lr=1e-3), progress=True)
+    train(replace(config, run=tmp_path / "whole", epochs=3))
+    train(replace(config, epochs=2))
+    train(replace(config, epochs=3, resume=True))
+    assert_equal_runs(config.run, tmp_path / "whole")
+    (_, resumed) = (line for line in read_metrics(config.run / "metrics.jsonl") if line["kind"] == "start")
+    assert resumed["notes"] == ["epochs 2 before, 3 now: from here on the learning rate follows the new schedule"]
+    with pytest.raises(InputError, match=r"--epochs is 2, but the run has done 3; give at least as many"):
+        train(replace(config, epochs=2, resume=True))
+
+
+def test_progress_is_readable_without_the_checkpoint(config):
+    with killed_at_update(6):
+        train(config)
+    progress = json.loads((config.run / "progress.json").read_text())
+    assert (progress["epoch"], progress["step"], progress["finished"]) == (1, 4, False)
+    result = train(replace(config, resume=True))
+    progress = json.loads((config.run / "progress.json").read_text())
+    assert (progress["epoch"], progress["step"], progress["finished"]) == (3, 9, True)
+    assert progress["best_top1"] == result.best_top1

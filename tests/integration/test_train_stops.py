@@ -17,6 +17,7 @@ from process_runs import run_group, start_group, wait_for_lines
 from stopped_runs import at_update
 from training_world import TIMING, shared_world, train_config
 
+import student_trainer.engine.run_folder
 import student_trainer.train
 from feature_store.errors import ResourceError
 from student_trainer.config import OptimConfig, TrainConfig
@@ -107,8 +108,8 @@ def test_run_finishes_its_step_and_goes_on_to_the_bit_when_signalled(config, who
     [
         (ViewDataset, "__getitem__", 1, 0),  # waiting for the first batch
         (ViewDataset, "__getitem__", 2, 1),
-        (Evaluator, "__call__", 1, 3),
-        (student_trainer.train, "save_checkpoint", 2, 3),  # at the end of the first epoch, after validation
+        (Evaluator, "unless_stopped", 1, 3),
+        (student_trainer.engine.run_folder, "save_checkpoint", 2, 3),  # at the end of the first epoch, after validation
     ],
 )
 def test_run_goes_on_to_the_bit_when_signalled_between_steps(config, whole, monkeypatch, capfd, owner, name, at, step):
@@ -121,7 +122,7 @@ def test_run_goes_on_to_the_bit_when_signalled_between_steps(config, whole, monk
 
 
 def test_run_leaves_nothing_when_signalled_while_it_starts(config, monkeypatch, capfd):
-    signalled(monkeypatch, student_trainer.train, "assemble", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    signalled(monkeypatch, student_trainer.train, "resolve", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     code, said = stopped(config, capfd)
     assert code == 143
     assert said == "student-trainer: SIGTERM: stopped while starting; start again with --resume"
@@ -188,7 +189,7 @@ def is_running(pid: int) -> bool:
 def test_run_leaves_no_process_when_killed(config):
     arguments = [
         sys.executable, "-m", "student_trainer", "train", "--run", str(config.run), "--student", "test_resnet",
-        "--tars", *config.tars, "--store", str(config.teacher.store), "--scalekd.no-tpp", "--epochs", "10000", "--batch-size",
+        "--tars", *config.tars, "--store", str(shared_world().store), "--scalekd.no-tpp", "--epochs", "10000", "--batch-size",
         "8", "--workers", "2", "--device", "cpu", "--log-every", "1", "--no-progress",
     ]  # fmt: skip
     with subprocess.Popen(arguments) as process:
@@ -225,7 +226,7 @@ def test_run_goes_on_when_its_last_process_was_killed(config):
         (config.run / name).write_text("process 1 of elsewhere")
     (config.run / "last.pt.123-abcd.partial").write_bytes(b"half")
     assert train(replace(config, epochs=1, resume=True)).steps == 3
-    assert {path.suffix for path in config.run.iterdir()} == {".pt", ".json", ".jsonl"}
+    assert {path.suffix for path in config.run.iterdir()} == {".pt", ".json", ".jsonl", ".safetensors"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
