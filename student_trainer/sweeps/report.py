@@ -33,7 +33,7 @@ def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True
 def comparison_columns(comparison: Comparison) -> tuple[str, ...]:
     """The table's columns."""
     interval = f"{comparison.confidence:.0%} interval"
-    return ("Setting", "Top-1 %", "Spread", "Seeds", f"vs {comparison.baseline}", interval, "Seconds / step")
+    return ("Setting", "Top-1 %", "Std", "Seeds", f"vs {comparison.baseline}", interval, "Seconds / step")
 
 
 def comparison_rows(comparison: Comparison) -> list[tuple[str, ...]]:
@@ -54,7 +54,7 @@ def _caption(comparison: Comparison) -> str:
         "of the best epoch, chosen by this accuracy itself" if comparison.score == "best" else "after the last epoch"
     )
     return (
-        f"Top-1 is the validation accuracy {which}, mean over seeds; spread is the seeds' sample standard deviation. "
+        f"Top-1 is the validation accuracy {which}, mean over seeds; std is the sample standard deviation over seeds. "
         f"The difference to {comparison.baseline!r} is paired by seed, in points, with Student's "
         f"{comparison.confidence:.0%} confidence interval over seeds."
     )
@@ -66,7 +66,7 @@ def _row(setting: SettingResult) -> tuple[str, ...]:
     return (
         setting.name,
         _number(setting.mean, "{:.2f}"),
-        _number(setting.spread, "{:.2f}"),
+        _number(setting.std, "{:.2f}"),
         str(len(setting.runs)),
         "-" if found is None else f"{found.mean:+.2f}",
         "-" if low is None else f"{low:+.2f} to {high:+.2f}",
