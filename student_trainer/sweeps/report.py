@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from feature_store.backends.files import write_text
-from student_trainer.reports.pages import page, plots_or_note, section, table
+from student_trainer.reports.pages import page, plots_or_note, table
 from student_trainer.reports.plots import Curve, bars, curves
 from student_trainer.sweeps.comparison import Comparison, SettingResult
 
@@ -20,14 +20,14 @@ def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True
     if not plots:
         return
     caption = _caption(comparison)
-    body = [
-        section("Results", table(comparison_columns(comparison), comparison_rows(comparison), caption)),
-        section("Plots", *plots_or_note(lambda: _comparison_plots(comparison))),
-        section("Runs", table(("Setting", "Seed", "Top-1 %", "Steps", "Folder"), _run_rows(comparison))),
-    ]
+    sections = {
+        "Results": [table(comparison_columns(comparison), comparison_rows(comparison), caption)],
+        "Plots": plots_or_note(lambda: _comparison_plots(comparison)),
+        "Runs": [table(("Setting", "Seed", "Top-1 %", "Steps", "Folder"), _run_rows(comparison))],
+    }
     seeds = len({run.seed for setting in comparison.settings for run in setting.runs})
     lead = f"{len(comparison.settings)} settings, {seeds} seeds, compared with {comparison.baseline}"
-    write_text(folder / "report.html", page(comparison.title, lead, body))
+    write_text(folder / "report.html", page(comparison.title, lead, sections))
 
 
 def comparison_columns(comparison: Comparison) -> tuple[str, ...]:
