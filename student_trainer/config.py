@@ -9,8 +9,7 @@ import tyro
 
 from feature_store.errors import InputError
 from feature_store.inputs.options import TarOptions
-from feature_store.tools.options import JsonObject, require
-from student_trainer.config_values import build_config
+from feature_store.tools.options import JsonObject, build_config, check_fields, require
 from student_trainer.methods.attention_transfer import AttentionTransferConfig
 from student_trainer.methods.dist import DISTConfig
 from student_trainer.methods.fd import FDConfig
@@ -66,6 +65,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
+        check_fields(self, "optim.")
         require(self.lr > 0, "--optim.lr", self.lr, "above 0")
         require(self.lr_batch is None or self.lr_batch >= 1, "--optim.lr-batch", self.lr_batch, "at least 1")
         require(self.weight_decay >= 0, "--optim.weight-decay", self.weight_decay, "at least 0")
@@ -203,6 +203,7 @@ class TrainConfig(TarOptions):
         Raises:
             InputError: Names the option, the value and what is accepted.
         """
+        check_fields(self)
         if self.run is tyro.MISSING:  # a preset's defaults for the command line, not a run yet
             return
         for name, least in _AT_LEAST.items():

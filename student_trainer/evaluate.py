@@ -16,7 +16,7 @@ from feature_store.errors import FailedError, InputError
 from feature_store.format.addressing import RowId
 from feature_store.inputs.options import TarOptions
 from feature_store.inputs.tar import Tar, open_tars, tar_notes
-from feature_store.tools.options import require
+from feature_store.tools.options import check_fields, require
 from feature_store.views import view_policy
 from student_trainer.data.batch import Batch, ViewDataset
 from student_trainer.data.loader import BatchLoader, worker_failures_told
@@ -257,6 +257,7 @@ class EvaluateConfig(TarOptions):
         Raises:
             InputError: Names the option, the value and what is accepted.
         """
+        check_fields(self)
         if (self.run is None) == (self.checkpoint is None):
             raise InputError("give either --run or --checkpoint")
         require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")

@@ -14,6 +14,7 @@ from torch import nn
 
 from feature_store.backends.files import replacing
 from feature_store.errors import InputError, MismatchError, one_line
+from feature_store.tools.options import check_fields
 from student_trainer.students.load import LoadedStudent, load_student
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -34,6 +35,10 @@ class ExportConfig:
     out: Path
     onnx: bool = False
     backbone: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type."""
+        check_fields(self)
 
 
 def export(config: ExportConfig) -> list[Path]:

@@ -9,7 +9,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from feature_store.format.codecs.registry import DEFAULT_LOGITS_CODEC, DEFAULT_TAP_CODEC, get_codec
 from feature_store.inputs.options import TarOptions
-from feature_store.tools.options import JsonObject, require
+from feature_store.tools.options import JsonObject, check_fields, require
 from feature_store.views import PolicyName
 from teacher_service.share.leases import LEASE_SECONDS
 
@@ -25,6 +25,10 @@ class Inputs(TarOptions):
     """
 
     tars: Positional[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type."""
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,10 @@ class TeacherSpec:
     depth: int | None = None
     drop_prefix: bool = False
     compute_dtype: ComputeDtype = "float32"
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type."""
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,7 @@ class ViewSpec:
         Raises:
             InputError: Names the option, the value and what is accepted.
         """
+        check_fields(self)
         require(self.count >= 1, "--views", self.count, "at least 1")
         require(0 <= self.seed < 2**64, "--seed", self.seed, "an unsigned 64-bit integer")
         own = self.policy_options.keys() & {"name", "size"}
@@ -100,6 +109,7 @@ class StorageSpec:
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
+        check_fields(self)
         for name, value in {"--capacity": self.capacity, "--key-width": self.key_width}.items():
             require(value is None or value >= 1, name, value, "at least 1")
         for codec in (self.tap_codec, self.logits_codec):
@@ -131,6 +141,7 @@ class ComputeSpec:
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
+        check_fields(self)
         require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
         require(self.workers >= 0, "--workers", self.workers, "0 or more")
         samples = self.time_samples
@@ -153,6 +164,7 @@ class RayOptions:
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
+        check_fields(self)
         require(self.num_actors is None or self.num_actors >= 1, "--num-actors", self.num_actors, "at least 1")
         require((self.gpus_per_actor or 0) >= 0, "--gpus-per-actor", self.gpus_per_actor, "0 or more")
 
@@ -175,6 +187,7 @@ class SharingSpec:
 
     def __post_init__(self) -> None:
         """Refuse values no run could use, or options of an engine that is not used."""
+        check_fields(self)
         require(0 < self.lease_seconds < math.inf, "--lease-seconds", self.lease_seconds, "a number above 0")
         options = {"--ray-address": self.ray.address, "--num-actors": self.ray.num_actors,
                    "--gpus-per-actor": self.ray.gpus_per_actor}  # fmt: skip
@@ -198,6 +211,7 @@ class Reporting:
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
+        check_fields(self)
         port = self.metrics_port
         require(port is None or 0 <= port < 65536, "--metrics-port", port, "0 (any that is free) to 65535")
 
@@ -229,6 +243,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
+        check_fields(self)
         require(self.processes >= 1, "--processes", self.processes, "at least 1")
 
 
@@ -265,6 +280,10 @@ class CacheConfig:
     strict: bool = False
     retry_quarantined: bool = False
     json: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type."""
+        check_fields(self)
 
 
 JobConfig: TypeAlias = PlanConfig | CacheConfig

@@ -224,7 +224,7 @@ def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
 def _with_teacher(values: dict[str, Any]) -> dict[str, Any]:
     options = {name: values.pop(name) for name in TEACHER_OPTIONS & values.keys()}
     store = options.pop("store", None)
-    stores = () if store is None else store if isinstance(store, tuple) else (store,)
+    stores = () if store is None else tuple(map(str, store if isinstance(store, tuple) else (store,)))
     return {**values, "teacher": TeacherOptions(stores, **options).config()}
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import MaskRCNN
 
 from feature_store.errors import InputError, MismatchError, UserError
-from feature_store.tools.options import require
+from feature_store.tools.options import check_fields, require
 from feature_store.tools.terminal import say
 from student_trainer.downstream.backbone import Backbone, fpn_backbone, load_backbone
 from student_trainer.downstream.coco import CocoInstances, Target, average_precision, require_pycocotools
@@ -68,6 +68,7 @@ class DetectionConfig:
         Raises:
             InputError: Names the option, the value and what is accepted.
         """
+        check_fields(self)
         for name in ("epochs", "batch_size", "min_size", "max_size"):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")
         require(0 <= self.trainable_layers <= 5, "--trainable-layers", self.trainable_layers, "0 to 5")

@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from feature_store.errors import InputError, UserError
-from feature_store.tools.options import require
+from feature_store.tools.options import check_fields, require
 from feature_store.tools.terminal import say
 from feature_store.views import decode_image
 from student_trainer.downstream.backbone import Backbone, TimmPyramid, load_backbone
@@ -74,6 +74,7 @@ class SegmentationConfig:
         Raises:
             InputError: Names the option, the value and what is accepted.
         """
+        check_fields(self)
         for name in ("num_classes", "steps", "batch_size", "channels"):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")
         require(self.crop >= 1 and self.crop % _MULTIPLE == 0, "--crop", self.crop, f"a multiple of {_MULTIPLE}")

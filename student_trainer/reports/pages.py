@@ -1,49 +1,47 @@
 """Building blocks of HTML reports that need nothing beside them."""
 
-import html
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from feature_store.tools.terminal import printable
 from student_trainer.reports.plots import can_plot
 
-_PAGE = Path(__file__).with_name("page.html")
+
+def _shown(value: Any) -> Any:
+    """Text of a template's expression; names may hold control characters, and what has no form in UTF-8."""
+    return value if isinstance(value, Markup) else printable(str(value))
 
 
-def escape(text: str) -> str:
-    """Text as HTML; names may hold control characters, and what has no form in UTF-8."""
-    return html.escape(printable(text))
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_shown, undefined=StrictUndefined
+)
 
 
-def plots_or_note(draw: Callable[[], Sequence[str]]) -> list[str]:
-    """Figures, or what to install for them."""
+def _render(template: str, **values: Any) -> Markup:
+    return Markup(_TEMPLATES.get_template(template).render(values))
+
+
+def page(title: str, lead: str, sections: Mapping[str, Sequence[Markup]]) -> str:
+    """A whole page: the parts of every section under its heading."""
+    return str(_render("page.html", title=title, lead=lead, sections=sections))
+
+
+def plots_or_note(draw: Callable[[], Sequence[str]]) -> list[Markup]:
+    """Figures from SVG elements, or what to install for them."""
     if not can_plot():
-        return ['<p class="note">Plots need matplotlib: <code>pip install .[report]</code>.</p>']
-    return [f"<figure>{figure}</figure>" for figure in draw()]
+        return [Markup('<p class="note">Plots need matplotlib: <code>pip install .[report]</code>.</p>')]
+    return [Markup(f"<figure>{figure}</figure>") for figure in draw()]
 
 
-def page(title: str, lead: str, body: Sequence[str]) -> str:
-    """A whole page; title and lead are text, the body HTML."""
-    return Template(_PAGE.read_text()).substitute(title=escape(title), lead=escape(lead), body="\n".join(body))
-
-
-def section(title: str, *parts: str) -> str:
-    """A heading over HTML."""
-    return f"<h2>{escape(title)}</h2>\n" + "\n".join(parts)
-
-
-def words(values: Mapping[str, Any]) -> str:
+def key_value_table(values: Mapping[str, Any]) -> Markup:
     """A table of two columns: names and values."""
-    rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items())
-    return f'<table class="words">{rows}</table>'
+    return _render("key_values.html", values=values)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A table of text cells; the caption is text too."""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    above = f"<caption>{escape(caption)}</caption>" if caption else ""
-    table = f"<table>{above}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>'
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Markup:
+    """A table of text cells under a caption."""
+    return _render("table.html", columns=columns, rows=rows, caption=caption)

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import escape
+
 if TYPE_CHECKING:  # an optional extra, and slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -98,8 +100,4 @@ def _to_svg(figure: "Figure", description: str) -> str:
     figure.savefig(encoded, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     drawn = encoded.getvalue()
     drawn = drawn[drawn.index("<svg") :].replace(_TEXT, "currentColor")
-    return drawn.replace("<svg", f'<svg role="img" aria-label="{_escape(description)}"', 1)
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)

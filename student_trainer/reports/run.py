@@ -8,7 +8,7 @@ from typing import Any
 from feature_store.backends.files import write_text
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.engine.run_folder import read_description
-from student_trainer.reports.pages import page, plots_or_note, section, words
+from student_trainer.reports.pages import key_value_table, page, plots_or_note
 from student_trainer.reports.plots import curves
 
 
@@ -23,18 +23,17 @@ def write_run_report(folder: Path) -> Path:
     description, lines = read_description(folder / "config.json"), read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if line["kind"] == "step"]
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    settings, plan = _flat(description["config"]), _flat(description["plan"])
-    body = [
-        section("Results", words(run_numbers(steps, epochs))),
-        section("Curves", *plots_or_note(lambda: _run_curves(steps, epochs))),
-        section("Settings", words(settings)),
-        section("Plan", words(plan)),
-        section("Inputs", words(_flat(description["inputs"]))),
-        section("Software", words(description["software"])),
-    ]
+    sections = {
+        "Results": [key_value_table(run_numbers(steps, epochs))],
+        "Curves": plots_or_note(lambda: _run_curves(steps, epochs)),
+        "Settings": [key_value_table(_flat(description["config"]))],
+        "Plan": [key_value_table(_flat(description["plan"]))],
+        "Inputs": [key_value_table(_flat(description["inputs"]))],
+        "Software": [key_value_table(description["software"])],
+    }
     asked = description["config"]
     path = folder / "report.html"
-    write_text(path, page(f"Run {folder.name}", f"{asked['student']}, method {asked['method']}", body))
+    write_text(path, page(f"Run {folder.name}", f"{asked['student']}, method {asked['method']}", sections))
     return path
 
 

@@ -17,7 +17,7 @@ from feature_store.errors import FailedError, InputError, ResourceError, UserErr
 from feature_store.inputs.options import TarOptions
 from feature_store.inputs.tar import Tar, open_tars
 from feature_store.processes import usable_cpus
-from feature_store.tools.options import require
+from feature_store.tools.options import check_fields, require
 from feature_store.tools.terminal import Console, ProgressBar
 from student_trainer.config import TrainConfig, config_to_dict
 from student_trainer.engine.checkpoint import require_same_run
@@ -63,6 +63,7 @@ class CompareConfig:
         Raises:
             InputError: Names the option, the value and what is accepted.
         """
+        check_fields(self)
         require(self.processes >= 1, "--processes", self.processes, "at least 1")
         require(self.threads is None or self.threads >= 1, "--threads", self.threads, "at least 1")
         require(0 < self.confidence < 1, "--confidence", self.confidence, "between 0 and 1")

@@ -1,12 +1,11 @@
-"""What a sweep's runs say together: mean, spread, and the paired difference to a baseline, per setting."""
+"""Statistics of a sweep: mean, deviation, paired difference per setting."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
-
-from scipy.special import stdtrit
 
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.sweeps.file import Run, Sweep
@@ -45,8 +44,8 @@ class Difference:
 
     Attributes:
         mean: Mean of the differences, in points.
-        low: Lower end of its t confidence interval; None with fewer than two pairs.
-        high: Upper end.
+        low: Lower end of its t confidence interval; None with fewer than two pairs, or a value not finite.
+        high: Upper end; None as low.
         pairs: Seeds that both settings finished.
     """
 
@@ -64,7 +63,7 @@ class SettingResult:
         name: The setting.
         runs: Its finished runs, by seed.
         mean: Mean top-1 over seeds; None before the first run is finished.
-        spread: Sample standard deviation over seeds; None with fewer than two.
+        std: Sample standard deviation over seeds; None with fewer than two.
         difference: To the baseline; None for the baseline itself, and where no seed pairs.
         seconds_per_step: Median over runs.
         teacher_seconds: Mean over runs.
@@ -73,7 +72,7 @@ class SettingResult:
     name: str
     runs: tuple[RunResult, ...]
     mean: float | None
-    spread: float | None
+    std: float | None
     difference: Difference | None
     seconds_per_step: float | None
     teacher_seconds: float
@@ -138,19 +137,29 @@ def compare_runs(sweep: Sweep, results: Sequence[RunResult], confidence: float =
 def paired_difference(runs: Sequence[RunResult], baseline: Sequence[RunResult], confidence: float) -> Difference | None:
     """Difference of top-1 on the seeds both have; None if they share none.
 
-    The interval is Student's, over the per-seed differences: mean -/+ t(confidence, n - 1) * sd / sqrt(n). It speaks
-    of the seeds (weights, order, dropout), not of other data sets, and with three seeds it is wide.
+    The interval is Student's, over the per-seed differences: mean -/+ t(confidence, n - 1) * sd / sqrt(n). It
+    covers variance over seeds (weights, order, dropout) only.
     """
     ours, theirs = ({run.seed: run.top1 for run in group} for group in (runs, baseline))
-    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    seeds = sorted(ours.keys() & theirs.keys())
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
     if not differences:
         return None
-    middle, pairs = mean(differences), len(differences)
+    center, pairs = mean(differences), len(differences)
     if pairs < 2:
-        return Difference(middle, None, None, pairs)
-    quantile = float(stdtrit(pairs - 1, (1 + confidence) / 2))
-    half = quantile * stdev(differences) / math.sqrt(pairs)
-    return Difference(middle, middle - half, middle + half, pairs)
+        return Difference(center, None, None, pairs)
+    low, high = _interval([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds], confidence)
+    return Difference(center, low, high, pairs)
+
+
+def _interval(ours: Sequence[float], theirs: Sequence[float], confidence: float) -> tuple[float | None, float | None]:
+    """Ends of the interval; None where a value is not finite."""
+    from scipy.stats import ttest_rel  # slow to import
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # equal differences: t is infinite, the interval a point
+        low, high = ttest_rel(ours, theirs).confidence_interval(confidence)
+    return (float(low), float(high)) if math.isfinite(low) else (None, None)
 
 
 def _row(name: str, runs: Sequence[RunResult], difference: Difference | None) -> SettingResult:
@@ -159,7 +168,7 @@ def _row(name: str, runs: Sequence[RunResult], difference: Difference | None) ->
         name=name,
         runs=tuple(runs),
         mean=mean(top1) if top1 else None,
-        spread=stdev(top1) if len(top1) > 1 else None,
+        std=stdev(top1) if len(top1) > 1 else None,
         difference=difference,
         seconds_per_step=median(paces) if paces else None,
         teacher_seconds=mean(run.teacher_seconds for run in runs) if runs else 0.0,

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import tyro
 
 from feature_store.errors import InputError
-from feature_store.tools.options import require
+from feature_store.tools.options import build_config, check_fields, require
 from student_trainer.config import TrainConfig
-from student_trainer.config_values import build_config, merge, parse_assignments, read_yaml
 from student_trainer.recipes import PRESETS, preset_config
+from student_trainer.sweeps.values import merge, parse_assignments, read_yaml
 from student_trainer.teachers.config import TeacherOptions
 
 PACKAGED = Path(__file__).with_name("ready")  # ready sweeps, found by name
@@ -40,6 +40,10 @@ class SweepFile:
     baseline: str | None = None
     score: Literal["last", "best"] = "last"
     title: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type."""
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,6 @@ def _check(file: SweepFile, path: Path) -> None:
     require(len(file.seeds) > 0, f"{path}: seeds", "empty", "at least one seed")
     require(len(set(file.seeds)) == len(file.seeds), f"{path}: seeds", list(file.seeds), "each seed once")
     for name, own in file.settings.items():
-        if not isinstance(name, str):
-            raise InputError(f"{path}: the setting named {name!r} is a {type(name).__name__}; put its name in quotes")
         if not isinstance(own, Mapping | None):
             raise InputError(f"{path}: {name} is {own!r}, expected a mapping of what it changes")
     if file.baseline is not None and file.baseline not in file.settings:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from feature_store.backends.files import write_text
-from student_trainer.reports.pages import page, plots_or_note, section, table
+from student_trainer.reports.pages import page, plots_or_note, table
 from student_trainer.reports.plots import Curve, bars, curves
 from student_trainer.sweeps.comparison import Comparison, SettingResult
 
@@ -20,20 +20,20 @@ def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True
     if not plots:
         return
     caption = _caption(comparison)
-    body = [
-        section("Results", table(comparison_columns(comparison), comparison_rows(comparison), caption)),
-        section("Plots", *plots_or_note(lambda: _comparison_plots(comparison))),
-        section("Runs", table(("Setting", "Seed", "Top-1 %", "Steps", "Folder"), _run_rows(comparison))),
-    ]
+    sections = {
+        "Results": [table(comparison_columns(comparison), comparison_rows(comparison), caption)],
+        "Plots": plots_or_note(lambda: _comparison_plots(comparison)),
+        "Runs": [table(("Setting", "Seed", "Top-1 %", "Steps", "Folder"), _run_rows(comparison))],
+    }
     seeds = len({run.seed for setting in comparison.settings for run in setting.runs})
     lead = f"{len(comparison.settings)} settings, {seeds} seeds, compared with {comparison.baseline}"
-    write_text(folder / "report.html", page(comparison.title, lead, body))
+    write_text(folder / "report.html", page(comparison.title, lead, sections))
 
 
 def comparison_columns(comparison: Comparison) -> tuple[str, ...]:
     """The table's columns."""
     interval = f"{comparison.confidence:.0%} interval"
-    return ("Setting", "Top-1 %", "Spread", "Seeds", f"vs {comparison.baseline}", interval, "Seconds / step")
+    return ("Setting", "Top-1 %", "Std", "Seeds", f"vs {comparison.baseline}", interval, "Seconds / step")
 
 
 def comparison_rows(comparison: Comparison) -> list[tuple[str, ...]]:
@@ -54,7 +54,7 @@ def _caption(comparison: Comparison) -> str:
         "of the best epoch, chosen by this accuracy itself" if comparison.score == "best" else "after the last epoch"
     )
     return (
-        f"Top-1 is the validation accuracy {which}, mean over seeds; spread is the seeds' sample standard deviation. "
+        f"Top-1 is the validation accuracy {which}, mean over seeds; std is the sample standard deviation over seeds. "
         f"The difference to {comparison.baseline!r} is paired by seed, in points, with Student's "
         f"{comparison.confidence:.0%} confidence interval over seeds."
     )
@@ -66,7 +66,7 @@ def _row(setting: SettingResult) -> tuple[str, ...]:
     return (
         setting.name,
         _number(setting.mean, "{:.2f}"),
-        _number(setting.spread, "{:.2f}"),
+        _number(setting.std, "{:.2f}"),
         str(len(setting.runs)),
         "-" if found is None else f"{found.mean:+.2f}",
         "-" if low is None else f"{low:+.2f} to {high:+.2f}",

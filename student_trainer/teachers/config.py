@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 import tyro
 
 from feature_store.errors import InputError
-from feature_store.tools.options import JsonObject, require
+from feature_store.tools.options import JsonObject, check_fields, require
 from feature_store.views import PolicyName
 
 SCHEMES = ("http://", "https://")
@@ -32,6 +32,7 @@ class ViewsConfig:
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
+        check_fields(self, "views.")
         require(self.size >= 1, "--views.size", self.size, "at least 1")
         require(0 <= self.seed < 2**64, "--views.seed", self.seed, "an unsigned 64-bit integer")
         require(self.count is None or self.count >= 1, "--views.count", self.count, "at least 1")
@@ -52,6 +53,7 @@ class Replay:
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
+        check_fields(self)
         require(self.num_views is None or self.num_views >= 1, "--num-views", self.num_views, "at least 1")
 
 
@@ -71,6 +73,7 @@ class StoreTeacher:
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
+        check_fields(self)
         require(self.weight > 0, "--store-weights", self.weight, "above 0")
 
 
@@ -92,6 +95,7 @@ class ServiceTeacher:
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
+        check_fields(self)
         if not self.url.startswith(SCHEMES):
             raise InputError(f"the service's URL is {self.url!r}, expected http(s)://host:port")
 
@@ -135,6 +139,7 @@ class LiveTeacher(LiveOptions):
 
     def __post_init__(self) -> None:
         """Refuse values no run could use, and options that would do nothing."""
+        check_fields(self, "teacher.")
         if self.store is None and self.name is None:
             raise InputError("a live teacher without a store needs a name: give --teacher.name or --store")
         _require_used(self.store, self.replay, self.views)
@@ -187,6 +192,7 @@ class TeacherOptions:
         Raises:
             InputError: Options that do not go together.
         """
+        check_fields(self)
         replay, url = Replay(self.num_views, self.check_all_pixels), self.source.removeprefix(_LIVE)
         served, weights = url.startswith(SCHEMES), self.store_weights or (1.0,) * len(self.store)
         self._check(served)

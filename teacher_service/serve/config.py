@@ -9,7 +9,7 @@ from tyro.conf import OmitArgPrefixes
 
 from feature_store.errors import InputError
 from feature_store.inputs.options import TarOptions
-from feature_store.tools.options import require
+from feature_store.tools.options import check_fields, require
 
 _MIB = 1 << 20
 
@@ -49,6 +49,7 @@ class Limits:
         Raises:
             InputError: Names the option, the value and what is accepted.
         """
+        check_fields(self)
         for name, value in vars(self).items():
             require(value > 0, f"--{name.replace('_', '-')}", value, "more than 0")
         fits = self.max_bytes_in_flight >= self.max_response_bytes
@@ -111,6 +112,7 @@ class ServeConfig(TarOptions):
         Raises:
             InputError: Names the option, the value and what is accepted.
         """
+        check_fields(self)
         require(0 <= self.port < 2**16, "--port", self.port, "0 to 65535")
         require(self.workers >= 1, "--workers", self.workers, "at least 1")
         for name in ("refresh_seconds", "drain_delay", "drain_seconds"):

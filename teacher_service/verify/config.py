@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feature_store.processes import usable_cpus
-from feature_store.tools.options import require
+from feature_store.tools.options import check_fields, require
 from teacher_service.config import Inputs
 
 
@@ -42,6 +42,7 @@ class VerifyConfig:
         Raises:
             InputError: Names the option, the value and what is accepted.
         """
+        check_fields(self)
         require(self.sample >= 1, "--sample", self.sample, "at least 1 (for checksums alone: `feature-store verify`)")
         require(self.seed >= 0, "--seed", self.seed, "0 or more")
         require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")

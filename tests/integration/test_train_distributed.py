@@ -159,7 +159,7 @@ def test_torchrun_trains_and_prints_once_when_it_starts_the_command(config, tmp_
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "--", "student_trainer", "train", "--run", str(config.run), "--student", config.student,
         "--device", "cpu",
-        "--student-kwargs", json.dumps(config.student_kwargs), "--store", str(shared_world().store), "--tars", *config.tars,
+        "--student-kwargs", json.dumps(config.student_kwargs), "--store", config.teacher.store, "--tars", *config.tars,
         "--epochs", "1", "--batch-size", "8", "--workers", "0", "--scalekd.norm", "layer", "--json",
     ]  # fmt: skip
     done = subprocess.run(

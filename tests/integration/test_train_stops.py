@@ -189,7 +189,7 @@ def is_running(pid: int) -> bool:
 def test_run_leaves_no_process_when_killed(config):
     arguments = [
         sys.executable, "-m", "student_trainer", "train", "--run", str(config.run), "--student", "test_resnet",
-        "--tars", *config.tars, "--store", str(shared_world().store), "--scalekd.no-tpp", "--epochs", "10000", "--batch-size",
+        "--tars", *config.tars, "--store", config.teacher.store, "--scalekd.no-tpp", "--epochs", "10000", "--batch-size",
         "8", "--workers", "2", "--device", "cpu", "--log-every", "1", "--no-progress",
     ]  # fmt: skip
     with subprocess.Popen(arguments) as process:

@@ -37,6 +37,18 @@ def test_interval_is_students_when_differences_are_paired_by_seed(confidence):
     assert (found.mean, found.low, found.high, found.pairs) == pytest.approx((differences.mean(), low, high, 3))
 
 
+def test_interval_is_a_point_when_differences_are_equal():
+    found = paired_difference(runs("a", {0: 71.0, 1: 72.0}), runs("b", {0: 70.0, 1: 71.0}), 0.95)
+    assert found is not None
+    assert (found.mean, found.low, found.high) == (1.0, 1.0, 1.0)
+
+
+def test_difference_has_no_interval_when_an_accuracy_is_not_a_number():
+    found = paired_difference(runs("a", {0: float("nan"), 1: 72.0}), runs("b", {0: 70.0, 1: 71.0}), 0.95)
+    assert found is not None
+    assert (found.low, found.high, found.pairs) == (None, None, 2)
+
+
 def test_difference_has_no_interval_when_one_seed_pairs_and_is_none_when_no_seed_does():
     one = paired_difference(runs("a", {1: 75.0}), runs("b", THEIRS), 0.95)
     assert one is not None
@@ -44,12 +56,12 @@ def test_difference_has_no_interval_when_one_seed_pairs_and_is_none_when_no_seed
     assert paired_difference(runs("a", {9: 75.0}), runs("b", THEIRS), 0.95) is None
 
 
-def test_rows_hold_mean_spread_and_difference_when_runs_are_laid_side_by_side(comparison):
+def test_rows_hold_mean_std_and_difference_when_runs_are_laid_side_by_side(comparison):
     plain, ours, one, none = comparison.settings
     assert ours.mean == pytest.approx(np.mean(list(OURS.values())))
-    assert ours.spread == pytest.approx(np.std(list(OURS.values()), ddof=1))
+    assert ours.std == pytest.approx(np.std(list(OURS.values()), ddof=1))
     assert plain.difference is None
-    assert (one.mean, one.spread) == (75.0, None)
+    assert (one.mean, one.std) == (75.0, None)
     assert (none.mean, none.difference, none.runs) == (None, None, ())
     assert comparison_rows(comparison)[1] == ("ours | best", "72.17", "1.26", "3", "+1.33", "-1.25 to +3.92", "0.5000")
     assert comparison_rows(comparison)[3] == ("none yet", "-", "-", "0", "-", "-", "-")
@@ -57,7 +69,7 @@ def test_rows_hold_mean_spread_and_difference_when_runs_are_laid_side_by_side(co
 
 def test_markdown_is_a_table_when_names_hold_bars(comparison):
     lines = markdown_table(comparison).splitlines()
-    assert lines[0] == "| Setting | Top-1 % | Spread | Seeds | vs plain | 95% interval | Seconds / step |"
+    assert lines[0] == "| Setting | Top-1 % | Std | Seeds | vs plain | 95% interval | Seconds / step |"
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     assert lines[3].startswith("| ours \\| best | 72.17 | 1.26 | 3 | +1.33 |")
     assert "paired by seed" in lines[-1]

@@ -28,8 +28,9 @@ class Rows(ViewDataset):
         if rows[0].position == 2:
             self.instead()
         logits = torch.zeros(1, 4) if rows[0].position else None
-        return Batch(torch.tensor(rows), torch.ones(1, 8, 8, 3, dtype=torch.uint8), torch.tensor([rows[0].position]),
-                     (RawFeatures({"stage4": {"": torch.ones(1, 0), "scale": torch.ones(1)}}, logits),), [])  # fmt: skip
+        raw = RawFeatures({"stage4": {"": torch.ones(1, 0), "scale": torch.ones(1)}}, logits)
+        pixels = torch.ones(1, 8, 8, 3, dtype=torch.uint8)
+        return Batch(torch.tensor(rows), pixels, torch.tensor([rows[0].position]), (raw,), [])
 
 
 class InOrder(Sampler[list[RowId]]):
