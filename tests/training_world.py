@@ -121,6 +121,7 @@ def write_store(
     policy: ViewPolicy | None = None,
     taps: Sequence[str] | None = None,
     skip: Sequence[tuple[int, int]] = (),
+    seed: int = 5,
 ) -> Store:
     """A store of everything in the tars, except the (unit, view) pairs to skip."""
     opened = [Tar.open(url) for url in tars]
@@ -135,7 +136,7 @@ def write_store(
         taps={name: TapInfo(*teacher.tap_shapes[name], codec) for name in names},
         logits_codec=codec if teacher.info.num_classes else None,
         policy=policy,
-        seed=5,
+        seed=seed,
         num_views=num_views,
         tars=tuple(TarInfo(tar.name, len(tar), tar.header_sha256) for tar in opened),
         capacity=max(map(len, opened)),

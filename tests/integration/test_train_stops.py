@@ -189,8 +189,8 @@ def is_running(pid: int) -> bool:
 def test_run_leaves_no_process_when_killed(config):
     arguments = [
         sys.executable, "-m", "student_trainer", "train", "--run", str(config.run), "--student", "test_resnet",
-        "--tars", *config.tars, "--store", config.teacher.store, "--scalekd.no-tpp", "--epochs", "10000", "--batch-size",
-        "8", "--workers", "2", "--device", "cpu", "--log-every", "1", "--no-progress",
+        "--tars", *config.tars, "--store", config.teacher.store, "--scalekd.no-tpp", "--epochs", "10000",
+        "--batch-size", "8", "--workers", "2", "--device", "cpu", "--log-every", "1", "--no-progress",
     ]  # fmt: skip
     with subprocess.Popen(arguments) as process:
         metrics = config.run / "metrics.jsonl"
