@@ -232,7 +232,7 @@ class Run:
                 bar.note(line)
             self._call("on_start")
             try:
-                self._stop.raises = self.group.size == 1  # several processes stop together, see _told_to_stop
+                self._stop.raises = self.group.size == 1  # several processes stop together, see _agree
                 while progress.epoch < config.epochs:
                     self._train_epoch(folder, log, bar)
                     self._end_epoch(folder, log, bar)

@@ -12,8 +12,10 @@ from tiny_jobs import TINY_SWIN, TINY_VIT, TinyTeacher, make_teacher
 
 # processes of all tests are forks of one server that has imported torch, student_trainer and teacher_service once
 multiprocessing.set_forkserver_preload(["student_trainer.train", "teacher_service.cache.job"])
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # of nohup: a signal that is ignored stays so in all we start
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Signals that nohup, or a shell that starts the tests in the background, has ignored would stay so in all they start.
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 # Mutation testing needs to know that a test fails, not the smallest input for which it does.
 settings.register_profile("mutants", derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate])
 
