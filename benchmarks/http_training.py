@@ -8,8 +8,9 @@ from typing import Any
 
 from benchmarks.http_servers import service
 from benchmarks.step import Bench, Setting
-from student_trainer.plan import assemble
-from student_trainer.train import Trainer
+from student_trainer.plan import resolve
+from student_trainer.teachers.config import ServiceTeacher
+from student_trainer.train import Run
 
 
 def measure_training(folder: Path, repeats: int = 24) -> dict[str, Any]:
@@ -18,19 +19,18 @@ def measure_training(folder: Path, repeats: int = 24) -> dict[str, Any]:
     setting = Setting(batch=8, samples=64)
     bench = Bench(setting, folder)
     bench.write()
-    local = bench.trainer("store")
+    local = bench.run("store")
     with service(bench.store) as server:
-        config = replace(local.config, store=None, source=server.url)
-        remote = Trainer(config, assemble(config))
-        remote.parts.trainee.train()
-        trainers = {"store": local, "service": remote}
-        batches = list(local.parts.batches)
-        times: dict[str, list[float]] = {name: [] for name in trainers}
+        remote = Run(resolve(replace(local.config, teacher=ServiceTeacher(server.url))))
+        remote.module.train()
+        runs = {"store": local, "service": remote}
+        batches = list(local.plan.sampler)
+        times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(-2, repeats):
-            for name in sorted(trainers, reverse=bool(turn % 2)):
+            for name in sorted(runs, reverse=bool(turn % 2)):
                 rows = batches[turn % len(batches)]
                 started = time.perf_counter()
-                trainers[name].step(trainers[name].parts.dataset[rows])
+                runs[name].step([runs[name].plan.dataset[rows]])
                 if turn >= 0:
                     times[name].append(time.perf_counter() - started)
     return {

@@ -35,11 +35,13 @@ from feature_store.store import Store, open_store
 from feature_store.teacher.model import build_model
 from feature_store.tools.options import JsonObject
 from feature_store.tools.terminal import Console
-from student_trainer.config import TeacherConfig, TrainConfig
+from student_trainer.config import TrainConfig
 from student_trainer.data.batch import Batch, ViewDataset
-from student_trainer.methods import DistillBatch, ScaleKD, StudentOutput, Terms
-from student_trainer.plan import assemble
-from student_trainer.train import Trainer
+from student_trainer.methods import DistillBatch, ScaleKD, ScaleKDConfig, StudentOutput, Terms
+from student_trainer.plan import resolve
+from student_trainer.teachers.config import LiveTeacher, StoreTeacher
+from student_trainer.teachers.live import LiveSide
+from student_trainer.train import Run
 from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig, ComputeSpec, Inputs, TeacherSpec
 
@@ -98,7 +100,7 @@ class MemorySource:
 
 
 class Bench:
-    """A store, and trainers on it."""
+    """A store, and runs on it."""
 
     def __init__(self, setting: Setting, folder: Path) -> None:
         self.setting, self.folder = setting, folder
@@ -120,26 +122,25 @@ class Bench:
         )
         cache(job, Console(stderr=True, quiet=True))
 
-    def trainer(self, source: Literal["store", "live"]) -> Trainer:
-        """A trainer that reads the store, or asks the teacher."""
+    def run(self, source: Literal["store", "live"], patchify: Literal["full", "separable"] = "full") -> Run:
+        """A run that reads the store, or asks the teacher, which computes in the dtype of the student's autocast."""
         setting = self.setting
         dtype = "float32" if setting.amp == "off" else setting.amp
-        live = TeacherConfig(checkpoint=self.checkpoint, compute_dtype=dtype)
+        live = LiveTeacher(checkpoint=self.checkpoint, compute_dtype=dtype, store=self.store)
         config = TrainConfig(
             run=self.folder / source,
             student=setting.student,
             tars=(str(self.tar),),
-            store=self.store,
-            source=source,
-            teacher=live if source == "live" else TeacherConfig(),
+            teacher=live if source == "live" else StoreTeacher(self.store),
+            scalekd=ScaleKDConfig(patchify=patchify),
             batch_size=setting.batch,
             device=setting.device,
             amp=setting.amp,
             workers=0,
         )
-        trainer = Trainer(config, assemble(config))
-        trainer.parts.trainee.train()
-        return trainer
+        run = Run(resolve(config))
+        run.module.train()
+        return run
 
 
 def measure(setting: Setting) -> dict[str, Any]:
@@ -153,46 +154,55 @@ def measure(setting: Setting) -> dict[str, Any]:
         return {
             "setting": {**asdict(setting), "torch": torch.__version__, "threads": torch.get_num_threads()},
             **steps,
-            "peak_memory_bytes": {source: in_own_process(peak_of_steps, bench, source) for source in ("store", "live")},
+            "peak_memory_bytes": {
+                "store": in_own_process(peak_of_steps, bench, "store"),
+                "live": in_own_process(peak_of_steps, bench, "live"),
+                "separable": in_own_process(peak_of_steps, bench, "store", "separable"),
+            },
             "loss": loss_times(bench),
         }
 
 
 def step_times(bench: Bench) -> dict[str, Any]:
-    """Seconds of a step with features from the store, from memory, and from the live teacher."""
-    trainer, live = bench.trainer("store"), bench.trainer("live")
-    batches = list(trainer.parts.batches)
-    dataset = trainer.parts.dataset
-    memory = MemorySource(open_store(bench.store), [row for rows in batches for row in rows], trainer.parts.taps)
-    in_memory = ViewDataset(dataset.tars, dataset.views, source=cast(FeatureSource, memory), taps=trainer.parts.taps)
-    live_batches = list(live.parts.batches)
+    """Seconds of a step with features from the store, from memory, from the live teacher; and with lean projectors."""
+    run, live, separable = bench.run("store"), bench.run("live"), bench.run("store", "separable")
+    batches, dataset, taps = list(run.plan.sampler), run.plan.dataset, run.method.needs.taps
+    memory = MemorySource(open_store(bench.store), [row for rows in batches for row in rows], taps)
+    in_memory = ViewDataset(dataset.tars, dataset.views, sources=[cast(FeatureSource, memory)])
+    (source,) = dataset.sources
     turns: dict[str, Callable[[int], object]] = {
-        "store": lambda i: trainer.step(dataset[batches[i % len(batches)]]),
-        "memory": lambda i: trainer.step(in_memory[batches[i % len(batches)]]),
-        "live": lambda i: live.step(live.parts.dataset[live_batches[i % len(batches)]]),
-        "reading": lambda i: dataset.source and dataset.source.read(batches[i % len(batches)], trainer.parts.taps),
+        "store": lambda i: run.step([dataset[batches[i % len(batches)]]]),
+        "memory": lambda i: run.step([in_memory[batches[i % len(batches)]]]),
+        "live": lambda i: live.step([live.plan.dataset[batches[i % len(batches)]]]),
+        "separable": lambda i: separable.step([dataset[batches[i % len(batches)]]]),
+        "reading": lambda i: source.read(batches[i % len(batches)], taps),
     }
     taken = take_turns(turns, bench.setting)
-    flops = step_flops(trainer, live, dataset[batches[0]])
+    batch = dataset[batches[0]]
+    teacher = cast(LiveSide, live.plan.teacher).teacher
+    flops = {
+        "step": count_flops(lambda: run.terms(batch).total.backward()),
+        "separable": count_flops(lambda: separable.terms(batch).total.backward()),
+        "teacher": count_flops(lambda: teacher(batch.pixels)),
+    }
     return {
         "seconds": medians(taken),
         "store_over_memory": ratio(taken, "store", "memory"),
         "live_over_store": ratio(taken, "live", "store"),
         "live_over_store_from_flops": 1 + flops["teacher"] / flops["step"],
+        "full_over_separable": ratio(taken, "store", "separable"),
+        "full_over_separable_from_flops": flops["step"] / flops["separable"],
         "flops_per_sample": {name: count / bench.setting.batch for name, count in flops.items()},
+        "parameters": {
+            "student": _parameters(run.student),
+            "projectors": _parameters(run.method),
+            "separable_projectors": _parameters(separable.method),
+        },
     }
 
 
-def step_flops(trainer: Trainer, live: Trainer, batch: Batch) -> dict[str, int]:
-    """Floating-point operations of a store-fed step, forward and backward, and of the teacher's forward pass."""
-    source = live.parts.live
-    assert source is not None
-    flops = {
-        "step": count_flops(lambda: trainer.losses(batch)["total"].backward()),
-        "teacher": count_flops(lambda: source.teacher(batch.pixels)),
-    }
-    trainer.optimizer.zero_grad(set_to_none=True)
-    return flops
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def loss_times(bench: Bench) -> dict[str, Any]:
@@ -200,15 +210,14 @@ def loss_times(bench: Bench) -> dict[str, Any]:
 
     ``official_style_unfrozen`` also computes the frozen blocks' own gradients, which nobody uses.
     """
-    trainer = bench.trainer("store")
-    loss = trainer.loss
+    whole = bench.run("store")
+    loss = whole.method
     assert isinstance(loss, ScaleKD)
-    batch = trainer.parts.dataset[next(iter(trainer.parts.batches))]
-    student, given = loss_arguments(trainer, batch)
+    student, given = loss_arguments(whole, whole.plan.dataset[next(iter(whole.plan.sampler))])
 
     def run(compute: Callable[[StudentOutput, DistillBatch], Terms]) -> tuple[float, list[Tensor]]:
         leaves = [leaf.detach().requires_grad_() for leaf in (*student.maps, student.logits)]
-        device = trainer.parts.device.type
+        device = whole.device.type
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(bench.setting.amp)
         with torch.autocast(device, dtype, enabled=dtype is not None):
             total = compute(StudentOutput((leaves[0], leaves[1]), leaves[2]), given).total
@@ -243,11 +252,11 @@ def loss_times(bench: Bench) -> dict[str, Any]:
     }
 
 
-def loss_arguments(trainer: Trainer, batch: Batch) -> tuple[StudentOutput, DistillBatch]:
+def loss_arguments(run: Run, batch: Batch) -> tuple[StudentOutput, DistillBatch]:
     """What a step hands to the method."""
     seen: list[tuple[StudentOutput, DistillBatch]] = []
-    handle = trainer.loss.register_forward_pre_hook(lambda _, args: seen.append(args))
-    trainer.losses(batch)
+    handle = run.method.register_forward_pre_hook(lambda _, args: seen.append(args))
+    run.terms(batch)
     handle.remove()
     (student, given) = seen[0]
     stage3, stage4, logits = (leaf.detach().float() for leaf in (*student.maps, student.logits))
@@ -286,11 +295,13 @@ def count_flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def peak_of_steps(bench: Bench, source: Literal["store", "live"]) -> int:
-    """Most bytes held while building a trainer and making two steps: torch's on a GPU, else the process's."""
-    trainer = bench.trainer(source)
-    for rows in list(trainer.parts.batches)[:2]:
-        trainer.step(trainer.parts.dataset[rows])
+def peak_of_steps(
+    bench: Bench, source: Literal["store", "live"], patchify: Literal["full", "separable"] = "full"
+) -> int:
+    """Most bytes held while building a run and making two steps: torch's on a GPU, else the process's."""
+    run = bench.run(source, patchify)
+    for rows in list(run.plan.sampler)[:2]:
+        run.step([run.plan.dataset[rows]])
     if bench.setting.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()  # getrusage's figure would be the parent's, if that is larger

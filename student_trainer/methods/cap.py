@@ -21,17 +21,19 @@ class CrossAttentionProjector(nn.Module):
 
     With z the student's tokens, u the query tokens and s the softmax scale::
 
-        z = ReLU(norm(conv3x3(x))) + position
+        z = ReLU(norm(patchify(x))) + position
         u = ReLU(W_p q + b_p)
         a = softmax(s / sqrt(E) * Q(u) K(z)^T) V(z)
         n = LayerNorm(W_o a + b_o)
         out = n + MLP(n)
 
-    There is no residual from the query: the output is made of the student's values alone.
+    There is no residual from the query: the output is made of the student's values alone. patchify is the released 3x3
+    convolution from C to C channels, which takes most of the FLOPs of wide students; or, separable, a 1x1 convolution
+    from C to D and a depthwise 3x3 one, keys and values then being made of D channels.
 
     Attributes:
         query: Learned queries [N, D] drawn from N(0, 1), or None if they always come from outside.
-        position: Learned positional embedding of the student grid [1, C, H, W].
+        position: Learned positional embedding of the student grid [1, C, H, W]; [1, D, H, W] if separable.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class CrossAttentionProjector(nn.Module):
         learned_query: bool = True,
         norm: Literal["batch", "layer"] = "batch",
         token_order: Literal["raster", "window"] = "raster",
+        patchify: Literal["full", "separable"] = "full",
     ) -> None:
         """Build the projector.
 
@@ -61,6 +64,7 @@ class CrossAttentionProjector(nn.Module):
             norm: Norm of the student map: ``batch``, or ``layer`` over channels, as released for Swin-T.
             token_order: Order of the output tokens: ``raster``, or ``window`` (window by window, as the
                 released code returns them). Equal for windows (1, 1).
+            patchify: Convolution of the student map, see above; ``full`` as released.
 
         Raises:
             InputError: Heads that do not divide the width, windows that do not divide a grid, unknown name.
@@ -69,20 +73,23 @@ class CrossAttentionProjector(nn.Module):
         _check_geometry(teacher_dim, query_hw, key_hw, num_heads, windows)
         _check_name("norm", norm, ("batch", "layer"))
         _check_name("token_order", token_order, ("raster", "window"))
+        _check_name("patchify", patchify, ("full", "separable"))
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.query_hw, self.key_hw, self.windows = query_hw, key_hw, windows
         self.num_heads, self.token_order = num_heads, token_order
         self.scale = softmax_scale * (teacher_dim // num_heads) ** -0.5
 
-        norm_layer = nn.BatchNorm2d(student_dim) if norm == "batch" else LayerNorm2d(student_dim, eps=1e-5)
-        self.key_proj = nn.Sequential(nn.Conv2d(student_dim, student_dim, 3, padding=1), norm_layer, nn.ReLU())
-        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, student_dim, *key_hw), std=0.02))
+        key_dim = student_dim if patchify == "full" else teacher_dim
+        convolution = _patchify(student_dim, key_dim, separable=patchify == "separable")
+        norm_layer = nn.BatchNorm2d(key_dim) if norm == "batch" else LayerNorm2d(key_dim, eps=1e-5)
+        self.key_proj = nn.Sequential(convolution, norm_layer, nn.ReLU())
+        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, key_dim, *key_hw), std=0.02))
         queries = query_hw[0] * query_hw[1]
         self.query = nn.Parameter(torch.randn(queries, teacher_dim)) if learned_query else None
         self.query_proj = nn.Sequential(nn.Linear(teacher_dim, teacher_dim), nn.ReLU())
         self.to_q = nn.Linear(teacher_dim, teacher_dim)
-        self.to_k = nn.Linear(student_dim, teacher_dim)
-        self.to_v = nn.Linear(student_dim, teacher_dim)
+        self.to_k = nn.Linear(key_dim, teacher_dim)
+        self.to_v = nn.Linear(key_dim, teacher_dim)
         self.to_out = nn.Linear(teacher_dim, teacher_dim)
         self.norm = nn.LayerNorm(teacher_dim)
         self.mlp = nn.Sequential(
@@ -108,7 +115,7 @@ class CrossAttentionProjector(nn.Module):
         return n_BND + self.mlp(n_BND)
 
     def key_tokens(self, student_BCHW: Tensor) -> Tensor:
-        """The tokens z [B, L, C] that keys and values are made of, raster order."""
+        """The tokens z [B, L, C] ([B, L, D] if separable) that keys and values are made of, raster order."""
         expected = (self.student_dim, *self.key_hw)
         if student_BCHW.shape[1:] != expected:
             raise InputError(
@@ -148,6 +155,12 @@ class CrossAttentionProjector(nn.Module):
         windows = self.windows[0] * self.windows[1]
         x_BSND = raster_to_window(x_BND, grid, self.windows).unflatten(1, (windows, -1))
         return x_BSND.flatten(0, 1).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _patchify(student_dim: int, key_dim: int, *, separable: bool) -> nn.Module:
+    if not separable:
+        return nn.Conv2d(student_dim, key_dim, 3, padding=1)
+    return nn.Sequential(nn.Conv2d(student_dim, key_dim, 1), nn.Conv2d(key_dim, key_dim, 3, padding=1, groups=key_dim))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -50,6 +50,8 @@ class ScaleKDConfig:
         heads_stage3: Attention heads of the stage-3 projectors; None: inferred, see default_heads.
         heads_stage4: Attention heads of the stage-4 projectors; None: inferred.
         norm: Norm in the projectors: ``batch``, or ``layer`` as released for Swin-T.
+        patchify: Convolution of the student map in the projectors: ``full`` 3x3 as released; ``separable`` 1x1 to the
+            teacher's width and depthwise 3x3: fewer FLOPs and weights, another network.
         tpp: Teacher parameter perception, i.e. the stage-3 path. Off: its projectors, its two terms and with
             them F3 drop out, and the stage-4 projectors use learned queries.
         dual_view: The alternative view path. Off: only the original one is left.
@@ -68,6 +70,7 @@ class ScaleKDConfig:
     heads_stage3: int | None = None
     heads_stage4: int | None = None
     norm: Literal["batch", "layer"] = "batch"
+    patchify: Literal["full", "separable"] = "full"
     tpp: bool = True
     dual_view: bool = True
     checkpoint_later_blocks: bool = False
@@ -229,6 +232,7 @@ def _projectors(
             windows=config.windows,
             learned_query=learned_query,
             norm=config.norm,
+            patchify=config.patchify,
         )
     return projectors
 

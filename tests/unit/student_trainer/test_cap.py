@@ -120,7 +120,7 @@ def test_projector_gives_released_tokens_in_raster_order_when_windowed_by_defaul
     assert not torch.allclose(raster, released)
 
 
-def written_out(projector: CrossAttentionProjector, x: Tensor, query: Tensor) -> Tensor:
+def written_out(projector: CrossAttentionProjector, x: Tensor, query: Tensor, softmax_scale: float = 3.0) -> Tensor:
     """The class docstring's formula, window by window and head by head with an explicit softmax."""
     (rows, columns), heads, dim = projector.windows, projector.num_heads, projector.teacher_dim
     z = projector.key_proj(x) + projector.position
@@ -138,7 +138,7 @@ def written_out(projector: CrossAttentionProjector, x: Tensor, query: Tensor) ->
                 *(part.chunk(heads, dim=2) for part in (projector.to_q(q), projector.to_k(k), projector.to_v(k))),
                 strict=True,
             ):
-                logits = queries @ keys.mT * 3.0 / (dim / heads) ** 0.5
+                logits = queries @ keys.mT * softmax_scale / (dim / heads) ** 0.5
                 heads_out.append(logits.softmax(dim=2) @ values)
             out += torch.cat(heads_out, dim=2).mT.unflatten(2, out.shape[2:])
     n = projector.norm(projector.to_out(a.flatten(2).mT))
@@ -207,6 +207,7 @@ def test_window_order_is_a_permutation_undone_by_raster_order_when_grid_is_cut(g
         ({"windows": (2, 1)}, r"windows \(2, 1\) do not divide key_hw \(5, 5\)"),
         ({"windows": (0, 1)}, r"windows \(0, 1\)"),
         ({"norm": "group"}, "norm is 'group', expected one of batch, layer"),
+        ({"patchify": "none"}, "patchify is 'none', expected one of full, separable"),
         ({"token_order": "column"}, "token_order is 'column', expected one of raster, window"),
     ],
 )
@@ -245,3 +246,32 @@ def test_projector_stays_close_to_float32_when_run_under_bfloat16_autocast():
         low = projector(x)
     torch.testing.assert_close(low.float(), projector(x), rtol=0.05, atol=0.1)
     assert F.cosine_similarity(low.float(), projector(x), dim=-1).min() > 0.999
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_separable_projector_equals_a_full_convolution_of_the_same_kernel(norm):
+    """1x1 to the teacher's width, then depthwise 3x3: a 3x3 convolution whose kernel is their product."""
+    torch.manual_seed(0)
+    projector = CrossAttentionProjector(5, 8, (2, 3), (4, 4), num_heads=2, norm=norm, patchify="separable").double()
+    pointwise, depthwise = projector.key_proj[0]
+    x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    kernel = torch.einsum("dhw,dc->dchw", depthwise.weight[:, 0], pointwise.weight[:, :, 0, 0])
+    padded = F.pad(x, (1, 1, 1, 1))
+    bias = F.pad(pointwise.bias[None, :, None, None].expand(2, -1, 4, 4), (1, 1, 1, 1))
+    whole = F.conv2d(padded, kernel) + F.conv2d(bias, depthwise.weight, depthwise.bias, groups=8)
+    torch.testing.assert_close(projector.key_proj[0](x), whole)
+    query = projector.query.expand(2, -1, -1)
+    expected = written_out(projector, x, query, softmax_scale=5.0)
+    torch.testing.assert_close(projector(x), expected, rtol=1e-9, atol=1e-9)
+    assert projector.position.shape == (1, 8, 4, 4)
+
+
+def test_separable_projector_is_smaller_when_the_student_is_wide():
+    def size(patchify):
+        return sum(
+            leaf.numel() for leaf in CrossAttentionProjector(64, 16, (2, 2), (2, 2), 2, patchify=patchify).parameters()
+        )
+
+    full, separable = 9 * 64 * 64 + 64, 64 * 16 + 16 + 9 * 16 + 16  # convolutions
+    narrower = (64 - 16) * (2 + 4 + 2 * 16)  # norm, position, keys and values
+    assert size("full") - size("separable") == full - separable + narrower

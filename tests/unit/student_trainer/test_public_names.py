@@ -26,7 +26,7 @@ def signature(callable_: Callable) -> str:
         (
             cap.CrossAttentionProjector,
             "(student_dim, teacher_dim, query_hw, key_hw, num_heads, softmax_scale=5.0, windows=(1, 1), "
-            "learned_query=True, norm='batch', token_order='raster')",
+            "learned_query=True, norm='batch', token_order='raster', patchify='full')",
         ),
         (cap.CrossAttentionProjector.forward, "(self, student_BCHW, query_BND=None)"),
         (dfm.original_view_loss, "(projected_BND, teacher_BND)"),

@@ -346,7 +346,16 @@ def test_scalekd_leaves_kd_out_with_a_note_when_the_teacher_has_no_classifier(ba
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"tpp": False}, {"dual_view": False}, {"kd_alpha": None}, {"norm": "layer"}, {"windows": (1, 2)}]
+    "config",
+    [
+        {},
+        {"tpp": False},
+        {"dual_view": False},
+        {"kd_alpha": None},
+        {"norm": "layer"},
+        {"windows": (1, 2)},
+        {"patchify": "separable"},
+    ],
 )
 def test_scalekd_gives_every_own_parameter_a_gradient_when_parts_are_switched(batch, config):
     """A parameter without one would stop distributed training."""
