@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("feature_store", "teacher_service", "student_trainer", "demo", "benchmarks")
+PACKAGES = ("feature_store", "teacher_service", "student_trainer", "examples", "demo", "benchmarks")
 HEAD = """# Map of modules
 
 Made by `python docs/make_map.py` from the first lines of the modules; the tree of folders is in the README.

@@ -1,4 +1,4 @@
-"""Accuracy of a student on a tar set, and what its forward pass costs."""
+"""Evaluation of a student: accuracy, throughput, FLOPs."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

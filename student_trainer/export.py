@@ -1,4 +1,4 @@
-"""A trained student as plain timm weights: projectors dropped, nothing of this project needed to load them."""
+"""Export of a trained student as plain timm weights."""
 
 import warnings
 from collections.abc import Iterator

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feature_store.errors import InputError
+from feature_store.tools.options import check_fields
 from student_trainer.methods.base import (
     DistillBatch,
     Method,
@@ -37,6 +38,7 @@ class AttentionTransferConfig:
     p: float = 2.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "attention_transfer.")
         if not self.beta >= 0:
             raise InputError(f"beta of attention transfer is {self.beta}, expected a number of at least 0")
         if not self.p >= 1:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from feature_store.errors import InputError
+from feature_store.tools.options import check_fields
 from student_trainer.methods.base import (
     DistillBatch,
     Method,
@@ -38,6 +39,7 @@ class DISTConfig:
     tau: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "dist.")
         for name in ("beta", "gamma"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} of DIST is {getattr(self, name)}, expected a number of at least 0")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from feature_store.errors import InputError
+from feature_store.tools.options import check_fields
 from student_trainer.methods.base import (
     DistillBatch,
     Method,
@@ -34,6 +35,7 @@ class FDConfig:
     alpha: float = 0.08
 
     def __post_init__(self) -> None:
+        check_fields(self, "fd.")
         if not self.alpha >= 0:
             raise InputError(f"alpha of FD is {self.alpha}, expected a number of at least 0")
 

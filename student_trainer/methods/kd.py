@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feature_store.errors import InputError
+from feature_store.tools.options import check_fields
 from student_trainer.methods.base import (
     DistillBatch,
     Method,
@@ -36,6 +37,7 @@ class KDConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "kd.")
         if not 0 <= self.alpha <= 1:
             raise InputError(f"alpha of KD is {self.alpha}, expected 0..1")
         if not self.temperature > 0:

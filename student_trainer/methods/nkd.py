@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from feature_store.errors import InputError
+from feature_store.tools.options import check_fields
 from student_trainer.methods.base import (
     DistillBatch,
     Method,
@@ -37,6 +38,7 @@ class NKDConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "nkd.")
         if not self.gamma >= 0:
             raise InputError(f"gamma of NKD is {self.gamma}, expected a number of at least 0")
         if not self.temperature > 0:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from feature_store.errors import InputError
+from feature_store.tools.options import check_fields
 from student_trainer.methods.base import (
     DistillBatch,
     Grid,
@@ -76,6 +77,7 @@ class ScaleKDConfig:
     checkpoint_later_blocks: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, "scalekd.")
         for stage in ("stage3", "stage4"):
             alpha, beta = getattr(self, f"alpha_{stage}"), getattr(self, f"beta_{stage}")
             if not alpha >= 0:

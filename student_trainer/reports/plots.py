@@ -1,4 +1,4 @@
-"""Curves and bars as SVG that takes its text colour from the page it stands in."""
+"""Plots as SVG elements in the text colour of their page."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

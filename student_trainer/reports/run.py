@@ -1,4 +1,4 @@
-"""A run's report: its numbers, curves and settings as one HTML file."""
+"""Report of a run: numbers, curves, settings as one HTML file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

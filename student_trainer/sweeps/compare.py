@@ -1,4 +1,4 @@
-"""Runs every setting of a sweep with every seed, and writes what they show; finished runs are not run again."""
+"""Runs of a sweep: every unfinished one, then the comparison."""
 
 import json
 import os

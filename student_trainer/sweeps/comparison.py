@@ -13,7 +13,7 @@ from student_trainer.sweeps.file import Run, Sweep
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run gave, read from its folder.
+    """Result of one run, read from its folder.
 
     Attributes:
         setting: Name of its setting.

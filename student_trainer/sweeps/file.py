@@ -1,4 +1,4 @@
-"""A sweep file: a base run, named settings that differ from it, and seeds."""
+"""Sweep files: a base run, settings that change it, seeds."""
 
 import re
 from collections.abc import Mapping, Sequence

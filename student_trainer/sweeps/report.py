@@ -1,4 +1,4 @@
-"""A comparison's results as JSON, Markdown and HTML."""
+"""Results of a comparison as JSON, Markdown, HTML."""
 
 import json
 from collections.abc import Sequence

@@ -85,7 +85,7 @@ class ServeConfig(TarOptions):
         limits: What clients may ask for.
     """
 
-    store: str
+    store: str | Path
     tars: tuple[str, ...] = ()
     teacher: str | None = None
     checkpoint: Path | None = None

@@ -26,7 +26,7 @@ class VerifyConfig:
     """
 
     inputs: Inputs
-    store: str
+    store: str | Path
     teacher: str | None = None
     checkpoint: Path | None = None
     sample: int = 64

@@ -34,7 +34,7 @@ PRINTED = {
     "token": r"^skc_\S+$",
 }
 """What each command prints on the stand-ins, by its name."""
-PACKAGES = ("feature_store", "teacher_service", "student_trainer", "demo", "benchmarks")
+PACKAGES = ("feature_store", "teacher_service", "student_trainer", "examples", "demo", "benchmarks")
 
 
 def blocks(language: str) -> list[str]:

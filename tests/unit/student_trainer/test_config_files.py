@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -103,3 +103,31 @@ def test_config_is_refused_when_a_needed_field_is_missing():
 def test_one_pattern_is_a_list_of_one_when_text_is_given():
     built = build_config(TrainConfig, {**config_to_dict(FULL), "tars": "x-{0..3}.tar"})
     assert built == replace(FULL, tars=("x-{0..3}.tar",))
+
+
+@dataclass(frozen=True)
+class Store:
+    store: str
+    num_views: int | None = None
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str
+
+
+@dataclass(frozen=True)
+class Sided:
+    teacher: Store | Service | tuple[Store, ...]
+
+
+@pytest.mark.parametrize(
+    ("text", "teacher"),
+    [
+        ("teacher: {store: swin_l.zarr, num_views: 1}", Store("swin_l.zarr", 1)),
+        ("teacher: {url: 'http://host'}", Service("http://host")),
+        ("teacher: [{store: a}, {store: b}]", (Store("a"), Store("b"))),
+    ],
+)
+def test_config_of_a_union_is_told_by_its_fields_when_read_from_yaml(text, teacher):
+    assert build_config(Sided, parse_yaml(text, "f")) == Sided(teacher)

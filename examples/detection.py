@@ -1,23 +1,26 @@
 """Mask R-CNN over an exported backbone, fine-tuned on COCO-format data."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchvision.models.detection import MaskRCNN
 
+from examples.coco import CocoInstances, Target, average_precision, require_pycocotools
 from feature_store.errors import InputError, MismatchError, UserError
+from feature_store.tools.command_line import run
 from feature_store.tools.options import check_fields, require
-from feature_store.tools.terminal import say
-from student_trainer.downstream.backbone import Backbone, fpn_backbone, load_backbone
-from student_trainer.downstream.coco import CocoInstances, Target, average_precision, require_pycocotools
+from feature_store.tools.terminal import say, say_json
 from student_trainer.plan import find_device
+from student_trainer.students.backbone import Backbone, fpn_backbone, load_backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,3 +199,25 @@ def _set_rate(optimizer: Optimizer, config: DetectionConfig, epoch: int, step: i
 def _as_lists(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
+
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def detection(config: Annotated[DetectionConfig, tyro.conf.arg(name="")]) -> None:
+    """Fine-tune Mask R-CNN on COCO-format data; prints box and mask AP as JSON if there is validation data.
+
+    Args:
+        config: The run.
+    """
+    say_json(train_detector(config), indent=2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(app, "examples", ["detection", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Backbones out of exports: torchvision's own ResNets, or any timm student as a pyramid of four maps.
+"""Backbones from exports, for detection, segmentation.
 
 Shape legend: B batch, C channels, H W pixels.
 """

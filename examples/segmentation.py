@@ -1,16 +1,19 @@
-"""An UperNet over an exported backbone, fine-tuned on data laid out like ADE20K's scene parsing release.
+"""UperNet over an exported backbone, fine-tuned on ADE20K-format data.
 
 Shape legend: B batch, C channels, H W pixels, K classes.
 """
 
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,11 +22,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from feature_store.errors import InputError, UserError
+from feature_store.tools.command_line import run
 from feature_store.tools.options import check_fields, require
-from feature_store.tools.terminal import say
+from feature_store.tools.terminal import say, say_json
 from feature_store.views import decode_image
-from student_trainer.downstream.backbone import Backbone, TimmPyramid, load_backbone
 from student_trainer.plan import find_device
+from student_trainer.students.backbone import Backbone, TimmPyramid, load_backbone
 
 IGNORED = 255  # label of pixels without a class
 _MULTIPLE = 32  # of both sides of an image
@@ -274,3 +278,25 @@ def mean_iou(model: UperNet, data: SceneParsing, num_classes: int, device: torch
     both = confusion_KK.diagonal()
     either = confusion_KK.sum(0) + confusion_KK.sum(1) - both
     return 100 * (both[either > 0] / either[either > 0]).mean().item()
+
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def segmentation(config: Annotated[SegmentationConfig, tyro.conf.arg(name="")]) -> None:
+    """Fine-tune an UperNet on ADE20K-format data; prints mIoU as JSON if there is validation data.
+
+    Args:
+        config: The run.
+    """
+    say_json(train_segmenter(config), indent=2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(app, "examples", ["segmentation", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

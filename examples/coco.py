@@ -1,4 +1,4 @@
-"""COCO-format instance data, read for torchvision's Mask R-CNN and scored with pycocotools."""
+"""COCO-format instance data for torchvision's Mask R-CNN, scored by pycocotools."""
 
 import contextlib
 import io

@@ -11,13 +11,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torchvision.models._utils import IntermediateLayerGetter
 
-from feature_store.errors import InputError, MismatchError
-from student_trainer.downstream.__main__ import main
-from student_trainer.downstream.backbone import TimmPyramid, fpn_backbone, load_backbone
-from student_trainer.downstream.coco import CocoInstances, average_precision
-from student_trainer.downstream.detection import DetectionConfig, mask_rcnn, train_detector, train_step
-from student_trainer.downstream.detection import make_optimizer as detection_optimizer
-from student_trainer.downstream.segmentation import (
+from examples import detection, segmentation
+from examples.coco import CocoInstances, average_precision
+from examples.detection import DetectionConfig, mask_rcnn, train_detector, train_step
+from examples.detection import make_optimizer as detection_optimizer
+from examples.segmentation import (
     IGNORED,
     SceneParsing,
     SegmentationConfig,
@@ -25,10 +23,12 @@ from student_trainer.downstream.segmentation import (
     mean_iou,
     train_segmenter,
 )
-from student_trainer.downstream.segmentation import make_optimizer as segmentation_optimizer
-from student_trainer.downstream.segmentation import train_step as segmentation_step
+from examples.segmentation import make_optimizer as segmentation_optimizer
+from examples.segmentation import train_step as segmentation_step
+from feature_store.errors import InputError, MismatchError
 from student_trainer.engine.checkpoint import Checkpoint, Progress, rng_state, save_checkpoint
 from student_trainer.export import ExportConfig, export
+from student_trainer.students.backbone import TimmPyramid, fpn_backbone, load_backbone
 from student_trainer.students.load import describe_student
 from student_trainer.students.preprocessing import Preprocessing
 from student_trainer.students.student import Student
@@ -201,16 +201,19 @@ def test_commands_train_and_score_when_run_on_generated_data(exported, coco, tmp
     annotations.write_text(
         json.dumps({**described, "images": described["images"][:2], "annotations": described["annotations"][:2]})
     )
-    detect = f"detection --backbone {folder} --images {images} --annotations {annotations} --out {tmp_path / 'd'}"
+    detect = f"--backbone {folder} --images {images} --annotations {annotations} --out {tmp_path / 'd'}"
     small = "--epochs 1 --batch-size 2 --min-size 64 --max-size 96 --workers 0 --warmup 0 --lr 0.001 --device cpu"
     assert (
-        main([*detect.split(), "--val-images", str(images), "--val-annotations", str(annotations), *small.split()]) == 0
+        detection.main(
+            [*detect.split(), "--val-images", str(images), "--val-annotations", str(annotations), *small.split()]
+        )
+        == 0
     )
     scores = json.loads(capsys.readouterr().out.split("\n", 1)[1])
     assert scores.keys() == {"loss", "box_ap", "mask_ap"}
-    segment = f"segmentation --backbone {folder} --data {root} --out {tmp_path / 's'} --num-classes 2 --steps 2"
+    segment = f"--backbone {folder} --data {root} --out {tmp_path / 's'} --num-classes 2 --steps 2"
     small = "--batch-size 3 --crop 64 --channels 16 --workers 0 --device cpu"
-    assert main([*segment.split(), *small.split()]) == 0
+    assert segmentation.main([*segment.split(), *small.split()]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["miou"] <= 100
     assert (tmp_path / "d" / "model.pt").is_file()
     assert (tmp_path / "s" / "model.pt").is_file()
@@ -224,7 +227,7 @@ def test_detection_rate_warms_up_and_falls_twice_when_trained(exported, coco, tm
         rates.append(optimizer.param_groups[0]["lr"])
         return 0.0
 
-    monkeypatch.setattr("student_trainer.downstream.detection.train_step", step)
+    monkeypatch.setattr("examples.detection.train_step", step)
     monkeypatch.setattr(torch, "save", lambda *_: None)
     config = detection_config(folder, coco, tmp_path, epochs=12, warmup=4, lr=0.1, device="cpu")
     train_detector(config)  # three steps an epoch
@@ -337,7 +340,9 @@ def test_backbone_is_refused_when_the_export_lacks_it_or_is_another_architecture
 )
 def test_command_says_what_is_wrong_when_its_input_is(exported, tmp_path, capsys, command, message):
     folder, _ = exported("resnet18")
-    assert main([*command.split(), "--backbone", str(folder), "--out", str(tmp_path / "out")]) == 2
+    example, *arguments = command.split()
+    main = {"detection": detection.main, "segmentation": segmentation.main}[example]
+    assert main([*arguments, "--backbone", str(folder), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 
 

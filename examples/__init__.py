@@ -1,0 +1,1 @@
+"""Examples: exported students as backbones for detection, segmentation; see docs/downstream.md."""
