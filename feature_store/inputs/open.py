@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -12,6 +13,7 @@ from feature_store.inputs.base import SampleSource, require_usable
 from feature_store.inputs.folder import EXTENSIONS, open_folder
 from feature_store.inputs.labels import LabelReader, Labels, TarLabels, read_classes
 from feature_store.inputs.options import DEFAULT, InputFormat, SourceOptions, TarOptions
+from feature_store.inputs.parquet import open_parquet
 from feature_store.inputs.slices import UnitSlices
 from feature_store.inputs.tar import open_tars
 from feature_store.inputs.tar_index import HIDDEN_FILES
@@ -47,13 +49,14 @@ def open_sources(
         labels = TarLabels.of(cast(Labels, info.labels), info.label_field or None, info.classes)
         tars = list[SampleSource](open_tars(patterns, options, labels))
         return OpenedSources(tars, None if info == _PLAIN_TARS else info)
-    reader, slices = (
-        LabelReader(cast(Labels, info.labels), info.classes),
-        UnitSlices(info.unit_samples, info.shuffle_seed),
-    )
-    units, classes = open_folder(_only_folder(patterns), reader, slices)
-    require_usable(units, "units", "Give a folder of class folders with images")
-    return OpenedSources(list(units), info if written else _with_classes(info, classes))
+    reader = LabelReader(cast(Labels, info.labels), info.classes)
+    slices = UnitSlices(info.unit_samples, info.shuffle_seed)
+    if info.format == "folder":
+        units, classes = open_folder(_only_folder(patterns), reader, slices)
+    else:
+        units, classes = open_parquet(patterns, reader, info.label_field, slices)
+    require_usable(units, "units", "Give images that can be decoded, and each its label")
+    return OpenedSources(list(units), info if written else replace(info, classes=classes))
 
 
 _PLAIN_TARS = InputInfo("tar", "required")
@@ -73,10 +76,6 @@ def _info(patterns: Sequence[str], options: TarOptions) -> InputInfo:
     return InputInfo(
         kind, options.labels, options.label_field or "", classes, options.unit_samples, options.shuffle_seed
     )
-
-
-def _with_classes(info: InputInfo, classes: Sequence[str]) -> InputInfo:
-    return InputInfo(info.format, info.labels, info.label_field, tuple(classes), info.unit_samples, info.shuffle_seed)
 
 
 def recognised(patterns: Sequence[str]) -> InputFormat:

@@ -1,12 +1,13 @@
 """Every kind of source is cached, verified and shown, and equal images give equal features."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from app_transport import TestClient, service_app
-from image_folders import CLASSES, class_samples, write_class_tars, write_folder
+from image_folders import CLASSES, class_samples, write_class_tars, write_folder, write_parquet
 from tiny_jobs import TinyTeacher
 
 from feature_store import Store, open_store
@@ -71,3 +72,85 @@ def test_every_command_takes_a_folder_and_finds_its_units_again(
     assert "differs: store has" in capsys.readouterr().err
     (moved / "ant" / "more.png").write_bytes((moved / "ant" / "s000.png").read_bytes())
     assert _verify(tiny_swin, tmp_path / "store", str(moved)) == 2
+
+
+def test_parquet_is_cached_verified_and_shown_when_a_store_is_written_from_it(
+    tmp_path: Path, tiny_swin: TinyTeacher
+) -> None:
+    samples = class_samples(10)
+    parquet, store = write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", samples), tmp_path / "store"
+
+    assert _cache(tiny_swin, store, str(parquet.parent), "--unit-samples", "4") == 0
+
+    opened = open_store(store)
+    assert [tar.samples for tar in opened.manifest.tars] == [4, 4, 2]
+    labels = {
+        key: label for unit in range(3) for key, label in zip(opened.keys(unit), opened.labels(unit), strict=True)
+    }
+    assert labels == {f"train-00000-of-00001/{at:07}": int(each["cls"]) for at, each in enumerate(samples)}
+    assert _verify(tiny_swin, store, str(parquet)) == 0
+    client = TestClient(service_app(str(store), tars=(str(parquet),)), base_url="http://localhost")
+    assert client.get("/v1/browse/units/2/views/1/rows/1/view.png").status_code == 200
+
+
+def test_samples_without_labels_are_rows_like_others_when_labels_are_optional(
+    tmp_path: Path, tiny_swin: TinyTeacher
+) -> None:
+    samples = class_samples(6)
+    tars = write_class_tars(tmp_path / "all", samples, 6)
+    some = [{name: sample[name] for name in sample if name != "cls" or at < 2} for at, sample in enumerate(samples)]
+    few = write_class_tars(tmp_path / "few", [*some, {"__key__": "z/broken", "png": b"no image"}], 7)
+    views = ("--views-out", str(tmp_path / "v"))
+
+    assert _cache(tiny_swin, tmp_path / "labelled", *tars) == 0
+    assert _cache(tiny_swin, tmp_path / "materialised", *few, "--labels", "optional", *views) == 0
+    assert _cache(tiny_swin, tmp_path / "optional", *few, "--labels", "optional") == 0
+    assert _cache(tiny_swin, tmp_path / "none", *few, "--labels", "none") == 0
+
+    optional, none = open_store(tmp_path / "optional"), open_store(tmp_path / "none")
+    assert optional.labels(0).tolist() == [0, 1, -1, -1, -1, -1, -1]
+    assert none.labels(0).tolist() == [-1] * 7
+    assert list(optional.quarantined(0)) == list(none.quarantined(0)) == [6]  # what cannot be decoded still is
+    features = {key: row[1:] for key, row in _rows(open_store(tmp_path / "labelled")).items()}
+    for store in (optional, none):
+        rows = store.rows([sample["__key__"] for sample in samples], view=1)
+        stored = store.source().read(rows).taps["stage4"]
+        assert [each.tobytes() for each in stored] == [features[sample["__key__"], 1][0] for sample in samples]
+    with tarfile.open(tmp_path / "v" / "v0" / "u00000.tar") as archive:
+        names = [name for name in archive.getnames() if name.endswith(".cls")]
+    assert names == [f"{sample['__key__']}.cls" for sample in samples[:2]]
+    assert _verify(tiny_swin, tmp_path / "optional", *few) == 0  # the store says that labels are optional
+    assert _verify(tiny_swin, tmp_path / "none", *few) == 0
+
+
+def test_labels_of_json_and_text_members_and_class_names_are_those_of_cls(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = class_samples(6)
+    names = tmp_path / "classes.txt"
+    names.write_text("\n".join(CLASSES) + "\n")
+    bare = [{name: each[name] for name in each if name != "cls"} for each in samples]
+    indexes = [int(each["cls"]) for each in samples]
+    words = [CLASSES[index].encode() for index in indexes]
+    nested = [json.dumps({"meta": {"label": index}}).encode() for index in indexes]
+    variants = {
+        "json": ("json", nested, ("--label-field", "json.meta.label")),
+        "txt": ("txt", words, ("--label-field", "txt", "--classes", str(names))),
+        "words": ("cls", words, ("--classes", str(names))),
+    }
+    assert _cache(tiny_swin, tmp_path / "plain", *write_class_tars(tmp_path / "cls", samples, 6)) == 0
+    expected = _rows(open_store(tmp_path / "plain"))
+
+    for name, (member, labels, options) in variants.items():
+        members = [{**each, member: label} for each, label in zip(bare, labels, strict=True)]
+        tars = write_class_tars(tmp_path / name, members, 6)
+        assert _cache(tiny_swin, tmp_path / f"store-{name}", *tars, *options) == 0, name
+        assert _rows(open_store(tmp_path / f"store-{name}")) == expected, name
+        names.rename(tmp_path / "away.txt")
+        assert _verify(tiny_swin, tmp_path / f"store-{name}", *tars) == 0, name  # class names are in the store
+        (tmp_path / "away.txt").rename(names)
+    one_based = [{**each, "cls": str(index + 1).encode()} for each, index in zip(bare, indexes, strict=True)]
+    tars = write_class_tars(tmp_path / "one", one_based, 6)
+    capsys.readouterr()
+    assert _cache(tiny_swin, tmp_path / "x", *tars, "--classes", str(names)) == 2
+    assert "labels are counted from one: subtract one from each" in capsys.readouterr().err
