@@ -123,11 +123,9 @@ def open_folder(root: Path, labels: LabelReader, slices: UnitSlices) -> tuple[li
 def _listed(root: Path, labels: LabelReader) -> tuple[list[ImageFile], tuple[str, ...], list[str]]:
     """All images, sorted by path; class names; notes."""
     found, hidden, others = list[tuple[str, int]](), list[str](), list[str]()
-    for path, size in _walk(root):
+    for path, size in _walk(root, hidden):
         extension = os.path.splitext(path)[1].lower()  # noqa: PTH122
-        if HIDDEN_FILES.match(path):
-            hidden.append(path)
-        elif extension in EXTENSIONS:
+        if extension in EXTENSIONS:
             found.append((path, size))
         else:
             others.append(path)
@@ -140,7 +138,10 @@ def _listed(root: Path, labels: LabelReader) -> tuple[list[ImageFile], tuple[str
     files, classes = _with_labels(root, found, labels)
     notes = [
         f"{root}: {len(names)} {what} ({', '.join(map(repr, sorted(names)[:_SHOWN]))}{', ...' * (len(names) > _SHOWN)})"
-        for names, what in ((hidden, "hidden files are skipped"), (others, "files are no images and are skipped"))
+        for names, what in (
+            (hidden, "hidden files and folders are skipped"),
+            (others, "files are no images and are skipped"),
+        )
         if names
     ]
     return files, classes, notes
@@ -177,12 +178,15 @@ def _with_labels(
 
 
 def _class_folders(root: Path) -> list[str]:
-    return sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and not HIDDEN_FILES.match(entry.name + "/")
-    )
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name))
 
 
-def _walk(root: Path) -> Iterator[tuple[str, int]]:
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or any(HIDDEN_FILES.match(each) for each in (name, f"{name}/"))
+
+
+def _walk(root: Path, hidden: list[str]) -> Iterator[tuple[str, int]]:
     """Path below a tree and bytes of every regular file; links are followed, each folder is entered once."""
     left, seen = [("", str(root))], set[tuple[int, int]]()
     while left:
@@ -192,11 +196,14 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            for entry in os.scandir(folder):
-                if entry.is_dir():
-                    left.append((f"{prefix}{entry.name}/", entry.path))
-                elif entry.is_file():
-                    yield _utf8(prefix + entry.name, root), entry.stat().st_size
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if _is_hidden(entry.name):
+                        hidden.append(prefix + entry.name)
+                    elif entry.is_dir():
+                        left.append((f"{prefix}{entry.name}/", entry.path))
+                    elif entry.is_file():
+                        yield _utf8(prefix + entry.name, root), entry.stat().st_size
         except OSError as error:
             raise ResourceError(f"folder {folder} cannot be read: {error}; check permissions and disk") from error
 

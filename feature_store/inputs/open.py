@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from feature_store.errors import InputError
+from feature_store.errors import ImageError, InputError
 from feature_store.format.manifest import InputInfo
 from feature_store.inputs.base import SampleSource, require_usable
 from feature_store.inputs.folder import EXTENSIONS, open_folder
@@ -20,6 +21,7 @@ from feature_store.inputs.tar_index import HIDDEN_FILES
 from feature_store.inputs.urls import local_path
 
 TABLES = (".parquet", ".arrow")
+_LABELS_READ = 2_000  # of tars with class names, when they are opened
 _LOOKED_AT = 10_000  # files of a folder, to recognise what it holds
 
 
@@ -48,6 +50,8 @@ def open_sources(
     if info.format == "tar":
         labels = TarLabels.of(cast(Labels, info.labels), info.label_field or None, info.classes)
         tars = list[SampleSource](open_tars(patterns, options, labels))
+        if info.classes and written is None:
+            _require_known_labels(tars)
         return OpenedSources(tars, None if info == _PLAIN_TARS else info)
     reader = LabelReader(cast(Labels, info.labels), info.classes)
     slices = UnitSlices(info.unit_samples, info.shuffle_seed)
@@ -57,6 +61,15 @@ def open_sources(
         units, classes = open_parquet(patterns, reader, info.label_field, slices)
     require_usable(units, "units", "Give images that can be decoded, and each its label")
     return OpenedSources(list(units), info if written else replace(info, classes=classes))
+
+
+def _require_known_labels(sources: Sequence[SampleSource]) -> None:
+    """Read some labels, spread over all sources, before a job starts: one above the classes is an error."""
+    total = sum(map(len, sources))
+    places = ((source, position) for source in sources for position in range(len(source)))
+    for source, position in islice(places, 0, None, max(1, total // _LABELS_READ)):
+        with suppress(ImageError):
+            source.label(position)
 
 
 _PLAIN_TARS = InputInfo("tar", "required")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from webdataset.gopen import rewrite_url
 
 from feature_store.backends.local import OpenFile
-from feature_store.errors import InputError, ResourceError, UserError
+from feature_store.errors import ImageError, InputError, ResourceError, UserError
 from feature_store.inputs.base import NO_LABEL, Sample, require_position, require_usable, source_notes
 from feature_store.inputs.copies import local_tar
 from feature_store.inputs.indexing import Indexer
@@ -112,7 +112,14 @@ class Tar:
         """
         require_position(self, position)
         offset, size = self._spans[position, 2:].tolist()
-        return self._labels.index(self._read(offset, size)) if offset else NO_LABEL
+        if not offset:
+            return NO_LABEL
+        try:
+            return self._labels.index(self._read(offset, size))
+        except ImageError:
+            raise
+        except InputError as error:
+            raise InputError(f"sample {self.keys[position]!r} of {self.url}: {error}") from error
 
     def content_sha256(self) -> str:
         """Hash over headers, labels and image endings: differs for tars whose members only have equal names and sizes.

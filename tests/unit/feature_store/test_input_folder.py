@@ -115,7 +115,7 @@ def test_hidden_files_links_and_other_files(tree: Path, tmp_path: Path) -> None:
 
     assert len(unit) == 11
     assert "ant/linked" in unit.keys
-    assert any("2 hidden files are skipped" in note for note in unit.notes)
+    assert any("2 hidden files and folders are skipped" in note for note in unit.notes)
     assert any("1 files are no images and are skipped ('ant/notes.md')" in note for note in unit.notes)
 
 
