@@ -159,6 +159,31 @@ def plot(
 
 
 @app.command
+def card(
+    path: Annotated[str, tyro.conf.Positional],
+    out: Path | None = None,
+    url: str | None = None,
+    json: bool = False,
+) -> None:
+    """Write a store's README.md and index.html, to publish with it: teacher, views, counts, errors, how to open it.
+
+    Args:
+        path: The store: a directory or URL.
+        out: Folder for both files; default the store's own directory.
+        url: Where readers will find the store; default where it is now.
+        json: Print the files as JSON.
+    """
+    from feature_store.tools.card import write_card
+
+    store = open_store(path)
+    files = write_card(store, store.path if out is None else out, url=url)
+    if json:
+        say_json([str(file) for file in files], indent=2)
+    else:
+        say(f"wrote {', '.join(str(file) for file in files)}")
+
+
+@app.command
 def copy(
     source: Annotated[str, tyro.conf.Positional],
     target: Annotated[str, tyro.conf.Positional],
