@@ -1,14 +1,15 @@
-"""Command line: plan, cache, verify, serve, token."""
+"""Command line: plan, cache, verify, pack, serve, token."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from feature_store.errors import CorruptStoreError
+from feature_store.inputs.options import SourceOptions
 from feature_store.tools.command_line import run, unit_progress
 from feature_store.tools.terminal import Console, say, say_json
 from teacher_service.config import CacheConfig, PlanConfig
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from teacher_service.verify.recompute import DeepReport
 
 # The commands import what they run themselves: torch takes seconds, and --help should not.
+
+SOURCE_OPTIONS = SourceOptions()
 
 app = tyro.extras.SubcommandApp()
 token = tyro.extras.SubcommandApp()
@@ -76,6 +79,32 @@ def verify(config: tyro.conf.OmitArgPrefixes[VerifyConfig]) -> None:
         print_deep_report(report, Console())
     if not report.sound:
         raise CorruptStoreError(verdict(report))
+
+
+@app.command
+def pack(
+    source: Annotated[str, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    options: tyro.conf.OmitArgPrefixes[SourceOptions] = SOURCE_OPTIONS,
+    json: bool = False,
+) -> None:
+    """Write shuffled webdataset tars from a class-per-folder tree or parquet files; the same command resumes.
+
+    Args:
+        source: The folder, parquet file or pattern, or dataset folder.
+        out: Folder for the tars; --unit-samples go into each.
+        options: How images and labels are found.
+        json: Print one JSON object on stdout.
+    """
+    from teacher_service.pack import pack as run_pack
+    from teacher_service.pack import report_lines
+
+    with unit_progress("packing", quiet=json) as progress:
+        report = run_pack(source, out, options, progress)
+    if json:
+        say_json(asdict(report))
+    else:
+        say(*report_lines(report))
 
 
 @app.command

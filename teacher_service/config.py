@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from feature_store.format.codecs.registry import DEFAULT_LOGITS_CODEC, DEFAULT_TAP_CODEC, get_codec
-from feature_store.inputs.options import TarOptions
+from feature_store.inputs.options import SourceOptions, TarOptions
 from feature_store.tools.options import JsonObject, check_fields, require
 from feature_store.views import PolicyName
 from teacher_service.share.leases import LEASE_SECONDS
@@ -17,11 +17,23 @@ ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(TarOptions):
-    """Input tars.
+class Inputs(SourceOptions):
+    """Images and labels.
 
     Attributes:
-        tars: Image tars: paths, brace patterns, URLs; one unit each, in this order.
+        tars: Image tars: paths, brace patterns, URLs; one unit each, in this order. Or a class-per-folder tree, or
+            parquet files, or a Hugging Face dataset folder.
+    """
+
+    tars: Positional[tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredInputs(TarOptions):
+    """The images that a store was written from; how they were divided and labelled, the store says itself.
+
+    Attributes:
+        tars: The store's tars, folder or parquet files.
     """
 
     tars: Positional[tuple[str, ...]]

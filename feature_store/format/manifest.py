@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter
 
@@ -121,6 +121,27 @@ class TarInfo:
 
 
 @dataclass(frozen=True)
+class InputInfo:
+    """How the samples of a store were found, so that later commands find the same.
+
+    Attributes:
+        format: ``tar``, ``folder`` or ``parquet``.
+        labels: ``required``, ``optional`` or ``none``.
+        label_field: Member or column of the labels; "" for the format's default.
+        classes: Class names in order of their indexes; may be empty.
+        unit_samples: Samples of each unit but the last; 0 for tars.
+        shuffle_seed: Seed of the order in which samples are divided into units; 0 for tars.
+    """
+
+    format: Literal["tar", "folder", "parquet"]
+    labels: Literal["required", "optional", "none"]
+    label_field: Text = ""
+    classes: tuple[Text, ...] = ()
+    unit_samples: Natural = 0
+    shuffle_seed: Unsigned64 = 0
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that must agree between the store, the teacher, the tars and the trainer.
 
@@ -142,6 +163,7 @@ class Manifest:
         licence: Note of the data set's licence; informative.
         view_encoding: How views are materialised: ``jpeg95``, and then the teacher saw them decoded; None if they are
             not. Not in the JSON form when None, so that stores from before there was a choice keep their identity.
+        inputs: How samples were found; None, and not in the JSON form, for tars with class indexes in members cls.
         format_version: Of FORMAT.md.
     """
 
@@ -161,6 +183,7 @@ class Manifest:
     software: dict[Text, Text]
     licence: Text = ""
     view_encoding: Text | None = None
+    inputs: InputInfo | None = None
     format_version: Natural = field(default=FORMAT_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,6 +192,8 @@ class Manifest:
         data["tars"] = [dict(vars(tar)) for tar in self.tars]  # asdict takes seconds for many
         if self.view_encoding is None:
             del data["view_encoding"]
+        if self.inputs is None:
+            del data["inputs"]
         return data
 
     @classmethod

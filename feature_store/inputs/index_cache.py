@@ -23,7 +23,7 @@ import numpy as np
 from feature_store.backends.files import replacing
 from feature_store.format.checksums import CRC_BYTES, crc32c
 from feature_store.inputs import headers, tar_index
-from feature_store.inputs.tar_index import Keys, TarIndex
+from feature_store.inputs.tar_index import CLASS_INDEX, Keys, LabelRule, TarIndex
 
 VARIABLE = "SCALEKD_TAR_INDEX"
 MOST_BYTES = 4 << 30  # of all indexes, about 70 million samples; beyond it the oldest are deleted
@@ -62,11 +62,15 @@ class TarVersion(NamedTuple):
 class IndexCache:
     """Indexes of tars in a folder of this user; used from many threads and processes.
 
+    Args:
+        rule: Where labels are; an index by one rule is never used for another.
+
     Attributes:
         folder: The folder; None if there is none that can be used, so that nothing is kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rule: LabelRule = CLASS_INDEX) -> None:
+        self._rule = rule
         self.folder = _private_folder()
 
     def load(self, version: TarVersion | None) -> TarIndex | None:
@@ -74,16 +78,16 @@ class IndexCache:
         if self.folder is None or version is None:
             return None
         try:
-            data = _read_own(self.folder / _file_name(version))
-            return decode_index(data, version)
+            data = _read_own(self.folder / _file_name(version, self._rule))
+            return decode_index(data, version, self._rule)
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
     def save(self, version: TarVersion | None, index: TarIndex) -> None:
         """Keep the index of a tar; does nothing if the folder cannot be written, or a later change might not show."""
         if self.folder is not None and version is not None and version.shows_changes():
-            with suppress(OSError), replacing(self.folder / _file_name(version)) as partial:
-                partial.write_bytes(encode_index(index, version))
+            with suppress(OSError), replacing(self.folder / _file_name(version, self._rule)) as partial:
+                partial.write_bytes(encode_index(index, version, self._rule))
 
     def delete_oldest(self) -> None:
         """Delete the files written first until all take at most MOST_BYTES."""
@@ -99,11 +103,12 @@ class IndexCache:
                 total -= size
 
 
-def encode_index(index: TarIndex, version: TarVersion) -> bytes:
+def encode_index(index: TarIndex, version: TarVersion, rule: LabelRule = CLASS_INDEX) -> bytes:
     """Bytes of an index file; see the module."""
     header = {
         "tar": list(version),
         "code": _code_sha256(),
+        "labels": list(rule),
         "samples": len(index.keys),
         "header_sha256": index.header_sha256,
         "notes": index.notes,
@@ -115,7 +120,7 @@ def encode_index(index: TarIndex, version: TarVersion) -> bytes:
     return body + crc32c(body).to_bytes(CRC_BYTES, "little")
 
 
-def decode_index(data: bytes, version: TarVersion) -> TarIndex:
+def decode_index(data: bytes, version: TarVersion, rule: LabelRule = CLASS_INDEX) -> TarIndex:
     """The index in a file's bytes.
 
     Raises:
@@ -126,8 +131,8 @@ def decode_index(data: bytes, version: TarVersion) -> TarIndex:
         raise ValueError("no index of a tar, or damaged")
     end = data.index(b"\n", len(_MAGIC)) + 1
     header = json.loads(data[len(_MAGIC) : end])
-    if (header["tar"], header["code"]) != (list(version), _code_sha256()):
-        raise ValueError("index of another tar, or by other code")
+    if (header["tar"], header["code"], header["labels"]) != (list(version), _code_sha256(), list(rule)):
+        raise ValueError("index of another tar, by other code, or of other labels")
     count = header["samples"]
     keys_at = end + count * (_SPAN_BYTES + _END_BYTES)
     spans = np.frombuffer(data, "<i8", count * 4, end).reshape(count, 4)
@@ -145,8 +150,8 @@ def _code_sha256() -> str:
     return hashlib.sha256(b"\0".join(modules)).hexdigest()
 
 
-def _file_name(version: TarVersion) -> str:
-    identity = "\0".join([_code_sha256(), *map(str, version)])
+def _file_name(version: TarVersion, rule: LabelRule) -> str:
+    identity = "\0".join([_code_sha256(), *map(str, version), *map(str, rule)])
     return hashlib.sha256(os.fsencode(identity)).hexdigest()[:40] + ".index"
 
 

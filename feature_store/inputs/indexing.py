@@ -15,7 +15,7 @@ from subprocess import DEVNULL, Popen
 from feature_store.commits.locks import locked, machine_folder
 from feature_store.errors import UserError
 from feature_store.inputs.index_cache import VARIABLE, IndexCache, TarVersion
-from feature_store.inputs.tar_index import TarIndex, index_tar
+from feature_store.inputs.tar_index import CLASS_INDEX, LabelRule, TarIndex, index_tar
 from feature_store.processes import become_worker, usable_cpus
 
 HEAD_START_SECONDS = 1.0  # of indexing in this process before others are started, which takes each about as long
@@ -31,10 +31,14 @@ class Indexer:
     """Indexes tars, a few in this process, many with a process per core.
 
     Of several jobs that begin on one machine, one indexes with all cores; the others wait and use what it kept.
+
+    Args:
+        rule: Where labels are.
     """
 
-    def __init__(self) -> None:
-        self._cache, self._spent, self._indexed, self._shared = IndexCache(), 0.0, False, False
+    def __init__(self, rule: LabelRule = CLASS_INDEX) -> None:
+        self._rule, self._cache = rule, IndexCache(rule)
+        self._spent, self._indexed, self._shared = 0.0, False, False
         self._threads: ThreadPoolExecutor | None = None
         self._workers: list[_Worker] = []
         self._of_thread = threading.local()
@@ -86,7 +90,7 @@ class Indexer:
 
     def _index(self, url: str, path: Path, version: TarVersion | None) -> TarIndex:
         started = time.perf_counter()
-        index = index_tar(url, path) if self._threads is None else self._index_apart(url, path)
+        index = index_tar(url, path, self._rule) if self._threads is None else self._index_apart(url, path)
         if TarVersion.of(path) == version:  # it did not change while it was read
             self._cache.save(version, index)
         self._spent += time.perf_counter() - started
@@ -99,9 +103,9 @@ class Indexer:
             if not hasattr(self._of_thread, "worker"):
                 self._of_thread.worker = _Worker()
                 self._workers.append(self._of_thread.worker)
-            return self._of_thread.worker.index(url, path)
+            return self._of_thread.worker.index(url, path, self._rule)
         except (OSError, EOFError):  # it could not be started, or was killed
-            return index_tar(url, path)
+            return index_tar(url, path, self._rule)
 
 
 def _local_jobs() -> int:
@@ -134,13 +138,13 @@ class _Worker:
             command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(theirs.fileno())]
             self._process = Popen(command, stdin=DEVNULL, stdout=DEVNULL, pass_fds=[theirs.fileno()])
 
-    def index(self, url: str, path: Path) -> TarIndex:
+    def index(self, url: str, path: Path, rule: LabelRule) -> TarIndex:
         """As index_tar.
 
         Raises:
             OSError, EOFError: The process died.
         """
-        self._connection.send((url, path))
+        self._connection.send((url, path, rule))
         answer = self._connection.recv()
         if isinstance(answer, UserError):
             raise answer
@@ -158,9 +162,9 @@ def serve_requests(descriptor: int) -> None:
     connection = Connection(descriptor)
     with connection, suppress(EOFError):
         while True:
-            url, path = connection.recv()
+            url, path, rule = connection.recv()
             try:
-                answer = index_tar(url, path)
+                answer = index_tar(url, path, rule)
             except UserError as error:
                 answer = error
             connection.send(answer)

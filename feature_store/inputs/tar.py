@@ -1,4 +1,4 @@
-"""An input tar as a sequence of samples: key, encoded image, label.
+"""An input tar as a SampleSource.
 
 Nothing is ever extracted, so a member's name is a key and never a path.
 """
@@ -19,28 +19,25 @@ from webdataset.gopen import rewrite_url
 
 from feature_store.backends.local import OpenFile
 from feature_store.errors import ImageError, InputError, ResourceError, UserError
+from feature_store.inputs.base import NO_LABEL, Sample, require_position, require_usable, source_notes
 from feature_store.inputs.copies import local_tar
 from feature_store.inputs.indexing import Indexer
+from feature_store.inputs.labels import TarLabels
 from feature_store.inputs.options import DEFAULT, TarOptions
 from feature_store.inputs.tar_index import Keys, TarIndex
 from feature_store.inputs.urls import expand_tars, local_path, tar_name
-from feature_store.views import decode_image
 
-__all__ = ["Tar", "TarSample", "expand_tars"]
+__all__ = ["Tar", "TarSample", "expand_tars", "open_tars", "tar_notes"]
+
+CLASS_INDEXES = TarLabels()
+"""Labels are class indexes in members cls."""
 
 _MOST_OPEN = 64  # files per process; many systems let a process open fewer than a data set has tars
 _TAIL = 64  # bytes at an image's end: JPEG's last coded block, PNG's checksum; beside the next header, so cheap to read
-_MOST_DIGITS = 18  # of a label: what an int64 holds for certain
-_NOTES = 5  # notes shown
 
 
-class TarSample(NamedTuple):
-    """One sample of a tar: key, encoded image, class index."""
-
-    key: str
-    image: bytes
-    label: int
-
+TarSample = Sample
+tar_notes = source_notes
 
 _opened: deque["weakref.ref[Tar]"] = deque()  # most recently opened tars, oldest first
 
@@ -61,10 +58,18 @@ class Tar:
         problems: Reasons why samples cannot be used, by position, as far as headers tell.
     """
 
-    def __init__(self, url: str, path: Path, index: TarIndex, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        url: str,
+        path: Path,
+        index: TarIndex,
+        notes: Sequence[str] = (),
+        labels: TarLabels = CLASS_INDEXES,
+    ) -> None:
         self.url, self.name, self.notes = url, tar_name(url), (*notes, *(f"{url}: {note}" for note in index.notes))
         self.keys, self.problems, self.header_sha256 = index.keys, index.problems, index.header_sha256
         self._spans = index.spans  # arrays: every worker process gets those of all of a data set's samples
+        self._labels = labels
         self._path, self._file_size = path, path.stat().st_size
 
     @classmethod
@@ -105,14 +110,16 @@ class Tar:
             InputError: See read.
             ResourceError: See read.
         """
-        if not 0 <= position < len(self):
-            raise InputError(f"tar {self.url} has no position {position}, expected 0 to {len(self) - 1}")
-        if position in self.problems:
-            raise ImageError(self.problems[position])
-        label = self._read(*self._spans[position, 2:].tolist()).strip()
-        if not label.isdigit() or len(label) > _MOST_DIGITS:
-            raise ImageError(f"label is {label!r}, expected a class index in decimal digits")
-        return int(label)
+        require_position(self, position)
+        offset, size = self._spans[position, 2:].tolist()
+        if not offset:
+            return NO_LABEL
+        try:
+            return self._labels.index(self._read(offset, size))
+        except ImageError:
+            raise
+        except InputError as error:
+            raise InputError(f"sample {self.keys[position]!r} of {self.url}: {error}") from error
 
     def content_sha256(self) -> str:
         """Hash over headers, labels and image endings: differs for tars whose members only have equal names and sizes.
@@ -195,25 +202,31 @@ class Tar:
             ) from error
 
 
-def open_tars(patterns: Sequence[str], options: TarOptions = DEFAULT) -> list[Tar]:
+def open_tars(patterns: Sequence[str], options: TarOptions = DEFAULT, labels: TarLabels = CLASS_INDEXES) -> list[Tar]:
     """Open tars by path, pattern or URL; at least one of their samples can be used.
 
     Raises:
         InputError: No tar, one that cannot be used, or none of all samples has an image and a label.
         ResourceError: A file or URL cannot be read.
     """
-    tars = list(_opened_tars(expand_tars(patterns, allow_pipe=options.allow_pipe), options.scratch))
-    _require_usable(tars)
+    tars = list(_opened_tars(expand_tars(patterns, allow_pipe=options.allow_pipe), options.scratch, labels))
+    where = f"one member {labels.rule.member} with" if labels.rule.member else "no label, or"
+    require_usable(
+        tars,
+        "tars",
+        f"Give every sample one image and {where} its class index in decimal digits: labels in json or txt members are "
+        "read with --label-field, words with --classes, and samples without labels with --labels optional",
+    )
     return tars
 
 
-def _opened_tars(urls: Sequence[str], scratch: Path | None) -> Iterator[Tar]:
+def _opened_tars(urls: Sequence[str], scratch: Path | None, labels: TarLabels = CLASS_INDEXES) -> Iterator[Tar]:
     """Open tars in order, so that the error is that of the first one that cannot be used."""
     begun = deque[_Begun]()
-    with Indexer() as indexer:
+    with Indexer(labels.rule) as indexer:
         for url in urls:
             try:
-                begun.append(_begin(url, scratch, indexer))
+                begun.append(_begin(url, scratch, indexer, labels))
             except UserError:
                 yield from (each.tar() for each in begun)
                 raise
@@ -222,12 +235,12 @@ def _opened_tars(urls: Sequence[str], scratch: Path | None) -> Iterator[Tar]:
         yield from (each.tar() for each in begun)
 
 
-def _begin(url: str, scratch: Path | None, indexer: Indexer) -> "_Begun":
+def _begin(url: str, scratch: Path | None, indexer: Indexer, labels: TarLabels) -> "_Begun":
     path, notes = local_path(rewrite_url(url)), list[str]()
     if path is None or (index := indexer.kept(path)) is None:
         path, notes = local_tar(url, scratch)
         index = indexer.submit(url, path)
-    return _Begun(url, path, notes, index)
+    return _Begun(url, path, notes, index, labels)
 
 
 class _Begun(NamedTuple):
@@ -237,41 +250,13 @@ class _Begun(NamedTuple):
     path: Path
     notes: list[str]
     indexed: "Future[TarIndex]"
+    labels: TarLabels
 
     def tar(self) -> Tar:
         """The tar, as soon as it is indexed."""
         try:
-            return Tar(self.url, self.path, self.indexed.result(), self.notes)
+            return Tar(self.url, self.path, self.indexed.result(), self.notes, self.labels)
         except InputError:
             if self.path != local_path(self.url):
                 self.path.unlink(missing_ok=True)  # a copy: the next run fetches it anew
             raise
-
-
-def _require_usable(tars: Sequence[Tar]) -> None:
-    """Refuse tars without a single usable sample; stops at the first usable one."""
-    first = ""
-    for tar, position in ((each, position) for each in tars for position in range(len(each))):
-        try:
-            decode_image(tar.read(position).image)
-        except ImageError as error:
-            first = first or f"{tar.keys[position]!r} of {tar.url}: {error}"
-        else:
-            return
-    raise InputError(
-        f"none of the {sum(map(len, tars))} samples of {len(tars)} tars can be used; the first, {first}. Give every "
-        "sample one image and one member cls with its class index in decimal digits: labels in json or txt members, in "
-        "names or as words are not read"
-    )
-
-
-def tar_notes(tars: Sequence[Tar]) -> list[str]:
-    """Notes about tars for the user before a job starts, at most a few lines."""
-    unusable = [(tar, position) for tar in tars for position in tar.problems]
-    notes = [note for tar in tars for note in tar.notes]
-    shown = notes[:_NOTES] + ([f"and {len(notes) - _NOTES} more notes of this kind"] if len(notes) > _NOTES else [])
-    if unusable:
-        tar, position = unusable[0]
-        first = f"the first, {tar.keys[position]!r} of {tar.url}: {tar.problems[position]}"
-        shown.append(f"{len(unusable)} of {sum(map(len, tars))} samples cannot be used; {first}")
-    return shown

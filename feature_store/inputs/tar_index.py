@@ -7,7 +7,7 @@ import hashlib
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -18,7 +18,6 @@ from feature_store.inputs.headers import Headers, Member, Span, read_headers
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff", "gif"})
 LABEL_EXTENSION = "cls"
-_LONGEST_LABEL = 64  # bytes; a longer member is no class index
 _SHOWN = 8  # members listed in a sample's problem
 _NAMED = 3  # files named in a note
 _NOWHERE = Span(0, 0)
@@ -78,12 +77,30 @@ class Keys(Sequence[str]):
         return repr(tuple(self))
 
 
+class LabelRule(NamedTuple):
+    """Which member of a sample holds its label.
+
+    Attributes:
+        member: Its extension; "" where no labels are read.
+        required: Whether a sample without it cannot be used.
+        most_bytes: A longer member is no label.
+    """
+
+    member: str = LABEL_EXTENSION
+    required: bool = True
+    most_bytes: int = 64
+
+
+CLASS_INDEX = LabelRule()
+
+
 class TarIndex(NamedTuple):
     """Samples of a tar, in webdataset's order.
 
     Attributes:
         keys: Sample keys.
-        spans: Offset and size of the image, offset and size of the label, in bytes, int64 [samples, 4].
+        spans: Offset and size of the image, offset and size of the label, in bytes, int64 [samples, 4]; 0 where there
+            is none.
         problems: Reasons why samples cannot be used, by position.
         header_sha256: Hash over names and sizes of all regular members in order.
         notes: Facts about the tar that the user should know: members that belong to no sample, and so on.
@@ -96,12 +113,13 @@ class TarIndex(NamedTuple):
     notes: list[str]
 
 
-def index_tar(url: str, path: Path) -> TarIndex:
+def index_tar(url: str, path: Path, rule: LabelRule = CLASS_INDEX) -> TarIndex:
     """Read all headers of an uncompressed tar.
 
     Args:
         url: Name of the tar in errors.
         path: The file.
+        rule: Where labels are.
 
     Raises:
         InputError: Not a tar, cut short, damaged, without samples, or with a key or member twice.
@@ -110,7 +128,7 @@ def index_tar(url: str, path: Path) -> TarIndex:
     headers = read_headers(url, path)
     members, notes = _of_samples(headers)
     samples = _group(url, members)
-    problems = {i: problem for i, (_, files) in enumerate(samples) if (problem := _problem(files))}
+    problems = {i: problem for i, (_, files) in enumerate(samples) if (problem := _problem(files, rule))}
     if headers.damage:
         whole = len(samples) - len(problems)
         raise InputError(f"tar {url} {headers.damage}; {whole} whole samples come before; fetch or make the tar again")
@@ -119,8 +137,10 @@ def index_tar(url: str, path: Path) -> TarIndex:
         raise InputError(f"tar {url} holds no samples ({len(headers.members)} files){found}; take it off the list")
     keys = [key for key, _ in samples]
     _require_unique_keys(url, keys)
-    spans = np.array([_spans(files) for _, files in samples], "<i8")
-    return TarIndex(Keys.of(keys), spans, problems, _header_sha256(headers.members), notes)
+    spans = np.array([_spans(files, rule.member) for _, files in samples], "<i8")
+    return TarIndex(
+        Keys.of(keys), spans, problems, header_sha256((name, size) for name, (_, size) in headers.members), notes
+    )
 
 
 def _of_samples(headers: Headers) -> tuple[list[Member], list[str]]:
@@ -172,12 +192,12 @@ def _is_meta(name: str) -> bool:
     return _META.match(name) is not None or ("/" not in name and name.startswith("__") and name.endswith("__"))
 
 
-def _spans(files: dict[str, Span]) -> tuple[int, ...]:
+def _spans(files: dict[str, Span], label: str) -> tuple[int, ...]:
     image = next((span for extension, span in files.items() if extension in IMAGE_EXTENSIONS), _NOWHERE)
-    return *image, *files.get(LABEL_EXTENSION, _NOWHERE)
+    return *image, *files.get(label, _NOWHERE)
 
 
-def _problem(files: dict[str, Span]) -> str:
+def _problem(files: dict[str, Span], rule: LabelRule) -> str:
     """Why a sample cannot be used; "" if it can, as far as headers tell."""
     images = [extension for extension in files if extension in IMAGE_EXTENSIONS]
     found = _some(list(files), _SHOWN)
@@ -188,9 +208,9 @@ def _problem(files: dict[str, Span]) -> str:
         return reason
     if len(images) > 1:
         return f"{len(images)} images ({', '.join(images)}), expected one"
-    if LABEL_EXTENSION not in files:
-        return f"no label: members are {found}, expected one {LABEL_EXTENSION}"
-    if (size := files[LABEL_EXTENSION].size) > _LONGEST_LABEL:
+    if rule.member not in files:
+        return f"no label: members are {found}, expected one {rule.member}" if rule.required else ""
+    if (size := files[rule.member].size) > rule.most_bytes:
         return f"label has {size} bytes, expected a class index in decimal digits"
     return ""
 
@@ -204,9 +224,10 @@ def _require_unique_keys(url: str, keys: Sequence[str]) -> None:
         )
 
 
-def _header_sha256(members: Sequence[Member]) -> str:
+def header_sha256(members: Iterable[tuple[str, int]]) -> str:
+    """Hash over names and sizes of files, in order."""
     digest = hashlib.sha256()
-    for name, (_, size) in members:
+    for name, size in members:
         encoded = name.encode()
         digest.update(struct.pack("<QQ", len(encoded), size) + encoded)
     return digest.hexdigest()

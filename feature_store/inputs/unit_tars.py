@@ -1,30 +1,35 @@
-"""Finds the tar of each unit by its header hash."""
+"""Finds the source of each unit by its header hash."""
 
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from feature_store.errors import InputError, MismatchError
-from feature_store.inputs.tar import Tar
+from feature_store.format.manifest import InputInfo
+from feature_store.inputs.base import SampleSource
+from feature_store.inputs.open import open_sources
+from feature_store.inputs.options import TarOptions
+from feature_store.inputs.tar import Tar, expand_tars
 from feature_store.inputs.urls import tar_name
 
 if TYPE_CHECKING:
     from feature_store.store import Store
 
+_Source = TypeVar("_Source", bound=SampleSource)
 _MOST_OPEN = 8
 _SHOWN = 3  # names listed in an error message
 
 
-def find_tar(store: "Store", unit: int, tars: Iterable[Tar]) -> Tar:
+def find_tar(store: "Store", unit: int, tars: Iterable[_Source]) -> _Source:
     """The tar of a unit, found by its header hash; its name may differ from the store's, and several may have one name.
 
     Raises:
         InputError: None of them has the hash.
         MismatchError: One has the name of the unit's tar and other headers.
     """
-    info, others = store.manifest.tars[unit], list[Tar]()
+    info, others = store.manifest.tars[unit], list[_Source]()
     for tar in tars:
         if tar.header_sha256 == info.header_sha256:
             return unit_tar(store, unit, tar)
@@ -37,7 +42,7 @@ def find_tar(store: "Store", unit: int, tars: Iterable[Tar]) -> Tar:
     raise InputError(f"tar {info.name} is not among those given ({given or 'none'}); add it to --tars")
 
 
-def unit_tar(store: "Store", unit: int, tar: Tar) -> Tar:
+def unit_tar(store: "Store", unit: int, tar: _Source) -> _Source:
     """The tar with its samples at the unit's positions.
 
     Raises:
@@ -49,10 +54,12 @@ def unit_tar(store: "Store", unit: int, tar: Tar) -> Tar:
         got = len(tar) if field == "samples" else tar.header_sha256
         raise tar_changed(tar, field, getattr(info, field), got)
     keys = store.keys(unit)
-    return tar if len(keys) == len(tar) else tar.arranged(keys)  # earlier versions gave hidden files places
+    if isinstance(tar, Tar) and len(keys) != len(tar):
+        return cast(_Source, tar.arranged(keys))  # earlier versions gave hidden files places
+    return tar
 
 
-def tar_changed(tar: Tar, field: str, expected: object, got: object) -> MismatchError:
+def tar_changed(tar: SampleSource, field: str, expected: object, got: object) -> MismatchError:
     """Error for a tar that changed since the store was written."""
     remedy = f"{tar.url} changed since the store was written: restore it, or write a new store"
     return MismatchError(f"tars[{tar.name}].{field}", expected=expected, got=got, remedy=remedy)
@@ -72,6 +79,9 @@ class UnitTars:
         self._open: OrderedDict[str, Tar] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        return len(self._urls)
+
     def find(self, store: "Store", unit: int) -> Tar:
         """The unit's tar; see find_tar."""
         with self._lock:
@@ -90,3 +100,35 @@ class UnitTars:
         while len(self._open) > _MOST_OPEN:
             self._open.popitem(last=False)
         return tar
+
+
+class UnitSources:
+    """Sources of a store's units, all open."""
+
+    def __init__(self, sources: Sequence[SampleSource]) -> None:
+        self._sources = {source.header_sha256: source for source in sources}
+
+    def find(self, store: "Store", unit: int) -> SampleSource:
+        """The unit's source; see find_tar."""
+        source = self._sources.get(store.manifest.tars[unit].header_sha256)
+        return find_tar(store, unit, self._sources.values() if source is None else [source])
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def open_units(patterns: Sequence[str], options: TarOptions, inputs: InputInfo | None) -> UnitTars | UnitSources:
+    """What finds the source of each unit of a store.
+
+    Args:
+        patterns: The store's tars, folder or parquet files.
+        options: How they are opened.
+        inputs: The store's ``Manifest.inputs``.
+
+    Raises:
+        InputError: They cannot be used.
+        ResourceError: They cannot be read.
+    """
+    if inputs is None:
+        return UnitTars(expand_tars(patterns, allow_pipe=options.allow_pipe), options.scratch)
+    return UnitSources(open_sources(patterns, options, written=inputs).sources)

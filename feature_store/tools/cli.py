@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.filesize import decimal
 
 from feature_store.errors import CorruptStoreError, InputError
 from feature_store.inputs.options import DEFAULT, TarOptions
@@ -155,6 +156,58 @@ def plot(
         say_json([str(file) for file in files], indent=2)
     else:
         say(f"wrote {', '.join(str(file) for file in files)}")
+
+
+@app.command
+def card(
+    path: Annotated[str, tyro.conf.Positional],
+    out: Path | None = None,
+    url: str | None = None,
+    json: bool = False,
+) -> None:
+    """Write a store's README.md and index.html, to publish with it: teacher, views, counts, errors, how to open it.
+
+    Args:
+        path: The store: a directory or URL.
+        out: Folder for both files; default the store's own directory.
+        url: Where readers will find the store; default where it is now.
+        json: Print the files as JSON.
+    """
+    from feature_store.tools.card import write_card
+
+    store = open_store(path)
+    files = write_card(store, store.path if out is None else out, url=url)
+    if json:
+        say_json([str(file) for file in files], indent=2)
+    else:
+        say(f"wrote {', '.join(str(file) for file in files)}")
+
+
+@app.command
+def copy(
+    source: Annotated[str, tyro.conf.Positional],
+    target: Annotated[str, tyro.conf.Positional],
+    workers: int = 8,
+    json: bool = False,
+) -> None:
+    """Copy a store to a directory or bucket, compared by its checksums; the same command resumes, and follows growth.
+
+    A unit counts in the copy only when all of it is there, so an interrupted copy is a store that lacks units.
+
+    Args:
+        source: The store: a directory or URL (s3://, gs://, http(s)://).
+        target: Directory or bucket of the copy; made if need be.
+        workers: Units copied at once.
+        json: Print JSON.
+    """
+    from feature_store.tools.copy import copy
+
+    with unit_progress("copying", quiet=json) as progress:
+        report = copy(source, target, workers=workers, progress=progress)
+    if json:
+        say_json(report.to_dict(), indent=2)
+    else:
+        say(f"copied {report.copied} of {report.records} records, {decimal(report.bytes)}, to {report.target}")
 
 
 LISTS = ("--codecs", "--tars")

@@ -15,7 +15,7 @@ from feature_store.views import check_pixels, decode_image, replay_view
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from feature_store.inputs.tar import Tar  # its webdataset imports torch, which a server of cached rows does without
+    from feature_store.inputs.base import SampleSource
     from feature_store.store import Store
 
 INSTALL = "pip install 'scalekd-cache[plot]'"
@@ -119,7 +119,7 @@ def principal_colours(features_nNC: np.ndarray, grid: tuple[int, int], fit_nNC: 
     return ColourMap.fit(fit_nNC).paint(features_nNC, grid)
 
 
-def replay_views(store: "Store", tars: "Sequence[Tar]", rows: Rows) -> np.ndarray:
+def replay_views(store: "Store", tars: "Sequence[SampleSource]", rows: Rows) -> np.ndarray:
     """Pixels of the rows' views, uint8 [n, H, W, 3], each compared with the CRC of what the teacher saw.
 
     Args:
@@ -136,7 +136,7 @@ def replay_views(store: "Store", tars: "Sequence[Tar]", rows: Rows) -> np.ndarra
     return np.stack([replay_row(store, find_tar(store, row.unit, tars), row) for row in row_ids(row_array(rows))])
 
 
-def replay_row(store: "Store", tar: "Tar", row: RowId) -> np.ndarray:
+def replay_row(store: "Store", tar: "SampleSource", row: RowId) -> np.ndarray:
     """Pixels of one row's view, made from its unit's tar; see replay_views."""
     params = store.view_params(row.unit, row.view)[row.position]
     if params is None:

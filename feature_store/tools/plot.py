@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from feature_store.errors import InputError
+from feature_store.inputs.base import SampleSource
+from feature_store.inputs.open import open_sources
 from feature_store.inputs.options import DEFAULT, TarOptions
-from feature_store.inputs.tar import Tar, open_tars
 from feature_store.tools.features import (
     INSTALL,
     ChannelProfile,
@@ -99,7 +100,7 @@ def plot(
     chosen = pick(np.concatenate(sampled_shards(store, rng)), rows, rng)
     features_nNC = store.source([tap]).read(chosen).taps[tap].astype(np.float32)
     energy_HW, profile = frequency_energy(features_nNC, grid), channel_profile(features_nNC)
-    opened = open_tars(tars, tar_options) if tars else []
+    opened = open_sources(tars, tar_options, written=store.manifest.inputs).sources if tars else []
     shown = pick(_with_tars(store, chosen, opened), thumbnails, rng) if tars else chosen[:0]
     pixels = replay_views(store, opened, shown) if tars else None
     with pyplot.rc_context(_STYLE):
@@ -140,7 +141,7 @@ def _grid(store: "Store", tap: str) -> tuple[int, int]:
     return grids[tap]
 
 
-def _with_tars(store: "Store", rows: np.ndarray, tars: Sequence[Tar]) -> np.ndarray:
+def _with_tars(store: "Store", rows: np.ndarray, tars: Sequence[SampleSource]) -> np.ndarray:
     """Rows whose tars were given, or tars of the same names, spread over the rows."""
     infos, hashes, given = store.manifest.tars, {tar.header_sha256 for tar in tars}, {tar.name for tar in tars}
     names = [tar.name for tar in infos]

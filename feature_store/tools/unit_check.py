@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from feature_store.backends.base import ObjectStore
 from feature_store.commits.record import CommitRecord, ObjectChecksum
 from feature_store.errors import CorruptStoreError, UserError
 from feature_store.format.addressing import decode_keys, key_hash
@@ -60,6 +60,12 @@ class UnitCheck:
     findings: list[Finding] = field(default_factory=list)
 
 
+class SupportsGet(Protocol):
+    """Whole objects by path, see ObjectStore.get."""
+
+    def get(self, path: str) -> np.ndarray: ...  # noqa: D102
+
+
 class UnitChecks:
     """Checks the units of one store.
 
@@ -69,7 +75,7 @@ class UnitChecks:
         sizes: Bytes of the store's objects: then only those are compared, and no contents.
     """
 
-    def __init__(self, objects: ObjectStore, layout: StoreLayout, sizes: Mapping[str, int] | None = None) -> None:
+    def __init__(self, objects: SupportsGet, layout: StoreLayout, sizes: Mapping[str, int] | None = None) -> None:
         self.objects, self.layout, self.sizes = objects, layout, sizes
 
     def check(self, records: Sequence[CommitRecord]) -> UnitCheck:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from feature_store.errors import ImageError, ResourceError, UserError
-from feature_store.inputs.tar import Tar
+from feature_store.inputs.base import SampleSource
 from feature_store.processes import become_loader_worker, shielded_forkserver
 from feature_store.views import (
     ViewParams,
@@ -120,7 +120,9 @@ class ViewDataset(Dataset):
         encoding: How views are materialised, see ``Manifest.view_encoding``; their pixels are then the JPEGs', decoded.
     """
 
-    def __init__(self, tars: Sequence[Tar], policy: ViewPolicy, seed: int, encoding: str | None = None) -> None:
+    def __init__(
+        self, tars: Sequence[SampleSource], policy: ViewPolicy, seed: int, encoding: str | None = None
+    ) -> None:
         self.tars, self.policy, self.seed, self.encoding = tars, policy, seed, encoding
 
     def __getitem__(self, span: Span) -> ViewBatch | UserError:

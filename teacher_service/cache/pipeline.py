@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from feature_store.errors import CommittedError, InputError
-from feature_store.inputs.tar import Tar
+from feature_store.inputs.base import SampleSource
 from feature_store.store import Store
 from teacher_service.cache.decode import Task, ViewBatch, ViewDataset, batch_spans, read_batches
 from teacher_service.cache.encode import UnitEncoder
@@ -181,7 +181,7 @@ class _Run:
         self,
         store: Store,
         views_out: ViewTarWriter | None,
-        tars: Sequence[Tar],
+        tars: Sequence[SampleSource],
         on_commit: Callable[[UnitDone], None],
         timer: StageTimer,
     ) -> None:

@@ -13,7 +13,7 @@ from feature_store.backends.local import LocalObjects
 from feature_store.errors import ResourceError
 from feature_store.format.codecs.bound import calibrated, needs_calibration
 from feature_store.format.manifest import Manifest
-from feature_store.inputs.tar import Tar
+from feature_store.inputs.base import SampleSource
 from feature_store.store import Store, open_store_in
 from feature_store.teacher.bundle import bundle_state
 from feature_store.teacher.model import Teacher
@@ -47,7 +47,7 @@ class Job:
     compute: ComputeSpec
     store: Store
     teacher: Teacher
-    tars: tuple[Tar, ...]
+    tars: tuple[SampleSource, ...]
     views_out: str | None = None
     strict: bool = False
 
@@ -122,7 +122,7 @@ def _create(survey: Survey, manifest: Manifest, blocks: Mapping[str, Tensor], ne
         raise disk_error(error, survey.objects, "the new store", needed) from error
 
 
-def _without_usable_quarantine(store: Store, tars: Sequence[Tar]) -> Store:
+def _without_usable_quarantine(store: Store, tars: Sequence[SampleSource]) -> Store:
     """The store without units that quarantine a sample which is readable by now; they will be written again.
 
     Repaired tars have the same member names and sizes: a job with others is refused before.
@@ -149,7 +149,9 @@ def consecutive_tasks(unit: int, views: Sequence[int]) -> list[Task]:
     return [Task(unit, range(run[0], run[-1] + 1)) for run in runs]
 
 
-def first_features(batch_size: int, manifest: Manifest, teacher: Teacher, tars: Sequence[Tar]) -> dict[str, np.ndarray]:
+def first_features(
+    batch_size: int, manifest: Manifest, teacher: Teacher, tars: Sequence[SampleSource]
+) -> dict[str, np.ndarray]:
     """The calibration batch of codecs, [n, N, C] per tap: view 0 of the first readable samples.
 
     Raises:

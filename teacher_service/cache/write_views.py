@@ -14,6 +14,7 @@ from feature_store.backends.local import LocalObjects
 from feature_store.backends.open import open_objects
 from feature_store.commits.locks import lock_name, locked
 from feature_store.errors import InputError, ResourceError
+from feature_store.inputs.base import NO_LABEL
 from feature_store.store import Store
 from feature_store.views import view_tar
 from teacher_service.cache.decode import Task
@@ -119,5 +120,6 @@ def tar_of(samples: Mapping[str, tuple[bytes, int]]) -> memoryview:
     file = io.BytesIO()
     with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer:  # for keys long or not ASCII
         for key, (jpeg, label) in samples.items():
-            writer.write({"__key__": key, "jpg": jpeg, "cls": str(label).encode()})
+            labelled = {} if label == NO_LABEL else {"cls": str(label).encode()}
+            writer.write({"__key__": key, "jpg": jpeg, **labelled})
     return file.getbuffer()

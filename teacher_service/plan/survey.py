@@ -12,10 +12,10 @@ from feature_store.commits.root import ROOT
 from feature_store.errors import InputError, MismatchError
 from feature_store.format.codecs.base import ZSTD_SUFFIX
 from feature_store.format.layout import StoreLayout
-from feature_store.format.manifest import Growth, Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
+from feature_store.format.manifest import Growth, InputInfo, Manifest, SplitInfo, TapInfo, TarInfo, TeacherInfo
 from feature_store.format.versions import software_versions
-from feature_store.inputs import tar as input_tars
-from feature_store.inputs.tar import Tar
+from feature_store.inputs.base import SampleSource
+from feature_store.inputs.open import OpenedSources, open_sources
 from feature_store.store import Store, open_store_in
 from feature_store.teacher.bundle import bundle_sha256
 from feature_store.teacher.model import Teacher, build_model, tap_shapes, teacher_info
@@ -42,7 +42,7 @@ class Survey:
     Attributes:
         objects: Where the store is or will be.
         store: The store as it was found; None if there is none.
-        tars: The job's tars, one per unit.
+        tars: The job's sources, one per unit.
         outline: Shapes of the teacher.
         layout: Layout of the finished store; its manifest has no weights' hashes and no codec statistics yet.
         missing: Views to compute, by unit.
@@ -50,7 +50,7 @@ class Survey:
 
     objects: ObjectStore
     store: Store | None
-    tars: tuple[Tar, ...]
+    tars: tuple[SampleSource, ...]
     outline: TeacherOutline
     layout: StoreLayout
     missing: dict[int, list[int]]
@@ -72,14 +72,14 @@ def survey(config: JobConfig) -> Survey:
         UserError: The job could not start: unknown teacher, unusable tars, impossible settings, or a store begun
             with other ones.
     """
-    outline, tars = outline_teacher(config.teacher), open_tars(config.inputs)
-    manifest, objects = job_manifest(config, tars, outline), open_objects(config.store)
+    outline, opened = outline_teacher(config.teacher), open_inputs(config.inputs)
+    manifest, objects = job_manifest(config, opened.sources, outline, opened.info), open_objects(config.store)
     store = find_store(objects)
     if store is None:
         missing = {unit: list(range(manifest.num_views)) for unit in range(len(manifest.tars))}
     else:
         missing = _missing_views(store, manifest)
-    return Survey(objects, store, tars, outline, StoreLayout(manifest), missing)
+    return Survey(objects, store, tuple(opened.sources), outline, StoreLayout(manifest), missing)
 
 
 def find_store(objects: ObjectStore) -> Store | None:
@@ -140,15 +140,15 @@ def outline_teacher(spec: TeacherSpec) -> TeacherOutline:
     return TeacherOutline(info, later_blocks.info, tuple(tensor.nbytes for tensor in tensors))
 
 
-def open_tars(inputs: Inputs) -> tuple[Tar, ...]:
-    """Index all tars of a job; contents are not decoded.
+def open_inputs(inputs: Inputs) -> OpenedSources:
+    """Open all sources of a job; contents are not decoded.
 
     Raises:
-        InputError: No tars, a tar that cannot be read to its end, or a sample key in two places.
+        InputError: No inputs, one that cannot be read to its end, or a sample key in two places.
     """
-    tars = tuple(input_tars.open_tars(inputs.tars, inputs))
+    opened = open_sources(inputs.tars, inputs)
     seen: dict[str, str] = {}
-    for tar in tars:
+    for tar in opened.sources:
         for key in tar.keys:
             if key in seen:
                 raise InputError(
@@ -156,10 +156,12 @@ def open_tars(inputs: Inputs) -> tuple[Tar, ...]:
                     "all tars of a store: views are drawn by key; remove the duplicate or rename it"
                 )
             seen[key] = tar.url
-    return tars
+    return opened
 
 
-def job_manifest(config: JobConfig, tars: Sequence[Tar], outline: TeacherOutline) -> Manifest:
+def job_manifest(
+    config: JobConfig, tars: Sequence[SampleSource], outline: TeacherOutline, inputs: InputInfo | None = None
+) -> Manifest:
     """The manifest of the store this job writes, without weights' hashes and codec statistics.
 
     Raises:
@@ -188,6 +190,7 @@ def job_manifest(config: JobConfig, tars: Sequence[Tar], outline: TeacherOutline
         software=software_versions(),
         licence=storage.licence_note,
         view_encoding=None if views.out is None else JPEG,
+        inputs=inputs,
     )
     manifest.require_room()
     return manifest

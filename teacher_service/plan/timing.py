@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from feature_store.commits.root import ROOT
 from feature_store.errors import InputError
 from feature_store.format.codecs.bound import calibrated, needs_calibration
 from feature_store.format.manifest import TarInfo
-from feature_store.inputs.tar import Tar, TarSample
+from feature_store.inputs.base import Sample, SampleSource
 from feature_store.store import Store
 from feature_store.teacher.bundle import bundle_state
 from feature_store.teacher.model import Teacher
@@ -35,19 +34,29 @@ SPLIT_VIEWS = 5
 
 
 class TarPart:
-    """Some consecutive samples of a tar, as a unit of their own."""
+    """Some consecutive samples of a source, as a unit of their own; see SampleSource."""
 
-    def __init__(self, tar: Tar, positions: range) -> None:
+    def __init__(self, tar: SampleSource, positions: range) -> None:
         self.name, self.url, self.header_sha256 = tar.name, tar.url, tar.header_sha256
         self.keys = tuple(tar.keys[i] for i in positions)
+        self.notes = ()
+        self.problems = {at: tar.problems[i] for at, i in enumerate(positions) if i in tar.problems}
         self._tar, self._first = tar, positions.start
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, position: int) -> TarSample:
-        """See Tar.read."""
+    def read(self, position: int) -> Sample:
+        """See SampleSource."""
         return self._tar.read(self._first + position)
+
+    def label(self, position: int) -> int:
+        """See SampleSource."""
+        return self._tar.label(self._first + position)
+
+    def content_sha256(self) -> str:
+        """See SampleSource."""
+        return self._tar.content_sha256()
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ def measure(survey: Survey, spec: TeacherSpec, compute: ComputeSpec) -> Timing:
         raise InputError("--time-samples needs two samples to time, the tars hold one; leave it out")
     started, views = time.perf_counter(), survey.manifest.num_views
     teacher = load(spec, compute.device, pretrained=False)
-    parts = tuple(cast(list[Tar], _parts(survey.tars, views, compute)))  # as much of a tar as the pipeline needs
+    parts = tuple(_parts(survey.tars, views, compute))  # as much of a tar as the pipeline needs
     with _scratch_job(survey, compute, teacher, parts) as (job, calibration):
         pipeline = Pipeline(job)
         first, *rest = [Task(unit, range(views)) for unit in range(len(parts))]
@@ -147,7 +156,7 @@ def measure(survey: Survey, spec: TeacherSpec, compute: ComputeSpec) -> Timing:
     )
 
 
-def _parts(tars: Sequence[Tar], views: int, compute: ComputeSpec) -> list[TarPart]:
+def _parts(tars: Sequence[SampleSource], views: int, compute: ComputeSpec) -> list[TarPart]:
     """Units of the first samples: one of a batch to warm up with, then the rest."""
     left = min(compute.time_samples, sum(map(len, tars)))
     first = max(1, min(compute.batch_size // views, left // 2))
@@ -163,7 +172,7 @@ def _parts(tars: Sequence[Tar], views: int, compute: ComputeSpec) -> list[TarPar
 
 @contextmanager
 def _scratch_job(
-    survey: Survey, compute: ComputeSpec, teacher: Teacher, parts: tuple[Tar, ...]
+    survey: Survey, compute: ComputeSpec, teacher: Teacher, parts: tuple[SampleSource, ...]
 ) -> Iterator[tuple[Job, float]]:
     """A job with a temporary store (and views) on the real one's disk, and the seconds of its calibration."""
     blocks = bundle_state(teacher.later_blocks)

@@ -8,7 +8,7 @@ from feature_store.backends.local import LocalObjects
 from feature_store.backends.open import open_objects
 from feature_store.errors import InputError
 from feature_store.format.manifest import Manifest
-from feature_store.inputs.tar import Tar
+from feature_store.inputs.base import SampleSource
 from teacher_service.cache.decode import Task, ViewDataset
 from teacher_service.plan.disk import existing_folder, free_bytes
 
@@ -44,7 +44,12 @@ class ViewTars:
 
 
 def view_tars(
-    url: str, manifest: Manifest, tars: Sequence[Tar], remaining_images: int, store: ObjectStore, store_bytes: int
+    url: str,
+    manifest: Manifest,
+    tars: Sequence[SampleSource],
+    remaining_images: int,
+    store: ObjectStore,
+    store_bytes: int,
 ) -> ViewTars:
     """Predict from the first view of some samples, spread over the tars.
 
@@ -64,7 +69,7 @@ def view_tars(
     return ViewTars(url, size, total, remaining, remaining + store_bytes * same_disk, free_bytes(objects))
 
 
-def mean_view_bytes(manifest: Manifest, tars: Sequence[Tar]) -> float:
+def mean_view_bytes(manifest: Manifest, tars: Sequence[SampleSource]) -> float:
     """Bytes a view takes in a tar, label included, on average over MEASURED samples.
 
     Raises:

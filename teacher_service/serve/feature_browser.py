@@ -19,7 +19,10 @@ from feature_store.tools.features import ColourMap, replay_row
 from feature_store.tools.row_subset import pick, sampled_shards
 
 if TYPE_CHECKING:
-    from feature_store.inputs.unit_tars import UnitTars  # its webdataset imports torch, which cached rows do without
+    from feature_store.inputs.unit_tars import (
+        UnitSources,
+        UnitTars,
+    )  # its webdataset imports torch, which cached rows do without
 
 TAP = "stage4"
 _ROWS = 512  # that any row is compared with
@@ -118,7 +121,7 @@ class FeatureBrowser:
 
     def __init__(self, store: Callable[[], Store], tars: Sequence[str] = (), options: TarOptions = DEFAULT) -> None:
         self._store = store
-        self._tars = _unit_tars(tars, options) if tars else None
+        self._tars = _units(tars, options, store()) if tars else None
         self._sample: tuple[str, ReferenceRows] | None = None
         self._lock = threading.Lock()
 
@@ -194,8 +197,7 @@ def _unit_length(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(lengths > 0, lengths, 1)
 
 
-def _unit_tars(tars: Sequence[str], options: TarOptions) -> "UnitTars":
-    from feature_store.inputs.tar import expand_tars
-    from feature_store.inputs.unit_tars import UnitTars
+def _units(tars: Sequence[str], options: TarOptions, store: Store) -> "UnitTars | UnitSources":
+    from feature_store.inputs.unit_tars import open_units
 
-    return UnitTars(expand_tars(tars, allow_pipe=options.allow_pipe), options.scratch)
+    return open_units(tars, options, store.manifest.inputs)

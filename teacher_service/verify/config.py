@@ -5,7 +5,7 @@ from pathlib import Path
 
 from feature_store.processes import usable_cpus
 from feature_store.tools.options import check_fields, require
-from teacher_service.config import Inputs
+from teacher_service.config import StoredInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class VerifyConfig:
         json: Print the whole report as JSON.
     """
 
-    inputs: Inputs
+    inputs: StoredInputs
     store: str | Path
     teacher: str | None = None
     checkpoint: Path | None = None

@@ -22,8 +22,7 @@ from feature_store.errors import CorruptStoreError, ImageError, MismatchError, U
 from feature_store.format.addressing import RowId
 from feature_store.format.codecs.bound import LOGITS, BoundCodec
 from feature_store.format.manifest import Manifest
-from feature_store.inputs.tar import expand_tars
-from feature_store.inputs.unit_tars import UnitTars
+from feature_store.inputs.unit_tars import UnitSources, UnitTars, open_units
 from feature_store.store import Store, open_store_in
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher
@@ -101,15 +100,17 @@ def verify(config: VerifyConfig, progress: Callable[[int, int], None] = lambda d
     """
     objects = open_objects(config.store)
     manifest = read_manifest(objects)
-    urls = expand_tars(config.inputs.tars, allow_pipe=config.inputs.allow_pipe)
-    if len(urls) != len(manifest.tars):
-        raise MismatchError("tars", expected=len(manifest.tars), got=len(urls), remedy="give all of the store's tars")
+    units = open_units(config.inputs.tars, config.inputs, manifest.inputs)
+    if len(units) != len(manifest.tars):
+        raise MismatchError(
+            "tars", expected=len(manifest.tars), got=len(units), remedy="give all of the store's inputs"
+        )
     teacher = _same_teacher(config, manifest)
     checksums = verify_checksums(config.store, workers=config.workers, progress=progress)
     if checksums.findings:
         return DeepReport(checksums)
     forward = Forward(teacher, tuple(manifest.taps), config.batch_size, StageTimer())
-    deep = _DeepCheck(open_store_in(objects), forward, UnitTars(urls, config.inputs.scratch))
+    deep = _DeepCheck(open_store_in(objects), forward, units)
     rows = sampled_rows(deep.store, config.sample, np.random.default_rng(config.seed))
     for start in range(0, len(rows), config.batch_size):
         deep.check(rows[start : start + config.batch_size])
@@ -148,7 +149,7 @@ def _same_teacher(config: VerifyConfig, manifest: Manifest) -> Teacher:
 class _DeepCheck:
     """Computes rows anew and collects what differs."""
 
-    def __init__(self, store: Store, forward: Forward, tars: UnitTars) -> None:
+    def __init__(self, store: Store, forward: Forward, tars: UnitTars | UnitSources) -> None:
         self.store, self.worst, self.mismatches = store, dict[str, float](), list[Mismatch]()
         self._forward, self._tars, self._source = forward, tars, store.source()
         self._codecs = store.layout.codecs

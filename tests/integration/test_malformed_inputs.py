@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_folders import class_samples, write_parquet
 from PIL import Image
 from servers import s3_server
 from tiny_jobs import TinyTeacher, encode_image, noise
@@ -168,7 +169,7 @@ def _cache(folder: Path, teacher: TinyTeacher, tars: Sequence[Path], *options: s
 
 
 def test_document_lists_exactly_the_inputs_that_are_tested() -> None:
-    assert list(_documented()) == [*SAMPLES, *ARCHIVES, *PLACES]
+    assert list(_documented()) == [*SAMPLES, *ARCHIVES, *PLACES, *LABELS, *FOLDERS, *TABLES]
     assert len(SAMPLES) + len(ARCHIVES) >= 30
 
 
@@ -419,3 +420,226 @@ def test_plan_uses_or_refuses_every_documented_place(
     else:
         assert (code, how in captured.err.splitlines()[-1]) in {(2, True), (3, True)}, captured.err
         assert not (tmp_path / "scratch").exists() or not list((tmp_path / "scratch").iterdir())
+
+
+# --- labels, folders and parquet files
+
+Arguments = list[str | Path]
+
+
+def _labelled(folder: Path, member: str, *contents: bytes | None) -> Path:
+    """A tar of a good sample for each content of its label's member; without a member for None."""
+    members: Members = []
+    for number, content in enumerate(contents):
+        members.append((f"s{number}.png", PIXELS))
+        if content is not None:
+            members.append((f"s{number}.{member}", content))
+    return _write(folder / "odd.tar", members)
+
+
+def _classes(folder: Path, *names: str) -> Arguments:
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names))
+    return ["--classes", folder / "classes.txt"]
+
+
+LABELS: dict[str, Callable[[Path], Arguments]] = {
+    "no cls member, --labels optional": lambda folder: [_labelled(folder, "cls", b"2", None), "--labels", "optional"],
+    "cls of -1, --labels optional": lambda folder: [_labelled(folder, "cls", b"2", b"-1"), "--labels", "optional"],
+    "cls is a word, --labels optional": lambda folder: [_labelled(folder, "cls", b"2", b"cat"), "--labels", "optional"],
+    "no labels at all, --labels none": lambda folder: [_labelled(folder, "cls", None, None), "--labels", "none"],
+    "no labels at all, --labels optional": lambda folder: [_labelled(folder, "cls", None), "--labels", "optional"],
+    "txt member, --label-field txt": lambda folder: [_labelled(folder, "txt", b"2"), "--label-field", "txt"],
+    "json member, --label-field json.label": lambda folder: [
+        _labelled(folder, "json", b'{"label": 2}'), "--label-field", "json.label"
+    ],
+    "json member without the field": lambda folder: [
+        _labelled(folder, "json", b'{"label": 2}', b'{"class": 2}'), "--label-field", "json.label"
+    ],
+    "json member that is not JSON": lambda folder: [
+        _labelled(folder, "json", b'{"label": 2}', b"{"), "--label-field", "json.label"
+    ],
+    "json member with a number that is no integer": lambda folder: [
+        _labelled(folder, "json", b'{"label": 2}', b'{"label": 2.5}'), "--label-field", "json.label"
+    ],
+    "class name, --classes FILE": lambda folder: [
+        _labelled(folder, "cls", b"cat"), *_classes(folder, "ant", "bee", "cat")
+    ],
+    "name that --classes lacks": lambda folder: [
+        _labelled(folder, "cls", b"ant", b"emu"), *_classes(folder, "ant", "bee")
+    ],
+    "labels counted from one, --classes FILE": lambda folder: [
+        _labelled(folder, "cls", b"1", b"2"), *_classes(folder, "ant", "bee")
+    ],
+    "label far above the classes": lambda folder: [
+        _labelled(folder, "cls", b"1", b"9"), *_classes(folder, "ant", "bee")
+    ],
+    "--label-field json": lambda folder: [_labelled(folder, "json", b"2"), "--label-field", "json"],
+    "--classes FILE that is not there": lambda folder: [
+        _labelled(folder, "cls", b"2"), "--classes", folder / "none.txt"
+    ],
+    "--classes FILE with a name twice": lambda folder: [
+        _labelled(folder, "cls", b"0"), *_classes(folder, "ant", "ant")
+    ],
+    "--classes FILE with an empty line": lambda folder: [
+        _labelled(folder, "cls", b"0"), *_classes(folder, "ant", "", "bee")
+    ],
+}  # fmt: skip
+
+
+def _tree(folder: Path, files: dict[str, bytes], *options: str | Path) -> Arguments:
+    for name, content in files.items():
+        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "tree" / name).write_bytes(content)
+    return [folder / "tree", *options]
+
+
+def _with_link(folder: Path) -> Arguments:
+    given = _tree(folder, {"ant/a.png": PIXELS})
+    (folder / "tree" / "ant" / "b.png").symlink_to(folder / "tree" / "ant" / "a.png")
+    (folder / "tree" / "ant" / "again").symlink_to(folder / "tree")
+    return given
+
+
+def _with_empty_class(folder: Path) -> Arguments:
+    (folder / "tree" / "bee").mkdir(parents=True)
+    return _tree(folder, {"ant/a.png": PIXELS})
+
+
+def _not_utf8(folder: Path) -> Arguments:
+    (folder / "tree" / "ant").mkdir(parents=True)
+    with open(os.fsencode(folder / "tree" / "ant") + b"/caf\xe9.png", "wb") as file:  # noqa: PTH123
+        file.write(PIXELS)
+    return [folder / "tree"]
+
+
+FOLDERS: dict[str, Callable[[Path], Arguments]] = {
+    "class folders with images": lambda folder: _tree(folder, {"ant/a.png": PIXELS, "bee/b.JPEG": JPEG}),
+    "folders below class folders": lambda folder: _tree(folder, {"ant/x/y/a.png": PIXELS}),
+    "links to files and folders": _with_link,
+    "hidden files and folders": lambda folder: _tree(
+        folder, {"ant/a.png": PIXELS, ".git/x.png": b"", "ant/._a.png": b""}
+    ),
+    "files that are no images": lambda folder: _tree(
+        folder, {"ant/a.png": PIXELS, "ant/list.csv": b"x", "README": b"x"}
+    ),
+    "image in a class folder that cannot be decoded": lambda folder: _tree(
+        folder, {"ant/a.png": PIXELS, "ant/b.png": PIXELS[:200]}
+    ),
+    "images without class folders, --labels none": lambda folder: _tree(
+        folder, {"a.png": PIXELS, "b.png": PIXELS}, "--labels", "none"
+    ),
+    "some images outside of class folders, --labels optional": lambda folder: _tree(
+        folder, {"ant/a.png": PIXELS, "b.png": PIXELS}, "--labels", "optional"
+    ),
+    "some images outside of class folders": lambda folder: _tree(folder, {"ant/a.png": PIXELS, "b.png": PIXELS}),
+    "class folder without an image": _with_empty_class,
+    "class folder that --classes lacks": lambda folder: _tree(folder, {"ant/a.png": PIXELS}, *_classes(folder, "bee")),
+    "two images that differ by extension only": lambda folder: _tree(folder, {"ant/a.png": PIXELS, "ant/a.jpg": JPEG}),
+    "file name that is not UTF-8": _not_utf8,
+    "folder without images, --input-format folder": lambda folder: _tree(
+        folder, {"ant/a.txt": b"x"}, "--input-format", "folder"
+    ),
+    "two folders": lambda folder: [folder, *_tree(folder, {"ant/a.png": PIXELS}), "--input-format", "folder"],
+    "folder that is not there": lambda folder: [folder / "none", "--input-format", "folder"],
+    "--label-field with a folder": lambda folder: _tree(folder, {"ant/a.png": PIXELS}, "--label-field", "txt"),
+    "--unit-samples 0": lambda folder: _tree(folder, {"ant/a.png": PIXELS}, "--unit-samples", "0"),
+}
+
+
+def _table(folder: Path, *labels: object, images: Sequence[bytes] | None = None, **options) -> Path:
+    """A parquet file with a row for each label; null for None."""
+    samples = [{"png": PIXELS} | ({} if label is None else {"cls": label}) for label in labels]
+    for sample, image in zip(samples, images or (), strict=False):
+        sample["png"] = image
+    return write_parquet(folder / "odd.parquet", samples, **options)
+
+
+def _columns(folder: Path, columns: dict) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), folder / "odd.parquet")
+    return folder / "odd.parquet"
+
+
+def _splits(folder: Path) -> Arguments:
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        write_parquet(folder / f"{name}.parquet", class_samples(2))
+    return [folder]
+
+
+def _dataset_dict(folder: Path) -> Arguments:
+    (folder / "odd" / "train").mkdir(parents=True)
+    (folder / "odd" / "dataset_dict.json").write_text("{}")
+    return [folder / "odd", "--input-format", "parquet"]
+
+
+def _namesake_tables(folder: Path) -> Arguments:
+    return [write_parquet(folder / name / "odd.parquet", class_samples(2)) for name in "ab"]
+
+
+TABLES: dict[str, Callable[[Path], Arguments]] = {
+    "columns image {bytes, path} and label": lambda folder: [_table(folder, 2, 0)],
+    "binary column of images": lambda folder: [_columns(folder, {"image": [PIXELS], "label": [2]})],
+    "labels in another column, --label-field NAME": lambda folder: [
+        _columns(folder, {"image": [PIXELS], "target": [2]}), "--label-field", "target"
+    ],
+    "class names as labels, --classes FILE": lambda folder: [
+        _columns(folder, {"image": [PIXELS], "label": ["bee"]}), *_classes(folder, "ant", "bee")
+    ],
+    "row without bytes": lambda folder: [_table(folder, 2, 1, images=[PIXELS, b""])],
+    "row whose label is null": lambda folder: [_table(folder, 2, None)],
+    "row whose label is null, --labels optional": lambda folder: [_table(folder, 2, None), "--labels", "optional"],
+    "row whose label is -1": lambda folder: [_table(folder, 2, -1)],
+    "no column of labels, --labels none": lambda folder: [_columns(folder, {"image": [PIXELS]}), "--labels", "none"],
+    "no column of labels": lambda folder: [_columns(folder, {"image": [PIXELS]})],
+    "no column of images": lambda folder: [_columns(folder, {"text": ["x"], "label": [2]})],
+    "paths instead of images": lambda folder: [_columns(folder, {"image": ["a.png"], "label": [2]})],
+    "label above the schema's class names": lambda folder: [_table(folder, 0, 2, names=("ant", "bee"))],
+    "no rows": lambda folder: [_table(folder)],
+    "file that is no parquet": lambda folder: [_named(folder, "odd.parquet", b"<html>")],
+    "parquet file cut short": lambda folder: [_cut(_table(folder, 2, 0))],
+    "Arrow file that is none": lambda folder: [_named(folder, "odd.arrow", b"x" * 100)],
+    "parquet file that is not there": lambda folder: [folder / "odd.parquet"],
+    "glob of parquet files without a match": lambda folder: [folder / "odd-*.parquet"],
+    "two parquet files of one name": _namesake_tables,
+    "folder with several splits": _splits,
+    "dataset folder with several splits": _dataset_dict,
+    "folder without tables, --input-format parquet": lambda folder: [folder, "--input-format", "parquet"],
+    "URL of a parquet file": lambda folder: ["https://host/odd.parquet"],
+}  # fmt: skip
+
+
+def _named(folder: Path, name: str, content: bytes) -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def _cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-200])
+    return path
+
+
+@pytest.mark.parametrize("name", [*LABELS, *FOLDERS, *TABLES])
+def test_cache_ends_as_documented_for_every_source(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    outcome, how = _documented()[name]
+    (tmp_path / "given").mkdir()
+    arguments = ({**LABELS, **FOLDERS, **TABLES})[name](tmp_path / "given")
+
+    code = _cache(tmp_path, tiny_swin, [], *map(str, arguments))
+
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    if outcome == "error":
+        assert code == 2
+        error = captured.err.splitlines()[-1]
+        assert error.startswith("teacher-service: error: ")
+        assert how in error
+        assert not (tmp_path / "store").exists()
+    else:
+        assert code == 0, captured.err
+        reasons = open_store(tmp_path / "store").quarantined(0)
+        assert len(reasons) == (outcome == "quarantined")
+        assert all(how in reason for reason in reasons.values())

@@ -1,0 +1,431 @@
+"""Parquet files and Hugging Face dataset folders as SampleSources.
+
+A unit is a run of rows of the row groups in seeded order, so that reading a unit decodes few row groups, each once.
+Only the row group that is read is in memory.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from feature_store.errors import ImageError, InputError, ResourceError
+from feature_store.inputs.base import NO_LABEL, Sample, require_position
+from feature_store.inputs.labels import LabelReader
+from feature_store.inputs.slices import UnitSlices, shuffled
+from feature_store.inputs.tar_index import Keys, header_sha256
+from feature_store.inputs.urls import local_path
+
+INSTALL = "pip install 'scalekd-cache[parquet]'"
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
+MOST_GROUP_BYTES = 2 << 30
+"""Images of a row group, uncompressed: it is in memory as a whole, in every decode worker."""
+
+_TAIL = 64  # bytes at an image's end
+_SPLIT = re.compile(r"(.+?)-\d{5}(-of-\d{5})?$")
+_DIGITS = 7  # of a row's number in its key
+
+
+class RowGroup(NamedTuple):
+    """A row group: number of its file, its number there, first row in the file, rows, bytes of images."""
+
+    file: int
+    number: int
+    first: int
+    rows: int
+    bytes: int
+
+
+class TableFile(NamedTuple):
+    """A file as it was when it was listed.
+
+    Attributes:
+        path: Where it is.
+        stem: Name without extension, in the samples' keys.
+        size: Its bytes.
+        mtime_ns: Its modification time.
+    """
+
+    path: str
+    stem: str
+    size: int
+    mtime_ns: int
+
+
+class ParquetUnit:
+    """Some rows of parquet or Arrow files, as one unit; see SampleSource.
+
+    Args:
+        files: All files.
+        groups: Row group of each row, int32 [samples, 2]: number of the file, of the group.
+        rows: Row in the file and in the group, int64 [samples, 2].
+        labels: Class indexes.
+        column: Column of the images.
+        name: Name of the unit.
+        header: Hash of listing and place.
+        problems: Rows without a usable label.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[TableFile],
+        groups: np.ndarray,
+        rows: np.ndarray,
+        labels: np.ndarray,
+        column: str,
+        name: str,
+        header: str,
+        problems: dict[int, str],
+    ) -> None:
+        self.name, self.header_sha256, self.notes, self.problems = name, header, (), problems
+        self.url = f"{Path(files[0].path).parent}#{name}"
+        self.keys = Keys.of(
+            [row_key(files[file], int(row)) for file, row in zip(groups[:, 0], rows[:, 0], strict=True)]
+        )
+        self._files, self._groups, self._rows, self._labels = tuple(files), groups, rows, labels
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, position: int) -> Sample:
+        """See SampleSource."""
+        label = self.label(position)
+        return Sample(self.keys[position], self._image(position), label)
+
+    def label(self, position: int) -> int:
+        """See SampleSource."""
+        require_position(self, position)
+        return int(self._labels[position])
+
+    def content_sha256(self) -> str:
+        """See SampleSource."""
+        digest = hashlib.sha256(self.header_sha256.encode() + self._labels.tobytes())
+        for position in range(len(self)):
+            if position not in self.problems:
+                digest.update(self._image(position)[-_TAIL:])
+        return digest.hexdigest()
+
+    def _image(self, position: int) -> bytes:
+        file, number = self._groups[position].tolist()
+        values = _images(self._files[file], number, self._column)
+        value = values[int(self._rows[position, 1])].as_py()
+        if isinstance(value, dict):
+            value = _of_struct(value)
+        if not value:
+            raise ImageError("no image: the row has no bytes; embed the images in the file")
+        return value
+
+
+def row_key(file: TableFile, row: int) -> str:
+    """Key of a row: the file's name without extension and the row's number, the same on every machine."""
+    return f"{file.stem}/{row:0{_DIGITS}}"
+
+
+def open_parquet(
+    patterns: Sequence[str], labels: LabelReader, field: str, slices: UnitSlices
+) -> tuple[list[ParquetUnit], tuple[str, ...]]:
+    """Units of parquet files or a dataset folder, and the class names in their schema.
+
+    Args:
+        patterns: Files (``.parquet``, ``.arrow``), or one folder that holds them.
+        labels: Whether rows need labels; its class names, if there are any, stand for those of the schema.
+        field: Column of the labels; "" for the first of LABEL_COLUMNS that is there.
+        slices: How rows are divided into units.
+
+    Raises:
+        InputError: pyarrow is missing, no such files or columns, or row groups too large to read.
+        ResourceError: A file cannot be read.
+    """
+    files = _listed(patterns)
+    column, label_column, names = _columns(files, field, labels.policy)
+    reader = LabelReader(labels.policy, labels.classes or names)
+    groups, values = list[RowGroup](), list[np.ndarray]()
+    problems: dict[tuple[int, int], str] = {}
+    for number, file in enumerate(files):
+        _require_same_columns(file, column, label_column)
+        groups += _row_groups(number, file, column)
+        values.append(_labels(number, file, label_column, reader, problems))
+    if not sum(group.rows for group in groups):
+        raise InputError(f"{files[0].path} and its like hold no rows; name files with images")
+    order = shuffled([f"{files[group.file].stem}/{group.number}" for group in groups], slices.seed)
+    rows = np.concatenate([_rows_of(groups[at]) for at in order])
+    listing = header_sha256((f"{files[group.file].stem}/{group.number}/{group.rows}", group.bytes) for group in groups)
+    content = hashlib.sha256(b"".join(each.tobytes() for each in values)).hexdigest()
+    units = []
+    for number, span in enumerate(slices.of(len(rows))):
+        some = rows[span.start : span.stop]
+        of_unit = np.array([values[file][row] for file, row in some[:, (0, 2)].tolist()], np.int64)
+        bad = {
+            at: problems[file, row]
+            for at, (file, row) in enumerate(some[:, (0, 2)].tolist())
+            if (file, row) in problems
+        }
+        place = {"listing": listing, "labels": content, "seed": slices.seed, "first": span.start, "rows": len(some)}
+        header = hashlib.sha256(json.dumps({**place, "classes": reader.classes, "policy": labels.policy}).encode())
+        name = f"parquet-{number:05}"
+        unit = ParquetUnit(
+            files, some[:, :2].astype(np.int32), some[:, 2:], of_unit, column, name, header.hexdigest(), bad
+        )
+        units.append(unit)
+    return units, tuple(reader.classes)
+
+
+def _rows_of(group: RowGroup) -> np.ndarray:
+    """Rows of a group, int64 [rows, 4]: file, group, row in the file, row in the group."""
+    inside = np.arange(group.rows)
+    same = np.ones_like(inside)
+    return np.stack([same * group.file, same * group.number, group.first + inside, inside], axis=1)
+
+
+# --- listing -------------------------------------------------------------------------------------------------
+
+
+def _listed(patterns: Sequence[str]) -> list[TableFile]:
+    """The files in order of their names.
+
+    Raises:
+        InputError: None, or several splits of a data set.
+    """
+    paths = [path for pattern in patterns for path in _paths(_local(pattern))]
+    files = []
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"{path} is not there: {error.strerror}; correct the path") from error
+        files.append(TableFile(str(path), path.stem, status.st_size, status.st_mtime_ns))
+    files.sort(key=lambda file: file.stem)
+    for file, following in pairwise(files):
+        if file.stem == following.stem:
+            raise InputError(f"{file.path} and {following.path} have one name, which keys are made of; rename one")
+    return files
+
+
+def _local(pattern: str) -> Path:
+    path = local_path(pattern)
+    if path is None:
+        raise InputError(f"{pattern} is a URL; parquet files are read from the disks of this machine: copy it there")
+    return path.expanduser()
+
+
+def _paths(path: Path) -> Iterator[Path]:
+    if "*" in path.name:
+        found = sorted(path.parent.glob(path.name))
+        if not found:
+            raise InputError(f"{path} matches no file; correct it")
+        yield from found
+        return
+    if not path.is_dir():
+        yield path
+        return
+    if (path / "dataset_dict.json").exists():
+        splits = sorted(each.name for each in path.iterdir() if each.is_dir())
+        raise InputError(f"{path} holds the splits {', '.join(splits)}; name one: {path / (splits or ['train'])[0]}")
+    found = sorted(each for kind in ("*.parquet", "*.arrow") for each in path.rglob(kind))
+    found = [each for each in found if not each.name.startswith((".", "cache-"))]
+    if not found:
+        raise InputError(f"folder {path} holds no .parquet or .arrow file; name parquet files or a dataset folder")
+    splits = {match[1] if (match := _SPLIT.match(each.stem)) else each.stem for each in found}
+    if len(splits) > 1 and all(_SPLIT.match(each.stem) for each in found):
+        one = next(each for each in found)
+        raise InputError(
+            f"folder {path} holds the splits {', '.join(sorted(splits))}; name the files of one in quotes: "
+            f"'{one.parent}/{min(splits)}-*{one.suffix}'"
+        )
+    yield from found
+
+
+def _columns(files: Sequence[TableFile], field: str, policy: str) -> tuple[str, str | None, tuple[str, ...]]:
+    """Columns of images and labels, and the class names of the latter."""
+    schema = _open(files[0]).schema
+    image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
+    if image is None or not _holds_images(schema.field(image).type):
+        raise InputError(
+            f"{files[0].path} has no column of images: expected {', '.join(IMAGE_COLUMNS)} of binary values or "
+            f"structs {{bytes, path}}, got {', '.join(f'{each.name} ({each.type})' for each in schema)}; "
+            "rename the column"
+        )
+    if policy == "none":
+        return image, None, ()
+    label = field or next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    if label is None or label not in schema.names:
+        if policy == "optional" and not field:
+            return image, None, ()
+        raise InputError(
+            f"{files[0].path} has no column {label or ' or '.join(LABEL_COLUMNS)}, got {', '.join(schema.names)}; name "
+            "the column of labels with --label-field, or give --labels none"
+        )
+    return image, label, _class_names(schema.metadata or {}, label)
+
+
+def _holds_images(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
+    """Names of a ClassLabel column, as the datasets library writes them into a schema."""
+    try:
+        feature = json.loads(metadata[b"huggingface"])["info"]["features"][label]
+        names = feature.get("names") or feature["feature"]["names"]
+        return tuple(map(str, names))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ()
+
+
+def _require_same_columns(file: TableFile, image: str, label: str | None) -> None:
+    lacking = {image, *([] if label is None else [label])} - set(_open(file).schema.names)
+    if lacking:
+        raise InputError(f"{file.path} lacks the column {min(lacking)} of the other files; name files of one data set")
+
+
+def _row_groups(number: int, file: TableFile, column: str) -> list[RowGroup]:
+    found, first = [], 0
+    opened = _open(file)
+    for at, (rows, size) in enumerate(opened.groups(column)):
+        if size > MOST_GROUP_BYTES and isinstance(opened, _ParquetTable):
+            raise InputError(
+                f"row group {at} of {file.path} holds {size:,} bytes of images, at most {MOST_GROUP_BYTES:,} are read "
+                "at once; write the file again with smaller row groups (row_group_size=100)"
+            )
+        found.append(RowGroup(number, at, first, rows, size))
+        first += rows
+    return found
+
+
+def _labels(
+    number: int, file: TableFile, column: str | None, reader: LabelReader, problems: dict[tuple[int, int], str]
+) -> np.ndarray:
+    """Class indexes of a file's rows; NO_LABEL, and a problem, for rows whose label cannot be used."""
+    opened = _open(file)
+    if column is None:
+        return np.full(opened.rows, NO_LABEL, np.int64)
+    values = opened.column(column)
+    found = np.empty(len(values), np.int64)
+    for row, value in enumerate(values):
+        try:
+            found[row] = reader.index(value)
+        except ImageError as error:
+            found[row], problems[number, row] = NO_LABEL, str(error)
+        except InputError as error:
+            raise InputError(f"row {row} of {file.path}, column {column}: {error}") from error
+    return found
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+class _ParquetTable:
+    """A parquet file, opened."""
+
+    def __init__(self, path: str) -> None:
+        import pyarrow.parquet as pq
+
+        self._file = pq.ParquetFile(path, memory_map=False)
+        self.schema, self.rows = self._file.schema_arrow, self._file.metadata.num_rows
+
+    def groups(self, column: str) -> Iterator[tuple[int, int]]:
+        """Rows and uncompressed bytes of each row group's column."""
+        for number in range(self._file.num_row_groups):
+            group = self._file.metadata.row_group(number)
+            chunks = (group.column(at) for at in range(group.num_columns))
+            size = sum(
+                chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column
+            )
+            yield group.num_rows, size
+
+    def column(self, name: str) -> list[Any]:
+        """All values of a column."""
+        return self._file.read(columns=[name], use_threads=False).column(name).to_pylist()
+
+    def images(self, number: int, column: str) -> Any:
+        """Values of a row group's column."""
+        return self._file.read_row_group(number, columns=[column], use_threads=False).column(column)
+
+
+class _ArrowTable:
+    """An Arrow file of the datasets library, mapped into memory: its record batches are its row groups."""
+
+    def __init__(self, path: str) -> None:
+        import pyarrow as pa
+
+        source = pa.memory_map(path)
+        try:
+            reader = pa.ipc.open_stream(source)
+            self.schema, self._batches = reader.schema, list(reader)
+        except pa.ArrowInvalid:
+            opened = pa.ipc.open_file(source)
+            self.schema = opened.schema
+            self._batches = [opened.get_batch(at) for at in range(opened.num_record_batches)]
+        self.rows = sum(batch.num_rows for batch in self._batches)
+
+    def groups(self, column: str) -> Iterator[tuple[int, int]]:
+        """See _ParquetTable; a mapped batch takes no memory."""
+        return ((batch.num_rows, batch.column(column).nbytes) for batch in self._batches)
+
+    def column(self, name: str) -> list[Any]:
+        """See _ParquetTable."""
+        return [value for batch in self._batches for value in batch.column(name).to_pylist()]
+
+    def images(self, number: int, column: str) -> Any:
+        """See _ParquetTable."""
+        return self._batches[number].column(column)
+
+
+def _open(file: TableFile) -> _ParquetTable | _ArrowTable:
+    try:
+        status = os.stat(file.path)  # noqa: PTH116 - once per row group
+    except OSError as error:
+        raise ResourceError(f"{file.path} cannot be read: {error}; check permissions and disk") from error
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise InputError(f"{file.path} changed since it was listed; restore it and start again")
+    return _opened(file)
+
+
+@lru_cache(maxsize=32)
+def _opened(file: TableFile) -> _ParquetTable | _ArrowTable:
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise InputError(f"parquet files need pyarrow, which is not installed; {INSTALL}") from error
+    try:
+        return (_ArrowTable if file.path.endswith(".arrow") else _ParquetTable)(file.path)
+    except pa.ArrowInvalid as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{file.path} is no parquet or Arrow file: {reason:.200}; fetch or make it again") from error
+    except OSError as error:
+        raise ResourceError(f"{file.path} cannot be read: {error}; check permissions and disk") from error
+
+
+@lru_cache(maxsize=2)
+def _images(file: TableFile, number: int, column: str) -> Any:
+    """Values of a row group; the last ones stay in memory, because positions are read in order."""
+    import pyarrow as pa
+
+    try:
+        return _open(file).images(number, column)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ResourceError(
+            f"row group {number} of {file.path} cannot be read: {reason:.200}; fetch it again"
+        ) from error
+
+
+def _of_struct(value: dict[str, Any]) -> bytes | None:
+    if value.get("bytes"):
+        return value["bytes"]
+    if path := value.get("path"):
+        raise ImageError(f"no image: the row names the file {path!r} and has no bytes; embed the images in the file")
+    return None

@@ -1,0 +1,130 @@
+"""Parquet files and dataset folders give their rows, read by row group."""
+
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from image_folders import CLASSES, class_samples, image_table, write_parquet
+
+from feature_store.errors import ImageError, InputError
+from feature_store.inputs.base import NO_LABEL, SampleSource
+from feature_store.inputs.open import open_sources
+from feature_store.inputs.options import SourceOptions
+
+SAMPLES = class_samples(10)
+
+
+def _open(*paths: Path, **options) -> list[SampleSource]:
+    return open_sources([str(path) for path in paths], SourceOptions(**options)).sources
+
+
+def _content(units: list[SampleSource]) -> dict[str, tuple[bytes, int]]:
+    return {unit.keys[at]: unit.read(at)[1:] for unit in units for at in range(len(unit))}
+
+
+EXPECTED = {f"train-00000-of-00001/{row:07}": (each["png"], int(each["cls"])) for row, each in enumerate(SAMPLES)}
+
+
+def test_parquet_gives_images_labels_and_class_names(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "train-00000-of-00001.parquet", SAMPLES)
+
+    opened = open_sources([str(path)], SourceOptions(unit_samples=4))
+
+    assert opened.info is not None
+    assert (opened.info.format, opened.info.classes) == ("parquet", CLASSES)
+    assert [len(unit) for unit in opened.sources] == [4, 4, 2]
+    assert _content(opened.sources) == EXPECTED
+    assert [_content(pickle.loads(pickle.dumps(opened.sources)))] == [EXPECTED]  # noqa: S301
+
+
+def test_dataset_folder_on_disk_gives_the_same_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text("{}")
+    table = image_table(SAMPLES)
+    with (
+        pa.OSFile(str(folder / "train-00000-of-00001.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as out,
+    ):
+        out.write_table(table, max_chunksize=4)
+
+    units = _open(folder, unit_samples=4)
+
+    assert _content(units) == EXPECTED
+
+
+def test_plain_binary_column_and_class_indexes(tmp_path: Path) -> None:
+    table = pa.table({"jpg": [sample["png"] for sample in SAMPLES], "target": [int(s["cls"]) for s in SAMPLES]})
+    pq.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+
+    assert _content(_open(tmp_path / "train-00000-of-00001.parquet", label_field="target")) == EXPECTED
+
+
+def test_unit_reads_each_row_group_once_in_order_of_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = _open(write_parquet(tmp_path / "a.parquet", SAMPLES, group_rows=2), unit_samples=4)
+    read: list[int] = []
+    read_row_group = pq.ParquetFile.read_row_group
+
+    def counted(self: pq.ParquetFile, number: int, **options) -> pa.Table:
+        read.append(number)
+        return read_row_group(self, number, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+
+    _content(units)
+
+    assert len(set(read)) == len(read) == 4  # opening read the first
+    assert read != sorted(read)  # row groups come in seeded order
+
+
+def test_header_hash_changes_with_labels_seed_and_rows_only(tmp_path: Path) -> None:
+    def hashes(samples=SAMPLES, name: str = "x", **options) -> list[str]:
+        path = write_parquet(tmp_path / name / "a.parquet", samples)
+        return [unit.header_sha256 for unit in _open(path, **{"unit_samples": 4, **options})]
+
+    first = hashes()
+    assert hashes(name="elsewhere") == first
+    assert len(set(first)) == 3
+    changed = [{**SAMPLES[0], "cls": b"3"}, *SAMPLES[1:]]
+    for other in (hashes(changed), hashes(SAMPLES[:9]), hashes(shuffle_seed=1), hashes(unit_samples=5)):
+        assert not set(other) & set(first)
+
+
+def test_rows_without_label_are_unlabelled_or_cannot_be_used(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"png": SAMPLES[0]["png"]}, *SAMPLES[1:]])
+
+    (unit,) = _open(path, labels="optional")
+    at = list(unit.keys).index("a/0000000")
+    assert unit.read(at).label == NO_LABEL
+    assert [unit.label(position) for position in range(10)].count(NO_LABEL) == 1
+    (unit,) = _open(path)
+    with pytest.raises(ImageError, match="no label: it is None, expected a class index"):
+        unit.read(list(unit.keys).index("a/0000000"))
+    (unit,) = _open(path, labels="none")
+    assert {unit.label(position) for position in range(10)} == {NO_LABEL}
+
+
+def test_several_splits_in_one_folder_are_refused(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        write_parquet(tmp_path / "data" / f"{name}.parquet", SAMPLES[:2])
+
+    with pytest.raises(InputError, match=r"holds the splits test, train; name the files of one in quotes: '.*test-\*"):
+        _open(tmp_path)
+    assert sum(map(len, _open(tmp_path / "data" / "train-*.parquet"))) == 4
+
+
+def test_unit_refuses_a_file_that_changed(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", SAMPLES)
+    (unit,) = _open(path)
+    write_parquet(path, SAMPLES[:5])
+    with pytest.raises(InputError, match="changed since it was listed"):
+        unit.read(9)
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet", SAMPLES)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"which is not installed; pip install 'scalekd-cache\[parquet\]'"):
+        _open(path)
