@@ -142,7 +142,8 @@ CACHE: tuple[Panel, ...] = (
         "s",
         "Images left at the rate of the last ten minutes; what ended processes computed is not counted.",
         {
-            "left": f"(max(teacher_service_images_planned{{{_SERVICE}}}) - sum(teacher_service_images{{{_SERVICE}}})) / "
+            "left": f"(max(teacher_service_images_planned{{{_SERVICE}}}) "
+            f"- sum(teacher_service_images{{{_SERVICE}}})) / "
             f"sum(rate(teacher_service_images{{{_SERVICE}}}[10m]))"
         },
     ),
