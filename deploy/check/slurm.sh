@@ -11,8 +11,11 @@ folder=$(mktemp -d)
 chmod 755 "$folder"
 export SLURM_CONF=$folder/slurm.conf
 stop() {
+  local pid
   for name in slurmd slurmctld munged; do
-    [[ -f $folder/$name.pid ]] && kill "$(cat "$folder/$name.pid")" 2>/dev/null
+    pid=$(cat "$folder/$name.pid" 2>/dev/null) || continue
+    kill "$pid" || continue
+    while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done # it writes its state
   done
   rm -rf "$folder"
 }
