@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-import shlex
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -40,34 +40,41 @@ def options(program: str, command: str) -> frozenset[str]:
     """Options that ``program command --help`` lists; empty for a command that does not exist."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
-        code = PROGRAMS[program]([*command.split(), "--help"])
-    return frozenset(re.findall(r"(?<![\w-])--[a-z][\w.-]*[\w]", output.getvalue())) if code == 0 else frozenset()
+        PROGRAMS[program]([*command.split(), "--help"])
+    text = output.getvalue()
+    if not text.startswith(f"usage: {program} {command} "):
+        return frozenset()
+    return frozenset(re.findall(r"(?<![\w-])--[a-z][\w.-]*[\w]", text))
+
+
+_LINE = re.compile(r"(?P<first>^|[`;&|] *)?(?<![\w./-])(?P<program>" + "|".join(PROGRAMS) + r") "
+                   r"(?P<command>[a-z][a-z-]*(?: create)?)\b(?P<rest>[^|;&`\n]*)")  # fmt: skip
+
+
+def _matches(text: str) -> Iterator[re.Match[str]]:
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        yield from _LINE.finditer(re.sub(r"-m -- (\w+)", lambda match: _MODULE.get(match[1], match[1]), line))
 
 
 def invocations(text: str) -> list[tuple[str, str, list[str]]]:
-    """Program, command and options of each command line in a text: a script, a document, or a joined argument list."""
-    joined = re.sub(r"\\\n\s*", " ", text)
-    found = []
-    for line in joined.splitlines():
-        line = re.sub(r"-m -- (\w+)", lambda match: _MODULE.get(match[1], match[1]), line)
-        for match in re.finditer(
-            r"(?<![\w./-])(teacher-service|student-trainer|feature-store) ([a-z][a-z-]*(?: create)?)\b([^|;&`\n]*)",
-            line,
-        ):
-            program, command, rest = match.groups()
-            if program in PROGRAMS and re.match(r"\s+[-'\"$\w/]|\s*$", rest + "\n") and options(program, command):
-                found.append((program, command, re.findall(r"(?<![\w-])--[a-z][\w.-]*", rest)))
-    return found
+    """Program, command and options of each command line in a text; prose that follows a program's name is left out."""
+    return [
+        (found["program"], found["command"], re.findall(r"(?<![\w-])--[a-z][\w.-]*", found["rest"]))
+        for found in _matches(text)
+        if options(found["program"], found["command"])
+    ]
 
 
 def unknown_options(text: str) -> list[str]:
-    """Options in a text's command lines that their programs do not have."""
-    return [
-        f"{program} {command} {option}"
-        for program, command, given in invocations(text)
-        for option in given
-        if option not in options(program, command)
+    """Options that their programs do not have, and commands, where a line or a quotation begins with the program."""
+    wrong = [f"{program} {command} {option}" for program, command, given in invocations(text) for option in given
+             if option not in options(program, command)]  # fmt: skip
+    commands = [
+        f"{found['program']} {found['command']}"
+        for found in _matches(text)
+        if found["first"] is not None and not options(found["program"], found["command"])
     ]
+    return wrong + commands
 
 
 def every_option() -> frozenset[str]:
@@ -86,8 +93,3 @@ def known_variables() -> frozenset[str]:
     texts = [path.read_text() for package in ("feature_store", "teacher_service", "student_trainer")
              for path in (ROOT / package).rglob("*.py")]  # fmt: skip
     return frozenset(name for text in texts for name in re.findall(r'"([A-Z][A-Z0-9]*_[A-Z0-9_]+)"', text))
-
-
-def split(command: str) -> list[str]:
-    """Arguments of a shell's command line."""
-    return shlex.split(command)
