@@ -207,7 +207,7 @@ LISTS = ("--gpus", "--seeds", "--set", "--tars", "--val-tars")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``student-trainer``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run(_with_preset(arguments), "student-trainer", arguments, lists=LISTS)
+    return run(_with_preset(arguments), "student-trainer", arguments, lists=LISTS, extra="student")
 
 
 def _with_preset(arguments: Sequence[str]) -> tyro.extras.SubcommandApp:

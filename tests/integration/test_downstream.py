@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torchvision.models._utils import IntermediateLayerGetter
 
 from feature_store.errors import InputError, MismatchError
-from student_trainer.downstream.__main__ import main
 from student_trainer.downstream.backbone import TimmPyramid, fpn_backbone, load_backbone
+from student_trainer.downstream.cli import main
 from student_trainer.downstream.coco import CocoInstances, average_precision
 from student_trainer.downstream.detection import DetectionConfig, mask_rcnn, train_detector, train_step
 from student_trainer.downstream.detection import make_optimizer as detection_optimizer
