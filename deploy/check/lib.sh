@@ -1,0 +1,65 @@
+# shellcheck shell=bash
+# Functions of the steps; a step begins with: . "$CHECK_LIB"
+set -euo pipefail
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# skip REASON: leaves the step out.
+skip() {
+    printf '%s\n' "$*"
+    exit 77
+}
+
+# fail WHAT: ends the step.
+fail() {
+    printf 'FAILED: %s\n' "$*" >&2
+    exit 1
+}
+
+# need PROGRAM PACKAGE...: installs Debian packages if a program is missing; skips the step where that is not possible.
+need() {
+    local program=$1
+    shift
+    command -v "$program" >/dev/null && return
+    [ "$(id -u)" -eq 0 ] || skip "$program is not installed and this is not root; apt-get install $*"
+    command -v apt-get >/dev/null || skip "$program is not installed and there is no apt-get; install $*"
+    apt_install "$@" || { apt-get update >/dev/null 2>&1 && apt_install "$@"; } \
+        || skip "$program cannot be installed (apt-get install $*)"
+}
+
+apt_install() {
+    DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@" >/dev/null 2>&1
+}
+
+# venv FOLDER REQUIREMENT...: a new virtual environment with these packages.
+venv() {
+    "$PYTHON" -m venv "$1"
+    "$1/bin/python" -m pip install -qq "${@:2}"
+}
+
+# torch_requirement TAG: pins torch to a CPU build for a Python (cp311) that pip's find-links folders hold, if they hold one.
+torch_requirement() {
+    "$PYTHON" "$(dirname "$CHECK_LIB")/pip_settings.py" torch "$1"
+}
+
+# wait_for SECONDS COMMAND...: until the command succeeds.
+wait_for() {
+    local end=$((SECONDS + $1))
+    shift
+    until "$@" >/dev/null 2>&1; do
+        [ "$SECONDS" -lt "$end" ] || fail "not within the time given: $*"
+        sleep 0.2
+    done
+}
+
+# refused CODE TEXT COMMAND...: the command must end with this exit code and say this on stderr, without a traceback.
+refused() {
+    local code=$1 text=$2 got=0 said
+    shift 2
+    said=$("$@" 2>&1 >/dev/null) || got=$?
+    [ "$got" -eq "$code" ] || fail "$* ended with $got, expected $code: $said"
+    case $said in
+        *Traceback*) fail "$* printed a traceback: $said" ;;
+        *"$text"*) ;;
+        *) fail "$* said: $said; expected: $text" ;;
+    esac
+}
