@@ -32,7 +32,9 @@ class Proxied:
         self.http, self.https = ports
         self.tls = ssl.create_default_context(cafile=str(folder / "cert.pem"))
 
-    def ask(self, path: str, method: str = "GET", token: str | None = "read", body: bytes | None = None, **headers: str):
+    def ask(
+        self, path: str, method: str = "GET", token: str | None = "read", body: bytes | None = None, **headers: str
+    ):
         """Status, headers and body of a request over TLS."""
         connection = http.client.HTTPSConnection("127.0.0.1", self.https, context=self.tls, timeout=20)
         if token is not None:
@@ -70,7 +72,10 @@ def proxied(tmp_path_factory):
     opened.objects.delete(opened.committed.record(2, 0).path)
     tokens = {scope: create_token(folder / "tokens.jsonl", scope, (scope,)) for scope in ("read", "admin")}
     certificate = make_certificate(folder)
-    quick = {"client_header_timeout 10s": "client_header_timeout 1s", "client_body_timeout 20s": "client_body_timeout 1s"}
+    quick = {
+        "client_header_timeout 10s": "client_header_timeout 1s",
+        "client_body_timeout 20s": "client_body_timeout 1s",
+    }
     with (
         running_service(store, "--tokens", str(folder / "tokens.jsonl"), "--refresh-seconds", "0") as service,
         running_nginx(folder, service.url.removeprefix("http://"), store, certificate, quick) as ports,
@@ -89,7 +94,7 @@ def test_plain_http_is_sent_to_https(proxied):
 def test_old_tls_is_refused(proxied):
     old = ssl.create_default_context(cafile=str(proxied.folder / "cert.pem"))
     old.set_ciphers("DEFAULT:@SECLEVEL=0")
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="TLSv1"):
         old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
     with socket.create_connection(("127.0.0.1", proxied.https), 5) as plain, pytest.raises((ssl.SSLError, OSError)):
         old.wrap_socket(plain, server_hostname="127.0.0.1")
@@ -139,7 +144,9 @@ def test_shard_has_the_services_tag_and_answers_to_it(proxied):
     assert proxied.ask(f"/v1/zarr/{SHARD}", If_Match='"another"')[0] == 412
 
 
-@pytest.mark.parametrize(("asked", "start", "end"), [("bytes=0-9", 0, 10), ("bytes=5-", 5, None), ("bytes=-7", -7, None)])
+@pytest.mark.parametrize(
+    ("asked", "start", "end"), [("bytes=0-9", 0, 10), ("bytes=5-", 5, None), ("bytes=-7", -7, None)]
+)
 def test_range_of_a_shard(proxied, asked, start, end):
     whole = (proxied.store / SHARD).read_bytes()
     status, headers, body = proxied.ask(f"/v1/zarr/{SHARD}", Range=asked)

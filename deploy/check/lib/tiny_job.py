@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-import webdataset
 from PIL import Image
 from safetensors.torch import save_file
+from webdataset.writer import TarWriter
 
 
 def picture(seed: int) -> bytes:
@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     """Write the tars and the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     for unit in range(2):
-        with webdataset.TarWriter(str(folder / f"images-{unit}.tar"), encoder=False) as tar:
+        with TarWriter(str(folder / f"images-{unit}.tar"), encoder=False) as tar:
             for i in range(8):
                 tar.write({"__key__": f"u{unit}-{i}", "png": picture(8 * unit + i), "cls": str(i % 4).encode()})
     torch.manual_seed(0)

@@ -1,6 +1,13 @@
 # shellcheck shell=bash
-# Functions of the steps; a step begins with: . "$CHECK_LIB"
+# Settings and functions of the steps, which begin with: . "$(dirname "$0")/lib/steps.sh"
+#
+# ROOT is the repository, LIB this folder, WORK a folder of the step's own, removed at its end, PYTHON an interpreter >= 3.11.
 set -euo pipefail
+LIB=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd "$LIB/../../.." && pwd)
+PYTHON=${PYTHON:-$(command -v "$ROOT/.venv/bin/python" || command -v python3)}
+WORK=$(mktemp -d "${TMPDIR:-/tmp}/scalekd-check.XXXXXX")
+trap 'rm -rf "$WORK"' EXIT
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # skip REASON: leaves the step out.
@@ -34,11 +41,6 @@ apt_install() {
 venv() {
     "$PYTHON" -m venv "$1"
     "$1/bin/python" -m pip install -qq "${@:2}"
-}
-
-# torch_requirement TAG: pins torch to a CPU build for a Python (cp311) that pip's find-links folders hold, if they hold one.
-torch_requirement() {
-    "$PYTHON" "$(dirname "$CHECK_LIB")/pip_settings.py" torch "$1"
 }
 
 # wait_for SECONDS COMMAND...: until the command succeeds.

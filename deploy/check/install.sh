@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Wheel and sdist build; each extra is installed into an environment of its own and its commands do one real thing.
-# shellcheck source=deploy/check/lib.sh
-. "$CHECK_LIB"
+# shellcheck source=deploy/check/lib/steps.sh
+. "$(dirname "$0")/lib/steps.sh"
 STORE=$ROOT/tests/golden/store_v1
 MOST_MB=300 # of the environment without extras
 
@@ -80,9 +80,8 @@ venv "$WORK/hf" "${wheel}[hf]"
 "$WORK/hf/bin/python" -c 'from huggingface_hub import HfFileSystem'
 
 echo "-- teacher"
-torch=$(torch_requirement "$("$PYTHON" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')")
-venv "$WORK/teacher" "${wheel}[teacher]" ${torch:+"$torch"}
-"$WORK/teacher/bin/python" "$ROOT/deploy/check/tiny_job.py" "$WORK/job"
+venv "$WORK/teacher" "${wheel}[teacher]"
+"$WORK/teacher/bin/python" "$LIB/tiny_job.py" "$WORK/job"
 mapfile -t teacher < <(tr ' ' '\n' <"$WORK/job/teacher.options")
 tars=("$WORK"/job/images-*.tar)
 job=("${tars[@]}" "${teacher[@]}" --workers 2 --batch-size 4)
@@ -99,7 +98,7 @@ echo "-- ray"
 rm -rf "$WORK/teacher"
 
 echo "-- student, tensorboard, wandb, report, onnx, coco"
-venv "$WORK/student" "${wheel}[student]" ${torch:+"$torch"}
+venv "$WORK/student" "${wheel}[student]"
 "$WORK/student/bin/student-trainer" presets >/dev/null
 run=(--tars "${tars[@]}" --student test_resnet --epochs 1 --batch-size 4 --workers 0 --device cpu --store "$WORK/job/store")
 "$WORK/student/bin/student-trainer" train --run "$WORK/job/run" "${run[@]}" 2>/dev/null
@@ -109,7 +108,7 @@ for option in --tensorboard "--wandb check"; do
     # shellcheck disable=SC2086 # two words
     refused 2 "$(cut -c3- <<<"${option%% *}")" "$WORK/student/bin/student-trainer" train --run "$WORK/job/refused" "${run[@]}" $option
 done
-"$WORK/student/bin/python" -m pip install -qq "${wheel}[tensorboard,wandb,report,onnx,coco]" ${torch:+"$torch"}
+"$WORK/student/bin/python" -m pip install -qq "${wheel}[tensorboard,wandb,report,onnx,coco]"
 WANDB_MODE=offline WANDB_DIR=$WORK "$WORK/student/bin/student-trainer" train --run "$WORK/job/logged" "${run[@]}" --tensorboard --wandb check >/dev/null 2>&1
 "$WORK/student/bin/student-trainer" export --run "$WORK/job/run" --out "$WORK/job/onnx" --onnx
 "$WORK/student/bin/python" -m student_trainer.downstream detection --help >/dev/null

@@ -1,8 +1,7 @@
 """pip's settings of this machine, for builds in containers.
 
-``torch cp311`` prints a requirement for a CPU build of torch that pip's find-links folders hold, or nothing. ``mounts FOLDER``
-writes the settings to FOLDER/pip.conf and prints, one a line, the options of ``buildah build`` that show them to a build:
-an index, a proxy's certificate, folders of wheels.
+``python pip_settings.py FOLDER`` writes FOLDER/pip.conf and prints the options of ``buildah build``, one a line, that
+show it and what it names to a build: an index, a proxy's certificate, folders of wheels.
 """
 
 import ast
@@ -10,7 +9,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 _PATH = re.compile(r"(?:file://)?(/[^\s'\"]+)")
 
@@ -20,16 +18,10 @@ def settings() -> dict[str, str]:
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line.partition("=") for line in listed.splitlines() if "=" in line]
-    found = {name: str(ast.literal_eval(value)) for name, _, value in sorted(lines, key=lambda parts: parts[0][0] == ":")}
+    found = {
+        name: str(ast.literal_eval(value)) for name, _, value in sorted(lines, key=lambda parts: parts[0][0] == ":")
+    }
     return {name.rpartition(".")[2]: value for name, value in found.items()}
-
-
-def torch_requirement(tag: str) -> str:
-    """``torch==X+cpu`` of the newest wheel for a Python; empty if there is none."""
-    folders = [Path(urlsplit(folder).path) for folder in settings().get("find-links", "").split()]
-    names = [wheel.name for folder in folders for wheel in folder.glob(f"torch-*+cpu-{tag}-*.whl")]
-    versions = sorted((name.split("-")[1] for name in names), key=lambda text: [*map(int, re.findall(r"\d+", text))])
-    return f"torch=={versions[-1]}" if versions else ""
 
 
 def mounts(folder: Path) -> list[str]:
@@ -44,7 +36,4 @@ def mounts(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "torch":
-        print(torch_requirement(sys.argv[2]))
-    else:
-        print("\n".join(mounts(Path(sys.argv[2]))))
+    print("\n".join(mounts(Path(sys.argv[1]))))
