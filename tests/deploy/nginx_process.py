@@ -41,7 +41,7 @@ def write_configuration(folder: Path, values: Mapping[str, object], changes: Map
     for old, new in changes.items():
         assert old in text, old
         text = text.replace(old, new)
-    (folder / "teacher-service.conf").write_text(text.replace("/dev/stdout", str(folder / "access.log")))
+    (folder / "teacher-service.conf").write_text(text)
     main = folder / "nginx.conf"
     main.write_text(_MAIN.format(folder=folder, user="user root;" if os.geteuid() == 0 else ""))
     return main
@@ -64,6 +64,7 @@ def running_nginx(
         "SCALEKD_UPSTREAM": upstream, "SCALEKD_SERVER_NAME": "127.0.0.1", "SCALEKD_STORE": store,
         "SCALEKD_TLS_CERT": certificate[0], "SCALEKD_TLS_KEY": certificate[1],
         "SCALEKD_HTTP_PORT": f"127.0.0.1:{http}", "SCALEKD_HTTPS_PORT": f"127.0.0.1:{https}",
+        "SCALEKD_ACCESS_LOG": folder / "access.log",
     }  # fmt: skip
     main = write_configuration(folder, values, changes or {})
     command = [BINARY, "-p", str(folder), "-c", str(main), "-e", str(folder / "error.log")]

@@ -68,8 +68,8 @@ def main() -> int:
     parser.add_argument("--volume", action="append", default=[])
     parser.add_argument("--entrypoint")
     parser.add_argument("--shm", default="64m")
-    parser.add_argument("arguments", nargs="*")
-    options = parser.parse_args()
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options = parser.parse_args(sys.argv[1:at], argparse.Namespace(arguments=sys.argv[at + 1 :]))
     if subprocess.run(
         ["unshare", "--mount", "--pid", "--fork", "true"], check=False, stderr=subprocess.DEVNULL
     ).returncode:
