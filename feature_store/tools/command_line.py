@@ -24,7 +24,8 @@ from feature_store.tools.remedies import COMMANDS
 from feature_store.tools.terminal import Console, LogFormatter, ProgressBar, say
 
 WRONG_USAGE = 2
-SHARED_MEMORY = Path("/dev/shm")  # semaphores and queues of worker processes lie there, without a file name in errors
+# Semaphores and queues of worker processes lie there, without a file name in errors.
+SHARED_MEMORY = Path("/dev/shm")  # nosec B108 # only its free space is read
 _LITTLE = 1 << 20
 
 

@@ -43,7 +43,7 @@ def parse_yaml(text: str, where: str) -> Any:
         InputError: Not YAML; the message says where.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)  # nosec B506 # a SafeLoader
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
