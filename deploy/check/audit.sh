@@ -3,4 +3,7 @@
 # shellcheck source=deploy/check/lib/steps.sh
 . "$(dirname "$0")/lib/steps.sh"
 cd "$ROOT"
-make audit
+code=0
+"$PYTHON" "$LIB/audit.py" build/audit | tee "$WORK/log" || code=$?
+[ "$code" -ne 3 ] || skip "licences, code and bill of materials are in order; $(tail -n 1 "$WORK/log")"
+exit "$code"

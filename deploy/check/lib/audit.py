@@ -3,6 +3,7 @@
 Writes to FOLDER: requirements.txt (every distribution that scalekd-cache[all] needs, as installed), licences.txt,
 vulnerabilities.json (pip-audit), bandit.txt, sbom.json (CycloneDX). Exit code 1 if there is a known vulnerability, a
 licence that is not allowed or not known, or a finding of bandit; each exception is written down here, with its reason.
+Exit code 3 if nothing was found, but the advisory database could not be asked about some distributions.
 """
 
 import json
@@ -13,6 +14,7 @@ import tomllib
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -89,8 +91,13 @@ def licences(versions: dict[str, str], out: Path) -> list[str]:
     ]
 
 
-def vulnerabilities(tools: Path, requirements: Path, out: Path) -> list[str]:
-    """Ask the advisory database of PyPI; what is known and not accepted."""
+def ask_advisories(tools: Path, requirements: Path, out: Path) -> list[dict[str, Any]]:
+    """What the advisory database of PyPI says of each distribution, as pip-audit writes it.
+
+    Raises:
+        SystemExit: pip-audit failed.
+    """
+    out.unlink(missing_ok=True)
     command = [
         tools / "pip-audit",
         "--requirement",
@@ -104,8 +111,12 @@ def vulnerabilities(tools: Path, requirements: Path, out: Path) -> list[str]:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not out.is_file():
-        return [f"pip-audit could not ask: {done.stderr.strip().splitlines()[-1:]}"]
-    rows = json.loads(out.read_text())["dependencies"]
+        raise SystemExit(f"pip-audit failed: {done.stderr.strip()[-500:]}")
+    return json.loads(out.read_text())["dependencies"]
+
+
+def vulnerabilities(rows: list[dict[str, Any]]) -> list[str]:
+    """What is known and not accepted."""
     return [
         f"{row['name']} {row['version']}: {found['id']}, fixed in {', '.join(found['fix_versions']) or 'no release'}"
         for row in rows
@@ -148,15 +159,19 @@ def main(folder: Path) -> int:
         folder / "sbom.json",
     ]
     subprocess.run([tools / "cyclonedx-py", *sbom], check=True, stderr=subprocess.DEVNULL)
+    advisories = ask_advisories(tools, requirements, folder / "vulnerabilities.json")
     found = [
         *licences(versions, folder / "licences.txt"),
-        *vulnerabilities(tools, requirements, folder / "vulnerabilities.json"),
+        *vulnerabilities(advisories),
         *map(str, insecure_code(tools, folder / "bandit.txt")),
     ]
     print(f"{len(versions)} distributions; {', '.join(sorted(each.name for each in folder.glob('*.*')))} in {folder}")
     for each in found:
         print(f"FOUND: {each}")
-    return 1 if found else 0
+    unasked = sum("skip_reason" in row for row in advisories)
+    if unasked:
+        print(f"the advisory database could not be asked about {unasked} of {len(advisories)} distributions")
+    return 1 if found else 3 if unasked else 0
 
 
 if __name__ == "__main__":
