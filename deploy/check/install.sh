@@ -24,7 +24,7 @@ echo "-- without extras"
 plain=$WORK/plain
 venv "$plain" "$wheel"
 megabytes=$(du -sm "$plain" | cut -f1)
-"$plain/bin/python" -m pip list --format freeze | grep -iqE '^(torch|timm|fastapi)==' && fail "torch, timm or fastapi is a plain dependency"
+"$UV" pip freeze --python "$plain" | grep -iqE '^(torch|timm|fastapi)==' && fail "torch, timm or fastapi is a plain dependency"
 [ "$megabytes" -lt "$MOST_MB" ] || fail "the environment has $megabytes MB, expected under $MOST_MB"
 echo "environment: $megabytes MB"
 "$plain/bin/feature-store" --help >/dev/null
@@ -92,7 +92,7 @@ refused 2 "pip install 'scalekd-cache[ray]'" "$WORK/teacher/bin/teacher-service"
     --checkpoint "$WORK/job/teacher.safetensors" --engine ray
 
 echo "-- ray"
-"$WORK/teacher/bin/python" -m pip install -qq "${wheel}[ray]"
+install "$WORK/teacher" "${wheel}[ray]"
 "$WORK/teacher/bin/teacher-service" cache "${job[@]}" --checkpoint "$WORK/job/teacher.safetensors" --store "$WORK/job/store-ray" \
     --engine ray --num-actors 1 2>"$WORK/ray.log" || fail "$(tail -5 "$WORK/ray.log")"
 rm -rf "$WORK/teacher"
@@ -108,7 +108,7 @@ for option in --tensorboard "--wandb check"; do
     # shellcheck disable=SC2086 # two words
     refused 2 "$(cut -c3- <<<"${option%% *}")" "$WORK/student/bin/student-trainer" train --run "$WORK/job/refused" "${run[@]}" $option
 done
-"$WORK/student/bin/python" -m pip install -qq "${wheel}[tensorboard,wandb,report,onnx,coco]"
+install "$WORK/student" "${wheel}[tensorboard,wandb,report,onnx,coco]"
 WANDB_MODE=offline WANDB_DIR=$WORK "$WORK/student/bin/student-trainer" train --run "$WORK/job/logged" "${run[@]}" --tensorboard --wandb check >/dev/null 2>&1
 "$WORK/student/bin/student-trainer" export --run "$WORK/job/run" --out "$WORK/job/onnx" --onnx
 "$WORK/student/bin/python" -m student_trainer.downstream detection --help >/dev/null

@@ -37,10 +37,20 @@ apt_install() {
     DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@" >/dev/null 2>&1
 }
 
-# venv FOLDER REQUIREMENT...: a new virtual environment with these packages.
+# venv FOLDER REQUIREMENT...: a new virtual environment with these packages, by uv, which unpacks a release once for all.
 venv() {
-    "$PYTHON" -m venv "$1"
-    "$1/bin/python" -m pip install -qq "${@:2}"
+    UV=$ROOT/build/deploy-check/uv/bin/uv
+    if [ ! -x "$UV" ]; then
+        "$PYTHON" -m venv "$ROOT/build/deploy-check/uv"
+        "$ROOT/build/deploy-check/uv/bin/python" -m pip install -qq uv
+    fi
+    "$UV" venv --quiet --python "$PYTHON" "$1"
+    install "$@"
+}
+
+# install FOLDER REQUIREMENT...: more packages for that environment.
+install() {
+    "$UV" pip install --quiet --python "$1" "${@:2}"
 }
 
 # wait_for SECONDS COMMAND...: until the command succeeds.
