@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest nightly mutants browser format clean
+.PHONY: demo test test-oldest nightly mutants deploy-check audit browser format clean
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
@@ -35,6 +35,15 @@ nightly: $(STAMP)
 SAMPLE ?= 40
 mutants: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants --sample $(SAMPLE)
+
+# What deploy/ describes, built and run for real as far as this machine allows: images, proxies, units, schedulers. Needs
+# root to install Debian packages; STEPS='images install' runs some of it. Logs: build/deploy-check.
+deploy-check: $(STAMP)
+	PYTHON=$(CURDIR)/$(BIN)/python deploy/check/run $(STEPS)
+
+# Known vulnerabilities and licences of all dependencies, patterns of insecure code, a bill of materials: build/audit.
+audit: $(STAMP)
+	$(BIN)/python deploy/check/lib/audit.py build/audit
 
 # A Chromium for the tests of the page, where the system has none; without one they are skipped, which the summary says.
 browser: $(STAMP)

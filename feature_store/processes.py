@@ -19,7 +19,7 @@ from feature_store.errors import ResourceError
 CGROUPS = Path("/sys/fs/cgroup")
 _PARENT_POLL_SECONDS = 1.0
 _LONGEST_TMPDIR = 103 - len("/pymp-12345678/listener-12345678")  # an AF_UNIX path ends after 103 bytes on macOS
-_SHORT = ("/tmp", "/var/tmp", "/dev/shm")
+_SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # nosec B108 # a folder with a random name is made in one
 _SHIELDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}  # what schedulers, torchrun and terminals send to all
 
 T = TypeVar("T")

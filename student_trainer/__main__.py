@@ -12,8 +12,9 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
-    from student_trainer import cli
+    from feature_store.tools.command_line import import_commands
 
+    cli = import_commands("student_trainer.cli", "student-trainer", "student")
     signal.signal(signal.SIGINT, interrupt)
     return cli.main()
 

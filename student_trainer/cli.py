@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if renamed := next((name for a in arguments if (name := a.partition("=")[0].replace("_", "-")) in RENAMED), None):
         say(f"student-trainer: {renamed} is gone: {RENAMED[renamed]}", error=True)
         return InputError.exit_code
-    return run(_with_preset(arguments), "student-trainer", arguments, lists=LISTS)
+    return run(_with_preset(arguments), "student-trainer", arguments, lists=LISTS, extra="student")
 
 
 def _with_preset(arguments: Sequence[str]) -> tyro.extras.SubcommandApp:

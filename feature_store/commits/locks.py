@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -93,6 +94,15 @@ def _machine_root() -> Path:
     return Path(tempfile.gettempdir()) / f"scalekd-locks-{os.getuid()}"
 
 
+def _make_machine_root() -> None:
+    """Make the folder below which this user's substitutes for locks lie; whoever could write there could undo them."""
+    root = _machine_root()
+    root.mkdir(mode=0o700, exist_ok=True)
+    status = root.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise ResourceError(f"{root} is a link or belongs to another user; set TMPDIR to a folder of your own")
+
+
 def _substitute(path: Path) -> Path:
     return machine_folder(str(path.parent.resolve())) / path.name
 
@@ -114,6 +124,8 @@ def has_locks(objects: ObjectStore) -> bool:
 
 def _opened(path: Path) -> IO[str]:
     """The file; tried again because others remove its folder, and the store's, while they are empty."""
+    if path.is_relative_to(_machine_root()):
+        _make_machine_root()
     tries = 0
     while True:
         tries += 1

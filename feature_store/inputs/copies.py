@@ -238,6 +238,7 @@ def _scratch(scratch: Path | None) -> Path:
         return scratch
     directory = Path(tempfile.gettempdir()) / f"scalekd-tars-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.stat().st_uid != os.getuid():
-        raise ResourceError(f"{directory} belongs to another user; name a scratch directory")
+    status = directory.lstat()  # a link to a folder of this user's may be another user's
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise ResourceError(f"{directory} is a link or belongs to another user; name a scratch directory")
     return directory

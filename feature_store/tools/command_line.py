@@ -1,6 +1,7 @@
 """The edge that all command lines share: errors, signals, exit codes."""
 
 import errno
+import importlib
 import logging
 import os
 import resource
@@ -12,16 +13,19 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import tyro
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from feature_store.errors import DISK_FULL, InputError, ResourceError, UserError
+from feature_store.tools.extras import missing_extra
 from feature_store.tools.remedies import COMMANDS
 from feature_store.tools.terminal import Console, LogFormatter, ProgressBar, say
 
 WRONG_USAGE = 2
-SHARED_MEMORY = Path("/dev/shm")  # semaphores and queues of worker processes lie there, without a file name in errors
+# Semaphores and queues of worker processes lie there, without a file name in errors.
+SHARED_MEMORY = Path("/dev/shm")  # nosec B108 # only its free space is read
 _LITTLE = 1 << 20
 
 
@@ -34,8 +38,30 @@ def unit_progress(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, 
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def import_commands(module: str, prog: str, extra: str) -> ModuleType:
+    """The module of a command line that cannot start without an extra; ends the process where that is missing.
+
+    Args:
+        module: Its full name.
+        prog: Name of the program.
+        extra: The extra that installs what it imports.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error, extra)
+        if missing is None:
+            raise
+        sys.exit(_fail(prog, missing))
+
+
 def run(
-    app: tyro.extras.SubcommandApp, prog: str, argv: Sequence[str] | None = None, *, lists: Collection[str] = ()
+    app: tyro.extras.SubcommandApp,
+    prog: str,
+    argv: Sequence[str] | None = None,
+    *,
+    lists: Collection[str] = (),
+    extra: str = "",
 ) -> int:
     """Run a command line and turn user errors into one line on stderr and an exit code.
 
@@ -44,13 +70,14 @@ def run(
         prog: Name of the program.
         argv: Arguments after the program's name; None for the process's own.
         lists: Options that take several values.
+        extra: The program's own extra; named where several extras install a module that is missing.
 
     Returns:
         0 done, 1 failed check, 2 wrong usage or input, 3 environment (disk, network, device), 130 interrupted, 141 the
         reader of its output is gone.
     """
     try:
-        code = _run(app, prog, list(sys.argv[1:] if argv is None else argv), lists)
+        code = _run(app, prog, list(sys.argv[1:] if argv is None else argv), lists, extra)
         sys.stdout.flush()
     except BrokenPipeError:
         if not _stdout_is_broken():
@@ -60,7 +87,7 @@ def run(
     return code
 
 
-def _run(app: tyro.extras.SubcommandApp, prog: str, arguments: list[str], lists: Collection[str]) -> int:
+def _run(app: tyro.extras.SubcommandApp, prog: str, arguments: list[str], lists: Collection[str], extra: str) -> int:
     try:
         _refuse_repeated_lists(arguments, lists)
         if logging.lastResort is not None:  # where warnings go without a configuration of logs
@@ -70,6 +97,11 @@ def _run(app: tyro.extras.SubcommandApp, prog: str, arguments: list[str], lists:
         )
     except UserError as error:
         return _fail(prog, error)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error, extra)
+        if missing is None:
+            raise
+        return _fail(prog, missing)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_broken():
             raise

@@ -10,6 +10,7 @@ import numpy as np
 
 from feature_store.errors import InputError
 from feature_store.format.addressing import RowId, Rows, row_array, row_ids
+from feature_store.tools.extras import install
 from feature_store.views import check_pixels, decode_image, replay_view
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from feature_store.inputs.base import SampleSource
     from feature_store.store import Store
 
-INSTALL = "pip install 'scalekd-cache[plot]'"
+INSTALL = install("plot")
 
 
 def frequency_energy(features_nNC: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -22,7 +22,7 @@ from student_trainer.data.batch import Batch, ViewDataset
 STALLED_SECONDS = 1800.0  # a worker may fetch a tar of views from far away before its first batch
 _POLL_SECONDS = 5.0
 _QUEUES_BYTES = 1 << 20  # a page for each semaphore
-_SHARED_MEMORY = Path("/dev/shm")
+_SHARED_MEMORY = Path("/dev/shm")  # nosec B108 # only its free space is read
 _REMEDY = (
     "make it larger (containers: docker run --shm-size=8g, or --ipc=host), or use fewer --workers (0 needs none) or a "
     "smaller --batch-size"

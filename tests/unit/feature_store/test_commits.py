@@ -642,3 +642,15 @@ def test_machine_folder_is_this_users_and_one_per_url():
     assert folders[0] == folders[2] != folders[1]
     assert folders[0].parent.name.startswith("scalekd-locks-")
     assert len(folders[0].name) == 32
+
+
+def test_lock_of_a_machine_is_refused_when_another_user_made_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    machine_folder("s3://a/b").parent.symlink_to(tmp_path / "elsewhere")
+    with (
+        pytest.raises(ResourceError, match="is a link or belongs to another user; set TMPDIR"),
+        locked(machine_folder("s3://a/b") / "u00000", "-"),
+    ):
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []

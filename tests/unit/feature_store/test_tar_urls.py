@@ -173,6 +173,15 @@ def test_open_uses_a_private_directory_when_no_scratch_is_named(tmp_path, monkey
         Tar.open(write(tmp_path / "a.tar.gz", gzip.compress(DATA)))
 
 
+def test_open_refuses_a_link_in_place_of_the_private_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / f"scalekd-tars-{os.getuid()}").symlink_to(tmp_path / "mine")
+    with pytest.raises(ResourceError, match="is a link or belongs to another user"):
+        Tar.open(write(tmp_path / "a.tar.gz", gzip.compress(DATA)))
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
 def test_open_raises_resource_error_when_scratch_cannot_be_used(tmp_path):
     url = write(tmp_path / "a.tar.gz", gzip.compress(DATA))
     with pytest.raises(ResourceError, match=r"cannot be copied to scratch: .*check"):
