@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest nightly mutants deploy-check audit browser format clean
+.PHONY: gpu demo test test-oldest nightly mutants deploy-check audit browser format clean
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
@@ -26,6 +26,13 @@ $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable '.[dev]'
 	touch $@
+
+# With a GPU, in under ten minutes: its tests, then the benchmarks of a step and of the teacher's forward pass.
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python -m benchmarks.step --device cuda --amp bfloat16 --batch 64 --samples 256 --repeats 20 \
+		--teacher swin_large_patch4_window7_224 --student resnet50
+	$(BIN)/python -m benchmarks.cache_gpu
 
 # More of what is random: ten times the requests that the OpenAPI makes of the service.
 nightly: $(STAMP)

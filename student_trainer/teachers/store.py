@@ -11,7 +11,7 @@ from feature_store.errors import InputError, MismatchError
 from feature_store.source import FeatureSource
 from feature_store.store import Store, open_store
 from feature_store.teacher.torch_codecs import TorchDecoder
-from student_trainer.data.batch import Batch
+from student_trainer.data.batch import Batch, require_views
 from student_trainer.methods.base import Needs, TeacherOutput, TeacherShape
 from student_trainer.teachers.base import TeacherSide, decoded, tail_of
 from student_trainer.teachers.config import StoreTeacher
@@ -26,6 +26,7 @@ class StoreSide(TeacherSide):
         Raises:
             InputError: A store is given twice.
             MismatchError: Stores of other views or samples than the first.
+            UncommittedError: A store lacks views.
         """
         self._stores = [open_store(teacher.store) for teacher in config]
         super().__init__(device, store=self._stores[0], replay=config[0].replay)
@@ -34,6 +35,7 @@ class StoreSide(TeacherSide):
             if any(store.manifest.identity() == other.manifest.identity() for other in self._stores[:number]):
                 raise InputError(f"--store {teacher.store} holds the same features as one before it; give each once")
             _require_same_views(self._stores[0], store, str(teacher.store), self.num_views or 1)
+            require_views(store, self.num_views or 1)
         self._decoders = [
             {tap: TorchDecoder(codec) for tap, codec in store.layout.codecs.items()} for store in self._stores
         ]
@@ -75,6 +77,10 @@ def _alone(items: list[Any]) -> Any:
     return items[0] if len(items) == 1 else items
 
 
+def _quarantined(store: Store) -> list[list[int]]:
+    return [sorted(store.quarantined(unit)) for unit in range(len(store.manifest.tars))]
+
+
 def _require_same_views(first: Store, other: Store, name: str, num_views: int) -> None:
     """Refuse a second teacher that saw other views, or other samples, than the first.
 
@@ -87,6 +93,7 @@ def _require_same_views(first: Store, other: Store, name: str, num_views: int) -
         "seed": (ours.seed, theirs.seed),
         "view_encoding": (ours.view_encoding, theirs.view_encoding),
         "tars": ([tar.header_sha256 for tar in ours.tars], [tar.header_sha256 for tar in theirs.tars]),
+        "quarantined samples": (_quarantined(first), _quarantined(other)),
     }
     remedy = "several teachers learn from the same views: cache both with the same tars, policy and seed"
     for field, (expected, got) in fields.items():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from training_world import SIZE, SWIN, changed, make_teacher, shared_world, train_config, write_store
 
-from feature_store.errors import InputError, MismatchError
+from feature_store.errors import InputError, MismatchError, UncommittedError
 from feature_store.views import view_policy
 from student_trainer.cli import main
 from student_trainer.config import TrainConfig
@@ -168,6 +168,12 @@ def test_second_teacher_is_refused_when_it_saw_other_views(config, second_store,
     ):
         train(changed(config, store=(config.teacher.store, str(other))))
     assert not config.run.exists()
+
+
+def test_second_teacher_is_refused_when_it_lacks_views(config, second_store):
+    other = second_store("lacking", skip=[(1, 1)])
+    with pytest.raises(UncommittedError, match=r"1 of 2 units lack views: train-1.tar \(views 1\)"):
+        train(changed(config, store=(str(config.teacher.store), str(other))))
 
 
 def test_second_teacher_is_refused_when_it_is_the_first(config):
