@@ -60,7 +60,7 @@ def test_both_cache_jobs_are_one_job() -> None:
 def test_training_reads_the_store_that_the_cache_job_writes_and_resumes() -> None:
     train, job = _parsed(TRAIN), _parsed(CACHE)
     assert isinstance(train, TrainConfig)
-    assert (str(train.store), tuple(train.tars), train.resume) == (str(job.store), tuple(job.inputs.tars), True)
+    assert (str(train.teacher.store), tuple(train.tars), train.resume) == (str(job.store), tuple(job.inputs.tars), True)
     assert train.expect.teacher == job.teacher.name.split(".")[0]
 
 
