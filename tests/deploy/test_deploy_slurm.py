@@ -171,7 +171,7 @@ def test_a_training_run_of_two_processes_goes_on_when_it_was_queued_again(tmp_pa
     _start_now(job, jobs)
     _until(lambda: _show(job, "JobState") == "COMPLETED", jobs, "completes", 240)
     assert _show(job, "ExitCode") == "0:0"
-    assert (tmp_path / "run" / "best.pt").is_file() or (tmp_path / "run" / "last.pt").is_file()
+    assert (tmp_path / "run" / "best.safetensors").is_file() or (tmp_path / "run" / "last.pt").is_file()
 
 
 @on_slurm
