@@ -143,6 +143,8 @@ class ComputeSpec:
         compile: Run the teacher through torch.compile: minutes at the start, faster on a GPU from then on.
         time_samples: Samples to put through the whole pipeline first, to predict how long the job takes and when it
             pays; thousands on a GPU, so that every decode worker gets some batches. 0 measures nothing.
+        write_seconds: With --time-samples: also write files to the store's disk for so long, and predict with the rate
+            at the end. Disks and their caches are fast for some tens of gigabytes only; give minutes. 0 does not.
     """
 
     batch_size: int = 256
@@ -150,6 +152,7 @@ class ComputeSpec:
     device: str = "auto"
     compile: bool = False
     time_samples: int = 0
+    write_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values no run could use."""
@@ -158,6 +161,8 @@ class ComputeSpec:
         require(self.workers >= 0, "--workers", self.workers, "0 or more")
         samples = self.time_samples
         require(samples >= 0 and samples != 1, "--time-samples", samples, "0, or 2 or more")
+        require(0 <= self.write_seconds < math.inf, "--write-seconds", self.write_seconds, "0 or more")
+        require(not self.write_seconds or samples > 0, "--write-seconds", self.write_seconds, "--time-samples with it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Input tars: patterns to URLs, members to samples, positions to bytes."""
+"""Input images: tars, folders or parquet files as SampleSources."""

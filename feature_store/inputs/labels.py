@@ -1,4 +1,4 @@
-"""Labels of samples: what a member, a column or a folder name says, as a class index."""
+"""Class indexes of samples, from members, columns or folder names."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -111,10 +111,10 @@ def recognised(patterns: Sequence[str]) -> InputFormat:
 def _folder(pattern: str) -> Path | None:
     try:
         path = local_path(pattern)
-    except ValueError:
+        path = None if path is None else path.expanduser()
+        return path if path is not None and path.is_dir() else None
+    except (ValueError, RuntimeError, OSError):  # no URL, no such user, a pattern too long for a name
         return None
-    path = None if path is None else path.expanduser()
-    return path if path is not None and path.is_dir() else None
 
 
 def _files(root: Path) -> Iterator[str]:

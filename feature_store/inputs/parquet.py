@@ -1,4 +1,4 @@
-"""Parquet files and Hugging Face dataset folders as SampleSources.
+"""Parquet files or Hugging Face dataset folders as SampleSources.
 
 A unit is a run of rows of the row groups in seeded order, so that reading a unit decodes few row groups, each once.
 Only the row group that is read is in memory.

@@ -1,4 +1,4 @@
-"""Store card: what a store holds and how to open it, as a README and a page."""
+"""Store card: a README that describes a store, for publishing it."""
 
 import shlex
 from pathlib import Path

@@ -22,6 +22,7 @@ from feature_store.commits.root import ROOT
 from feature_store.errors import CorruptStoreError, InputError, UserError
 from feature_store.read.blocks import blocks_sha256, read_blocks
 from feature_store.store import Store, open_store, open_store_in
+from feature_store.tools.card import PAGE, README
 from feature_store.tools.unit_check import UnitChecks
 
 _KEPT_BYTES = 16 << 20  # of an object that is looked at twice: a checksum table
@@ -57,7 +58,7 @@ def copy(
     workers: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CopyReport:
-    """Copy every committed unit; units that the target has are kept, a source that has grown is followed.
+    """Copy every committed unit and the card; units that the target has are kept, a source that has grown is followed.
 
     Args:
         source: The store: a directory or URL, also ``http(s)://``.
@@ -86,6 +87,9 @@ def copy(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    for name in (README, PAGE):
+        with suppress(FileNotFoundError):  # a store need not have a card
+            copied.objects.put(name, original.objects.get(name))
     copied.write_commit_index()
     return CopyReport(str(source), str(target), len(records), len(missing), size)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from feature_store.backends.base import ObjectStore
 from feature_store.backends.local import LocalObjects
+from feature_store.commits.root import ROOT
 
 
 def free_bytes(objects: ObjectStore) -> int | None:
@@ -17,3 +18,9 @@ def existing_folder(objects: ObjectStore) -> Path:
     """Their folder or the nearest one above it that exists; the temporary folder for a bucket."""
     path = objects.root.absolute() if isinstance(objects, LocalObjects) else Path(tempfile.gettempdir())
     return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def folder_beside(objects: ObjectStore) -> Path:
+    """Folder on their disk for temporary files: beside a store, never in it."""
+    near = existing_folder(objects)
+    return near.parent if (near / ROOT).exists() else near

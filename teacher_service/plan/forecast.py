@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from feature_store.backends.local import LocalObjects
+from feature_store.errors import InputError
 from feature_store.format.codecs.registry import CODECS
 from feature_store.format.layout import StoreLayout
 from feature_store.format.manifest import Manifest
 from teacher_service.config import JobConfig
+from teacher_service.plan.disk import folder_beside
 from teacher_service.plan.sizes import Plan, plan_of, store_bytes
 from teacher_service.plan.survey import Survey, prefix_codec
 from teacher_service.plan.timing import Timing, measure
+from teacher_service.plan.write_rate import measure_write_rate
 
 VIEW_COUNTS = (1, 2, 4, 8, 16, 50)
 EPOCHS = (100, 300)  # the schedules of the released settings
@@ -82,7 +86,7 @@ def forecast(survey: Survey, config: JobConfig, processes: int = 1) -> Forecast:
         UserError: Timing failed as the job would.
     """
     plan = plan_of(survey, config)
-    timing = measure(survey, config.teacher, config.compute) if config.compute.time_samples else None
+    timing = _timed(survey, config, plan) if config.compute.time_samples else None
     manifest = survey.manifest
     units = max(1, plan.units - plan.committed_units)
     images = plan.remaining_images * math.ceil(units / processes) / units  # of the process with the most units
@@ -98,6 +102,22 @@ def forecast(survey: Survey, config: JobConfig, processes: int = 1) -> Forecast:
         online_device_hours_per_epoch=None if timing is None else plan.samples * timing.busy["forward"] / 3600,
         timing=timing,
     )
+
+
+def _timed(survey: Survey, config: JobConfig, plan: Plan) -> Timing:
+    """The pipeline's timing, with the disk's steady write rate if that is asked for.
+
+    Raises:
+        InputError: The store is in a bucket.
+    """
+    seconds = config.compute.write_seconds
+    if seconds and not isinstance(survey.objects, LocalObjects):
+        raise InputError(f"--write-seconds is {seconds:g}, expected 0 for a bucket; it measures disks")
+    timing = measure(survey, config.teacher, config.compute)
+    if not seconds or not plan.remaining_images:
+        return timing
+    disk = measure_write_rate(folder_beside(survey.objects), seconds, plan.remaining_bytes)
+    return timing.with_disk(disk, plan.remaining_bytes / plan.remaining_images)
 
 
 def _total(manifest: Manifest, survey: Survey) -> int:

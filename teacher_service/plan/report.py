@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from teacher_service.cache.job import CacheSummary
     from teacher_service.plan.forecast import Forecast
+    from teacher_service.plan.timing import Timing
 
 
 def print_forecast(forecast: "Forecast", console: Console) -> None:
@@ -24,12 +25,23 @@ def print_forecast(forecast: "Forecast", console: Console) -> None:
         console.print("time and break-even: not measured; --time-samples N times N samples on this machine")
     else:
         console.print(f"timed with {forecast.timing.samples} samples on {forecast.timing.device}{_divided(forecast)}")
+        console.print(written(forecast.timing, forecast.plan.remaining_bytes), soft_wrap=True)
 
 
 def print_notes(notes: "Sequence[str]", console: Console) -> None:
     """Notes on the tars."""
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def written(timing: "Timing", remaining: int) -> str:
+    """For how many bytes the write rate was measured, and what that means."""
+    share = f"write rate measured for {decimal(timing.written)} of {decimal(remaining)}"
+    if timing.disk is None:
+        return f"{share}: disks slow down after some tens of gigabytes; --write-seconds N measures for longer"
+    first, steady = decimal(round(timing.disk.first)), decimal(round(timing.disk.steady))
+    beyond = "" if timing.written >= remaining else "; beyond that nothing is known"
+    return f"{share}: the disk took {first}/s at first, {steady}/s at the end, which is predicted with{beyond}"
 
 
 def plan_table(forecast: "Forecast") -> Table:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from feature_store.commits.root import ROOT
 from feature_store.errors import InputError
 from feature_store.format.codecs.bound import calibrated, needs_calibration
 from feature_store.format.manifest import TarInfo
@@ -26,8 +25,9 @@ from teacher_service.cache.prepare import CALIBRATION_SAMPLES, Job, first_featur
 from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.config import ComputeSpec, TeacherSpec
 from teacher_service.load import load
-from teacher_service.plan.disk import existing_folder
+from teacher_service.plan.disk import folder_beside
 from teacher_service.plan.survey import Survey
+from teacher_service.plan.write_rate import WriteRate
 
 SPLIT_SAMPLES = 16  # images whose decoding is timed apart from cutting views
 SPLIT_VIEWS = 5
@@ -73,6 +73,8 @@ class Timing:
         read: Reading and decoding one sample, in one worker.
         cut: Cutting one view of it, in one worker.
         busy: Per image, of each stage after decoding.
+        written: Bytes for which the write rate in it was measured.
+        disk: The disk's own rate, if it was measured.
     """
 
     samples: int
@@ -84,6 +86,13 @@ class Timing:
     read: float
     cut: float
     busy: dict[str, float]
+    written: int = 0
+    disk: WriteRate | None = None
+
+    def with_disk(self, disk: WriteRate, bytes_per_image: float) -> "Timing":
+        """The same with a disk whose rate was measured for longer: writing takes at least its steady rate."""
+        write = max(self.busy["write"], bytes_per_image / disk.steady)
+        return replace(self, busy=self.busy | {"write": write}, written=self.written + disk.bytes, disk=disk)
 
     def decode(self, views: int) -> float:
         """Per image, of all workers together, when V views are cut from each decode."""
@@ -138,7 +147,8 @@ def measure(survey: Survey, spec: TeacherSpec, compute: ComputeSpec) -> Timing:
         first, *rest = [Task(unit, range(views)) for unit in range(len(parts))]
         warm_up = pipeline.run([first], on_commit=lambda done: None)
         startup = time.perf_counter() - started - calibration
-        timed = pipeline.run(rest, on_commit=lambda done: None)
+        written = list[int]()
+        timed = pipeline.run(rest, on_commit=lambda done: written.append(done.bytes))
     busy = {stage: value / timed.images for stage, value in _difference(timed.times, warm_up.times).items()}
     read, cut = _split(ViewDataset(parts, survey.manifest.policy, survey.manifest.seed), views)
     scale = busy.pop("decode") * views / (read + views * cut)
@@ -153,6 +163,7 @@ def measure(survey: Survey, spec: TeacherSpec, compute: ComputeSpec) -> Timing:
         read=read * scale,
         cut=cut * scale,
         busy=busy,
+        written=sum(written),
     )
 
 
@@ -182,9 +193,7 @@ def _scratch_job(
         capacity=max(map(len, parts)),
     )
     started = time.perf_counter()
-    near = existing_folder(survey.objects)
-    near = near.parent if (near / ROOT).exists() else near  # beside a store, never in it
-    with tempfile.TemporaryDirectory(dir=near, prefix=".teacher-service-timing-") as folder:
+    with tempfile.TemporaryDirectory(dir=folder_beside(survey.objects), prefix=".teacher-service-timing-") as folder:
         if needs_calibration(manifest):
             manifest = calibrated(manifest, first_features(compute.batch_size, manifest, teacher, parts))
         calibration = time.perf_counter() - started

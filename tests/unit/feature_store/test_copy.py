@@ -12,6 +12,7 @@ from feature_store import open_store
 from feature_store.backends.local import LocalObjects
 from feature_store.backends.open import open_objects
 from feature_store.errors import CorruptStoreError, MismatchError, ResourceError
+from feature_store.tools.card import write_card
 from feature_store.tools.cli import main
 from feature_store.tools.copy import copy
 from feature_store.tools.verify import verify
@@ -26,6 +27,7 @@ def bucket() -> Iterator[str]:
 def test_copy_has_every_object_of_the_source(tmp_path: Path) -> None:
     store = tiny_store(tmp_path / "s")
     store.write_commit_index()
+    write_card(store, store.path)
 
     report = copy(tmp_path / "s", tmp_path / "c")
 

@@ -12,7 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from feature_store.errors import ImageError, InputError
 from feature_store.inputs.base import NO_LABEL, SampleSource
 from feature_store.inputs.folder import EXTENSIONS
-from feature_store.inputs.open import open_sources
+from feature_store.inputs.open import open_sources, recognised
 from feature_store.inputs.options import SourceOptions
 from feature_store.inputs.slices import shuffled
 
@@ -148,3 +148,8 @@ def test_plain_folder_of_tars_or_an_empty_one_is_refused_as_before(tmp_path: Pat
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(InputError, match="is a folder; name the tars in it"):
         _open(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["x" * 5000, "~no-such-user/a.tar", "http://[bad", "a\0b", "none"])
+def test_what_is_no_folder_is_taken_for_a_tar(pattern: str) -> None:
+    assert recognised([pattern]) == "tar"

@@ -1,10 +1,11 @@
 import dataclasses
+import json
 
 import pytest
 from tiny_store import tiny_manifest
 
 from feature_store.errors import InputError, MismatchError
-from feature_store.format.manifest import Manifest
+from feature_store.format.manifest import InputInfo, Manifest
 
 
 def test_manifest_survives_its_json_form():
@@ -60,6 +61,27 @@ def test_view_encoding_is_part_of_the_json_only_when_views_are_materialised():
     assert jpeg.identity() != plain.identity()
     with pytest.raises(MismatchError, match="view_encoding differs: store has None, got 'jpeg95'"):
         jpeg.growth_from(plain)
+
+
+def test_inputs_are_part_of_the_json_only_when_samples_were_found_otherwise_than_in_tars():
+    """Stores of tars keep the hashes they had before there were other inputs."""
+    plain = tiny_manifest()
+    folder = dataclasses.replace(plain, inputs=InputInfo("folder", "optional", "", ("ant", "bee"), 1000, 7))
+    assert "inputs" not in plain.to_dict()
+    assert Manifest.from_dict(json.loads(json.dumps(folder.to_dict()))) == folder
+    assert folder.identity() != plain.identity()
+    with pytest.raises(MismatchError, match="inputs differs"):
+        folder.growth_from(plain)
+    more = dataclasses.replace(plain, inputs=InputInfo("folder", "optional", "", ("ant", "bee", "cat"), 1000, 7))
+    with pytest.raises(MismatchError, match="inputs.classes differs"):
+        more.growth_from(folder)
+
+
+def test_from_dict_refuses_inputs_of_an_unknown_format():
+    data = dataclasses.replace(tiny_manifest(), inputs=InputInfo("folder", "none")).to_dict()
+    data["inputs"]["format"] = "zip"
+    with pytest.raises(InputError, match="inputs"):
+        Manifest.from_dict(data)
 
 
 def test_from_dict_refuses_when_the_view_encoding_is_unknown():

@@ -166,6 +166,10 @@ function duration(seconds) {
   return seconds < 90 ? `${Math.ceil(seconds)} s` : seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
 }
 
+function labelText(label) {
+  return label < 0 ? "no label" : `label ${label}`;
+}
+
 function tile(row, key, note, choose) {
   const image = element("img", { className: "map", alt: "", loading: "lazy" });
   picture(image, `${rowPath(row)}/map.png`);
@@ -193,10 +197,10 @@ async function showSamples() {
   const committed = state.units.find((unit) => unit.unit === state.unit).views.includes(state.view);
   $("grid").replaceChildren(...answer.samples.map((sample) => {
     const row = { unit: state.unit, view: state.view, position: sample.position };
-    if (!sample.quarantined && committed) return tile(row, sample.key, `label ${sample.label}`, () => choose(row));
+    if (!sample.quarantined && committed) return tile(row, sample.key, labelText(sample.label), () => choose(row));
     return element("li", {}, element("button", { type: "button", disabled: true, title: sample.key },
       element("span", { className: "blank" }, sample.quarantined ? "quarantined" : "not yet"),
-      element("span", { className: "name" }, tail(sample.key)), element("span", { className: "quiet" }, `label ${sample.label}`)));
+      element("span", { className: "name" }, tail(sample.key)), element("span", { className: "quiet" }, labelText(sample.label))));
   }));
   mark();
 }
