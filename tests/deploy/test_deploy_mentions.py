@@ -72,6 +72,8 @@ def variables() -> frozenset[str]:
     template = (ROOT / "deploy/nginx/teacher-service.conf.template").read_text()
     described = re.findall(r"^#   ([A-Z_]+(?:, [A-Z_]+)*) ", template, re.MULTILINE)
     read = re.findall(r'"([A-Z]+(?:_[A-Z0-9]+)+)"', sources())
+    for test in (ROOT / "tests").rglob("*.py"):
+        read += re.findall(r'environ(?:\.get)?[\[(]"([A-Z_]+)"', test.read_text())
     return frozenset([*defined, *read, *(name for names in described for name in names.split(", "))])
 
 
