@@ -20,7 +20,7 @@ done
 if grep -qE '^(tests|demo|benchmarks)/' <<<"$files"; then fail "the wheel holds more than the three packages"; fi
 echo "wheel: $(basename "$wheel"), sdist: $(basename "$sdist")"
 
-echo "-- without extras"
+part "without extras"
 plain=$WORK/plain
 venv "$plain" "$wheel"
 megabytes=$(du -sm "$plain" | cut -f1)
@@ -39,7 +39,7 @@ refused 2 "pip install 'scalekd-cache[serve]'" "$plain/bin/teacher-service" serv
 refused 2 "pip install 'scalekd-cache[plot]'" "$plain/bin/feature-store" plot "$STORE" --out "$WORK/plots"
 refused 2 "pip install 'scalekd-cache[s3]'" "$plain/bin/feature-store" info s3://bucket/store
 
-echo "-- serve"
+part "serve"
 venv "$WORK/serve" "${wheel}[serve]"
 "$WORK/serve/bin/teacher-service" serve --store "$STORE" --tokens "$WORK/tokens.jsonl" --port 0 >"$WORK/serve.log" &
 service=$!
@@ -61,7 +61,7 @@ EOF
 kill -TERM "$service"
 wait "$service"
 
-echo "-- s3, over http"
+part "s3, over http"
 venv "$WORK/s3" "${wheel}[s3]"
 "$PYTHON" -m http.server --bind 127.0.0.1 --directory "$ROOT/tests/golden" 18431 >/dev/null 2>&1 &
 files=$!
@@ -70,16 +70,16 @@ refused 2 "" "$WORK/s3/bin/feature-store" info http://127.0.0.1:18431/nothing
 "$WORK/s3/bin/python" -c 'import boto3, obstore'
 kill "$files"
 
-echo "-- plot"
+part "plot"
 venv "$WORK/plot" "${wheel}[plot]"
 "$WORK/plot/bin/feature-store" plot "$STORE" --out "$WORK/plots" --rows 4 --thumbnails 0
 [ -s "$WORK/plots/index.html" ] || fail "no page: $(ls "$WORK/plots")"
 
-echo "-- hf"
+part "hf"
 venv "$WORK/hf" "${wheel}[hf]"
 "$WORK/hf/bin/python" -c 'from huggingface_hub import HfFileSystem'
 
-echo "-- teacher"
+part "teacher"
 venv "$WORK/teacher" "${wheel}[teacher]"
 "$WORK/teacher/bin/python" "$LIB/tiny_job.py" "$WORK/job"
 mapfile -t teacher < <(tr ' ' '\n' <"$WORK/job/teacher.options")
@@ -91,13 +91,13 @@ job=("${tars[@]}" "${teacher[@]}" --workers 2 --batch-size 4)
 refused 2 "pip install 'scalekd-cache[ray]'" "$WORK/teacher/bin/teacher-service" cache "${job[@]}" --store "$WORK/job/store-ray" \
     --checkpoint "$WORK/job/teacher.safetensors" --engine ray
 
-echo "-- ray"
+part "ray"
 install "$WORK/teacher" "${wheel}[ray]"
 "$WORK/teacher/bin/teacher-service" cache "${job[@]}" --checkpoint "$WORK/job/teacher.safetensors" --store "$WORK/job/store-ray" \
     --engine ray --num-actors 1 2>"$WORK/ray.log" || fail "$(tail -5 "$WORK/ray.log")"
 rm -rf "$WORK/teacher"
 
-echo "-- student, tensorboard, wandb, report, onnx, coco"
+part "student, tensorboard, wandb, report, onnx, coco"
 venv "$WORK/student" "${wheel}[student]"
 "$WORK/student/bin/student-trainer" presets >/dev/null
 run=(--tars "${tars[@]}" --student test_resnet --epochs 1 --batch-size 4 --workers 0 --device cpu --store "$WORK/job/store")

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from test_deploy_image_names import COMMANDS, options
+from test_deploy_mentions import COMMANDS, options
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/threat-model.md").read_text()

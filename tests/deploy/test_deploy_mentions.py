@@ -1,4 +1,4 @@
-"""No file of images, compose, nginx, systemd names an option, metric, variable that does not exist."""
+"""No file of deploy/ names an option, a metric, an environment variable that does not exist."""
 
 import contextlib
 import io
@@ -19,11 +19,8 @@ PROGRAMS = {
     "teacher-service": (teacher_service.cli.main, ("plan", "cache", "verify", "serve", "token create")),
 }
 COMMANDS = [(program, command) for program, (_, commands) in PROGRAMS.items() for command in commands]
-ELSEWHERE = {"helm", "kubernetes", "monitoring", "slurm", "slurm.sh", "helm.sh"}  # test_deploy_names.py
 FILES = [
-    path
-    for path in sorted((ROOT / "deploy").rglob("*"))
-    if path.is_file() and path.suffix not in (".pyc", ".json") and not ELSEWHERE & set(path.parts)
+    path for path in sorted((ROOT / "deploy").rglob("*")) if path.is_file() and path.suffix not in (".pyc", ".json")
 ]
 PACKAGES = ("feature_store", "teacher_service", "student_trainer")
 OPTION = re.compile(r"(?<![\w\"/$-])--[a-z][\w.-]*\w")
@@ -75,6 +72,8 @@ def variables() -> frozenset[str]:
     template = (ROOT / "deploy/nginx/teacher-service.conf.template").read_text()
     described = re.findall(r"^#   ([A-Z_]+(?:, [A-Z_]+)*) ", template, re.MULTILINE)
     read = re.findall(r'"([A-Z]+(?:_[A-Z0-9]+)+)"', sources())
+    for test in (ROOT / "tests").rglob("*.py"):
+        read += re.findall(r'environ(?:\.get)?[\[(]"([A-Z_]+)"', test.read_text())
     return frozenset([*defined, *read, *(name for names in described for name in names.split(", "))])
 
 
