@@ -15,7 +15,7 @@ if [[ -z $HELM ]]; then
 fi
 export HELM
 "$HELM" version --short
-output=$(OMP_NUM_THREADS=1 "$python" -m pytest -q -rs tests/deploy/test_deploy_helm.py tests/deploy/test_deploy_kubernetes.py)
+output=$(OMP_NUM_THREADS=1 "$python" -m pytest -q -rs tests/deploy/test_deploy_helm.py)
 echo "$output"
 if grep -q skipped <<<"$output"; then
   echo "helm: a test was skipped, see above" >&2

@@ -1,6 +1,15 @@
 """Kubernetes jobs: schemas, command lines, and what makes them safe on spot nodes."""
 
+import json
+import os
 import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +17,7 @@ import pytest
 import yaml
 from command_lines import DEPLOY
 from manifests import arguments, parse, pods, unknown_variables, validate
+from training_world import make_world
 
 from student_trainer.config import TrainConfig
 from teacher_service.config import CacheConfig
@@ -66,16 +76,76 @@ def test_training_reads_the_store_that_the_cache_job_writes_and_resumes() -> Non
 
 def test_torchrun_starts_as_many_processes_as_pods_have_gpus() -> None:
     (pod,) = pods(TRAIN)
-    script = pod["containers"][0]["args"][0]
-    spec = TRAIN["spec"]
-    assert re.search(r"--nnodes (\d+)", script)[1] == str(spec["completions"]) == str(spec["parallelism"])
-    gpus = pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
-    assert re.search(r"--nproc-per-node (\d+)", script)[1] == str(gpus)
-    service = DOCUMENTS["train-job Service"]
-    host = f"{TRAIN['metadata']['name']}-0.{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
-    assert f"--rdzv-endpoint {host} " in script
-    assert pod["subdomain"] == service["metadata"]["name"]
-    assert service["spec"]["selector"] == {"job-name": TRAIN["metadata"]["name"]}
+    spec, container, service = TRAIN["spec"], pod["containers"][0], DOCUMENTS["train-job Service"]
+    name, headless = TRAIN["metadata"]["name"], service["metadata"]["name"]
+    script, gpus = container["args"][0], container["resources"]["limits"]["nvidia.com/gpu"]
+    assert spec["completions"] == spec["parallelism"]
+    assert f"--nnodes {spec['completions']} " in script
+    assert f"--nproc-per-node {gpus} " in script
+    address = f"--master-addr {name}-0.{headless} --master-port {service['spec']['ports'][0]['port']} "
+    assert address in script
+    assert pod["subdomain"] == headless
+    assert service["spec"]["selector"] == {"job-name": name}
+
+
+class Pod:
+    """The container of the training job as a process of this machine, on a CPU and another run."""
+
+    def __init__(self, index: int, script: str, log: Path) -> None:
+        environment = {**os.environ, "JOB_COMPLETION_INDEX": str(index), "OMP_NUM_THREADS": "1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        with log.open("a") as out:
+            self.process = subprocess.Popen(["bash", "-c", script], env=environment, stdout=out, stderr=out)
+
+    def lose(self) -> None:
+        """End all processes at once, as a lost node does."""
+        for pid in _tree(self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _tree(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    below = children.read_text().split() if children.exists() else []
+    return [pid, *(each for child in below for each in _tree(int(child)))]
+
+
+@pytest.mark.skipif(os.environ.get("SCALEKD_TEST_PODS") != "1", reason="takes minutes: run deploy/check/kubernetes.sh")
+def test_a_training_run_goes_on_when_one_of_its_pods_is_lost(tmp_path: Path) -> None:
+    world, run = make_world(tmp_path / "world"), tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = next(pods(TRAIN))["containers"][0]["args"][0].partition("student_trainer train ")[0]
+    for old, new in (("scalekd-train-0.scalekd-train", "127.0.0.1"), ("29500", str(port)),
+                     ("--nproc-per-node 8", "--nproc-per-node 1")):  # fmt: skip
+        assert old in script
+        script = script.replace(old, new)
+    script += shlex.join(["student_trainer", "train", "--student", "test_resnet", "--epochs", "12", "--batch-size", "8",
+                          "--workers", "0", "--device", "cpu", "--no-report", "--no-progress", "--run", str(run),
+                          "--resume", "--tars", *world.tars, "--store", str(world.store)])  # fmt: skip
+    log, metrics = tmp_path / "log", run / "metrics.jsonl"
+    running, lost, ends = [Pod(0, script, log), Pod(1, script, log)], False, time.monotonic() + 240
+    try:
+        while any(pod.process.poll() != 0 for pod in running):
+            assert time.monotonic() < ends, log.read_text()
+            time.sleep(0.1)
+            if not lost and metrics.is_file() and metrics.read_text().count('"epoch"') > 3:
+                running[1].lose()
+                lost = True
+            if any(pod.process.poll() not in (None, 0) for pod in running):
+                time.sleep(10)  # a Job's controller waits as long before it replaces failed pods
+                for index, pod in enumerate(running):
+                    if pod.process.poll() is not None:
+                        running[index] = Pod(index, script, log)
+    finally:
+        for pod in running:
+            pod.lose()
+    assert lost
+    assert {json.loads(line)["epoch"] for line in metrics.read_text().splitlines() if '"epoch"' in line} >= set(
+        range(12)
+    )
 
 
 @pytest.mark.parametrize("job", [CACHE, TRAIN], ids=["cache", "train"])
