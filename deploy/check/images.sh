@@ -84,6 +84,16 @@ job=(cache /data/images-0.tar /data/images-1.tar "${teacher[@]}" --checkpoint /d
 "${tiny[@]}" -- "${job[@]}" 2>/dev/null | grep "0 units written, 2 were there" || fail "the same job did not resume"
 served "$WORK/job/store"
 
+"${tiny[@]}" -- "${job[@]/%\/data\/store//data/long}" --views 1000 >"$WORK/long.log" 2>&1 &
+long=$! code=0
+wait_for 90 test -f "$WORK/job/long/zarr.json"
+begun=$SECONDS
+kill -TERM "$long"
+wait "$long" || code=$?
+[ "$code" -eq 143 ] || fail "cache ended with $code after SIGTERM, expected 143: $(tail -3 "$WORK/long.log")"
+[ $((SECONDS - begun)) -le 12 ] || fail "cache took $((SECONDS - begun)) s to end"
+echo "cache: ended $((SECONDS - begun)) s after SIGTERM with exit code 143"
+
 build train
 "${run[@]}" localhost/scalekd-check:train --shm 256m --volume "$WORK/job:/data" -- train --run /data/run --store /data/store \
     --tars /data/images-0.tar /data/images-1.tar --student test_resnet --epochs 1 --batch-size 4 --workers 2 --device cpu 2>/dev/null

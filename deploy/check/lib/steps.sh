@@ -22,6 +22,11 @@ fail() {
     exit 1
 }
 
+# part NAME: a heading in the log, with the seconds since the step began.
+part() {
+    printf -- '-- %s (%d s)\n' "$*" "$SECONDS"
+}
+
 # need PROGRAM PACKAGE...: installs Debian packages if a program is missing; skips the step where that is not possible.
 need() {
     local program=$1
