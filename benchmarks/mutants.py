@@ -61,6 +61,7 @@ TESTS = {  # what notices a change, by module
     "student_trainer/methods/none.py": [f"{_TRAINER}methods_base.py"],
     "student_trainer/methods/precision.py": [f"{_TRAINER}kd.py"],
     "student_trainer/engine/checkpoint.py": [f"{_TRAINER}checkpoint_files.py"],
+    "student_trainer/engine/failures.py": [f"{_TRAINER}failures_errors.py"],
     "student_trainer/engine/loggers.py": [f"{_TRAINER}loggers_log.py"],
     "student_trainer/engine/metrics.py": [f"{_TRAINER}metrics_log.py"],
     "student_trainer/engine/optimizer.py": [f"{_TRAINER}optimizer_steps.py"],
