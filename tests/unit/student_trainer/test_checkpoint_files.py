@@ -90,6 +90,15 @@ def test_every_part_has_the_saved_state_when_a_checkpoint_is_loaded_into_a_run()
         replace(saved, ema=None).load_into(*others)
 
 
+def test_checkpoint_is_on_the_disk_when_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), rename(*paths)))
+    save_checkpoint(tmp_path / "last.pt", checkpoint())
+    assert calls[:2] == ["fsync", "rename"]
+
+
 @pytest.fixture
 def full_disk():
     """No file may grow beyond 64 KB: the operating system refuses writes as a full disk does."""
