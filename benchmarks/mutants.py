@@ -58,9 +58,18 @@ TESTS = {  # what notices a change, by module
     "student_trainer/methods/scalekd.py": [f"{_TRAINER}scalekd.py"],
     "student_trainer/methods/several.py": [f"{_TRAINER}several.py"],
     "student_trainer/methods/tpp.py": [f"{_TRAINER}tpp.py", f"{_TRAINER}scalekd.py"],
-    "student_trainer/engine/optimizer.py": [f"{_TRAINER}optimize_updates.py"],
-    "student_trainer/data/sampler.py": [f"{_TRAINER}order_epochs.py"],
+    "student_trainer/methods/none.py": [f"{_TRAINER}methods_base.py"],
+    "student_trainer/methods/precision.py": [f"{_TRAINER}kd.py"],
+    "student_trainer/engine/checkpoint.py": [f"{_TRAINER}checkpoint_files.py"],
+    "student_trainer/engine/failures.py": [f"{_TRAINER}failures_errors.py"],
+    "student_trainer/engine/loggers.py": [f"{_TRAINER}loggers_log.py"],
+    "student_trainer/engine/metrics.py": [f"{_TRAINER}metrics_log.py"],
+    "student_trainer/engine/optimizer.py": [f"{_TRAINER}optimizer_steps.py"],
+    "student_trainer/engine/progress.py": [f"{_TRAINER}progress_run.py"],
+    "student_trainer/engine/terms.py": [f"{_TRAINER}terms_means.py"],
+    "student_trainer/data/sampler.py": [f"{_TRAINER}sampler_epochs.py"],
     "student_trainer/data/replayed.py": [f"{_TRAINER}replay_views.py"],
+    "student_trainer/plan.py": [f"{_TRAINER}plan_options.py"],
 }
 _WORK = Path("mutants")
 _COPIED = ("feature_store", "student_trainer", "teacher_service", "tests", "benchmarks", "pyproject.toml")

@@ -1,10 +1,13 @@
 import os
+import re
 import resource
 import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
 from feature_store.errors import InputError, MismatchError, ResourceError
 from student_trainer.engine.checkpoint import (
@@ -12,6 +15,7 @@ from student_trainer.engine.checkpoint import (
     Progress,
     load_checkpoint,
     require_same_run,
+    resume_notes,
     rng_state,
     save_checkpoint,
     set_rng_state,
@@ -38,6 +42,61 @@ def test_checkpoint_comes_back_equal_when_loaded(tmp_path):
     assert loaded.optimizer == saved.optimizer
     assert torch.equal(loaded.weights["w"], saved.weights["w"])
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_checkpoint_takes_averaged_weights_when_it_was_written_before_there_was_a_choice(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, replace(checkpoint(), ema_eval=False))
+    assert load_checkpoint(path).ema_eval is False
+    torch.save({name: value for name, value in torch.load(path).items() if name != "ema_eval"}, path)
+    assert load_checkpoint(path).ema_eval is True
+
+
+def test_checkpoint_names_what_it_lacks_when_incomplete(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, checkpoint())
+    torch.save({name: value for name, value in torch.load(path).items() if name != "rng"}, path)
+    with pytest.raises(InputError, match=r"last.pt is not a checkpoint of student-trainer: it is incomplete: .*rng"):
+        load_checkpoint(path)
+
+
+def parts() -> tuple[nn.Linear, nn.Linear, torch.optim.SGD, GradScaler, nn.Linear]:
+    student, method = nn.Linear(2, 2), nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    return student, method, optimizer, GradScaler("cpu", init_scale=8.0), nn.Linear(2, 2)
+
+
+def test_every_part_has_the_saved_state_when_a_checkpoint_is_loaded_into_a_run():
+    student, method, optimizer, scaler, ema = parts()
+    optimizer.param_groups[0]["lr"] = 0.7
+    saved = replace(
+        checkpoint(),
+        weights=student.state_dict(),
+        loss=method.state_dict(),
+        optimizer=optimizer.state_dict(),
+        scaler={**scaler.state_dict(), "scale": 4.0},
+        ema=ema.state_dict(),
+    )
+    others = parts()
+    saved.load_into(*others)
+    assert torch.equal(others[0].weight, student.weight)
+    assert torch.equal(others[1].weight, method.weight)
+    assert others[2].param_groups[0]["lr"] == 0.7
+    assert others[3].get_scale() == 4.0
+    assert torch.equal(others[4].weight, ema.weight)
+    with pytest.raises(InputError, match=r"the checkpoint does not fit the run: .*weight.*; resume with the versions"):
+        replace(saved, weights=method.state_dict()).load_into(*others)
+    with pytest.raises(InputError, match=r"the checkpoint does not fit the run"):
+        replace(saved, ema=None).load_into(*others)
+
+
+def test_checkpoint_is_on_the_disk_when_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), rename(*paths)))
+    save_checkpoint(tmp_path / "last.pt", checkpoint())
+    assert calls[:2] == ["fsync", "rename"]
 
 
 @pytest.fixture
@@ -134,3 +193,41 @@ def test_run_is_the_same_when_only_what_it_was_held_against_changed():
     saved = {"config": {"preset": None, "expect": {"model_kwargs": None, "policy": "a2"}}, "inputs": {}}
     now = {"config": {"preset": "x", "expect": {"model_kwargs": {"img_size": 224}, "policy": None}}, "inputs": {}}
     require_same_run(saved, now)
+
+
+RUN = {
+    "config": {"epochs": 3},
+    "plan": {"processes": 1, "device": "cpu"},
+    "software": {"torch": "2.0", "timm": "1.0", "numpy": "2"},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "note"),
+    [
+        ("plan", {"processes": 2}, r"^processes 1 before, 2 from here on: the same samples .*; other random numbers"),
+        (
+            "plan",
+            {"device": "cuda"},
+            r"^device cpu before, cuda from here on: the same samples .*; rounding may differ$",
+        ),
+        ("config", {"epochs": 5}, r"^epochs 3 before, 5 now: from here on the learning rate follows the new schedule$"),
+        ("software", {"torch": "2.1"}, r"^torch 2.0 before, 2.1 now: numbers may differ$"),
+        ("software", {"timm": "1.1"}, r"^timm 1.0 before, 1.1 now: numbers may differ$"),
+    ],
+)
+def test_resumed_run_says_what_is_different_when_something_is(section, change, note):
+    (found,) = resume_notes(RUN, {**RUN, section: {**RUN[section], **change}})
+    assert re.search(note, found)
+
+
+@pytest.mark.parametrize("section", ["plan", "software"])
+def test_resumed_run_says_what_an_earlier_release_did_not_save(section):
+    before = {**RUN, section: {}}
+    assert [note.split()[:3] for note in resume_notes(before, RUN)] == [[n, "None", "before,"] for n in RUN[section]][
+        :2
+    ]
+
+
+def test_resumed_run_has_nothing_to_say_when_only_other_software_changed():
+    assert resume_notes(RUN, {**RUN, "software": {**RUN["software"], "numpy": "3"}}) == []

@@ -37,6 +37,7 @@ def log_some(config: TrainConfig, first_step: int = 0) -> None:
 def test_only_the_log_is_written_when_no_logger_is_asked_for(config):
     log_some(config)
     assert [line["kind"] for line in read_metrics(config.run / "metrics.jsonl")] == ["start", "step", "epoch"]
+    assert read_metrics(config.run / "metrics.jsonl")[1] == {"kind": "step", "step": 1, **VALUES}
     assert {path.name for path in config.run.iterdir()} == {"metrics.jsonl"}
 
 
@@ -86,7 +87,8 @@ def test_wandb_gets_config_and_numbers_and_the_same_run_when_resumed(config, wan
     log_some(config)
     (_, first), step, epoch, finish, (_, second), *_ = wandb
     assert (first["project"], first["name"], first["resume"]) == ("my-project", "run", "allow")
-    assert first["id"] == second["id"]
+    assert first["id"] == second["id"] == (config.run / "wandb_id").read_text()  # a later process finds it there
+    assert first["dir"] == str(config.run)
     assert first["config"]["student"] == "test_resnet"
     assert step == (1, NAMES)
     assert epoch == (1, {"epoch/epoch": 0, "epoch/val/top1": 50.0})
@@ -125,6 +127,7 @@ def test_mlflow_gets_config_and_numbers_and_the_same_run_when_resumed(config, mo
     require_loggers(config)
     log_some(config)
     log_some(config)
+    assert (config.run / "mlflow_id").read_text() == "abc"
     epoch = (1, {"epoch/epoch": 0, "epoch/val/top1": 50.0})
     assert mlflow.calls == [
         ("experiment", "my-experiment"), ("start", None, "run"), ("config", "test_resnet", "config.json"), (1, NAMES),

@@ -1,7 +1,17 @@
+import resource
+
 import pytest
+import torch
 
 from feature_store.errors import InputError
-from student_trainer.engine.metrics import MetricsLog, Throughput, read_metrics, rewind_metrics
+from student_trainer.engine.metrics import (
+    MetricsLog,
+    Throughput,
+    peak_memory,
+    read_metrics,
+    rewind_metrics,
+    set_aside_accuracies,
+)
 
 
 @pytest.fixture
@@ -47,6 +57,31 @@ def test_log_ends_at_the_checkpoint_when_rewound(path):
     rewind_metrics(path, 2, 1)
     assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
     assert path.read_text().endswith("}\n")
+
+
+def test_log_keeps_only_epochs_that_are_over_when_rewound(path):
+    with MetricsLog(path) as log:
+        log.write("epoch", 2, epoch=0)
+        log.write("epoch", 2, epoch=1)
+        log.write("epoch", 2, epoch=2)
+    rewind_metrics(path, 2, 1)
+    assert [line["epoch"] for line in read_metrics(path) if line["kind"] == "epoch"] == [0]
+
+
+def test_accuracies_stay_under_another_name_when_set_aside(path):
+    with MetricsLog(path) as log:
+        log.write("epoch", 4, epoch=0, val={"top1": 50.0})
+    before = read_metrics(path)
+    set_aside_accuracies(path)
+    last = {"kind": "epoch", "step": 4, "epoch": 0, "earlier_val": {"top1": 50.0}}
+    assert read_metrics(path) == [*before[:-1], last]
+
+
+def test_peak_memory_is_in_bytes_when_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")  # where the system counts in KiB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = peak_memory(torch.device("cpu"))
+    assert 1024 * before <= found <= 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def test_throughput_counts_from_the_last_line_when_asked():
