@@ -79,7 +79,7 @@ def test_report_says_for_how_many_bytes_writing_was_measured() -> None:
 
 
 def test_write_seconds_needs_timed_samples() -> None:
-    with pytest.raises(InputError, match="--write-seconds is 5, expected --time-samples with it"):
+    with pytest.raises(InputError, match="--write-seconds is 5.0, expected --time-samples with it"):
         ComputeSpec(write_seconds=5)
     assert ComputeSpec(write_seconds=5, time_samples=10).write_seconds == 5
 
