@@ -59,7 +59,7 @@ TESTS = {  # what notices a change, by module
     "student_trainer/methods/several.py": [f"{_TRAINER}several.py"],
     "student_trainer/methods/tpp.py": [f"{_TRAINER}tpp.py", f"{_TRAINER}scalekd.py"],
     "student_trainer/methods/none.py": [f"{_TRAINER}methods_base.py"],
-    "student_trainer/methods/precision.py": [f"{_TRAINER}kd.py"],
+    "student_trainer/methods/precision.py": [f"{_TRAINER}criterion.py"],
     "student_trainer/engine/checkpoint.py": [f"{_TRAINER}checkpoint_files.py"],
     "student_trainer/engine/failures.py": [f"{_TRAINER}failures_errors.py"],
     "student_trainer/engine/loggers.py": [f"{_TRAINER}loggers_log.py"],
