@@ -160,6 +160,7 @@ def test_positions_leave_out_quarantined_samples_when_a_store_has_some(store, ta
     units = training_positions(tars, store=store)
     assert units[0].tolist() == [*range(9), *range(10, 14)]
     assert units[1].tolist() == list(range(12))
+    assert {unit.dtype for unit in units} == {np.dtype(np.int64)}
 
 
 def test_positions_are_those_of_the_keys_file_when_given(store, tars, tmp_path):

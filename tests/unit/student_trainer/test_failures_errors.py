@@ -1,6 +1,8 @@
 """Failures of the machine and of the numbers, as the errors a user meets."""
 
 import signal
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +17,14 @@ from student_trainer.engine.stopping import Stop, Stopped
 ROWS = [RowId(1, position, 2) for position in range(5)]
 
 
+@dataclass(frozen=True)
 class FakeGroup(Group):
-    """One process of two, the other of which found what is given."""
+    """One process of two; the other one gives what is given here."""
 
-    def __init__(self, rank: int, other: tuple[dict[str, float], list[RowId]]) -> None:
-        super().__init__(rank, 2)
-        object.__setattr__(self, "other", other)
+    other: Any = None
 
-    def gather(self, item):
-        return [item, self.other] if self.rank == 0 else [self.other, item]
+    def gather(self, item: Any) -> list[Any]:
+        return [item, self.other] if self.is_main else [self.other, item]
 
 
 @pytest.mark.parametrize(
@@ -70,14 +71,14 @@ def test_loss_that_is_not_finite_is_told_with_its_terms_and_first_rows():
     ],
 )
 def test_loss_is_told_of_the_first_process_where_it_is_not_finite(own, others, shown):
-    group = FakeGroup(0, ({"task": others}, [RowId(9, 0, 0)]))
+    group = FakeGroup(0, 2, other=({"task": others}, [RowId(9, 0, 0)]))
     error = not_finite_loss(7, 2, {"task": own}, ROWS, group)
     assert shown in str(error)
     assert not isinstance(error, OtherProcessError)
 
 
 def test_loss_is_told_by_the_main_process_alone():
-    group = FakeGroup(1, ({"task": torch.nan}, [RowId(9, 0, 0)]))
+    group = FakeGroup(1, 2, other=({"task": torch.nan}, [RowId(9, 0, 0)]))
     error = not_finite_loss(7, 2, {"task": 1.0}, ROWS, group)
     assert isinstance(error, OtherProcessError)
     assert "unit 9 position 0 view 0;" in str(error)
@@ -86,10 +87,11 @@ def test_loss_is_told_by_the_main_process_alone():
 @pytest.mark.parametrize(("rank", "kind"), [(0, UserError), (1, OtherProcessError)])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_are_refused_when_a_single_one_is_not_finite(rank, kind, value):
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    last = nn.Linear(2, 2)
+    module = nn.Sequential(nn.Linear(2, 2), last)
     require_finite_weights(module, 4, Group(rank, 2))
     with torch.no_grad():
-        module[1].bias[1] = value
+        last.bias[1] = value
     with pytest.raises(
         kind, match=r"weights are not finite after step 4: not saved, .* --optim.lr.* in a new run"
     ) as e:

@@ -1,6 +1,7 @@
 """The parts methods share: terms, teacher outputs, the registry, plain training."""
 
 import sys
+from dataclasses import fields
 from types import ModuleType
 
 import pytest
@@ -63,6 +64,20 @@ def test_every_method_trains_a_step_with_its_defaults(name):
     assert all(weight > 0 for weight in terms.weights.values())
     assert small.student.logits.grad.abs().max() > 0
     assert all(leaf.grad is not None for leaf in method.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_the_task_loss_of_the_run(name):
+    small, two = small_batch(), torch.tensor(2.0)
+    method = METHODS[name](METHODS[name].Config(), small.shape, small.teacher, lambda *_: two)
+    assert small.terms(method).raw["task"] == 2.0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_of_a_method_is_refused_by_its_name_when_of_another_type(name):
+    for field in fields(METHODS[name].Config):
+        with pytest.raises(InputError, match=rf"^--{name}\.{field.name}\b".replace("_", "[-_]")):
+            METHODS[name].Config(**{field.name: object()})
 
 
 @pytest.mark.parametrize("name", METHODS)

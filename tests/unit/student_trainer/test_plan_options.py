@@ -34,6 +34,12 @@ def test_weights_and_order_are_the_seeds_own_when_assembled(config):
     assert list(first.sampler) == list(again.sampler) != list(other.sampler)
 
 
+def test_plan_says_what_is_trained_on_and_takes_labels_of_its_classes_alone(config):
+    plan = resolve(config)
+    assert plan.sentence() == "26 samples from 2 tars, a new view every epoch, on cpu"
+    assert plan.dataset.num_classes == plan.student.num_classes == 4
+
+
 @pytest.mark.parametrize(("shuffle_units", "mixed"), [(1, False), (2, True)])
 def test_batches_mix_units_when_several_are_shuffled_together(config, shuffle_units, mixed):
     plan = resolve(replace(config, shuffle_units=shuffle_units, batch_size=4))

@@ -89,6 +89,11 @@ def test_epoch_starts_at_a_whole_batch_when_resumed_in_pieces():
     assert len(of) == len(list(of))
 
 
+def test_micro_batches_are_those_of_the_epoch_when_one_batch_is_asked_for():
+    of = batches(accumulate=2, processes=2, rank=1)
+    assert [rows for batch in range(6) for rows in of.micro_batches(3, batch)] == epoch(of, 3)
+
+
 def test_batch_is_refused_when_it_cannot_be_shared_out():
     with pytest.raises(InputError, match=r"a batch of 4 cannot be shared by 3 processes in 1 passes each"):
         batches(processes=3)

@@ -121,6 +121,7 @@ def test_task_loss_is_the_runs_own(first):
     find = find_method("fd")
     two = torch.tensor(2.0)
     method = SeveralTeachers(find, find.Config(), first.shape, [first.teacher], [1.0], lambda *_: two)
+    assert method.task(torch.zeros(1, 2), torch.zeros(1)) is two
     assert terms_of(method, first.student, [first]).raw["task"] == 2.0
 
 
