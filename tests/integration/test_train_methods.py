@@ -131,6 +131,7 @@ def second_store(tmp_path_factory):
 
 def test_two_teachers_have_projectors_of_their_own_and_share_task_and_kd(config, second_store):
     stores = (StoreTeacher(config.teacher.store), StoreTeacher(second_store(), weight=0.5))
+    config = replace(config, task="bce", label_smoothing=0.1)
     assert train(replace(config, teacher=stores)).steps == 3
     (first, *_) = steps(config.run)
     own = {f"{stage}_{view}" for stage in ("stage3", "stage4") for view in ("original", "alternative")}
