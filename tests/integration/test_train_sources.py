@@ -143,3 +143,30 @@ def test_training_names_the_image_when_it_is_another_than_in_the_store(
     assert _train(tmp_path / "run", "--store", str(store), "--method", "kd", "--tars", str(folder)) == 2
     assert "sample 'ant/s000'" in (error := _error(capsys))
     assert "was readable when the store was written but is not now" in error
+
+
+def test_validation_may_be_of_another_kind_than_training(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = class_samples(COUNT)
+    folder, names = write_folder(tmp_path / "tree", samples), tmp_path / "classes.txt"
+    names.write_text("\n".join(CLASSES))
+    words = [{"__key__": s["__key__"], "png": s["png"], "txt": CLASSES[int(s["cls"])].encode()} for s in samples]
+    indexes = [{"__key__": s["__key__"], "png": s["png"], "txt": s["cls"]} for s in samples]
+    drawn = ("--method", "none", "--views.size", "32", "--label-field", "txt", "--val-tars", str(folder))
+
+    of_words, of_indexes = (
+        write_class_tars(tmp_path / name, each, COUNT) for name, each in (("w", words), ("i", indexes))
+    )
+    assert _train(tmp_path / "words", "--tars", *of_words, *drawn, "--classes", str(names)) == 0
+    assert _train(tmp_path / "indexes", "--tars", *of_indexes, *drawn, "--num-classes", "4") == 0
+    assert [_lines(tmp_path / run, "epoch")[0]["val"]["samples"] for run in ("words", "indexes")] == [COUNT, COUNT]
+
+    store = _cache(tiny_swin, tmp_path / "store", *write_class_tars(tmp_path / "cls", samples, COUNT))
+    assert _train(tmp_path / "run", "--store", str(store), "--tars", str(folder), "--method", "kd") == 2
+    assert f"--tars {folder} is not what the store was written from, tars: " in _error(capsys)
+
+
+def test_evaluation_is_refused_when_labels_are_optional(capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainer_main(["evaluate", "--run", "run", "--tars", "a.tar", "--labels", "optional"]) == 2
+    assert "--labels is optional, expected required: accuracy is counted on labelled samples" in _error(capsys)
