@@ -104,7 +104,7 @@ def presets(
 
 @app.command
 def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")], json: bool = False) -> None:
-    """Print a trained student's accuracy on a tar set, per class too, and what a forward pass costs.
+    """Print a trained student's accuracy on a set of images, per class too, and what a forward pass costs.
 
     Args:
         config: What to evaluate.

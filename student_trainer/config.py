@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from feature_store.errors import InputError
-from feature_store.inputs.options import TarOptions
+from feature_store.inputs.options import SourceOptions
 from feature_store.tools.options import JsonObject, build_config, check_fields, require
 from student_trainer.methods.attention_transfer import AttentionTransferConfig
 from student_trainer.methods.dist import DISTConfig
@@ -90,17 +90,19 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(TarOptions):
+class TrainConfig(SourceOptions):
     """One training run.
 
     Attributes:
         run: Folder of the run: config.json, metrics.jsonl, last.pt, best.safetensors.
-        student: timm model name.
+        student: timm model name; torchvision:resnet50 and the like are the backbones of torchvision's detectors.
         preset: Name of the preset that these settings were begun from, for the record; see preset_config.
-        tars: Training tars: paths, brace patterns, URLs; with a store, those it was written from.
+        tars: Training images: tars (paths, brace patterns, URLs), a class-per-folder tree, or parquet files; with a
+            store, those it was written from, which are opened as the store says.
         views_from: In place of tars: folder or URL of the store's materialised views (what --views-out was).
         teacher: What the student learns from.
-        val_tars: Validation tars; without them nothing is validated and there is no best.safetensors.
+        val_tars: Validation images, as tars; every sample needs a label. Without them nothing is validated and there is
+            no best.safetensors.
         method: How it learns: scalekd, fd (features), kd, dist, nkd (logits), attention_transfer, none (no
             distillation), or package.module:Class, a method of your own.
         method_options: Options of a method of your own, as JSON.
@@ -206,6 +208,7 @@ class TrainConfig(TarOptions):
         check_fields(self)
         if self.run is tyro.MISSING:  # a preset's defaults for the command line, not a run yet
             return
+        super().__post_init__()
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             require(value is None or value >= least, _option(name), value, f"at least {least}")

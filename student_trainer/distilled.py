@@ -1,6 +1,6 @@
 """Student and method as one module: everything that learns."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from student_trainer.methods.base import DistillBatch, Method, Terms
 from student_trainer.students.student import Student
@@ -13,9 +13,17 @@ class DistilledStudent(nn.Module):
         super().__init__()
         self.student, self.method = student, method
 
-    def forward(self, batch: DistillBatch) -> Terms:
-        """The terms of the method's loss."""
-        return self.method(self.student(batch.images), batch)
+    def forward(self, batch: DistillBatch, task_factor: Tensor | None = None) -> Terms:
+        """The terms of the method's loss.
+
+        Args:
+            batch: A micro-batch.
+            task_factor: Factor on the term ``task``, see Run.task_factors; None for 1.
+        """
+        terms = self.method(self.student(batch.images), batch)
+        if task_factor is None or "task" not in terms.raw:
+            return terms
+        return terms._replace(raw={**terms.raw, "task": task_factor * terms.raw["task"]})
 
     def no_weight_decay(self) -> set[str]:
         """The student's parameters free of weight decay besides norms and biases: position embeddings and the like."""

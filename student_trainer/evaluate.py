@@ -14,14 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from feature_store.errors import FailedError, InputError
 from feature_store.format.addressing import RowId
-from feature_store.inputs.options import TarOptions
-from feature_store.inputs.tar import Tar, open_tars, tar_notes
+from feature_store.inputs.base import SampleSource, source_notes
+from feature_store.inputs.options import SourceOptions
 from feature_store.tools.options import check_fields, require
 from feature_store.views import view_policy
 from student_trainer.data.batch import Batch, ViewDataset
 from student_trainer.data.loader import BatchLoader, worker_failures_told
 from student_trainer.data.replayed import DrawnViews
 from student_trainer.engine.distributed import ALONE, Group
+from student_trainer.inputs import open_given, require_all_classes, source_options
 from student_trainer.plan import find_device
 from student_trainer.students.load import load_student
 from student_trainer.students.preprocessing import Preprocessing
@@ -59,7 +60,7 @@ class Evaluation:
             several passes.
         flops: Floating-point operations of one image's forward pass; a multiply-add counts as two.
         parameters: Weights of the student.
-        notes: What the user should know of the tars.
+        notes: What the user should know of the images.
     """
 
     accuracy: Accuracy
@@ -71,11 +72,11 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates models on one tar set, again and again with the same workers."""
+    """Evaluates models on one set of images, again and again with the same workers."""
 
     def __init__(
         self,
-        tars: Sequence[Tar],
+        tars: Sequence[SampleSource],
         preprocessing: Preprocessing,
         num_classes: int,
         *,
@@ -88,7 +89,7 @@ class Evaluator:
         """Set up the workers.
 
         Args:
-            tars: What is evaluated on.
+            tars: What is evaluated on; every sample needs a label.
             preprocessing: How images reach the model.
             num_classes: K; a label that reaches this is refused.
             batch_size: Samples per forward pass.
@@ -230,13 +231,13 @@ class _InOrder(Sampler[list[RowId]]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(TarOptions):
+class EvaluateConfig(SourceOptions):
     """Accuracy of a trained student.
 
     Attributes:
         run: Folder of the training run; its best.safetensors is used, or last.pt if nothing was validated.
         checkpoint: One file instead of a run: best.safetensors, or a checkpoint.
-        tars: Tars to evaluate on: paths, brace patterns, URLs.
+        tars: Images to evaluate on: tars (paths, brace patterns, URLs), a class-per-folder tree, or parquet files.
         crop_pct: Part of the shorter side the centre crop keeps; default as in training.
         batch_size: Samples per forward pass.
         workers: Processes that decode images; 0 decodes in this process.
@@ -258,6 +259,8 @@ class EvaluateConfig(TarOptions):
             InputError: Names the option, the value and what is accepted.
         """
         check_fields(self)
+        super().__post_init__()
+        require(self.labels == "required", "--labels", self.labels, "required: accuracy is counted on labelled samples")
         if (self.run is None) == (self.checkpoint is None):
             raise InputError("give either --run or --checkpoint")
         require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
@@ -266,7 +269,7 @@ class EvaluateConfig(TarOptions):
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Accuracy of a run's student on a tar set, and its cost.
+    """Accuracy of a run's student on a set of images, and its cost.
 
     Raises:
         InputError: No checkpoint, no readable sample, or a label out of range.
@@ -279,7 +282,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     preprocessing = trained.preprocessing
     if config.crop_pct is not None:
         preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
-    tars = open_tars(config.tars, config)
+    tars, info = open_given(config.tars, source_options(config), None)
+    if config.classes is None and info is not None and info.format == "folder":
+        require_all_classes(info.classes, trained.num_classes, "--tars")
     evaluator = Evaluator(
         tars,
         preprocessing,
@@ -300,7 +305,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         forward_images_per_second=forward_speed(model, images_BCHW),
         flops=count_flops(model, images_BCHW[:1]),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        notes=tuple(tar_notes(tars)),
+        notes=tuple(source_notes(tars)),
     )
 
 

@@ -11,18 +11,19 @@ import torch
 from timm.data.config import resolve_model_data_config
 
 from feature_store.errors import InputError, MismatchError, ResourceError
-from feature_store.inputs.tar import Tar, tar_notes
+from feature_store.inputs.base import source_notes
 from feature_store.store import Store
 from student_trainer.config import TrainConfig
 from student_trainer.data.batch import ViewDataset
-from student_trainer.data.materialised import MaterialisedViews
+from student_trainer.data.materialised import MaterialisedViews, StoredUnit
 from student_trainer.data.replayed import DrawnViews, StoredViews, ViewSupplier
 from student_trainer.data.sampler import EpochSampler
 from student_trainer.distilled import DistilledStudent
 from student_trainer.engine.distributed import ALONE, Group, synchronise_batchnorm
-from student_trainer.inputs import Inputs, open_inputs
+from student_trainer.inputs import Inputs, open_inputs, require_all_classes
 from student_trainer.methods.base import Method, StudentShape, TaskLoss, TeacherShape
 from student_trainer.methods.criterion import TASK_LOSSES
+from student_trainer.methods.none import TaskOnly
 from student_trainer.methods.registry import find_method
 from student_trainer.methods.several import SeveralTeachers
 from student_trainer.students.preprocessing import Preprocessing
@@ -48,7 +49,6 @@ class RunPlan:
         sampler: Which rows, epoch by epoch.
         preprocessing: How images reach the student: normalised as for the teacher, so that both see the same.
         inputs: The images.
-        val_tars: Validation tars.
         identity: Names and hashes of everything that is read, for config.json and resuming.
     """
 
@@ -61,7 +61,6 @@ class RunPlan:
     sampler: EpochSampler
     preprocessing: Preprocessing
     inputs: Inputs
-    val_tars: tuple[Tar, ...]
     identity: dict[str, Any]
 
     @property
@@ -102,6 +101,7 @@ class RunPlan:
         """What is trained on, in numbers."""
         return {
             "samples": self.sampler.rows,
+            "labelled": self.inputs.labelled,
             "units": len(self.inputs.tars),
             "quarantined": self.inputs.quarantined,
             "views": self.sampler.num_views,
@@ -112,20 +112,21 @@ class RunPlan:
         """What is trained on, in words."""
         left_out = f", {self.inputs.quarantined} quarantined ones left out" if self.inputs.quarantined else ""
         views = f"{self.sampler.num_views} views" if self.sampler.num_views else "a new view every epoch"
-        samples = f"{self.sampler.rows} samples from {len(self.inputs.tars)} tars{left_out}, {views}, on {self.device}"
-        return "; ".join([samples, *self.method.notes])
+        labelled = "all" if self.inputs.labelled == self.sampler.rows else self.inputs.labelled
+        samples = f"{self.sampler.rows} samples ({labelled} labelled) from {len(self.inputs.tars)} units{left_out}"
+        return "; ".join([f"{samples}, {views}, on {self.device}", *self.method.notes])
 
     def notes(self) -> list[str]:
-        """What the user should know of the tars."""
-        return tar_notes([tar for tar in (*self.inputs.tars, *self.val_tars) if isinstance(tar, Tar)])
+        """What the user should know of the images."""
+        inputs = self.inputs
+        return source_notes([tar for tar in (*inputs.tars, *inputs.validation) if not isinstance(tar, StoredUnit)])
 
 
-def resolve(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = ALONE) -> RunPlan:
+def resolve(config: TrainConfig, group: Group = ALONE) -> RunPlan:
     """Open and build everything a run is made of; equal configs give equal first weights, whatever the teacher side.
 
     Args:
         config: The run.
-        val_tars: Validation tars, opened.
         group: The run's processes; each gets its own part of every batch.
 
     Raises:
@@ -135,15 +136,21 @@ def resolve(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = AL
     teacher = open_teacher(config.teacher, device)
     require_expected(config.expect, config.preset, teacher.policy, teacher.info, teacher.split)
     inputs = open_inputs(config, teacher.store, teacher.num_views)
-    num_classes = _num_classes(config, teacher)
+    num_classes = _num_classes(config, teacher, inputs)
+    require_all_classes(inputs.validation_classes, num_classes, "--val-tars")
     torch.manual_seed(config.seed)  # from here on, so that building a live teacher does not shift the weights
     distilled = build_distilled(
         config, num_classes, teacher.policy.size, teacher.shapes(), teacher.weights, group=group, device=device
     )
     student, method = distilled.student, distilled.method
     _require_same_classes(config, num_classes, method, teacher.shapes())
+    _require_enough_labels(config, method, inputs)
     dataset = ViewDataset(
-        inputs.tars, _views(config, teacher), num_classes=num_classes, sources=teacher.sources(method.needs_of_teachers)
+        inputs.tars,
+        _views(config, teacher),
+        num_classes=num_classes,
+        sources=teacher.sources(method.needs_of_teachers),
+        optional_labels=True,
     )
     return RunPlan(
         config=config,
@@ -164,17 +171,16 @@ def resolve(config: TrainConfig, val_tars: Sequence[Tar] = (), group: Group = AL
         ),
         preprocessing=_preprocessing(config, teacher, student),
         inputs=inputs,
-        val_tars=tuple(val_tars),
-        identity=run_identity(config, teacher, inputs, val_tars),
+        identity=run_identity(config, teacher, inputs),
     )
 
 
-def run_identity(config: TrainConfig, teacher: TeacherSide, inputs: Inputs, val_tars: Sequence[Tar]) -> dict[str, Any]:
+def run_identity(config: TrainConfig, teacher: TeacherSide, inputs: Inputs) -> dict[str, Any]:
     """Names and hashes of everything a run reads, by content."""
     drawn = None if teacher.store is not None else {**teacher.policy.to_dict(), "seed": teacher.views.seed}
     views = {"views": teacher.num_views, "drawn": drawn}
     unread = {} if find_method(config.method).requires_teacher else {"features": "none", "weights": None}
-    identity = {**teacher.identity(), **unread, **views, **inputs.identity(config, val_tars)}
+    identity = {**teacher.identity(), **unread, **views, **inputs.identity(config)}
     return json.loads(json.dumps(identity))
 
 
@@ -250,12 +256,15 @@ def find_device(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
-def _num_classes(config: TrainConfig, teacher: TeacherSide) -> int:
+def _num_classes(config: TrainConfig, teacher: TeacherSide, inputs: Inputs) -> int:
     """The student's classes; checked against stored labels."""
-    largest = _largest_label(teacher.store)
-    num_classes = config.num_classes or teacher.num_classes or (largest + 1 if largest is not None else 0)
+    largest, named = _largest_label(teacher.store), len(inputs.classes)
+    num_classes = config.num_classes or teacher.num_classes or named or (largest + 1 if largest is not None else 0)
     if not num_classes:
-        raise InputError("the number of classes is unknown without a store or a teacher; give --num-classes")
+        raise InputError(
+            "the number of classes is unknown without a teacher that has classes, class names or stored labels; give "
+            "--num-classes"
+        )
     if largest is not None and largest >= num_classes:
         raise InputError(
             f"the store has labels up to {largest}, but the student {num_classes} classes; "
@@ -284,6 +293,25 @@ def _require_same_classes(
                 got=student_classes,
                 remedy="leave out --num-classes, or set --scalekd.kd-alpha None to train without logits",
             )
+
+
+def _require_enough_labels(config: TrainConfig, method: Method, inputs: Inputs) -> None:
+    """Refuse a method with terms of its own that need labels where some are missing, and plain training without any.
+
+    Raises:
+        InputError: Names the method and how many samples have no label.
+    """
+    without = inputs.samples - inputs.labelled
+    if method.needs.labels and without:
+        raise InputError(
+            f"--method {config.method} needs the label of every sample, but {without} of {inputs.samples} have none; "
+            "choose a method whose own terms need none, such as scalekd or kd, or list labelled samples in --keys-file"
+        )
+    if isinstance(method, TaskOnly) and not inputs.labelled:
+        raise InputError(
+            f"--method {config.method} learns from labels alone, but none of {inputs.samples} samples has one; give "
+            "labelled samples, or a teacher and a method that learns from it"
+        )
 
 
 def _largest_label(store: Store | None) -> int | None:

@@ -10,15 +10,16 @@ from typing import Any, TypeVar
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from feature_store.errors import InputError
-from feature_store.inputs.tar import Tar, open_tars
+from feature_store.inputs.base import NO_LABEL
 from feature_store.tools.terminal import say
 from student_trainer.config import TrainConfig
 from student_trainer.data.batch import Batch
 from student_trainer.data.labels import require_labels
 from student_trainer.data.loader import BatchLoader
+from student_trainer.data.materialised import StoredUnit
 from student_trainer.engine.callbacks import Callback
 from student_trainer.engine.checkpoint import Checkpoint, Progress, rng_state, set_rng_state
 from student_trainer.engine.distributed import Group, data_parallel, gradients_shared, is_main_process, joined
@@ -119,12 +120,12 @@ def _train(
 
 def _resolve(config: TrainConfig, group: Group) -> RunPlan:
     require_loggers(config)
-    plan = resolve(config, open_tars(config.val_tars, config) if config.val_tars else [], group)
+    plan = resolve(config, group)
     if group.is_main:
-        require_labels(plan.val_tars, plan.student.num_classes, "--val-tars")
+        require_labels(plan.inputs.validation, plan.student.num_classes, "--val-tars")
         if not plan.inputs.checked:
-            tars = [tar for tar in plan.inputs.tars if isinstance(tar, Tar)]
-            require_labels(tars, plan.student.num_classes, "--tars", plan.inputs.units)
+            tars = [tar for tar in plan.inputs.tars if not isinstance(tar, StoredUnit)]
+            require_labels(tars, plan.student.num_classes, "--tars", plan.inputs.units, optional=True)
     return plan
 
 
@@ -165,9 +166,9 @@ class Run:
         self._loader = BatchLoader(plan.dataset, plan.sampler, pin=self._on_gpu, **workers)
         self._means, self._unreadable = TermMeans(), list[str]()
         self._evaluator = (
-            Evaluator(plan.val_tars, plan.preprocessing, plan.student.num_classes, group=plan.group,
+            Evaluator(plan.inputs.validation, plan.preprocessing, plan.student.num_classes, group=plan.group,
                       batch_size=plan.sampler.rows_per_pass, device=plan.device, **workers)
-            if plan.val_tars else None
+            if plan.inputs.validation else None
         )  # fmt: skip
 
     @property
@@ -178,9 +179,9 @@ class Run:
     def step(self, micro_batches: Sequence[Batch]) -> None:
         """One optimizer step on this process's part of a batch; nothing here waits for the device."""
         terms: list[Terms] = []
-        for batch in micro_batches:
+        for batch, task_factor in zip(micro_batches, self.task_factors(micro_batches), strict=True):
             with gradients_shared(self.module, now=batch is micro_batches[-1]):
-                terms.append(self.terms(batch))
+                terms.append(self.terms(batch, task_factor))
                 self._scaler.scale(terms[-1].total / len(micro_batches)).backward()
         if self.config.optim.clip_grad is not None:
             self._scaler.unscale_(self.optimizer)
@@ -195,19 +196,36 @@ class Run:
             self.ema.update(self.student.model, self.progress.step)
         self._means.add(terms, self.progress.step)
 
-    def terms(self, batch: Batch) -> Terms:
+    def task_factors(self, micro_batches: Sequence[Batch]) -> list[Tensor | None]:
+        """For each micro-batch, its labelled samples over the mean of all micro-batches of the step, of all processes.
+
+        Gradients are averaged over micro-batches and processes, each as one. With these factors on their task losses,
+        which are means over labelled samples, that average is the mean over the labelled samples of the whole batch:
+        the gradients of one process and one micro-batch, however labelled samples fall. None where all are labelled.
+        """
+        if self.plan.inputs.labelled == self.plan.inputs.samples:
+            return [None] * len(micro_batches)
+        labelled = [(batch.labels != NO_LABEL).sum() for batch in micro_batches]
+        own = torch.stack(labelled).float().to(self.device, non_blocking=True)
+        return list((own / self.group.mean(own.mean()).clamp_min(1 / self.plan.sampler.rows)).unbind())
+
+    def terms(self, batch: Batch, task_factor: Tensor | None = None) -> Terms:
         """Forward pass of student and method on a micro-batch.
+
+        Args:
+            batch: The micro-batch.
+            task_factor: Factor on the term ``task``.
 
         Raises:
             InputError: None of its images can be read.
         """
         if not len(batch.labels):
-            raise InputError(f"no image of a batch can be read: {'; '.join(batch.unreadable[:3])}; fix the tars")
+            raise InputError(f"no image of a batch can be read: {'; '.join(batch.unreadable[:3])}; fix the images")
         pixels = batch.pixels.to(self.device, non_blocking=True)
         images, labels = self._normalise(pixels), batch.labels.to(self.device, non_blocking=True)
         teacher, *others = self.plan.teacher.outputs(batch, pixels, self.method.needs_of_teachers) or (TeacherOutput(),)
         with self._autocast():
-            return self.module(DistillBatch(images, labels, teacher, tuple(others)))
+            return self.module(DistillBatch(images, labels, teacher, tuple(others)), task_factor)
 
     def _autocast(self) -> Any:
         enabled = self.config.amp in AMP_DTYPES

@@ -73,19 +73,20 @@ class Tar:
         self._path, self._file_size = path, path.stat().st_size
 
     @classmethod
-    def open(cls, url: str, *, scratch: Path | None = None) -> "Tar":
+    def open(cls, url: str, *, scratch: Path | None = None, labels: TarLabels = CLASS_INDEXES) -> "Tar":
         """Open one tar: with its kept index, or by reading its headers.
 
         Args:
             url: A path or URL from expand_tars, which checks it; no check is made here.
             scratch: Folder for copies of remote and compressed tars, kept for later runs; None for one under the
                 system's temporary folder.
+            labels: Where labels are; default class indexes in members cls, which every sample needs.
 
         Raises:
             InputError: Missing, not a tar, cut short, without samples, or with a key or member twice.
             ResourceError: The file or URL cannot be read.
         """
-        (tar,) = _opened_tars([url], scratch)
+        (tar,) = _opened_tars([url], scratch, labels)
         return tar
 
     def __len__(self) -> int:

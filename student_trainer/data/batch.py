@@ -1,4 +1,4 @@
-"""Training batches: views made from the tars, with the teacher's cached features beside them.
+"""Training batches: views of the images, with the teacher's cached features beside them.
 
 Shape legend: B rows of a batch, H W pixels of a view, N tokens, C channels, K classes.
 """
@@ -14,13 +14,13 @@ from torch.utils.data import Dataset
 
 from feature_store.errors import ImageError, InputError, UncommittedError
 from feature_store.format.addressing import RowId
-from feature_store.inputs.tar import Tar
+from feature_store.inputs.base import SampleSource
 from feature_store.inputs.unit_tars import tar_changed, unit_tar
 from feature_store.source import FeatureSource
 from feature_store.store import Store
 from feature_store.teacher.torch_codecs import as_tensor
 from student_trainer.data.labels import require_label
-from student_trainer.data.materialised import UnitTar
+from student_trainer.data.materialised import UnitSource
 from student_trainer.data.replayed import ViewSupplier
 
 _SHOWN = 5  # names listed in an error message
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     Attributes:
         rows: int64 [B, 3]: unit, position, view.
         pixels: uint8 [B, H, W, 3].
-        labels: int64 [B].
+        labels: int64 [B]; NO_LABEL (-1) for samples without one.
         features: Of each teacher; empty if none are read.
         unreadable: ``tar/key: reason`` of samples left out; always empty when a store is replayed.
     """
@@ -68,21 +68,24 @@ class ViewDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        tars: Sequence[UnitTar],
+        tars: Sequence[UnitSource],
         views: ViewSupplier,
         *,
         num_classes: int | None = None,
         sources: Sequence[FeatureSource] = (),
+        optional_labels: bool = False,
     ) -> None:
-        """Join tars, views and features.
+        """Join images, views and features.
 
         Args:
             tars: One per unit, in unit order, of the kind the views are read from.
             views: Which view each row is, and its pixels.
             num_classes: Refuse labels that reach this; None to accept any.
             sources: Give the features put into the batches, each all of its taps; one for each teacher.
+            optional_labels: Whether a sample may have no label.
         """
         self.tars, self.views, self.num_classes, self.sources = tuple(tars), views, num_classes, tuple(sources)
+        self._optional_labels = optional_labels
 
     def __getitem__(self, rows: Sequence[RowId]) -> Batch:
         """The batch of these rows, in this order.
@@ -117,7 +120,8 @@ class ViewDataset(Dataset[Batch]):
     def _view(self, row: RowId) -> tuple[np.ndarray, int]:
         sample = self.views.read(self.tars[row.unit], row)
         if self.num_classes is not None:
-            require_label(sample.label, self.num_classes, "", sample.key, self.tars[row.unit].name)
+            name, optional = self.tars[row.unit].name, self._optional_labels
+            require_label(sample.label, self.num_classes, "", sample.key, name, optional=optional)
         pixels = self.views.pixels(row, sample)
         self.views.check(row, sample, pixels)
         return pixels, sample.label
@@ -128,7 +132,7 @@ class ViewDataset(Dataset[Batch]):
             return f"{tar.name}/{tar.keys[row.position]}: {error}"
         raise InputError(
             f"sample {tar.keys[row.position]!r} of {tar.url} was readable when the store was written but is not now: "
-            f"{error}; restore the tar as it was then"
+            f"{error}; restore it as it was then"
         ) from error
 
 
@@ -141,12 +145,12 @@ def _read(source: FeatureSource, rows: np.ndarray, pixels: np.ndarray) -> RawFea
     )
 
 
-def match_tars(store: Store, tars: Sequence[Tar]) -> list[Tar]:
-    """The store's tars in unit order, found by the hash of their headers: names need not differ.
+def match_tars(store: Store, tars: Sequence[SampleSource]) -> list[SampleSource]:
+    """The sources of the store's units in order, found by the hash of their headers: names need not differ.
 
     Raises:
-        InputError: A tar of the store is missing, or one is given that it does not know, or twice.
-        MismatchError: A tar, or the keys in it, changed since the store was written.
+        InputError: A source is missing, or one is given that the store does not know, or twice.
+        MismatchError: A source, or the keys in it, changed since the store was written.
     """
     infos, given = store.manifest.tars, {tar.header_sha256: tar for tar in tars}
     known = {info.header_sha256: info for info in infos}
@@ -168,7 +172,7 @@ def match_tars(store: Store, tars: Sequence[Tar]) -> list[Tar]:
     return matched
 
 
-def _require_keys(keys: Sequence[str], tar: Tar) -> None:
+def _require_keys(keys: Sequence[str], tar: SampleSource) -> None:
     for position, (expected, got) in enumerate(zip(keys, tar.keys, strict=True)):
         if expected != got:
             raise tar_changed(tar, f"keys[{position}]", expected, got)
@@ -193,7 +197,7 @@ def require_views(store: Store, num_views: int) -> None:
 
 
 def training_positions(
-    tars: Sequence[UnitTar], *, store: Store | None = None, keys: frozenset[str] | None = None
+    tars: Sequence[UnitSource], *, store: Store | None = None, keys: frozenset[str] | None = None
 ) -> list[np.ndarray]:
     """Positions to train on per unit: all that are not quarantined, or those of the chosen keys.
 

@@ -12,23 +12,26 @@ from feature_store.backends.local import LocalObjects
 from feature_store.backends.open import open_objects
 from feature_store.errors import InputError, MismatchError
 from feature_store.format.addressing import RowId
+from feature_store.inputs.base import Sample, SampleSource
 from feature_store.inputs.copies import copy_object, copy_once
-from feature_store.inputs.tar import Tar, TarSample
+from feature_store.inputs.labels import TarLabels
+from feature_store.inputs.tar import Tar
 from feature_store.store import Store
 from feature_store.views import decode_view, view_tar
 from student_trainer.data.replayed import StoredViews
 
 _SHOWN = 5  # names listed in an error message
+_OPTIONAL = TarLabels.of("optional", None, ())  # labels are compared with the store's, which may have none
 
 
 @dataclass(frozen=True)
 class StoredUnit:
-    """What a store says of a source tar that a run can do without.
+    """What a store says of a unit whose source a run can do without.
 
     Attributes:
-        name: The tar's name.
+        name: The source's name.
         url: Where its views are.
-        header_sha256: The tar's.
+        header_sha256: The source's.
         keys: Its sample keys by position.
         readable: Those of them that are not quarantined.
     """
@@ -43,7 +46,7 @@ class StoredUnit:
         return len(self.keys)
 
 
-UnitTar: TypeAlias = Tar | StoredUnit
+UnitSource: TypeAlias = SampleSource | StoredUnit
 
 
 def stored_units(store: Store, url: str) -> list[StoredUnit]:
@@ -100,7 +103,7 @@ class MaterialisedViews:
         self._objects = open_objects(url)
         self._tars: OrderedDict[tuple[int, int], _ViewTar] = OrderedDict()
 
-    def read(self, tar: StoredUnit, row: RowId) -> TarSample:
+    def read(self, tar: StoredUnit, row: RowId) -> Sample:
         """The view as a sample: its JPEG, the label beside it.
 
         Raises:
@@ -110,11 +113,11 @@ class MaterialisedViews:
         opened = self._tar(tar, row)
         return opened.tar.read(opened.positions[tar.keys[row.position]])
 
-    def pixels(self, row: RowId, sample: TarSample) -> np.ndarray:
+    def pixels(self, row: RowId, sample: Sample) -> np.ndarray:
         """The view's pixels: what the teacher saw."""
         return decode_view(sample.image)
 
-    def check(self, row: RowId, sample: TarSample, pixels: np.ndarray) -> None:
+    def check(self, row: RowId, sample: Sample, pixels: np.ndarray) -> None:
         """See StoredViews.check."""
         self._stored.check(row, sample, pixels)
 
@@ -129,7 +132,7 @@ class MaterialisedViews:
 
     def _open(self, unit: StoredUnit, row: RowId) -> "_ViewTar":
         path = view_tar(row.unit, row.view)
-        tar = Tar.open(str(self._local(path)))
+        tar = Tar.open(str(self._local(path)), labels=_OPTIONAL)
         _require_samples(unit, tar, f"{self._objects.url}/{path}")
         return _ViewTar(tar, {key: position for position, key in enumerate(tar.keys)})
 

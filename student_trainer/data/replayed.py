@@ -7,7 +7,7 @@ import numpy as np
 
 from feature_store.errors import InputError, MismatchError
 from feature_store.format.addressing import RowId
-from feature_store.inputs.tar import Tar, TarSample
+from feature_store.inputs.base import Sample, SampleSource
 from feature_store.store import Store
 from feature_store.views import ViewParams, ViewPolicy, apply_view, check_pixels, decode_image, draw_view, replay_view
 
@@ -25,15 +25,15 @@ class ViewSupplier(Protocol):
     size: tuple[int, int]
     skips_unreadable: bool
 
-    def read(self, tar: Any, row: RowId) -> TarSample:
-        """The sample whose image the row's view is made of; the tar is the row's unit.
+    def read(self, tar: Any, row: RowId) -> Sample:
+        """The sample whose image the row's view is made of; ``tar`` is the source of the row's unit.
 
         Raises:
             ImageError: It has no usable image or label.
         """
         ...
 
-    def pixels(self, row: RowId, sample: TarSample) -> np.ndarray:
+    def pixels(self, row: RowId, sample: Sample) -> np.ndarray:
         """The row's view, uint8 [H, W, 3].
 
         Raises:
@@ -41,7 +41,7 @@ class ViewSupplier(Protocol):
         """
         ...
 
-    def check(self, row: RowId, sample: TarSample, pixels: np.ndarray) -> None:
+    def check(self, row: RowId, sample: Sample, pixels: np.ndarray) -> None:
         """Refuse a sample or a view that is not the one meant.
 
         Raises:
@@ -75,11 +75,11 @@ class StoredViews:
         self._store, self._check_all, self._limit = store, check_all, units_in_memory
         self._units: OrderedDict[tuple[int, int], _StoredUnit] = OrderedDict()
 
-    def read(self, tar: Tar, row: RowId) -> TarSample:
+    def read(self, tar: SampleSource, row: RowId) -> Sample:
         """The source sample."""
         return tar.read(row.position)
 
-    def pixels(self, row: RowId, sample: TarSample) -> np.ndarray:
+    def pixels(self, row: RowId, sample: Sample) -> np.ndarray:
         """The view the teacher saw, made anew by the stored parameters."""
         image = decode_image(sample.image)
         return replay_view(image, self.params(row, sample.key, image.size), self.size, self._encoding)
@@ -95,7 +95,7 @@ class StoredViews:
             raise InputError(f"sample {key!r} (unit {row.unit}) is quarantined in the store: it has no views")
         return params
 
-    def check(self, row: RowId, sample: TarSample, pixels: np.ndarray) -> None:
+    def check(self, row: RowId, sample: Sample, pixels: np.ndarray) -> None:
         """Compare the label and the CRC of the pixels."""
         unit = self._unit(row)
         if sample.label != unit.labels[row.position]:
@@ -103,7 +103,7 @@ class StoredViews:
                 f"label of sample {sample.key!r}",
                 expected=int(unit.labels[row.position]),
                 got=sample.label,
-                remedy="train on the tars the store was written from, or write a new store",
+                remedy="train on the images the store was written from, or write a new store",
             )
         if self._check_all or row.position < CHECKED_ROWS:
             check_pixels(pixels, int(unit.pixel_crcs[row.position]), sample.key, row.view, unit.pillow)
@@ -132,11 +132,11 @@ class DrawnViews:
         self.size = policy.size
         self._policy, self._seed = policy, seed
 
-    def read(self, tar: Tar, row: RowId) -> TarSample:
+    def read(self, tar: SampleSource, row: RowId) -> Sample:
         """The source sample."""
         return tar.read(row.position)
 
-    def pixels(self, row: RowId, sample: TarSample) -> np.ndarray:
+    def pixels(self, row: RowId, sample: Sample) -> np.ndarray:
         """The view drawn for this key and view index."""
         image = decode_image(sample.image)
         return apply_view(image, self.params(row, sample.key, image.size), self.size)
@@ -145,5 +145,5 @@ class DrawnViews:
         """Parameters drawn for this key and view: what a store with this policy and seed would hold."""
         return draw_view(self._policy, self._seed, key, row.view, source_size)
 
-    def check(self, row: RowId, sample: TarSample, pixels: np.ndarray) -> None:
+    def check(self, row: RowId, sample: Sample, pixels: np.ndarray) -> None:
         """Nothing to compare with: there was no earlier pass."""

@@ -27,7 +27,7 @@ class Needs(NamedTuple):
     Attributes:
         taps: Names of the teacher's taps, e.g. ``stage4``.
         logits: The teacher's logits; the student then has the teacher's classes.
-        labels: Labels, for terms of the method's own beside the task loss.
+        labels: Labels, for terms of the method's own beside the task loss; a run with unlabelled samples is refused.
         tail: The teacher's later blocks.
     """
 
@@ -113,7 +113,7 @@ class DistillBatch(NamedTuple):
 
     Attributes:
         images: Normalised views [B, 3, H, W], the student's input.
-        labels: Class indices int64 [B].
+        labels: Class indices int64 [B]; NO_LABEL (-1) for samples without one, which the task loss leaves out.
         teacher: What the teacher says about the same views.
         others: In a run with several teachers: the second and later ones. SeveralTeachers calls a method for each with
             that teacher as ``teacher``, so no other method reads this.

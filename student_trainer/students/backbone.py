@@ -24,15 +24,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from feature_store.errors import InputError, MismatchError
 from feature_store.teacher.model import build_model
+from student_trainer.students.networks import TORCHVISION_RESNETS
 
 REDUCTIONS = (4, 8, 16, 32)  # of the maps detection and segmentation heads expect
-TORCHVISION_RESNETS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-)  # plain stem: timm's names are theirs
 _SAME_WEIGHTS = {"global_pool", "drop_rate", "drop_path_rate"}  # arguments that leave a ResNet's stages as they are
 
 

@@ -1,4 +1,4 @@
-"""Student networks of the released configs that timm lacks, registered with timm."""
+"""Names of student networks: those that timm lacks, torchvision's ResNets."""
 
 from functools import partial
 from typing import Any
@@ -8,6 +8,15 @@ from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from feature_store.errors import InputError
+
+TORCHVISION_RESNETS = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
+    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
+)  # fmt: skip
+"""Backbones of torchvision's detectors that timm has under the same name, with the same layers and names of weights."""
+
+_TORCHVISION = "torchvision:"
 _SHARED = {
     "num_classes": 1000,
     "input_size": (3, 224, 224),
@@ -26,6 +35,21 @@ default_cfgs = generate_default_cfgs(
         "vit_base_patch14_two_norms_224.untrained": {**_SHARED, "first_conv": "patch_embed.proj"},
     }
 )
+
+
+def timm_name(name: str) -> str:
+    """The name that timm knows a student by; ``torchvision:NAME`` is one of TORCHVISION_RESNETS.
+
+    Raises:
+        InputError: Another network of torchvision.
+    """
+    network = name.removeprefix(_TORCHVISION)
+    if network != name and network not in TORCHVISION_RESNETS:
+        raise InputError(
+            f"student is {name!r}, expected of torchvision one of {', '.join(TORCHVISION_RESNETS)}; give other "
+            "networks by timm's name, see timm.list_models()"
+        )
+    return network
 
 
 class TwoNormViT(VisionTransformer):

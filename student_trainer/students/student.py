@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from feature_store.errors import InputError
 from feature_store.teacher.model import build_model
 from student_trainer.methods.base import StudentOutput
-from student_trainer.students import networks  # noqa: F401 - timm then knows them by name
+from student_trainer.students.networks import timm_name
 
 _START = ("pretrained", "pretrained_cfg_overlay", "checkpoint_path")  # where timm takes the first weights from
 
@@ -50,7 +50,7 @@ class Student(nn.Module):
         """Build the student.
 
         Args:
-            name: timm model name.
+            name: timm model name, or ``torchvision:`` and the name of one of its ResNets.
             num_classes: K.
             input_size: Height and width of the training views, in pixels.
             model_kwargs: Extra arguments of ``timm.create_model``; ``pretrained`` starts from timm's own weights,
@@ -61,6 +61,7 @@ class Student(nn.Module):
             InputError: Unknown name, impossible arguments, or a model without the two stages to distil into.
         """
         super().__init__()
+        name = timm_name(name)
         self.name, self.num_classes, self.input_size, self.stages = name, num_classes, input_size, stages
         kwargs = {**_size_kwargs(name, input_size), **(model_kwargs or {}), "num_classes": num_classes}
         start = {key: kwargs.pop(key) for key in _START if key in kwargs}

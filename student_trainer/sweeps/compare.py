@@ -14,15 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from tyro.conf import Positional
 
 from feature_store.errors import FailedError, InputError, ResourceError, UserError
-from feature_store.inputs.options import TarOptions
-from feature_store.inputs.tar import Tar, open_tars
 from feature_store.processes import usable_cpus
 from feature_store.tools.options import check_fields, require
 from feature_store.tools.terminal import Console, ProgressBar
 from student_trainer.config import TrainConfig, config_to_dict
 from student_trainer.engine.checkpoint import require_same_run
 from student_trainer.engine.run_folder import RunFolder, read_description
-from student_trainer.inputs import open_inputs
+from student_trainer.inputs import open_given, open_inputs
 from student_trainer.plan import run_identity
 from student_trainer.sweeps.comparison import Comparison, compare_runs, read_run
 from student_trainer.sweeps.file import Run, Sweep, read_sweep
@@ -142,10 +140,10 @@ def is_finished(config: TrainConfig, inputs_now: "InputsNow | None" = None) -> b
 
 
 class InputsNow:
-    """Identities of what runs read; a tar set is indexed once, and settings that only differ by seed are read once."""
+    """Identities of what runs read; a set of images is listed once, what differs by seed only is read once."""
 
     def __init__(self) -> None:
-        self._opened = cache(open_tars)
+        self._open = cache(open_given)
         self._known: dict[str, dict[str, Any]] = {}
 
     def __call__(self, config: TrainConfig) -> dict[str, Any]:
@@ -161,12 +159,8 @@ class InputsNow:
 
     def _read(self, config: TrainConfig) -> dict[str, Any]:
         teacher = open_teacher(config.teacher, torch.device("cpu"))
-        inputs = open_inputs(config, teacher.store, teacher.num_views, self._open_tars)
-        val_tars = self._open_tars(config.val_tars, config) if config.val_tars else []
-        return run_identity(config, teacher, inputs, val_tars)
-
-    def _open_tars(self, patterns: Sequence[str], options: TarOptions) -> list[Tar]:
-        return self._opened(tuple(patterns), TarOptions(allow_pipe=options.allow_pipe, scratch=options.scratch))
+        inputs = open_inputs(config, teacher.store, teacher.num_views, self._open)
+        return run_identity(config, teacher, inputs)
 
 
 def _visible_names(gpus: Sequence[int]) -> list[str]:

@@ -32,6 +32,7 @@ from teacher_service.cache import pipeline
 from teacher_service.cache.decode import Task
 from teacher_service.cache.job import cache
 from teacher_service.cache.write_views import ViewTarWriter, tar_of
+from teacher_service.config import StoredInputs
 from teacher_service.share.store_lock import lock_folder
 from teacher_service.verify.config import VerifyConfig
 from teacher_service.verify.recompute import verify
@@ -114,7 +115,8 @@ def test_tars_are_ordinary_webdatasets(world):
 
 
 def test_verify_computes_rows_anew_through_the_jpegs(world):
-    report = verify(VerifyConfig(inputs=world.inputs, store=str(world.store), checkpoint=world.checkpoint, sample=100))
+    inputs = StoredInputs(tars=world.inputs.tars)
+    report = verify(VerifyConfig(inputs=inputs, store=str(world.store), checkpoint=world.checkpoint, sample=100))
     assert (report.rows, report.mismatches) == (34, [])
 
 
@@ -322,7 +324,7 @@ def test_run_is_refused_when_views_are_missing_or_not_of_this_store(run, views, 
 )
 def test_config_is_refused_when_the_source_of_views_is_not_clear(run, changes, message):
     with pytest.raises(InputError, match=message):
-        replace(run, **changes)
+        train(changed(run, **changes))
 
 
 def test_jpegs_are_of_quality_95_with_full_chroma(world):

@@ -42,7 +42,7 @@ def test_only_chosen_samples_are_looked_at_when_positions_are_given(tars):
         require_labels(tars, 3, "--tars", [first])
 
 
-@pytest.mark.parametrize(("label", "accepted"), [(-1, False), (0, True), (4, True), (5, False), (6, False)])
+@pytest.mark.parametrize(("label", "accepted"), [(-2, False), (0, True), (4, True), (5, False), (6, False)])
 def test_label_is_refused_when_outside_zero_to_below_the_classes(label, accepted):
     if accepted:
         require_label(label, 5, "", "k", "t.tar")
@@ -53,3 +53,11 @@ def test_label_is_refused_when_outside_zero_to_below_the_classes(label, accepted
     assert str(caught.value) == (
         f"label of sample 'k' in t.tar is {label}, expected 0..4{hint}; raise --num-classes or fix the tar"
     )
+
+
+def test_sample_without_a_label_is_refused_unless_labels_are_optional():
+    require_label(-1, 5, "", "k", "t.tar", optional=True)
+    with pytest.raises(InputError, match=r"^--val-tars: sample 'k' in t.tar has no label, expected one of 0..4: "):
+        require_label(-1, 5, "--val-tars: ", "k", "t.tar")
+    with pytest.raises(InputError, match="is 5, expected"):
+        require_label(5, 5, "", "k", "t.tar", optional=True)

@@ -69,7 +69,7 @@ def test_stored_views_catch_changed_pixels_when_the_row_is_checked(store, tar, p
 def test_stored_views_catch_a_changed_label_when_checked(store, tar):
     views, row = StoredViews(store), RowId(0, 12, 0)
     sample, pixels = replay(views, tar, row)
-    with pytest.raises(MismatchError, match=r"label of sample 'a012' differs: store has 0, got 3; train on the tars"):
+    with pytest.raises(MismatchError, match=r"label of sample 'a012' differs: store has 0, got 3; train on the images"):
         views.check(row, sample._replace(label=3), pixels)
 
 
@@ -109,7 +109,9 @@ def test_stored_views_are_checked_by_their_own_units_label_and_crc_when_units_ta
         row = RowId(unit, 2, view)
         sample, pixels = replay(views, tars[unit], row)
         views.check(row, sample._replace(label=2 + 10 * unit), pixels)
-        with pytest.raises(MismatchError, match=f"store has {2 + 10 * unit}, got {12 - 10 * unit}; train on the tars"):
+        with pytest.raises(
+            MismatchError, match=f"store has {2 + 10 * unit}, got {12 - 10 * unit}; train on the images"
+        ):
             views.check(row, sample._replace(label=12 - 10 * unit), pixels)
 
 

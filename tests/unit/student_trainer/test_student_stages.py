@@ -1,9 +1,11 @@
 import pytest
 import timm
 import torch
+import torchvision
 
 import student_trainer.students.student
 from feature_store.errors import InputError
+from student_trainer.students.networks import TORCHVISION_RESNETS
 from student_trainer.students.student import Student
 
 SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4), "window_size": 2}
@@ -217,3 +219,27 @@ def test_student_is_refused_when_the_stages_asked_for_do_not_rise_within_it(stag
         InputError, match=r"--student-stages is .* two rising indices from 0 to 4: student 'test_resnet'"
     ):
         Student("test_resnet", 5, (64, 64), stages=stages)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_student_is_torchvisions_network_when_named_so(name):
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(name, num_classes=5).eval()
+    student = Student(f"torchvision:{name}", 5, (64, 64)).eval()
+    student.model.load_state_dict(theirs.state_dict())  # the same names and shapes
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(student(images).logits, theirs(images))
+    assert (student.name, student.grids) == (name, ((4, 4), (2, 2)))
+
+
+def test_student_is_refused_when_torchvision_has_it_and_timm_has_not():
+    with pytest.raises(InputError, match=r"'torchvision:vgg16', expected of torchvision one of resnet18, "):
+        Student("torchvision:vgg16", 5, (64, 64))
+
+
+def test_every_torchvision_resnet_has_the_weights_of_timms_network():
+    with torch.device("meta"):
+        for name in TORCHVISION_RESNETS:
+            theirs, ours = torchvision.models.get_model(name).state_dict(), timm.create_model(name).state_dict()
+            assert {key: leaf.shape for key, leaf in theirs.items()} == {key: leaf.shape for key, leaf in ours.items()}
