@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest nightly mutants deploy-check audit browser format clean
+.PHONY: demo test docs release-check test-oldest nightly mutants deploy-check audit browser format clean
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
@@ -15,6 +15,12 @@ test: $(STAMP) browser
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=30
+
+# The documentation site, into build/site; warnings are errors.
+docs: $(STAMP)
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
+	@echo build/site/index.html
 
 # The tests on the oldest versions of every dependency that pyproject.toml allows; that these find newer ones deprecated
 # is no fault of ours.
