@@ -1,6 +1,6 @@
 """Sphinx settings of the documentation site.
 
-The source folder is the repository: pages of deploy/ and the format are read where they are, and every link works on the
+The source folder is the repository: pages of deploy/ and the format are read where they are, and links work on the
 site as in a checkout. Build: ``make docs``.
 """
 

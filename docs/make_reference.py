@@ -59,7 +59,7 @@ def presets() -> str:
     """The page of presets and their sources."""
     lines = [
         "# Presets", "", MADE, "",
-        "Settings of the released pairs of teacher and student. `student-trainer presets NAME` prints those of one, and",
+        "Settings of the released pairs of teacher and student. `student-trainer presets NAME` prints one, and",
         "`student-trainer train --preset NAME` trains with them. Accuracies are the paper's ImageNet-1K top-1 in",
         "percent, without and with ScaleKD; they were not reproduced here. The config is a file of the released code.",
         "",

@@ -1,4 +1,4 @@
-"""Every curl of docs/how-to/http.md runs against a running service; what it says of scopes and problems is what there is."""
+"""Every curl of docs/how-to/http.md runs against a service; what it says of scopes and problems is what there is."""
 
 import os
 import re

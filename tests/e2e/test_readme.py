@@ -150,7 +150,7 @@ def test_first_lines_of_modules_say_one_thing_in_at_most_twelve_words(package):
 
 
 def test_readme_tree_names_every_folder_of_the_packages_and_no_other():
-    (tree,) = re.findall(r"^```\n(feature_store/ .*?)^```", README, re.DOTALL | re.MULTILINE)
+    (tree,) = re.findall(r"^```text\n(feature_store/ .*?)^```", README, re.DOTALL | re.MULTILINE)
     found, above = set(), []
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
