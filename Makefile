@@ -22,6 +22,12 @@ docs: $(STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
 	@echo build/site/index.html
 
+# Before a release: versions agree, the changelog has its date, generated files are current, everything is committed; then
+# the tests and the site. Afterwards: git tag vVERSION.
+release-check: $(STAMP)
+	$(BIN)/python docs/release_check.py
+	$(MAKE) test docs
+
 # The tests on the oldest versions of every dependency that pyproject.toml allows; that these find newer ones deprecated
 # is no fault of ours.
 test-oldest: $(OLDEST)/.installed

@@ -21,9 +21,10 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "build", "demo", "tests"]
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath"]
+highlight_language = "none"
 html_theme = "furo"
 html_title = "scalekd-cache"
 html_extra_path = ["site"]
 html_copy_source = False
+html_show_copyright = False
 nitpicky = True

@@ -119,6 +119,25 @@ def test_generated_page_is_current(name):
     assert (ROOT / "docs/reference" / name).read_text() == text, "run `python docs/make_reference.py`"
 
 
+def test_version_is_the_same_wherever_it_is_named():
+    release = run_path(str(ROOT / "docs/release_check.py"))
+    assert len(set(release["versions"]().values())) == 1, release["versions"]()
+    assert release["stale"]() == []
+
+
+def test_citation_and_issue_forms_fit_their_schemas():
+    for schema, files in {
+        "vendor.citation-file-format": ["CITATION.cff"],
+        "vendor.github-issue-forms": sorted(
+            str(file) for file in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if file.stem != "config"
+        ),
+    }.items():
+        assert files
+        command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *files]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout
+
+
 def test_flow_picture_is_current():
     text = run_path(str(ROOT / "docs/make_flow.py"))["text"]()
     assert (ROOT / "docs/flow.svg").read_text() == text, "run `python docs/make_flow.py`"
