@@ -1,17 +1,24 @@
-"""Writes the generated pages of docs/reference: command lines, presets, errors."""
+"""Writes the generated pages of docs/reference: command lines, presets, errors, HTTP, Python."""
 
+import ast
 import contextlib
+import importlib
 import inspect
 import io
 import os
 import re
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import feature_store.errors
 import feature_store.tools.cli
 import student_trainer.cli
 import teacher_service.cli
 from student_trainer.recipes import PRESETS
+from teacher_service.serve.app import create_app
+from teacher_service.serve.config import ServeConfig
+from teacher_service.serve.service import Service
 
 FOLDER = Path(__file__).parent / "reference"
 MADE = "Made by `python docs/make_reference.py`."
@@ -20,6 +27,21 @@ PROGRAMS = {
     "student-trainer": student_trainer.cli.main,
     "feature-store": feature_store.tools.cli.main,
 }
+PUBLIC = {
+    "feature_store": ("open_store", "connect", "RowId", "FeatureSource"),
+    "feature_store.store": ("Store",),
+    "feature_store.views": ("ViewPolicy", "draw_view", "apply_view"),
+    "feature_store.teacher": ("split_teacher",),
+    "feature_store.teacher.model": ("load_teacher",),
+    "teacher_service.config": ("CacheConfig",),
+    "teacher_service.cache.job": ("cache",),
+    "student_trainer.train": ("train", "TrainResult"),
+    "student_trainer.evaluate": ("evaluate",),
+    "student_trainer.export": ("export",),
+    "student_trainer.methods": ("Method", "Terms", "ScaleKD", "KD", "FD", "CrossAttentionProjector"),
+    "student_trainer.students.student": ("Student",),
+}
+"""Names of the Python page, by module."""
 
 
 def help_text(program: str, command: str = "") -> str:
@@ -99,6 +121,65 @@ def errors() -> str:
     return "\n".join([*lines, ""])
 
 
+def http() -> str:
+    """The page of the service's paths, from its OpenAPI."""
+    api = create_app(Service(ServeConfig(store="store.zarr"))).openapi()
+    lines = [
+        "# HTTP", "", MADE, "",
+        "The same as JSON, with schemas and examples: `GET /openapi.json`. Scopes, frames and errors in words:",
+        "[the HTTP service](../how-to/http.md).", "",
+    ]  # fmt: skip
+    for path, methods in api["paths"].items():
+        for method, operation in methods.items():
+            lines += [f"## {method.upper()} {path}", "", " ".join(operation.get("description", "").split()), ""]
+            parameters = operation.get("parameters", [])
+            if parameters:
+                lines += ["| parameter | in | required | meaning |", "|---|---|---|---|"]
+                for each in parameters:
+                    meaning = " ".join(each.get("description", each["schema"].get("description", "")).split())
+                    lines.append(f"| `{each['name']}` | {each['in']} | {_yes(each.get('required'))} | {meaning} |")
+                lines.append("")
+            lines += ["Status codes: " + ", ".join(sorted(operation["responses"])) + ".", ""]
+    return "\n".join(lines)
+
+
+def python() -> str:
+    """The page of the public names, from their docstrings."""
+    lines = ["# Python", "", MADE, ""]
+    for module, names in PUBLIC.items():
+        lines += [f"## {module}", ""]
+        for name in names:
+            thing = getattr(importlib.import_module(module), name)
+            signature = "" if inspect.isclass(thing) else _signature(thing)
+            about = f"{name}{signature}\n\n{inspect.getdoc(thing) or ''}".strip()
+            lines += [f"### {name}", "", "```text", about, "```", ""]
+            if inspect.isclass(thing):
+                lines += [*_methods(thing), ""]
+    return "\n".join(lines)
+
+
+def _signature(function: Any) -> str:
+    """Arguments and result as the source has them, the same with every version of Python."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(node, ast.FunctionDef)
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"({ast.unparse(node.args)}){returns}"
+
+
+def _methods(thing: type) -> list[str]:
+    found = []
+    for name, value in vars(thing).items():
+        function = getattr(value, "__func__", value)  # of a classmethod
+        if not name.startswith("_") and inspect.isfunction(function):
+            first = (inspect.getdoc(function) or "").partition("\n")[0]
+            found.append(f"- `{name}{_signature(function)}`: {first}")
+    return found
+
+
+def _yes(value: object) -> str:
+    return "yes" if value else "no"
+
+
 def _without_frames(text: str) -> str:
     lines = [line.rstrip() for line in text.splitlines() if not re.fullmatch(r" *-{20,}", line.rstrip())]
     text = "\n".join(lines).strip()
@@ -106,7 +187,7 @@ def _without_frames(text: str) -> str:
     return re.sub(r"(Processes(?: that compare checksums)?\.) \(default: \d+\)", r"\1 (default: usable CPUs)", text)
 
 
-PAGES = {"cli.md": command_lines, "presets.md": presets, "errors.md": errors}
+PAGES = {"cli.md": command_lines, "presets.md": presets, "errors.md": errors, "http.md": http, "python.md": python}
 
 if __name__ == "__main__":
     for file, text in PAGES.items():

@@ -25,7 +25,7 @@ PAGES = [
     ROOT / "feature_store/FORMAT.md",
     ROOT / "benchmarks/README.md",
 ]
-GENERATED = ("cli.md", "presets.md", "errors.md")
+GENERATED = ("cli.md", "presets.md", "errors.md", "http.md", "python.md")
 FOREIGN_OPTIONS = {
     "--array", "--requeue", "--strict", "--shm-size", "--ipc", "--nproc-per-node", "--build-arg", "--gpus", "--peers",
     "--tars", "--samples", "--backbone", "--profile", "--max-", "--sample", "--quick", "--signal", "--help",
