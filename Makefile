@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 
-.PHONY: demo test docs release-check test-oldest nightly mutants deploy-check audit browser format clean
+.PHONY: demo test test-oldest nightly mutants deploy-check audit browser format clean
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
@@ -16,6 +16,7 @@ test: $(STAMP) browser
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=30
 
+.PHONY: docs release-check
 # The documentation site, into build/site; warnings are errors.
 docs: $(STAMP)
 	$(BIN)/python docs/make_reference.py
