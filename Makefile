@@ -16,6 +16,19 @@ test: $(STAMP) browser
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=30
 
+.PHONY: docs release-check
+# The documentation site, into build/site; warnings are errors.
+docs: $(STAMP)
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
+	@echo build/site/index.html
+
+# Before a release: versions agree, the changelog has its date, generated files are current, everything is committed; then
+# the tests and the site. Afterwards: git tag vVERSION.
+release-check: $(STAMP)
+	$(BIN)/python docs/release_check.py
+	$(MAKE) test docs
+
 # The tests on the oldest versions of every dependency that pyproject.toml allows; that these find newer ones deprecated
 # is no fault of ours.
 test-oldest: $(OLDEST)/.installed

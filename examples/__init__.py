@@ -1,1 +1,1 @@
-"""Examples: exported students as backbones for detection, segmentation; see docs/downstream.md."""
+"""Examples: exported students as backbones for detection, segmentation; see docs/how-to/downstream.md."""

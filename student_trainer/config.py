@@ -1,4 +1,4 @@
-"""What a user can ask of ``train``: frozen configurations, checked the same from Python and the command line."""
+"""Configuration of ``train``: frozen dataclasses, checked when made."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace

@@ -1,4 +1,4 @@
-"""Student and method as one module: everything that learns."""
+"""Student plus method as one module."""
 
 from torch import Tensor, nn
 

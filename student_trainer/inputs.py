@@ -1,4 +1,4 @@
-"""The images that a run reads, opened, with their identity by content."""
+"""Images of a run, opened, with their identity by content."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Loads weights of the released ScaleKD code: its projectors into ours, its teachers into timm models."""
+"""Weights of the released code, loaded into ours."""
 
 import re
 from collections.abc import Callable, Mapping

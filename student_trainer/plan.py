@@ -1,4 +1,4 @@
-"""From a config to everything that a run is made of, opened and checked together."""
+"""From a config to everything that a run is made of."""
 
 import json
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 A frame is a safetensors file (8 bytes of header length, JSON header, raw little-endian arrays), so every language with
 a safetensors reader can take one. What this adds is kept in ``__metadata__``: ``crc32c.<array>`` per array, in decimal,
-and whatever strings the sender has to say (a service names its store there). See docs/http.md.
+and whatever strings the sender has to say (a service names its store there). See docs/how-to/http.md.
 """
 
 import json

@@ -183,7 +183,9 @@ class HttpTransport:
     def __init__(self, url: str, *, cafile: str | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise InputError(f"cannot reach {url!r}: expected http://host:port or https://host:port; see docs/http.md")
+            raise InputError(
+                f"cannot reach {url!r}: expected http://host:port or https://host:port; see docs/how-to/http.md"
+            )
         self.url, self._cafile = url.rstrip("/"), cafile
         self._prefix = parts.path.rstrip("/")
         self._idle: PerProcess[_Idle] = PerProcess(_Idle)

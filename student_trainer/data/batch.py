@@ -1,4 +1,4 @@
-"""Training batches: views of the images, with the teacher's cached features beside them.
+"""Training batches: views with the teacher's cached features.
 
 Shape legend: B rows of a batch, H W pixels of a view, N tokens, C channels, K classes.
 """

@@ -1,4 +1,4 @@
-"""Materialised views: read from the tars a cache job wrote them to, in place of the source tars."""
+"""Materialised views: read as a cache job wrote them."""
 
 from collections import OrderedDict
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which view each row is: replayed from a store, or drawn when there is none."""
+"""Views of rows: replayed from a store, or drawn."""
 
 from collections import OrderedDict
 from typing import Any, NamedTuple, Protocol

@@ -1,4 +1,4 @@
-"""Epoch order of rows: a pure function of seed and epoch, resumable at any batch."""
+"""Deterministic, resumable order of rows, epoch by epoch."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, read without running anything they contain."""
+"""Checkpoints of a run: atomic files, rules of resuming."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""The processes of one run: which one this is, and what they tell each other. Alone, it is a group of one."""
+"""The processes of one run."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Failures of the machine and of the numbers, as errors that say what to do."""
+"""Failures of machine or numbers, as errors with a remedy."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

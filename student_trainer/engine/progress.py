@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: a bar with ETA on a terminal, a line per epoch elsewhere."""
+"""Progress of a run on stderr."""
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

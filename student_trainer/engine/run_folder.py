@@ -1,4 +1,4 @@
-"""A run's folder: what it was made from, and whether it may be started, continued or must be left alone."""
+"""A run's folder: its files, its lock."""
 
 import json
 import os

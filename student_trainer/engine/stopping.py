@@ -1,4 +1,4 @@
-"""Signals that stop a run: raised at once, or after the step under way."""
+"""Signals that stop a run."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Attention transfer, after Zagoruyko and Komodakis, ICLR 2017.
+"""Attention transfer (Zagoruyko, Komodakis, ICLR 2017).
 
 Shape legend: B batch, C channels, D teacher channels, H W grid, N teacher positions.
 """

@@ -1,4 +1,4 @@
-"""What a distillation method is: what it needs, what it is given, what it returns.
+"""Interface of a distillation method.
 
 Shape legend: B batch, C student channels, H W student grid, N teacher positions, P prefix tokens, D teacher channels,
 K classes.

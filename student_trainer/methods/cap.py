@@ -1,4 +1,4 @@
-"""CAP, the cross attention projector: student maps looked up by the teacher's positions.
+"""CAP, the cross attention projector.
 
 Shape legend: B batch, C student channels, D teacher channels, H W student grid (keys), N query positions,
 L = H*W key positions, S windows, A attention heads, E = D / A channels of one head.

@@ -1,4 +1,4 @@
-"""DFM, dual-view feature mimicking: the two losses between projected student features and the teacher's.
+"""DFM, dual-view feature mimicking: two losses on projected features.
 
 Shape legend: B batch, N grid positions, D channels.
 """

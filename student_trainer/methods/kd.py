@@ -1,4 +1,4 @@
-"""KD: distillation of logits, after Hinton, Vinyals and Dean 2015.
+"""KD: distillation of logits (Hinton et al., 2015).
 
 Shape legend: B batch, K classes.
 """

@@ -1,4 +1,4 @@
-"""ScaleKD, after Fan, Li, Liu and Yao, NeurIPS 2024.
+"""ScaleKD (Fan et al., NeurIPS 2024).
 
 Shape legend: B batch, C student channels, D teacher channels, H W student grid, N teacher positions,
 P prefix tokens, K classes.

@@ -1,4 +1,4 @@
-"""TPP, teacher parameter perception: stage-3 features run through the teacher's frozen later blocks.
+"""TPP, teacher parameter perception: the teacher's later blocks.
 
 Shape legend: B batch, N tokens at the split, M tokens of the final map, P prefix tokens, D channels.
 """

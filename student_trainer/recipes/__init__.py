@@ -1,4 +1,4 @@
-"""Presets: the released teacher and student pairs with their schedules, as defaults that any option overrides."""
+"""Presets: the released pairs with their schedules."""
 
 from student_trainer.recipes.pairs import PRESETS, preset_config, preset_rows
 from student_trainer.recipes.preset import Preset, Published, Source, Teacher

@@ -1,4 +1,4 @@
-"""Every released pair of teacher and student.
+"""Every released teacher-student pair.
 
 Settings are those of the released configs, all at one commit; ``Preset.differs`` lists the exceptions. Heads of 8 and 8
 are the default of the released loss. The V1d stem of the advanced ResNet-50 is timm's ``resnet50d``. The L/14 teacher

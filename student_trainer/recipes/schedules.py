@@ -1,4 +1,4 @@
-"""The five released schedules: T1 and T2 (traditional), A1, A2 and A3 (advanced).
+"""The five released schedules: T1, T2, A1, A2, A3.
 
 Rates are written down for the batch size they were released for; ``OptimConfig.at`` scales them with the real one.
 That is this project's rule: the released code uses its rates as written at any batch. SGD and AdamW scale in

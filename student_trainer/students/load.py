@@ -1,4 +1,4 @@
-"""Trained students with their preprocessing, written to files and loaded again."""
+"""Trained students with their preprocessing, saved, loaded."""
 
 import json
 from collections.abc import Mapping

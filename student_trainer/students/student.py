@@ -1,4 +1,4 @@
-"""The student: any timm model, giving the maps of its last two stages beside its logits in one forward pass.
+"""The student: any timm model, with maps of two stages.
 
 Shape legend: B batch, C channels, H W grid, N = H*W grid tokens, P prefix (class and register) tokens, K classes.
 """

@@ -1,4 +1,4 @@
-"""Which teacher a run learns from: a store, a service, a live model, or none."""
+"""Teacher of a run: a store, a service, a live model, none."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Comparison of a run's teacher and views with what its preset expects."""
+"""What a preset expects of a run's teacher."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

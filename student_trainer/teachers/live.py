@@ -1,4 +1,4 @@
-"""A teacher in the training process, computing from the pixels that the student sees."""
+"""A teacher in the training process."""
 
 import time
 from collections.abc import Sequence

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_lines import PROGRAMS
 from PIL import Image
 
 from demo.__main__ import main
@@ -141,3 +143,18 @@ def test_demo_refuses_a_folder_when_it_holds_something_else(tmp_path, capsys):
     assert main(["--quick", "--out", str(tmp_path)]) == 2
     assert "choose another folder" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "do not delete"
+
+
+def test_commands_of_the_digits_tutorial_run_on_what_the_demo_leaves(out, capsys):
+    text = (ROOT / "docs/tutorials/digits.md").read_text()
+    lines = "".join(re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        program, *words = shlex.split(line.replace("demo/out", str(out)))
+        words += ["--workers", "0"] if words[0] == "evaluate" else []
+        assert PROGRAMS[program](words) == 0, line
+    printed = capsys.readouterr().out
+    assert "sound" in printed
+    assert "top-1" in printed
+    assert list((out / "plots").glob("*.html"))
+    assert (out / "student/model.safetensors").is_file()

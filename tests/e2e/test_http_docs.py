@@ -1,4 +1,4 @@
-"""Every curl of docs/http.md runs against a running service; what it says of scopes and problems is what there is."""
+"""Every curl of docs/how-to/http.md runs against a service; what it says of scopes and problems is what there is."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from teacher_service.serve.app import create_app
 from teacher_service.serve.config import ServeConfig
 from teacher_service.serve.service import Service
 
-DOCS = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+DOCS = (Path(__file__).parents[2] / "docs" / "how-to" / "http.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_map_of_modules_is_the_generated_one():
     assert (ROOT / "docs/map.md").read_text() == script["text"](), "run `python docs/make_map.py`"
 
 
-@pytest.mark.parametrize("package", ["feature_store", "teacher_service"])
+@pytest.mark.parametrize("package", ["feature_store", "teacher_service", "student_trainer"])
 def test_first_lines_of_modules_say_one_thing_in_at_most_twelve_words(package):
     first_line = run_path(str(ROOT / "docs/make_map.py"))["first_line"]
     lines = {module: first_line(module) for module in (ROOT / package).rglob("*.py") if module.name != "__main__.py"}
@@ -150,7 +150,7 @@ def test_first_lines_of_modules_say_one_thing_in_at_most_twelve_words(package):
 
 
 def test_readme_tree_names_every_folder_of_the_packages_and_no_other():
-    (tree,) = re.findall(r"^```\n(feature_store/ .*?)^```", README, re.DOTALL | re.MULTILINE)
+    (tree,) = re.findall(r"^```text\n(feature_store/ .*?)^```", README, re.DOTALL | re.MULTILINE)
     found, above = set(), []
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2

@@ -77,7 +77,7 @@ def test_cache_indexes_each_tar_once_when_it_times_samples_too(
 def test_cache_runs_as_its_page_shows_from_python(
     tmp_path: Path, tiny_swin: TinyTeacher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = Path("docs/caching.md").read_text()
+    page = Path("docs/how-to/caching.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     write_tars(tmp_path, 3, 2)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Every Python example of docs/client.md runs, in order, against a running service."""
+"""Every Python example of docs/how-to/client.md runs, in order, against a running service."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from service_process import running_service
 from training_world import shared_world
 
-DOCS = Path(__file__).parents[2] / "docs" / "client.md"
+DOCS = Path(__file__).parents[2] / "docs" / "how-to" / "client.md"
 
 
 @pytest.fixture(scope="module")

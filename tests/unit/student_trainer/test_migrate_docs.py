@@ -1,4 +1,4 @@
-"""docs/migrate.md: its snippets run, on small models in place of the large ones, and what it names exists."""
+"""docs/how-to/migrate.md: its snippets run, on small models in place of the large ones, and what it names exists."""
 
 import json
 import re
@@ -27,7 +27,7 @@ from student_trainer.recipes.preset import Preset
 from student_trainer.students import networks
 
 DOCS = Path(__file__).parents[3] / "docs"
-PAGE = (DOCS / "migrate.md").read_text()
+PAGE = (DOCS / "how-to" / "migrate.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 PROSE = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
 NAMES = re.findall(r"`([^`]+)`", PROSE)
@@ -132,7 +132,7 @@ def test_names_are_ours_or_theirs_when_the_page_gives_them():
 def test_linked_pages_exist_when_the_page_refers_to_them():
     links = re.findall(r"\]\((?!https:)([^)]+)\)", re.sub(r"`[^`]*`", "", PROSE))
     assert links
-    assert [link for link in links if not (DOCS / link).is_file()] == []
+    assert [link for link in links if not (DOCS / "how-to" / link).is_file()] == []
 
 
 def test_eva_snippet_resamples_positions_when_run(tmp_path, monkeypatch):

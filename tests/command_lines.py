@@ -1,4 +1,4 @@
-"""Command lines named in files of deploy/, compared with what the programs and the code accept."""
+"""Command lines in pages or deploy/, compared with what the programs and the code accept."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ import feature_store.tools.cli
 import student_trainer.cli
 import teacher_service.cli
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 PROGRAMS = {
     "teacher-service": teacher_service.cli.main,
@@ -80,9 +80,9 @@ def unknown_options(text: str) -> list[str]:
 def every_option() -> frozenset[str]:
     """All options of all commands: for options that a text names alone, in backquotes."""
     commands = {
-        "teacher-service": ("plan", "cache", "verify", "serve", "token create"),
+        "teacher-service": ("plan", "cache", "verify", "pack", "serve", "token create"),
         "student-trainer": ("train", "presets", "evaluate", "export", "compare"),
-        "feature-store": ("info", "verify", "repair", "bench", "plot"),
+        "feature-store": ("info", "verify", "repair", "bench", "plot", "card", "copy"),
     }
     return frozenset().union(*(options(program, each) for program, names in commands.items() for each in names))
 

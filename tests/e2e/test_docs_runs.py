@@ -1,0 +1,77 @@
+"""Commands and code of docs/tutorials/imagenet.md and docs/how-to/own-loop.md run on small stand-ins."""
+
+import ast
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from command_lines import PROGRAMS
+from image_folders import class_samples, write_folder
+from training_world import make_teacher, shared_world, write_store
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def shrunk(words: list[str], teacher) -> list[str]:
+    """The same command with the stand-ins' names and sizes."""
+    swaps = {"swin_large_patch4_window7_224.ms_in22k_ft_in1k": teacher.name, "resnet50": "test_resnet", "1000": "4"}
+    words = [swaps.get(word, word) for word in words]
+    more = {
+        "pack": ["--unit-samples", "8"],
+        "plan": ["--model-kwargs", json.dumps(teacher.model_kwargs)],
+        "cache": [
+            "--model-kwargs", json.dumps(teacher.model_kwargs), "--checkpoint", str(teacher.checkpoint),
+            "--workers", "0", "--device", "cpu",
+        ],
+        "train": ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"],
+        "evaluate": ["--workers", "0", "--device", "cpu"],
+    }  # fmt: skip
+    return words + more.get(words[0], [])
+
+
+def test_imagenet_tutorial_goes_from_a_folder_to_an_exported_student(tmp_path, monkeypatch, capsys, tiny_swin):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "imagenet/train", class_samples(16))
+    write_folder(tmp_path / "imagenet/val", class_samples(8, seed=1))
+    lines = [shlex.split(line) for line in "".join(blocks("tutorials/imagenet.md", "")).splitlines()]
+    assert [words[1] for words in lines] == [
+        "pack", "pack", "plan", "cache", "info", "verify", "train", "train", "evaluate", "export",
+    ]  # fmt: skip
+    for program, *words in lines:
+        assert PROGRAMS[program](shrunk(words, tiny_swin)) == 0, capsys.readouterr()
+    out = capsys.readouterr().out
+    assert "64 committed of 64" in re.sub(r"\s+", " ", out)
+    assert len(list(Path("packed/train").glob("*.tar"))) == 2
+    (code,) = blocks("tutorials/imagenet.md", "python")
+    names: dict = {}
+    options = json.loads(Path("resnet50-scalekd/config.json").read_text())
+    kwargs = f'"test_resnet", num_classes={options["num_classes"]}'
+    exec(code.replace('"resnet50"', kwargs), names)
+    assert names["model"].num_classes == options["num_classes"]
+
+
+def test_own_loop_trains_two_steps(tmp_path, monkeypatch, capsys):
+    world = shared_world("swin")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(world.tars[1], tmp_path / "train.tar")
+    write_store(tmp_path / "store", ["train.tar"], make_teacher(world.teacher, tmp_path / "teacher.safetensors"))
+    (code,) = blocks("how-to/own-loop.md", "python")
+    names: dict = {}
+    exec(compile(code, "own-loop.md", "exec"), names)
+    printed = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(line) for line in printed] == [set(names["terms"].raw)] * 2
+    assert set(printed[0]) >= {"task", "kd", "stage3_original", "stage4_alternative"}
+    assert next(names["student"].parameters()).grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("page", ["tutorials/imagenet.md", "how-to/own-loop.md"])
+def test_page_has_no_block_of_another_language(page):
+    languages = re.findall(r"^```(\w*)\n", (DOCS / page).read_text(), re.MULTILINE)
+    assert set(languages) <= {"", "python"}
