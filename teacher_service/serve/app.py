@@ -10,6 +10,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
+from feature_store.backends.open import open_objects
+from feature_store.commits.root import read_manifest
 from feature_store.errors import CorruptStoreError
 from teacher_service.serve import problems
 from teacher_service.serve.feature_browser import FeatureBrowser
@@ -68,7 +70,9 @@ def create_app(
     app.state.service = service
     problems.install(app)
     app.add_exception_handler(CorruptStoreError, _corrupt_store)
-    browse = browse_router(FeatureBrowser(lambda: service.store, service.config.tars, service.config))
+    config = service.config
+    inputs = read_manifest(open_objects(config.store)).inputs if config.tars else None  # the store is opened later
+    browse = browse_router(FeatureBrowser(lambda: service.store, config.tars, config, inputs))
     routers = [operations_router(), page_router(), rows_router(), zarr_router(), browse, _compute_router(service)]
     for router in routers:
         app.include_router(router)

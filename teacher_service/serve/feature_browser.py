@@ -12,6 +12,7 @@ import numpy as np
 
 from feature_store.errors import InputError
 from feature_store.format.addressing import RowId, row_ids
+from feature_store.format.manifest import InputInfo
 from feature_store.inputs.options import DEFAULT, TarOptions
 from feature_store.source import FeatureBatch
 from feature_store.store import Store
@@ -19,10 +20,8 @@ from feature_store.tools.features import ColourMap, replay_row
 from feature_store.tools.row_subset import pick, sampled_shards
 
 if TYPE_CHECKING:
-    from feature_store.inputs.unit_tars import (
-        UnitSources,
-        UnitTars,
-    )  # its webdataset imports torch, which cached rows do without
+    # its webdataset imports torch, which cached rows do without
+    from feature_store.inputs.unit_tars import UnitSources, UnitTars
 
 TAP = "stage4"
 _ROWS = 512  # that any row is compared with
@@ -117,11 +116,18 @@ class FeatureBrowser:
         store: The store as it is now.
         tars: Its tars, for the views' pixels: paths, patterns, URLs; none for no pixels.
         options: How they are opened.
+        inputs: What the store's manifest says of its inputs.
     """
 
-    def __init__(self, store: Callable[[], Store], tars: Sequence[str] = (), options: TarOptions = DEFAULT) -> None:
+    def __init__(
+        self,
+        store: Callable[[], Store],
+        tars: Sequence[str] = (),
+        options: TarOptions = DEFAULT,
+        inputs: InputInfo | None = None,
+    ) -> None:
         self._store = store
-        self._tars = _units(tars, options, store()) if tars else None
+        self._tars = _units(tars, options, inputs) if tars else None
         self._sample: tuple[str, ReferenceRows] | None = None
         self._lock = threading.Lock()
 
@@ -197,7 +203,7 @@ def _unit_length(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(lengths > 0, lengths, 1)
 
 
-def _units(tars: Sequence[str], options: TarOptions, store: Store) -> "UnitTars | UnitSources":
+def _units(tars: Sequence[str], options: TarOptions, inputs: InputInfo | None) -> "UnitTars | UnitSources":
     from feature_store.inputs.unit_tars import open_units
 
-    return open_units(tars, options, store.manifest.inputs)
+    return open_units(tars, options, inputs)
