@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -328,11 +329,12 @@ def _labels(
 
 
 class _ParquetTable:
-    """A parquet file, opened."""
+    """A parquet file, opened; one thread reads it at a time, because two at once crash the process."""
 
     def __init__(self, path: str) -> None:
         import pyarrow.parquet as pq
 
+        self._lock = threading.Lock()
         self._file = pq.ParquetFile(path, memory_map=False)
         self.schema, self.rows = self._file.schema_arrow, self._file.metadata.num_rows
 
@@ -348,11 +350,13 @@ class _ParquetTable:
 
     def column(self, name: str) -> list[Any]:
         """All values of a column."""
-        return self._file.read(columns=[name], use_threads=False).column(name).to_pylist()
+        with self._lock:
+            return self._file.read(columns=[name], use_threads=False).column(name).to_pylist()
 
     def images(self, number: int, column: str) -> Any:
         """Values of a row group's column."""
-        return self._file.read_row_group(number, columns=[column], use_threads=False).column(column)
+        with self._lock:
+            return self._file.read_row_group(number, columns=[column], use_threads=False).column(column)
 
 
 class _ArrowTable:

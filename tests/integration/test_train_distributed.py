@@ -151,7 +151,7 @@ def test_run_goes_on_with_another_number_of_processes_on_the_same_samples(config
     assert run_group(resumed, after) == [{"steps": 9}] * after
     assert_same_curves(config, alone)
     *_, start = lines(config, "start")
-    assert any(f"processes {before} before, {after} now: the same samples" in note for note in start["notes"])
+    assert any(f"processes {before} before, {after} from here on: the same samples" in note for note in start["notes"])
 
 
 def test_torchrun_trains_and_prints_once_when_it_starts_the_command(config, tmp_path):

@@ -173,7 +173,7 @@ def test_run_is_refused_when_its_folder_exists_and_resume_is_not_asked(config):
     ("change", "message"),
     [
         ({"batch_size": 4}, r"config.batch_size differs: the run has 8, got 4; resume with the settings"),
-        ({"optim": OptimConfig(lr=1e-3)}, r"config.optim.warmup_epochs differs: the run has 1, got 0"),
+        ({"optim": OptimConfig(lr=1e-3)}, r"config.optim.warmup_epochs differs: the run has 1.0, got 0.0"),
         ({"scalekd": ScaleKDConfig(tpp=False)}, r"config.scalekd.tpp differs: the run has True, got False"),
     ],
 )

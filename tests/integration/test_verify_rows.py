@@ -21,7 +21,7 @@ from feature_store.tools.verify import verify as verify_checksums
 from feature_store.write.unit import EncodedUnit
 from teacher_service.cache.job import cache
 from teacher_service.cli import main
-from teacher_service.config import Inputs
+from teacher_service.config import StoredInputs
 from teacher_service.verify.config import VerifyConfig
 from teacher_service.verify.recompute import sampled_rows, verify
 
@@ -46,7 +46,9 @@ def store(folder: Path, tars: tuple[str, ...], tiny_swin: TinyTeacher) -> Store:
 
 def _config(tars: tuple[str, ...], teacher: TinyTeacher, store: Path | str, **options) -> VerifyConfig:
     defaults = {"sample": sum(SAMPLES) * VIEWS, "batch_size": 4, "workers": 1}
-    return VerifyConfig(inputs=Inputs(tars=tars), store=str(store), checkpoint=teacher.checkpoint, **defaults | options)
+    return VerifyConfig(
+        inputs=StoredInputs(tars=tars), store=str(store), checkpoint=teacher.checkpoint, **defaults | options
+    )
 
 
 def _contents(store: Store, unit: int) -> EncodedUnit:

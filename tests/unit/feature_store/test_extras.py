@@ -45,7 +45,7 @@ def without_extras(program: str, *arguments: object, absent: list[str] = HEAVY) 
 def test_modules_of_extras_are_those_pyproject_installs():
     extras = PROJECT["optional-dependencies"]
     known = packages_distributions()
-    assert set(MODULES) | {"all", "demo", "dev"} == set(extras)
+    assert set(MODULES) | {"all", "demo", "dev", "docs"} == set(extras)
     for extra, modules in MODULES.items():
         for module in modules:
             distributions = {name.lower().replace("_", "-") for name in known.get(module, [module])}

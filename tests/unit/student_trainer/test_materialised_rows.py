@@ -96,7 +96,7 @@ def test_row_is_refused_when_its_pixels_or_label_are_not_the_stores(world):
 def test_tars_stay_open_as_far_as_asked_when_rows_go_back_and_forth(world, monkeypatch, kept, opened):
     store, folder = world
     seen, open_tar = [], Tar.open
-    monkeypatch.setattr(Tar, "open", lambda path: seen.append(Path(path).name) or open_tar(path))
+    monkeypatch.setattr(Tar, "open", lambda path, **how: seen.append(Path(path).name) or open_tar(path, **how))
     views, units = reader(store, folder, units_in_memory=kept), stored_units(store, str(folder))
     for unit in (0, 1, 0, 0):
         assert views.read(units[unit], RowId(unit, 2, 0)).key == units[unit].keys[2]
@@ -106,7 +106,12 @@ def test_tars_stay_open_as_far_as_asked_when_rows_go_back_and_forth(world, monke
 def test_the_tar_used_longest_ago_is_closed_when_there_are_too_many(world, monkeypatch):
     store, folder = world
     seen, open_tar = [], Tar.open
-    monkeypatch.setattr(Tar, "open", lambda path: seen.append("/".join(Path(path).parts[-2:])) or open_tar(path))
+
+    def opening(path, **how):
+        seen.append("/".join(Path(path).parts[-2:]))
+        return open_tar(path, **how)
+
+    monkeypatch.setattr(Tar, "open", opening)
     views, units = reader(store, folder, units_in_memory=2), stored_units(store, str(folder))
     for unit, view in ((0, 0), (1, 0), (0, 0), (0, 1), (0, 0)):
         views.read(units[unit], RowId(unit, 0, view))

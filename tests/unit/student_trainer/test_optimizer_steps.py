@@ -27,7 +27,7 @@ class Sloped(nn.Module):
         super().__init__()
         self.module, self.norm = module, norm
 
-    def forward(self, batch: DistillBatch) -> Terms:
+    def forward(self, batch: DistillBatch, task_factor: torch.Tensor | None = None) -> Terms:
         slope = self.norm / len(weights(self.module)) ** 0.5
         return Terms({"task": sum(leaf.sum() for leaf in self.module.parameters()) * slope}, {"task": 1.0})
 

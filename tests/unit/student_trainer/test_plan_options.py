@@ -36,7 +36,7 @@ def test_weights_and_order_are_the_seeds_own_when_assembled(config):
 
 def test_plan_says_what_is_trained_on_and_takes_labels_of_its_classes_alone(config):
     plan = resolve(config)
-    assert plan.sentence() == "26 samples from 2 tars, a new view every epoch, on cpu"
+    assert plan.sentence() == "26 samples (all labelled) from 2 units, a new view every epoch, on cpu"
     assert plan.dataset.num_classes == plan.student.num_classes == 4
 
 
