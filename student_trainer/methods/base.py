@@ -196,10 +196,16 @@ class Method(nn.Module):
             task: The task loss.
 
         Raises:
-            InputError: Options that do not fit the student or the teacher.
+            InputError: Options that do not fit the student or the teacher, or a class that needs logits of a teacher
+                without a classifier.
         """
         super().__init__()
         self.config, self.task = config, task
+        if self.needs.logits and teacher is not None and not teacher.num_classes:
+            raise InputError(
+                f"the {type(self).__name__.lower()} method needs teacher logits, but the teacher has no classifier; "
+                "choose --method scalekd or fd"
+            )
 
     @property
     def needs_of_teachers(self) -> tuple[Needs, ...]:

@@ -9,18 +9,8 @@ from torch import Tensor
 
 from feature_store.errors import InputError
 from feature_store.tools.options import check_fields
-from student_trainer.methods.base import (
-    DistillBatch,
-    Method,
-    Needs,
-    StudentOutput,
-    StudentShape,
-    TaskLoss,
-    TeacherShape,
-    Terms,
-)
-from student_trainer.methods.criterion import cross_entropy
-from student_trainer.methods.kd import require_classifier, require_same_classes
+from student_trainer.methods.base import DistillBatch, Method, Needs, StudentOutput, Terms
+from student_trainer.methods.kd import require_same_classes
 from student_trainer.methods.precision import at_least_float32
 
 
@@ -57,17 +47,6 @@ class DIST(Method):
     Config = DISTConfig
     shared_terms = frozenset({"task", "inter", "intra"})
     needs = Needs(logits=True)
-
-    def __init__(
-        self, config: DISTConfig, student: StudentShape, teacher: TeacherShape, task: TaskLoss = cross_entropy
-    ) -> None:
-        """See Method.
-
-        Raises:
-            InputError: The teacher has no classifier.
-        """
-        super().__init__(config, student, teacher, task)
-        require_classifier(self, teacher)
 
     def forward(self, student: StudentOutput, batch: DistillBatch) -> Terms:
         """Terms ``task``, ``inter`` and ``intra``."""

@@ -10,17 +10,7 @@ from torch import Tensor
 
 from feature_store.errors import InputError
 from feature_store.tools.options import check_fields
-from student_trainer.methods.base import (
-    DistillBatch,
-    Method,
-    Needs,
-    StudentOutput,
-    StudentShape,
-    TaskLoss,
-    TeacherShape,
-    Terms,
-)
-from student_trainer.methods.criterion import cross_entropy
+from student_trainer.methods.base import DistillBatch, Method, Needs, StudentOutput, Terms
 from student_trainer.methods.precision import at_least_float32
 
 
@@ -50,17 +40,6 @@ class KD(Method):
     Config = KDConfig
     shared_terms = frozenset({"task", "kd"})
     needs = Needs(logits=True)
-
-    def __init__(
-        self, config: KDConfig, student: StudentShape, teacher: TeacherShape, task: TaskLoss = cross_entropy
-    ) -> None:
-        """See Method.
-
-        Raises:
-            InputError: The teacher has no classifier.
-        """
-        super().__init__(config, student, teacher, task)
-        require_classifier(self, teacher)
 
     def forward(self, student: StudentOutput, batch: DistillBatch) -> Terms:
         """Terms ``task`` and ``kd``."""
@@ -105,17 +84,4 @@ def require_same_classes(student_BK: Tensor, teacher_BK: Tensor) -> None:
         raise InputError(
             f"student logits have shape {tuple(student_BK.shape)}, the teacher's {tuple(teacher_BK.shape)}; "
             "give the student the teacher's number of classes or switch logit distillation off"
-        )
-
-
-def require_classifier(method: Method, teacher: TeacherShape) -> None:
-    """Refuse a teacher without logits for a method that consists of nothing else.
-
-    Raises:
-        InputError: The teacher has no classifier.
-    """
-    if not teacher.num_classes:
-        raise InputError(
-            f"the {type(method).__name__.lower()} method needs teacher logits, but the teacher has no classifier; "
-            "choose --method scalekd or fd"
         )

@@ -10,18 +10,8 @@ import torch.nn.functional as F
 
 from feature_store.errors import InputError
 from feature_store.tools.options import check_fields
-from student_trainer.methods.base import (
-    DistillBatch,
-    Method,
-    Needs,
-    StudentOutput,
-    StudentShape,
-    TaskLoss,
-    TeacherShape,
-    Terms,
-)
-from student_trainer.methods.criterion import cross_entropy
-from student_trainer.methods.kd import require_classifier, require_same_classes
+from student_trainer.methods.base import DistillBatch, Method, Needs, StudentOutput, Terms
+from student_trainer.methods.kd import require_same_classes
 from student_trainer.methods.precision import at_least_float32
 
 
@@ -61,17 +51,6 @@ class NKD(Method):
     Config = NKDConfig
     shared_terms = frozenset({"task", "target", "non_target"})
     needs = Needs(logits=True, labels=True)
-
-    def __init__(
-        self, config: NKDConfig, student: StudentShape, teacher: TeacherShape, task: TaskLoss = cross_entropy
-    ) -> None:
-        """See Method.
-
-        Raises:
-            InputError: The teacher has no classifier.
-        """
-        super().__init__(config, student, teacher, task)
-        require_classifier(self, teacher)
 
     def forward(self, student: StudentOutput, batch: DistillBatch) -> Terms:
         """Terms ``task``, ``target`` and ``non_target``."""
