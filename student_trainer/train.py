@@ -177,7 +177,7 @@ class Run:
         return self.ema.module if self.ema is not None and self.config.ema_eval else self.student.model
 
     def step(self, micro_batches: Sequence[Batch]) -> None:
-        """One optimizer step on this process's part of a batch; nothing here waits for the device."""
+        """One optimizer step on this process's part of a batch; only the scaler of float16 waits for the device."""
         terms: list[Terms] = []
         for batch, task_factor in zip(micro_batches, self.task_factors(micro_batches), strict=True):
             with gradients_shared(self.module, now=batch is micro_batches[-1]):
@@ -302,12 +302,17 @@ class Run:
         values = self._means.last(self.group) if logged else {}
         bar.step(epoch, self.config.epochs, self._means.last_total if reads else None)
         self._unreadable += [line for batch in micro_batches for line in batch.unreadable]
-        if reads and (unreadable := self._all_unreadable()):
-            log.write("unreadable", step, epoch=epoch, samples=unreadable)
-            bar.note(f"left out, unreadable: {'; '.join(unreadable)}")
+        if reads:
+            self._report_unreadable(log, bar)
         if logged:
             speed = {**self._throughput.since_last(), "memory": peak_memory(self.device)}
             log.write("step", step, epoch=epoch, lr=lr, **values, speed=speed)
+
+    def _report_unreadable(self, log: RunLog, bar: RunProgress) -> None:
+        """Log and show the samples that any process left out since the last call; waits for the other processes."""
+        if unreadable := self._all_unreadable():
+            log.write("unreadable", self.progress.step, epoch=self.progress.epoch, samples=unreadable)
+            bar.note(f"left out, unreadable: {'; '.join(unreadable)}")
 
     def _all_unreadable(self) -> list[str]:
         """Samples that any process left out since this was last asked."""
@@ -324,7 +329,8 @@ class Run:
     def _end_epoch(self, folder: RunFolder, log: RunLog, bar: RunProgress) -> None:
         """Validate, log, and save: best first, so that a crash between the two repeats the epoch's end."""
         progress, config, improved = self.progress, self.config, False
-        told_to_stop = self._on_gpu and self._agree()  # of the steps since the last logged one
+        self._report_unreadable(log, bar)  # of the steps since the last logged one
+        told_to_stop = self._on_gpu and self._agree()  # of the same steps
         if told_to_stop:
             raise self._stop.now()
         values: dict[str, Any] = {**self._means.means(self.group)}

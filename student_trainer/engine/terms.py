@@ -41,7 +41,7 @@ class TermMeans:
         if self._first_bad is None:
             self._first_bad = self._last.new_full((), -1)
         bad = (self._first_bad < 0) & ~self._last.isfinite().all()
-        self._first_bad = torch.where(bad, self._last.new_tensor(float(step)), self._first_bad)
+        self._first_bad = torch.where(bad, float(step), self._first_bad)
         self._bad_values = torch.where(bad, self._last, self._last if self._bad_values is None else self._bad_values)
 
     @property
