@@ -12,7 +12,7 @@ from feature_store.errors import ImageError, InputError
 from feature_store.format.manifest import InputInfo
 from feature_store.inputs.base import NO_LABEL, SampleSource
 from feature_store.inputs.labels import read_classes
-from feature_store.inputs.open import OpenedSources, open_sources, recognised
+from feature_store.inputs.open import PLAIN_TARS, OpenedSources, open_sources, recognised
 from feature_store.inputs.options import SourceOptions
 from feature_store.store import Store
 from student_trainer.config import TrainConfig
@@ -21,8 +21,6 @@ from student_trainer.data.materialised import StoredUnit, UnitSource, require_vi
 
 SourceOpener = Callable[[tuple[str, ...], SourceOptions, InputInfo | None], OpenedSources]
 """Opens patterns by options, or as the sources of a store were opened."""
-
-_PLAIN_TARS = InputInfo("tar", "required")  # of a store that says nothing of its inputs
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def _training(
         sources, info = opener(config.tars, options, None)
         return sources, info
     _require_as_written(options, info)
-    return match_tars(store, _as_written(config.tars, options, info or _PLAIN_TARS, opener)), info
+    return match_tars(store, _as_written(config.tars, options, info or PLAIN_TARS, opener)), info
 
 
 def _as_written(
@@ -180,7 +178,7 @@ def _require_as_written(options: SourceOptions, info: InputInfo | None) -> None:
     Raises:
         InputError: Names the option, its value and the store's.
     """
-    stored, default = info or _PLAIN_TARS, SourceOptions()
+    stored, default = info or PLAIN_TARS, SourceOptions()
     for name in ("labels", "unit_samples", "shuffle_seed"):
         given, expected = getattr(options, name), getattr(stored, name)
         if given not in (expected, getattr(default, name)):

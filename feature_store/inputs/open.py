@@ -21,6 +21,8 @@ from feature_store.inputs.tar_index import HIDDEN_FILES
 from feature_store.inputs.urls import local_path
 
 TABLES = (".parquet", ".arrow")
+PLAIN_TARS = InputInfo("tar", "required")
+"""How the inputs of a store were opened whose manifest does not say it."""
 _LABELS_READ = 2_000  # of tars with class names, when they are opened
 _LOOKED_AT = 10_000  # files of a folder, to recognise what it holds
 
@@ -52,7 +54,7 @@ def open_sources(
         tars = list[SampleSource](open_tars(patterns, options, labels))
         if info.classes and written is None:
             _require_known_labels(tars)
-        return OpenedSources(tars, None if info == _PLAIN_TARS else info)
+        return OpenedSources(tars, None if info == PLAIN_TARS else info)
     reader = LabelReader(cast(Labels, info.labels), info.classes)
     slices = UnitSlices(info.unit_samples, info.shuffle_seed)
     if info.format == "folder":
@@ -70,9 +72,6 @@ def _require_known_labels(sources: Sequence[SampleSource]) -> None:
     for source, position in islice(places, 0, None, max(1, total // _LABELS_READ)):
         with suppress(ImageError):
             source.label(position)
-
-
-_PLAIN_TARS = InputInfo("tar", "required")
 
 
 def _info(patterns: Sequence[str], options: TarOptions) -> InputInfo:
