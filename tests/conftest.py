@@ -1,7 +1,9 @@
 """Fixtures shared by tests that go from image tars through a teacher."""
 
 import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -57,3 +59,20 @@ def serve() -> Iterator[Callable]:
 
     with ExitStack() as stack:
         yield lambda *args, **kwargs: stack.enter_context(closing(in_process(*args, **kwargs)))
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Write a module of the user's own that this process and its children import, by name and code."""
+    names = []
+
+    def write(name: str, code: str) -> None:
+        assert name not in sys.modules
+        (tmp_path / f"{name}.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+        names.append(name)
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)

@@ -83,10 +83,8 @@ def test_method_of_ones_own_trains_with_its_options_and_is_kept_in_checkpoints(c
     assert described["needs"]["logits"] is True
 
 
-def test_method_of_ones_own_is_found_from_the_command_line(config, tmp_path, monkeypatch, capsys):
-    (tmp_path / "my_methods.py").write_text(Path(__file__).read_text().split("OWN = ")[0])
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def test_method_of_ones_own_is_found_from_the_command_line(config, own_module, capsys):
+    own_module("my_methods", Path(__file__).read_text().split("OWN = ")[0])
     line = ["train", "--run", str(config.run), "--student", "test_resnet", "--tars", *config.tars, "--store",
             str(config.teacher.store), "--method", "my_methods:LogitMSE", "--method-options", '{"weight": 2}',
             "--epochs", "1", "--batch-size", "8", "--workers", "0", "--no-progress", "--no-report",

@@ -1,7 +1,6 @@
 """The method of docs/how-to/own-method.md learns two steps."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,10 @@ PAGE = (Path(__file__).parents[3] / "docs" / "how-to" / "own-method.md").read_te
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch):
+def module(own_module):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    (tmp_path / "my_methods.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "my_methods"
-    sys.modules.pop("my_methods", None)
+    own_module("my_methods", code)
+    return "my_methods"
 
 
 def test_own_method_learns_when_named_by_module(module):
