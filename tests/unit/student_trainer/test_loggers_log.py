@@ -95,6 +95,7 @@ def test_wandb_gets_config_and_numbers_and_the_same_run_when_resumed(config, wan
     assert finish[0] == "finish"
 
 
+@pytest.mark.filterwarnings("ignore:The filesystem tracking backend:FutureWarning")  # of mlflow 3.11 to 3.13
 def test_mlflow_gets_config_and_numbers_and_the_same_run_when_resumed(config, tmp_path, monkeypatch):
     """The real library, writing files."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
