@@ -18,6 +18,7 @@ from student_trainer.methods import FD, KD, ScaleKD, SeveralTeachers
 from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.plan import RunPlan, find_device, resolve
 from student_trainer.teachers.config import LiveOptions, ViewsConfig
+from student_trainer.teachers.expectations import ExpectConfig
 from student_trainer.teachers.open import open_teacher
 
 
@@ -188,8 +189,9 @@ def test_task_loss_is_the_one_asked_for(config):
 
 def test_several_stores_are_several_teachers_with_weights(cached):
     stores = shared_world().store, shared_world("vit", "f32").store
-    plan = resolve(changed(cached, store=stores, store_weights=(1.0, 0.5)))
+    plan = resolve(changed(cached, store=stores, store_weights=(1.0, 0.5), label_smoothing=0.25))
     assert type(plan.method) is SeveralTeachers
+    assert plan.method.task.keywords == plan.method.methods[1].task.keywords == {"label_smoothing": 0.25}
     assert plan.method.teacher_weights == (1.0, 0.5)
     assert plan.describe()["weights"] == [1.0, 0.5]
     assert len(plan.dataset.sources) == 2
@@ -216,6 +218,18 @@ def test_methods_that_need_labels_are_refused_by_how_many_are_missing(config, ca
     plan = resolve(replace(without, tars=(write_tar(tmp_path / "one.tar", content),)))
     assert plan.sentence().startswith("8 samples (1 labelled) from 1 units, a new view")
     assert plan.summary()["labelled"] == 1
+
+
+def test_student_gives_maps_of_the_stages_asked_for(config):
+    default, other = (resolve(replace(config, student_stages=stages)).student for stages in (None, (1, 2)))
+    assert default.grids == ((4, 4), (2, 2))
+    assert other.grids == ((16, 16), (8, 8))
+
+
+def test_features_that_a_preset_does_not_expect_are_refused_with_its_command(cached):
+    expecting = replace(cached, preset="adv-swin_l-resnet50", expect=ExpectConfig(teacher="swin_large"))
+    with pytest.raises(MismatchError, match=r"expect.teacher differs: .*presets adv-swin_l-resnet50 --cache-command"):
+        resolve(expecting)
 
 
 def test_synchronised_batchnorm_is_the_students_alone(cached):

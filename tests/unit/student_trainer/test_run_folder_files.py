@@ -125,6 +125,21 @@ def test_metrics_and_progress_are_cut_back_to_the_checkpoint(config):
     assert folder.finished_epochs() is None
 
 
+def test_what_a_run_resumes_from_is_on_the_disk_when_it_is_said_to_be(config, monkeypatch):
+    folder, synced, fsync = RunFolder(config.run), [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name.split(".")[0])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    opened(config)
+    folder.save(checkpoint(epoch=1, step=3))
+    folder.finish(Progress(epoch=3, step=9))
+    files = [name for name in synced if name != "run"]
+    assert files == ["config", "last", "progress", "progress"]
+
+
 def test_damaged_progress_is_named(config):
     folder, _ = opened(config)
     for text in ("{", "[]", "{}"):
