@@ -134,8 +134,9 @@ class Students:
         """Train every setting with every seed; gives each run as it ends, in the order of settings."""
         runs = [(setting, seed) for setting in self.settings() for seed in setting.seeds]
         configs = [self.config(setting, seed) for setting, seed in runs]
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(PROCESSES, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["student_trainer.train"])  # takes seconds, so once for all processes
+        with ProcessPoolExecutor(PROCESSES, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for (setting, _), result in zip(runs, pool.map(train, configs), strict=True):
                 yield setting, result
 

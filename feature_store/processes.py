@@ -8,8 +8,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import connection, forkserver, get_context, parent_process, resource_tracker, util
-from multiprocessing.context import ForkServerContext
+from multiprocessing import connection, forkserver, parent_process, resource_tracker, util
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -20,7 +20,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 _PARENT_POLL_SECONDS = 1.0
 _LONGEST_TMPDIR = 103 - len("/pymp-12345678/listener-12345678")  # an AF_UNIX path ends after 103 bytes on macOS
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # nosec B108 # a folder with a random name is made in one
-_SHIELDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}  # what schedulers, torchrun and terminals send to all
+SHIELDED = frozenset({signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1})
+"""Signals blocked in a shielded fork server: what schedulers, torchrun and terminals send to all processes."""
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ def become_loader_worker() -> None:
 
     The parent needs its workers until it has finished its step and saved its work.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)  # threads that start from here on block them too
+    signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)  # threads that start from here on block them too
     become_worker()
     sys.excepthook = _report_unless_abandoned
     if (parent := parent_process()) is not None:
@@ -68,21 +69,32 @@ def _end_on_sigterm_of(parent: int | None) -> None:
     os._exit(1)
 
 
-def shielded_forkserver(preload: Sequence[str]) -> ForkServerContext:
+class ShieldedProcess(ForkServerProcess):
+    """A worker that starts with the shielded signals blocked."""
+
+
+class ShieldedContext(ForkServerContext):
+    """A fork server whose workers start with the shielded signals blocked; those of other contexts do not."""
+
+    Process = ShieldedProcess
+
+
+def shielded_forkserver(preload: Sequence[str]) -> ShieldedContext:
     """A fork server, started, that signals to a whole process group or job do not end; its owner's end does.
 
-    Workers are forked from a clean process: not from this one, whose threads, GPU and locks they would inherit.
+    Workers are forked from a clean process: not from this one, whose threads, GPU and locks they would inherit. A
+    process has one fork server, which forks the workers of its other contexts too.
 
     Args:
         preload: Modules that it imports once for all workers.
     """
     shorten_socket_paths()
-    context = get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED - {signal.SIGTERM})  # inherited by what starts now
+    context = ShieldedContext()
+    context.set_forkserver_preload(["feature_store.forkserver_preload", *preload])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED - {signal.SIGTERM})  # inherited by what starts now
     try:
         resource_tracker.ensure_running()  # the fork server starts it otherwise, and it would unblock SIGTERM
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -23,7 +23,6 @@ from student_trainer.engine.distributed import ALONE, Group, synchronise_batchno
 from student_trainer.inputs import Inputs, open_inputs, require_all_classes
 from student_trainer.methods.base import Method, StudentShape, TaskLoss, TeacherShape
 from student_trainer.methods.criterion import TASK_LOSSES
-from student_trainer.methods.none import TaskOnly
 from student_trainer.methods.registry import find_method
 from student_trainer.methods.several import SeveralTeachers
 from student_trainer.students.preprocessing import Preprocessing
@@ -296,7 +295,7 @@ def _require_same_classes(
 
 
 def _require_enough_labels(config: TrainConfig, method: Method, inputs: Inputs) -> None:
-    """Refuse a method with terms of its own that need labels where some are missing, and plain training without any.
+    """Refuse a method that needs more labels than the samples have.
 
     Raises:
         InputError: Names the method and how many samples have no label.
@@ -307,7 +306,7 @@ def _require_enough_labels(config: TrainConfig, method: Method, inputs: Inputs) 
             f"--method {config.method} needs the label of every sample, but {without} of {inputs.samples} have none; "
             "choose a method whose own terms need none, such as scalekd or kd, or list labelled samples in --keys-file"
         )
-    if isinstance(method, TaskOnly) and not inputs.labelled:
+    if method.needs.some_labels and not inputs.labelled:
         raise InputError(
             f"--method {config.method} learns from labels alone, but none of {inputs.samples} samples has one; give "
             "labelled samples, or a teacher and a method that learns from it"

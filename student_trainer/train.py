@@ -140,6 +140,8 @@ class Run:
         optimizer: Over both, with the learning rates of the run's batch size.
         ema: Moving average of the student's weights, or None.
         progress: How far it is.
+        reads_every_step: Whether loss, signals and unreadable samples are looked at after every step. A GPU would wait
+            for that, so there it is every ``log_every`` steps and at an epoch's end.
     """
 
     def __init__(self, plan: RunPlan, stop: Stop | None = None, callbacks: Sequence[Callback] = ()) -> None:
@@ -149,8 +151,9 @@ class Run:
         self._stop, self._callbacks, self._throughput = stop or Stop(), callbacks, Throughput()
         distilled = plan.distilled
         self._parameters = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
-        self._on_gpu = plan.device.type == "cuda"
-        if self._on_gpu:
+        on_gpu = plan.device.type == "cuda"
+        self.reads_every_step = not on_gpu
+        if on_gpu:
             distilled.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.optimizer = make_optimizer(config.optim.at(config.batch_size), distilled)
         self.scheduler = make_scheduler(config, self.optimizer, plan.sampler.per_epoch)
@@ -163,7 +166,7 @@ class Run:
             torch.manual_seed((config.seed + plan.group.rank) % 2**64)
         self._normalise = plan.preprocessing.normaliser(plan.device)
         workers = {"workers": config.workers, "start_method": config.start_method}
-        self._loader = BatchLoader(plan.dataset, plan.sampler, pin=self._on_gpu, **workers)
+        self._loader = BatchLoader(plan.dataset, plan.sampler, pin=on_gpu, **workers)
         self._means, self._unreadable = TermMeans(), list[str]()
         self._evaluator = (
             Evaluator(plan.inputs.validation, plan.preprocessing, plan.student.num_classes, group=plan.group,
@@ -269,7 +272,7 @@ class Run:
             with self._stop.held():
                 begun, lr = time.perf_counter(), self.optimizer.param_groups[0]["lr"]
                 self.step(micro_batches)
-                reads = not self._on_gpu or progress.step % self.config.log_every == 0
+                reads = self.reads_every_step or progress.step % self.config.log_every == 0
                 told_to_stop = reads and self._agree()
                 images = self.group.size * sum(len(batch.labels) for batch in micro_batches)
                 self._throughput.add(images, waited, time.perf_counter() - begun)
@@ -330,7 +333,7 @@ class Run:
         """Validate, log, and save: best first, so that a crash between the two repeats the epoch's end."""
         progress, config, improved = self.progress, self.config, False
         self._report_unreadable(log, bar)  # of the steps since the last logged one
-        told_to_stop = self._on_gpu and self._agree()  # of the same steps
+        told_to_stop = not self.reads_every_step and self._agree()  # of the same steps
         if told_to_stop:
             raise self._stop.now()
         values: dict[str, Any] = {**self._means.means(self.group)}

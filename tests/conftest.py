@@ -6,14 +6,18 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
 from tiny_jobs import TINY_SWIN, TINY_VIT, TinyTeacher, make_teacher
 
-# processes of all tests are forks of one server that has imported torch, student_trainer and teacher_service once
-multiprocessing.set_forkserver_preload(["student_trainer.train", "teacher_service.cache.job"])
+# Processes of all tests are forks of one server that has imported torch, student_trainer and teacher_service once,
+# whichever test starts it: shielded_forkserver names the modules of one kind of worker only.
+_PRELOADED, _set_preload = ["student_trainer.train", "teacher_service.cache.job"], BaseContext.set_forkserver_preload
+BaseContext.set_forkserver_preload = lambda context, names: _set_preload(context, [*names, *_PRELOADED])
+multiprocessing.get_context("forkserver").set_forkserver_preload([])
 # Signals that nohup, or a shell that starts the tests in the background, has ignored would stay so in all they start.
 for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) is signal.SIG_IGN:

@@ -82,7 +82,6 @@ def _free_port() -> int:
 
 def _train(config: TrainConfig, variables: dict[str, Any], note: Path, prepare: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the fork server of a loader's workers blocks some
     os.environ.update({name: str(value) for name, value in variables.items()})
     outcome: dict[str, Any] = {}
     try:

@@ -25,33 +25,37 @@ class SampleSource(Protocol):
     """The samples of one unit: a tar, or a slice of a folder or of parquet files.
 
     Sources are pickled to worker processes, and read from several threads at once.
-
-    Attributes:
-        url: Where the samples are, for messages.
-        name: Short name, kept in the store.
-        keys: Sample keys; a sample's index here is its position.
-        header_sha256: Hash of what is known without reading images: by it later commands find a unit's source.
-        notes: Facts that the user should know: skipped files, and so on.
-        problems: Reasons why samples cannot be used, by position, as far as they are known without reading images.
     """
 
     @property
-    def url(self) -> str: ...  # noqa: D102 - see Attributes, as the next ones
+    def url(self) -> str:
+        """Where the samples are, for messages."""
+        ...
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str:
+        """Short name, kept in the store."""
+        ...
 
     @property
-    def keys(self) -> Sequence[str]: ...  # noqa: D102
+    def keys(self) -> Sequence[str]:
+        """Sample keys; a sample's index here is its position."""
+        ...
 
     @property
-    def header_sha256(self) -> str: ...  # noqa: D102
+    def header_sha256(self) -> str:
+        """Hash of what is known without reading images: by it later commands find a unit's source."""
+        ...
 
     @property
-    def notes(self) -> Sequence[str]: ...  # noqa: D102
+    def notes(self) -> Sequence[str]:
+        """Facts that the user should know: skipped files, and so on."""
+        ...
 
     @property
-    def problems(self) -> Mapping[int, str]: ...  # noqa: D102
+    def problems(self) -> Mapping[int, str]:
+        """Reasons why samples cannot be used, by position, as far as they are known without reading images."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from feature_store.errors import InputError, ResourceError
-from feature_store.inputs.base import NO_LABEL, Sample, require_position
+from feature_store.inputs.base import NO_LABEL
 from feature_store.inputs.labels import LabelReader
+from feature_store.inputs.listed import ListedUnit
 from feature_store.inputs.slices import UnitSlices, shuffled
 from feature_store.inputs.tar_index import HIDDEN_FILES, Keys, header_sha256
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})  # ImageFolder's
-_TAIL = 64  # bytes at an image's end
 _SHOWN = 3  # names listed in a message
 
 
@@ -33,7 +33,7 @@ class ImageFile(NamedTuple):
     label: int
 
 
-class FolderUnit:
+class FolderUnit(ListedUnit):
     """Some images of a tree, as one unit; see SampleSource.
 
     Args:
@@ -45,34 +45,12 @@ class FolderUnit:
     """
 
     def __init__(self, root: Path, files: Sequence[ImageFile], name: str, header: str, notes: Sequence[str]) -> None:
-        self.name, self.url, self.header_sha256, self.notes = name, f"{root}#{name}", header, tuple(notes)
-        self.keys = Keys.of([_key(file.path) for file in files])
-        self.problems: dict[int, str] = {}
+        labels = np.array([file.label for file in files], np.int64)
+        super().__init__(root, name, header, [_key(file.path) for file in files], labels, notes=notes)
         self._root, self._paths = str(root), Keys.of([file.path for file in files])
         self._sizes = np.array([file.size for file in files], np.int64)
-        self._labels = np.array([file.label for file in files], np.int64)
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def read(self, position: int) -> Sample:
-        """See SampleSource."""
-        label = self.label(position)  # which refuses a position that there is not
-        return Sample(self.keys[position], self._read(position), label)
-
-    def label(self, position: int) -> int:
-        """See SampleSource."""
-        require_position(self, position)
-        return int(self._labels[position])
-
-    def content_sha256(self) -> str:
-        """See SampleSource."""
-        digest = hashlib.sha256(self.header_sha256.encode() + self._labels.tobytes())
-        for position in range(len(self)):
-            digest.update(self._read(position)[-_TAIL:])
-        return digest.hexdigest()
-
-    def _read(self, position: int) -> bytes:
+    def _image(self, position: int) -> bytes:
         path = os.path.join(self._root, self._paths[position])  # noqa: PTH118 - once per sample
         try:
             with open(path, "rb") as file:  # noqa: PTH123

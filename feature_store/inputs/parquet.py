@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from feature_store.errors import ImageError, InputError, ResourceError
-from feature_store.inputs.base import NO_LABEL, Sample, require_position
+from feature_store.inputs.base import NO_LABEL
 from feature_store.inputs.labels import LabelReader
+from feature_store.inputs.listed import ListedUnit
 from feature_store.inputs.slices import UnitSlices, shuffled
-from feature_store.inputs.tar_index import Keys, header_sha256
+from feature_store.inputs.tar_index import header_sha256
 from feature_store.inputs.urls import local_path
 
 INSTALL = "pip install 'scalekd-cache[parquet]'"
@@ -30,7 +31,6 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 MOST_GROUP_BYTES = 2 << 30
 """Images of a row group, uncompressed: it is in memory as a whole, in every decode worker."""
 
-_TAIL = 64  # bytes at an image's end
 _SPLIT = re.compile(r"(.+?)-\d{5}(-of-\d{5})?$")
 _DIGITS = 7  # of a row's number in its key
 
@@ -61,7 +61,7 @@ class TableFile(NamedTuple):
     mtime_ns: int
 
 
-class ParquetUnit:
+class ParquetUnit(ListedUnit):
     """Some rows of parquet or Arrow files, as one unit; see SampleSource.
 
     Args:
@@ -86,34 +86,9 @@ class ParquetUnit:
         header: str,
         problems: dict[int, str],
     ) -> None:
-        self.name, self.header_sha256, self.notes, self.problems = name, header, (), problems
-        self.url = f"{Path(files[0].path).parent}#{name}"
-        self.keys = Keys.of(
-            [row_key(files[file], int(row)) for file, row in zip(groups[:, 0], rows[:, 0], strict=True)]
-        )
-        self._files, self._groups, self._rows, self._labels = tuple(files), groups, rows, labels
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def read(self, position: int) -> Sample:
-        """See SampleSource."""
-        label = self.label(position)
-        return Sample(self.keys[position], self._image(position), label)
-
-    def label(self, position: int) -> int:
-        """See SampleSource."""
-        require_position(self, position)
-        return int(self._labels[position])
-
-    def content_sha256(self) -> str:
-        """See SampleSource."""
-        digest = hashlib.sha256(self.header_sha256.encode() + self._labels.tobytes())
-        for position in range(len(self)):
-            if position not in self.problems:
-                digest.update(self._image(position)[-_TAIL:])
-        return digest.hexdigest()
+        keys = [row_key(files[file], int(row)) for file, row in zip(groups[:, 0], rows[:, 0], strict=True)]
+        super().__init__(Path(files[0].path).parent, name, header, keys, labels, problems=problems)
+        self._files, self._groups, self._rows, self._column = tuple(files), groups, rows, column
 
     def _image(self, position: int) -> bytes:
         file, number = self._groups[position].tolist()

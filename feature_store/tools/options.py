@@ -43,6 +43,16 @@ JsonObject = Annotated[
 ]
 
 
+def plain_defaults(kind: type[T]) -> type[T]:
+    """Class decorator, before ``dataclass``: the help says "default", where tyro says "default if used".
+
+    tyro says so of the options of a dataclass that a function makes a field of another one from.
+    """
+    hint = tyro.conf.arg(help_behavior_hint="(default: {})".format)
+    kind.__annotations__ = {name: Annotated[given, hint] for name, given in kind.__annotations__.items()}
+    return kind
+
+
 def require(condition: bool, option: str, got: object, expected: str) -> None:
     """Refuse an option's value.
 

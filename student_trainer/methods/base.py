@@ -29,12 +29,14 @@ class Needs(NamedTuple):
         logits: The teacher's logits; the student then has the teacher's classes.
         labels: Labels, for terms of the method's own beside the task loss; a run with unlabelled samples is refused.
         tail: The teacher's later blocks.
+        some_labels: A label for some samples at least, for a method without any term that does without labels.
     """
 
     taps: tuple[str, ...] = ()
     logits: bool = False
     labels: bool = False
     tail: bool = False
+    some_labels: bool = False
 
 
 class StudentOutput(NamedTuple):

@@ -66,6 +66,7 @@ class SeveralTeachers(Method):
             logits=any(need.logits for need in needs),
             labels=any(need.labels for need in needs),
             tail=any(need.tail for need in needs),
+            some_labels=any(need.some_labels for need in needs),
         )
         self._has_logits = [need.logits for need in needs]
         self._shared_terms = method.shared_terms

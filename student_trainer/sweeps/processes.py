@@ -11,13 +11,13 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
 import torch
 
 from feature_store.errors import ResourceError, UserError, one_line
-from feature_store.processes import become_worker
+from feature_store.processes import become_worker, shielded_forkserver
 from feature_store.tools.terminal import say
 from student_trainer.config import TrainConfig
 from student_trainer.train import train
@@ -80,14 +80,15 @@ class _Started:
 
     index: int
     gpu: str | None
-    process: SpawnProcess
+    process: BaseProcess
     outcome: Connection
 
 
 def _start(index: int, config: TrainConfig, gpu: str | None, threads: int) -> _Started:
-    spawn = multiprocessing.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_run, args=(config, gpu, threads, sender), name=str(config.run))
+    shielded_forkserver(["student_trainer.train"])  # a signal to a whole job ends it after the runs, not before
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(config, gpu, threads, sender), name=str(config.run))
     process.start()
     sender.close()  # so that the receiver meets the end of the pipe when the process ends
     return _Started(index, gpu, process, receiver)

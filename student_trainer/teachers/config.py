@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 import tyro
 
 from feature_store.errors import InputError
-from feature_store.tools.options import JsonObject, check_fields, require
+from feature_store.tools.options import JsonObject, check_fields, plain_defaults, require
 from feature_store.views import PolicyName
 
 SCHEMES = ("http://", "https://")
@@ -15,6 +15,7 @@ _LIVE = "live+"
 
 
 @dataclass(frozen=True)
+@plain_defaults
 class ViewsConfig:
     """Views of a run without a store; with one, its own are replayed.
 
@@ -101,6 +102,7 @@ class ServiceTeacher:
 
 
 @dataclass(frozen=True)
+@plain_defaults
 class LiveOptions:
     """The live teacher; only for ``--source live``.
 
@@ -160,6 +162,7 @@ TeacherConfig: TypeAlias = StoreTeacher | ServiceTeacher | LiveTeacher | NoTeach
 
 
 @dataclass(frozen=True)
+@plain_defaults
 class TeacherOptions:
     """Options of the command line, and of sweep files, that say what a student learns from.
 

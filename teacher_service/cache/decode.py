@@ -8,7 +8,6 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from multiprocessing.context import ForkServerContext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from feature_store.errors import ImageError, ResourceError, UserError
 from feature_store.inputs.base import SampleSource
-from feature_store.processes import become_loader_worker, shielded_forkserver
+from feature_store.processes import ShieldedContext, become_loader_worker, shielded_forkserver
 from feature_store.views import (
     ViewParams,
     ViewPolicy,
@@ -283,7 +282,7 @@ def _shared(slots: int, size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(slots, size)
 
 
-def _context() -> ForkServerContext:
+def _context() -> ShieldedContext:
     return shielded_forkserver(["teacher_service.cache.job"])
 
 

@@ -83,7 +83,8 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
         yield
         return
     try:
-        ray.init(address, log_to_driver=False, logging_level="warning", configure_logging=True)
+        # A cluster that this starts lives as long as the job; its dashboard would be a dozen processes.
+        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="warning", configure_logging=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ResourceError(f"Ray cluster {address or 'of this machine'}: {reason}; check --ray-address") from error

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from fastapi.testclient import TestClient
+from forked_programs import Program
 from prometheus_client.parser import text_string_to_metric_families
 from promql_parser import AggregateExpr, BinaryExpr, MatchOp, VectorSelector, parse, walk
 from served_store import make_store, make_tokens, running
@@ -247,21 +248,21 @@ def _cache_process(folder: Path, teacher: TinyTeacher, port: int) -> Iterator[Ca
     tars = write_tars(folder, 4, 4, 12, 4)
     store = folder / "cache.zarr"
     cache(cache_config(tars[:1], teacher, store, capacity=12))
-    command = [sys.executable, "-m", "teacher_service", "cache", *tars, *teacher.arguments, "--checkpoint",
+    command = ["cache", *tars, *teacher.arguments, "--checkpoint",
                teacher.checkpoint, "--store", store, "--workers", "0", "--batch-size", "4", "--tap-codec", "f16",
                "--capacity", "12", "--metrics-port", str(port)]  # fmt: skip
-    with open_leases(open_store(store).objects, 120) as leases, (folder / "cache.log").open("w") as log:
+    with open_leases(open_store(store).objects, 120) as leases:
         assert leases.take(2)
         assert leases.take(3)
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = Program("teacher-service", command, folder)
         try:
             yield leases.release
-            assert process.poll() is None, (folder / "cache.log").read_text()
+            assert process.poll() is None, process.communicate()
             leases.release(3)
-            assert process.wait(60) == 0, (folder / "cache.log").read_text()
+            _, errors = process.communicate(60)
+            assert process.returncode == 0, errors
         finally:
             process.kill()
-            process.wait()
 
 
 def _ask_for_everything(started: Any, store: Path, tokens: dict[str, str]) -> None:

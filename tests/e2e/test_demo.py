@@ -4,10 +4,9 @@ import base64
 import json
 import re
 import shlex
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from html.parser import HTMLParser
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,6 @@ from demo.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 METHODS = ["No distillation", "KD", "FD", "ScaleKD, store", "ScaleKD, live"]
-
-
-def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "demo", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 class ReportReader(HTMLParser):
@@ -61,9 +55,10 @@ class ReportReader(HTMLParser):
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "out"
-    done = run_demo("--quick", "--out", str(folder))
-    assert done.returncode == 0, done.stderr
-    (folder / "stdout.txt").write_text(done.stdout)
+    printed = StringIO()
+    with redirect_stdout(printed):
+        assert main(["--quick", "--out", str(folder)]) == 0
+    (folder / "stdout.txt").write_text(printed.getvalue())
     return folder
 
 

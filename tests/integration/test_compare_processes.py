@@ -4,14 +4,13 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked_programs import Program
 from training_world import shared_world
 
 from feature_store.errors import FailedError
@@ -77,13 +76,12 @@ def test_other_runs_finish_when_one_is_killed(tmp_path, capsys):
 
 def test_runs_end_with_the_sweep_when_it_is_killed(tmp_path):
     config = sweep(tmp_path, "{one: {epochs: 100000, val_every: 100000, log_every: 1}}")
-    command = [sys.executable, "-m", "student_trainer", "compare", str(config.sweep), "--out", str(config.folder),
-               "--processes", "2", "--set", *config.set]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as main:
-        one = config.folder / "runs" / "one-seed0"
-        wait_until(lambda: steps(one) > 2)
-        children = Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split()
-        main.kill()
+    command = ["compare", config.sweep, "--out", config.folder, "--processes", "2", "--set", *config.set]
+    main = Program("student-trainer", command, tmp_path)
+    one = config.folder / "runs" / "one-seed0"
+    wait_until(lambda: steps(one) > 2)
+    children = Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split()
+    main.kill()
     assert len(children) >= 1
     wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
     done = steps(one)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked_programs import Program
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, with_options, write_tar, write_tars
 
 from feature_store import open_store
@@ -27,6 +28,7 @@ from teacher_service.share.leases import open_leases
 from teacher_service.stopping import Stop
 
 UNITS, VIEWS = 24, 2
+RAY = {"RAY_enable_worker_prestart": "0", "RAY_USAGE_STATS_ENABLED": "0"}  # no process that the job does not use
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -64,11 +66,10 @@ def _command(config: CacheConfig, *options: str) -> list[str]:
             "--batch-size", "4", *options]  # fmt: skip
 
 
-def _start(*arguments: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def _start(*arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -80,7 +81,7 @@ def _committed(config: CacheConfig) -> int:
     return len(list(config.store.glob("commits/*.json")))
 
 
-def _wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen | Program) -> None:
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
@@ -223,7 +224,7 @@ def test_ray_actors_write_the_same_bytes_when_one_is_killed(
     tmp_path: Path, job: Callable[..., CacheConfig], whole: dict[str, bytes]
 ) -> None:
     config = job(tmp_path / "store")
-    process = _start(*_command(config, "--engine", "ray", "--num-actors", "2", "--json"))
+    process = _start(*_command(config, "--engine", "ray", "--num-actors", "2", "--json"), **RAY)
 
     _wait_for(lambda: _committed(config) >= 4, process)
     actors = _pids(lambda command, _: command.startswith("ray::_Worker"))
@@ -244,7 +245,7 @@ def test_an_error_of_a_ray_actor_reaches_the_user_when_a_sample_is_unreadable(
     broken = {"__key__": "broken", "png": b"no image", "cls": b"0"}
     tar = write_tar(tmp_path / "bad.tar", [*noise_samples("whole", 3), broken])
     config = cache_config([tar], tiny_swin, tmp_path / "store")
-    process = _start(*_command(config, "--engine", "ray", "--num-actors", "1", "--tap-codec", "f16", "--strict"))
+    process = _start(*_command(config, "--engine", "ray", "--num-actors", "1", "--tap-codec", "f16", "--strict"), **RAY)
 
     _, errors = process.communicate(timeout=120)
 
@@ -262,7 +263,7 @@ def test_cache_ends_within_ten_seconds_of_a_signal_when_a_unit_takes_longer(
     command = _command(config)
     command[command.index("--views") + 1] = "64"  # minutes of work
     command[command.index("--workers") + 1] = "1"
-    process = _start(*command)
+    process = Program("teacher-service", command[1:], tmp_path, new_session=True)
     _wait_for((config.store / ".locks/lease-u00000").exists, process)
     time.sleep(2)  # for the decode worker, which gets the signal too
 

@@ -1,15 +1,13 @@
 """Machines that share a cache job in a bucket: each unit is computed once, a dead machine's units by another."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forked_programs import Program
 from servers import s3_server
 from tiny_jobs import TinyTeacher, cache_config, store_files, write_tars
 
@@ -42,23 +40,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tars: tuple[str, ...], tiny_
 @pytest.fixture
 def start(
     tmp_path: Path, tars: tuple[str, ...], tiny_swin: TinyTeacher, url: str
-) -> Iterator[Callable[[str], subprocess.Popen]]:
+) -> Iterator[Callable[[str], Program]]:
     """Starts the job on a machine: a process with a temporary folder of its own, so that it sees no other's locks."""
     machines = []
 
-    def start(machine: str) -> subprocess.Popen:
+    def start(machine: str) -> Program:
         (tmp_path / machine).mkdir()
         command = ["cache", *tars, *tiny_swin.arguments, "--checkpoint", str(tiny_swin.checkpoint), "--store", url,
                    "--workers", "0", "--batch-size", "4", "--lease-seconds", str(LEASE_SECONDS), "--json"]  # fmt: skip
-        machines.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "teacher_service", *command],
-                env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / machine)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        machines.append(Program("teacher-service", command, tmp_path, environment={"TMPDIR": str(tmp_path / machine)}))
         return machines[-1]
 
     yield start
@@ -77,13 +67,13 @@ def _committed(url: str) -> int:
     return len(open_objects(url).list("commits/u"))
 
 
-def _units_written(process: subprocess.Popen) -> int:
+def _units_written(process: Program) -> int:
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return json.loads(output)["units_written"]
 
 
-def _signal_at_work(process: subprocess.Popen, url: str, number: signal.Signals) -> list[str]:
+def _signal_at_work(process: Program, url: str, number: signal.Signals) -> list[str]:
     """Signal a process that has committed units and holds others; the leases it holds."""
     while _committed(url) < 2:
         assert process.poll() is None, process.communicate()
@@ -95,7 +85,7 @@ def _signal_at_work(process: subprocess.Popen, url: str, number: signal.Signals)
 
 
 def test_machines_share_the_units_of_a_bucket_when_they_start_at_once(
-    url: str, start: Callable[[str], subprocess.Popen], whole: dict[str, bytes]
+    url: str, start: Callable[[str], Program], whole: dict[str, bytes]
 ) -> None:
     first, second = start("first"), start("second")
     written = [_units_written(first), _units_written(second)]
@@ -105,7 +95,7 @@ def test_machines_share_the_units_of_a_bucket_when_they_start_at_once(
 
 
 def test_a_killed_machines_units_are_computed_by_another(
-    url: str, start: Callable[[str], subprocess.Popen], whole: dict[str, bytes]
+    url: str, start: Callable[[str], Program], whole: dict[str, bytes]
 ) -> None:
     doomed = start("doomed")
     assert _signal_at_work(doomed, url, signal.SIGKILL)
@@ -115,7 +105,7 @@ def test_a_killed_machines_units_are_computed_by_another(
 
 
 def test_a_suspended_machine_that_comes_back_does_no_harm(
-    url: str, start: Callable[[str], subprocess.Popen], whole: dict[str, bytes]
+    url: str, start: Callable[[str], Program], whole: dict[str, bytes]
 ) -> None:
     suspended = start("suspended")
     assert _signal_at_work(suspended, url, signal.SIGSTOP)

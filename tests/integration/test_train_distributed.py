@@ -14,7 +14,7 @@ from training_world import TIMING, changed, samples, shared_world, train_config,
 
 from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.engine.checkpoint import load_checkpoint
-from student_trainer.engine.distributed import Group, synchronise_batchnorm
+from student_trainer.engine.distributed import Group
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.plan import resolve
@@ -169,13 +169,3 @@ def test_torchrun_trains_and_prints_once_when_it_starts_the_command(config, tmp_
     assert json.loads(done.stdout)["steps"] == 3
     assert done.stderr.count("epoch 1/1: loss") == 1
     assert len(lines(config, "epoch")) == 1
-
-
-def test_batchnorm_is_synchronised_when_processes_have_gpus():
-    student = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
-    names = list(student.state_dict())
-    synchronised = synchronise_batchnorm(student, Group(0, 2, 0), torch.device("cuda"))
-    assert isinstance(synchronised[1], torch.nn.SyncBatchNorm)
-    assert list(synchronised.state_dict()) == names
-    plain = torch.nn.BatchNorm2d(4)
-    assert synchronise_batchnorm(plain, Group(), torch.device("cpu")) is plain

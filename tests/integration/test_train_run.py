@@ -26,6 +26,7 @@ from student_trainer.cli import main
 from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.data.loader import BatchLoader
 from student_trainer.data.replayed import StoredViews
+from student_trainer.engine.callbacks import Callback
 from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.engine.optimizer import make_scheduler
@@ -123,9 +124,17 @@ def test_run_needs_no_store_when_the_teacher_is_live(config):
     assert lines(config, "step")[0]["loss"].keys() == SCALEKD_TERMS
 
 
-def test_run_names_unreadable_samples_when_there_is_no_store(config, capsys):
+class ReadsAtEpochEnds(Callback):
+    """Has a run read its steps as it does on a GPU that logs less often than once an epoch."""
+
+    def on_start(self, run: Run) -> None:
+        run.reads_every_step = False
+
+
+@pytest.mark.parametrize("callbacks", [[], [ReadsAtEpochEnds()]])
+def test_run_names_unreadable_samples_when_there_is_no_store(config, capsys, callbacks):
     config = changed(config, store=None, method="none", num_classes=4, views=ViewsConfig(size=SIZE), batch_size=13)
-    train(config)
+    train(replace(config, log_every=100), callbacks=callbacks)
     left_out = lines(config, "unreadable")
     assert [line["epoch"] for line in left_out] == [0, 1]
     assert all("train-0.tar/a009: not an image" in line["samples"][0] for line in left_out)
@@ -238,7 +247,8 @@ def test_gradients_are_clipped_when_asked(config):
     assert moved[None] > 0.1
 
 
-def test_run_stops_and_names_the_rows_when_the_loss_is_not_finite(config, monkeypatch):
+@pytest.mark.parametrize("callbacks", [[], [ReadsAtEpochEnds()]])
+def test_run_stops_and_names_the_rows_when_the_loss_is_not_finite(config, monkeypatch, callbacks):
     """The checkpoint there is stays."""
     outputs, calls = StoreSide.outputs, []
 
@@ -251,7 +261,7 @@ def test_run_stops_and_names_the_rows_when_the_loss_is_not_finite(config, monkey
 
     monkeypatch.setattr(StoreSide, "outputs", broken)
     with pytest.raises(UserError) as raised:
-        train(config)
+        train(replace(config, log_every=100), callbacks=callbacks)
     row = calls[4]
     assert re.search(
         rf"not finite at step 4 \(epoch 1\): task [\d.]+, stage3_original nan.*first rows of the batch: "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_programs import Program
 from process_runs import run_group, start_group, wait_for_lines
 from stopped_runs import at_update
 from training_world import TIMING, shared_world, train_config
@@ -188,16 +189,16 @@ def is_running(pid: int) -> bool:
 
 def test_run_leaves_no_process_when_killed(config):
     arguments = [
-        sys.executable, "-m", "student_trainer", "train", "--run", str(config.run), "--student", "test_resnet",
+        "train", "--run", str(config.run), "--student", "test_resnet",
         "--tars", *config.tars, "--store", config.teacher.store, "--scalekd.no-tpp", "--epochs", "10000",
         "--batch-size", "8", "--workers", "2", "--device", "cpu", "--log-every", "1", "--no-progress",
     ]  # fmt: skip
-    with subprocess.Popen(arguments) as process:
-        metrics = config.run / "metrics.jsonl"
-        while process.poll() is None and (not metrics.is_file() or metrics.read_bytes().count(b"\n") < 2):
-            time.sleep(0.1)
-        children = list(descendants(process.pid))
-        process.kill()
+    process = Program("student-trainer", arguments, config.run.parent)
+    metrics = config.run / "metrics.jsonl"
+    while process.poll() is None and (not metrics.is_file() or metrics.read_bytes().count(b"\n") < 2):
+        time.sleep(0.1)
+    children = list(descendants(process.pid))
+    process.kill()
     assert len(children) >= 4  # fork server, resource tracker, two workers
     deadline = time.monotonic() + 60
     while any(map(is_running, children)) and time.monotonic() < deadline:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from feature_store import processes
-from feature_store.processes import become_worker, usable_cpus
+from feature_store.processes import SHIELDED, become_worker, usable_cpus
 
 _PARENT = """
 import multiprocessing, sys, threading
@@ -55,6 +55,37 @@ def test_worker_ends_when_its_parent_is_killed(tmp_path, method):
             time.sleep(0.05)
         assert len(pids) == 2
         assert not alive
+
+
+_SHIELDED_SERVER = """
+import multiprocessing, sys
+sys.path.insert(0, {folder!r})
+from test_processes import blocked
+from feature_store.processes import shielded_forkserver
+if __name__ == "__main__":
+    ours = shielded_forkserver([])
+    for context in (ours, multiprocessing.get_context("forkserver")):
+        receiver, sender = context.Pipe(duplex=False)
+        worker = context.Process(target=blocked, args=(sender,))
+        worker.start()
+        print(receiver.recv())
+        worker.join()
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        print(pool.apply(abs, (-1,)))
+    print("ended")
+"""
+
+
+def blocked(results):
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    results.send(len(mask & SHIELDED))
+
+
+def test_shielded_fork_server_blocks_signals_in_its_own_workers_alone(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(_SHIELDED_SERVER.format(folder=str(Path(__file__).parent)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [str(len(SHIELDED)), "0", "1", "ended"]
 
 
 def ignored(results):

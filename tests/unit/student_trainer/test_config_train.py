@@ -6,6 +6,7 @@ import tyro
 from training_world import changed
 
 from feature_store.errors import InputError
+from student_trainer.cli import main
 from student_trainer.config import OptimConfig, TrainConfig, config_to_dict
 from student_trainer.teachers.config import (
     LiveOptions,
@@ -48,6 +49,13 @@ GOOD = TrainConfig(run=Path("r"), student="test_resnet", tars=("a.tar",), teache
 def test_config_is_refused_when_it_cannot_work(change, message):
     with pytest.raises(InputError, match=message):
         changed(GOOD, **change)
+
+
+def test_help_states_the_defaults_of_the_teachers_options_plainly(capsys):
+    assert main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "Height and width of a view, in pixels. (default: 224)" in printed
+    assert "default if used" not in printed
 
 
 @pytest.mark.parametrize(

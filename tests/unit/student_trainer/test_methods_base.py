@@ -9,7 +9,7 @@ import torch
 from method_batches import logits_batch, small_batch
 
 from feature_store.errors import InputError
-from student_trainer.methods import METHODS, Method, TaskOnly, TeacherOutput, Terms, find_method
+from student_trainer.methods import METHODS, Method, Needs, TaskOnly, TeacherOutput, Terms, find_method
 from student_trainer.methods.criterion import cross_entropy
 
 
@@ -48,7 +48,7 @@ def test_plain_training_is_the_task_loss_alone():
     terms = small.terms(method, logits=None)
     assert terms.weights == {"task": 1.0}
     torch.testing.assert_close(terms.total, cross_entropy(small.student.logits, small.batch.labels))
-    assert tuple(method.needs) == ((), False, False, False)
+    assert method.needs == Needs(some_labels=True)
     assert not TaskOnly.requires_teacher
     assert [name for name, found in METHODS.items() if not found.requires_teacher] == ["none"]
 

@@ -9,6 +9,7 @@ from method_batches import SmallBatch, small_batch
 from feature_store.errors import InputError
 from student_trainer.methods import (
     METHODS,
+    Needs,
     ScaleKD,
     SeveralTeachers,
     StudentOutput,
@@ -102,10 +103,11 @@ def test_kd_is_off_when_no_teacher_has_a_classifier(first, second):
 def test_needs_are_those_of_all_teachers_and_each_has_its_own(first, second):
     dropped = replace(second, teacher=replace(second.teacher, split=replace(second.teacher.split, prefix="dropped")))
     method = several("scalekd", [1.0, 1.0], [dropped, first])
-    assert tuple(method.needs) == (("stage4", "stage3_prefix"), True, False, True)
+    assert method.needs == Needs(("stage4", "stage3_prefix"), logits=True, tail=True)
     assert [part.needs.taps for part in method.methods] == [("stage4",), ("stage4", "stage3_prefix")]
-    assert tuple(several("nkd", [1.0], [first]).needs) == ((), True, True, False)
-    assert tuple(several("fd", [1.0], [first]).needs) == (("stage4",), False, False, False)
+    assert several("nkd", [1.0], [first]).needs == Needs(logits=True, labels=True)
+    assert several("fd", [1.0], [first]).needs == Needs(("stage4",))
+    assert several("none", [1.0, 1.0], [first, second]).needs == Needs(some_labels=True)
 
 
 def test_projectors_are_separate_for_each_teacher(first, second):
