@@ -24,7 +24,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Remedy(StrEnum):
-    """A remedy that is a command; the programs print the command, see ``feature_store.tools.remedies``."""
+    """A remedy that is a command or option; the programs print it, see ``feature_store.tools.remedies``."""
 
     WRITE_STORE = "write-store"
     FINISH_STORE = "finish-store"
@@ -32,13 +32,19 @@ class Remedy(StrEnum):
     RETRY_QUARANTINED = "retry-quarantined"
     REPAIR = "repair"
     EXACT_CODEC = "exact-codec"
+    LOCAL_CHECKPOINT = "local-checkpoint"
+    MODEL_OPTIONS = "model-options"
+    TOKEN = "token"
+    ADD_TARS = "add-tars"
+    ALLOW_PIPE = "allow-pipe"
+    LABELS = "labels"
 
 
 class UserError(Exception):
     """Base of everything a user can cause or meet. The message says what, got, expected and the next step.
 
     Attributes:
-        remedy: The command that is the next step, if one is.
+        remedy: The command or option that is the next step, if one is.
     """
 
     exit_code = 2

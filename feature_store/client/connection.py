@@ -141,7 +141,7 @@ def read_token(file: Path) -> str:
     try:
         token = read_secret_file(file, shared=True).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--token-file {file} cannot be read: {error}") from error
+        raise InputError(f"the token file {file} cannot be read: {error}") from error
     if not token:
-        raise InputError(f"--token-file {file} is empty; put the token into it, on one line")
+        raise InputError(f"the token file {file} is empty; put the token into it, on one line")
     return token

@@ -16,7 +16,7 @@ import numpy as np
 from feature_store.client import frames
 from feature_store.client.problems import RETRIED_STATUSES, error_class
 from feature_store.client.transport import LOST, Body, HttpTransport, Response, Transport
-from feature_store.errors import InputError, ResourceError, UserError, WireError
+from feature_store.errors import InputError, Remedy, ResourceError, UserError, WireError
 
 T = TypeVar("T")
 
@@ -183,7 +183,7 @@ class ServiceClient:
         problem = _problem(answer)
         detail = problem.get("detail") or f"{method} {self.url}{target} was answered with status {answer.status}"
         if answer.status in (401, 403):
-            return InputError(f"{self.url} refuses: {detail}; give the token with --token-file or its variable"), 0.0
+            return InputError(f"{self.url} refuses: {detail}; give its token", remedy=Remedy.TOKEN), 0.0
         error = error_class(str(problem.get("type", "")), answer.status)
         return error(f"{self.url}: {detail}"), _retry_after(answer)
 

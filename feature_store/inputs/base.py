@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from feature_store.errors import ImageError, InputError
+from feature_store.errors import ImageError, InputError, Remedy
 from feature_store.views import decode_image
 
 NO_LABEL = -1
@@ -91,13 +91,14 @@ def require_position(source: SampleSource, position: int) -> None:
         raise ImageError(source.problems[position])
 
 
-def require_usable(sources: Sequence[SampleSource], what: str, remedy: str) -> None:
+def require_usable(sources: Sequence[SampleSource], what: str, remedy: str, command: Remedy | None = None) -> None:
     """Refuse sources without a single usable sample; stops at the first usable one.
 
     Args:
         sources: The sources.
         what: Their noun, in the plural: ``tars``.
         remedy: The next step.
+        command: The command or option that is another one.
 
     Raises:
         InputError: None of the samples can be used.
@@ -112,7 +113,8 @@ def require_usable(sources: Sequence[SampleSource], what: str, remedy: str) -> N
             return
     raise InputError(
         f"none of the {sum(map(len, sources))} samples of {len(sources)} {what} can be used; the first, {first}. "
-        f"{remedy}"
+        f"{remedy}",
+        remedy=command,
     )
 
 

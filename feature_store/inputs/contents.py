@@ -25,7 +25,7 @@ _OTHERS = {
     b"PK": ("a zip archive", "unpack it and make a tar of its files"),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it and make a tar of its files"),
     b"Rar!": ("a rar archive", "unpack it and make a tar of its files"),
-    b"PAR1": ("a Parquet file", "give --input-format parquet"),
+    b"PAR1": ("a Parquet file", "give the input format parquet"),
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "fetch the file with `git lfs pull`"),
 }
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from feature_store.errors import InputError, ResourceError
+from feature_store.errors import InputError, Remedy, ResourceError
 from feature_store.inputs.base import NO_LABEL
 from feature_store.inputs.labels import LabelReader
 from feature_store.inputs.listed import ListedUnit
@@ -135,18 +135,20 @@ def _with_labels(
     if loose and labels.policy == "required":
         raise InputError(
             f"folder {root} holds {len(loose)} images outside of class folders, the first {loose[0]}; move each into "
-            "the folder of its class, or give --labels optional or --labels none"
+            "the folder of its class, or open it with labels optional or none",
+            remedy=Remedy.LABELS,
         )
     used = {path.split("/", 1)[0] for path, _ in found}
     if not labels.classes and (empty := [name for name in folders if name not in used]):
         raise InputError(
             f"folder {root} has {len(empty)} class folders without an image, the first {empty[0]!r}: they would shift "
-            "the class indexes; remove them, or name all classes with --classes"
+            "the class indexes; remove them, or name all classes",
+            remedy=Remedy.LABELS,
         )
     classes = tuple(labels.classes) or tuple(folders)
     if unknown := [name for name in folders if name not in set(classes)]:
         raise InputError(
-            f"folder {root} has the class folder {unknown[0]!r}, which is none of the {len(classes)} --classes; "
+            f"folder {root} has the class folder {unknown[0]!r}, which is none of the {len(classes)} classes listed; "
             "correct the list or the folder"
         )
     index = {name: at for at, name in enumerate(classes)}

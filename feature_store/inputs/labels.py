@@ -103,7 +103,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
         lines = path.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"--classes {path} cannot be read: {error}; name a text file of one class name a line"
+            f"the list of classes {path} cannot be read: {error}; name a text file of one class name a line"
         ) from error
     names = tuple(line.strip() for line in lines)
     while names and not names[-1]:
@@ -111,11 +111,11 @@ def read_classes(path: Path) -> tuple[str, ...]:
     if not names or "" in names:
         where = f"line {names.index('') + 1} is empty" if names else "it is empty"
         raise InputError(
-            f"--classes {path}: {where}, expected one class name a line in order of the indexes; correct it"
+            f"the list of classes {path}: {where}, expected one class name a line in order of the indexes; correct it"
         )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"--classes {path} lists {twice!r} twice, expected each class once; correct it")
+        raise InputError(f"the list of classes {path} has {twice!r} twice, expected each class once; correct it")
     return names
 
 
@@ -143,7 +143,7 @@ class TarLabels:
         member, *path = (field or LABEL_EXTENSION).split(".")
         if member not in MEMBERS or bool(path) != (member == "json") or "" in path:
             raise InputError(
-                f"--label-field is {field!r}, expected for tars: cls, txt, or json.NAME such as json.label"
+                f"label_field is {field!r}, expected for tars: cls, txt, or json.NAME such as json.label"
             )
         plain = member == LABEL_EXTENSION and not classes
         rule = LabelRule(member, policy == "required", CLASS_INDEX.most_bytes if plain else _MOST_BYTES)

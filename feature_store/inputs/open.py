@@ -83,7 +83,7 @@ def _info(patterns: Sequence[str], options: TarOptions) -> InputInfo:
         return InputInfo("tar", options.labels, options.label_field or "", classes)
     if kind == "folder" and options.label_field is not None:
         raise InputError(
-            f"--label-field is {options.label_field!r}, expected none with a folder: its class folders are the labels"
+            f"label_field is {options.label_field!r}, expected none with a folder: its class folders are the labels"
         )
     return InputInfo(
         kind, options.labels, options.label_field or "", classes, options.unit_samples, options.shuffle_seed
@@ -128,6 +128,6 @@ def _only_folder(patterns: Sequence[str]) -> Path:
     if len(patterns) != 1 or folder is None:
         given = ", ".join(patterns) or "nothing"
         raise InputError(
-            f"--input-format folder takes one folder that is there, got {given}; give the folder of class folders"
+            f"input format folder takes one folder that is there, got {given}; give the folder of class folders"
         )
     return folder

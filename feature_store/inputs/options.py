@@ -52,9 +52,9 @@ class SourceOptions(TarOptions):
             InputError: Names the option, the value and what is accepted.
         """
         if not 1 <= self.unit_samples <= 2**24:
-            raise InputError(f"--unit-samples is {self.unit_samples}, expected 1 to {2**24}")
+            raise InputError(f"unit_samples is {self.unit_samples}, expected 1 to {2**24}")
         if not 0 <= self.shuffle_seed < 2**64:
-            raise InputError(f"--shuffle-seed is {self.shuffle_seed}, expected an unsigned 64-bit integer")
+            raise InputError(f"shuffle_seed is {self.shuffle_seed}, expected an unsigned 64-bit integer")
 
 
 DEFAULT = TarOptions()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from feature_store.errors import ImageError, InputError, ResourceError
+from feature_store.errors import ImageError, InputError, Remedy, ResourceError
 from feature_store.inputs.base import NO_LABEL
 from feature_store.inputs.labels import LabelReader
 from feature_store.inputs.listed import ListedUnit
@@ -238,7 +238,8 @@ def _columns(files: Sequence[TableFile], field: str, policy: str) -> tuple[str, 
             return image, None, ()
         raise InputError(
             f"{files[0].path} has no column {label or ' or '.join(LABEL_COLUMNS)}, got {', '.join(schema.names)}; name "
-            "the column of labels with --label-field, or give --labels none"
+            "the column of labels, or open it with labels none",
+            remedy=Remedy.LABELS,
         )
     return image, label, _class_names(schema.metadata or {}, label)
 

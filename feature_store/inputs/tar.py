@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from webdataset.gopen import rewrite_url
 
 from feature_store.backends.local import OpenFile
-from feature_store.errors import ImageError, InputError, ResourceError, UserError
+from feature_store.errors import ImageError, InputError, Remedy, ResourceError, UserError
 from feature_store.inputs.base import NO_LABEL, Sample, require_position, require_usable, source_notes
 from feature_store.inputs.copies import local_tar
 from feature_store.inputs.indexing import Indexer
@@ -215,8 +215,8 @@ def open_tars(patterns: Sequence[str], options: TarOptions = DEFAULT, labels: Ta
     require_usable(
         tars,
         "tars",
-        f"Give every sample one image and {where} its class index in decimal digits: labels in json or txt members are "
-        "read with --label-field, words with --classes, and samples without labels with --labels optional",
+        f"Give every sample one image and {where} its class index in decimal digits, or say which labels they have",
+        Remedy.LABELS,
     )
     return tars
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from feature_store.errors import InputError, MismatchError
+from feature_store.errors import InputError, MismatchError, Remedy
 from feature_store.format.manifest import InputInfo
 from feature_store.inputs.base import SampleSource
 from feature_store.inputs.open import open_sources
@@ -39,7 +39,7 @@ def find_tar(store: "Store", unit: int, tars: Iterable[_Source]) -> _Source:
         if tar.name == info.name and tar.header_sha256 not in known:
             return unit_tar(store, unit, tar)  # which says what differs
     given = ", ".join(tar.name for tar in others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
-    raise InputError(f"tar {info.name} is not among those given ({given or 'none'}); add it to --tars")
+    raise InputError(f"tar {info.name} is not among those given ({given or 'none'})", remedy=Remedy.ADD_TARS)
 
 
 def unit_tar(store: "Store", unit: int, tar: _Source) -> _Source:

@@ -13,7 +13,7 @@ from webdataset.gopen import gopen_curl, gopen_schemes, rewrite_url
 from webdataset.shardlists import expand_urls
 
 from feature_store.backends.bucket import RemoteObjects
-from feature_store.errors import InputError
+from feature_store.errors import InputError, Remedy
 
 WEB, BUCKETS = ("http", "https"), ("s3", "gs")
 _OWN = ("", "file", *WEB, "hf", *BUCKETS)  # schemes that are read without a program
@@ -109,7 +109,8 @@ def _require_allowed(url: str, allow_pipe: bool) -> None:
     if not allow_pipe:
         raise InputError(
             f"tar {rewritten} would start a program ({parsed.scheme}: runs a command on this machine); if you trust "
-            "it, give --allow-pipe (in Python allow_pipe=True)"
+            "it, allow it (in Python allow_pipe=True)",
+            remedy=Remedy.ALLOW_PIPE,
         )
 
 

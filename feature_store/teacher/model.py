@@ -16,7 +16,7 @@ from timm.data.config import resolve_model_data_config
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
-from feature_store.errors import InputError, ResourceError
+from feature_store.errors import InputError, Remedy, ResourceError
 from feature_store.format.manifest import TeacherInfo
 from feature_store.teacher.split import split_teacher
 from feature_store.teacher.weights import CONVERT, explain_model_source, not_finite, python_objects, read_weights
@@ -168,7 +168,8 @@ def build_model(name: str, model_kwargs: Mapping[str, Any] | None = None, *, pre
         reason = str(error).strip().splitlines()[0]
         raise ResourceError(
             f"the pretrained weights of {name!r} could not be fetched ({reason}); "
-            "check the network or pass a local file with --checkpoint"
+            "check the network or pass a local file",
+            remedy=Remedy.LOCAL_CHECKPOINT,
         ) from error
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         if "weights_only" in str(error):  # torch's text explains how to switch the guard off
@@ -193,7 +194,8 @@ def _load_checkpoint(model: nn.Module, name: str, checkpoint: Path) -> None:
         reason = "; ".join(lines)
         raise InputError(
             f"checkpoint {checkpoint} does not fit {name}: {reason}; "
-            "check the model name and --model-kwargs (num_classes, img_size...)"
+            "check the model name and its arguments (num_classes, img_size...)",
+            remedy=Remedy.MODEL_OPTIONS,
         ) from error
     if broken := not_finite(model):
         raise InputError(

@@ -89,6 +89,7 @@ def run(
 
 def _run(app: tyro.extras.SubcommandApp, prog: str, arguments: list[str], lists: Collection[str], extra: str) -> int:
     try:
+        _refuse_unknown_command(app, arguments)
         _refuse_repeated_lists(arguments, lists)
         if logging.lastResort is not None:  # where warnings go without a configuration of logs
             logging.lastResort.setFormatter(LogFormatter())
@@ -135,6 +136,19 @@ def _refused(error: OSError) -> str:
 
 def _are_printable(arguments: Sequence[str]) -> bool:
     return all(map(str.isprintable, arguments))
+
+
+def _refuse_unknown_command(app: tyro.extras.SubcommandApp, arguments: Sequence[str]) -> None:
+    """Refuse what is no command; with --help behind it, tyro would print the program's help and exit with 0."""
+    for word in arguments:
+        known = app._subcommands  # tyro lists them nowhere else
+        if word.startswith("-"):
+            return
+        if word not in known:
+            raise InputError(f"the command is {word!r}, expected one of {', '.join(known)}; see --help")
+        if not isinstance(target := known[word].target, tyro.extras.SubcommandApp):
+            return
+        app = target
 
 
 def _refuse_repeated_lists(arguments: Sequence[str], lists: Collection[str]) -> None:

@@ -147,5 +147,5 @@ def replay_row(store: "Store", tar: "SampleSource", row: RowId) -> np.ndarray:
     pixels = replay_view(decode_image(sample.image), params, manifest.policy.size, manifest.view_encoding)
     software = store.committed.record(row.unit, row.view).software
     crc = int(store.pixel_crcs(row.unit, row.view)[row.position])
-    check_pixels(pixels, crc, sample.key, row.view, software.get("pillow", "of unknown version"))
+    check_pixels(pixels, crc, sample.key, row.view, software.get("pillow"))
     return pixels

@@ -1,4 +1,4 @@
-"""Commands that remedy an error."""
+"""Commands or options that remedy an error."""
 
 from feature_store.errors import Remedy
 
@@ -10,4 +10,11 @@ COMMANDS = {
     Remedy.RETRY_QUARANTINED: "fix the tar and run the same `teacher-service cache` command with --retry-quarantined",
     Remedy.EXACT_CODEC: "use --tap-codec f32 (--logits-codec f32 for logits)",
     Remedy.REPAIR: "run `feature-store repair STORE`, which says what it would do",
+    Remedy.LOCAL_CHECKPOINT: "pass it with --checkpoint",
+    Remedy.MODEL_OPTIONS: "see --model-kwargs",
+    Remedy.TOKEN: "give the token with --token-file or its variable",
+    Remedy.ADD_TARS: "add it to --tars",
+    Remedy.ALLOW_PIPE: "give --allow-pipe",
+    Remedy.LABELS: "fields are named with --label-field, classes with --classes; samples without labels need --labels "
+    "optional or --labels none",
 }

@@ -61,7 +61,7 @@ def pixel_crc(pixels: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(pixels))
 
 
-def check_pixels(pixels: np.ndarray, expected_crc: int, key: str, view: int, written_with: str) -> None:
+def check_pixels(pixels: np.ndarray, expected_crc: int, key: str, view: int, written_with: str | None) -> None:
     """Refuse a replayed view whose pixels are not those the teacher saw.
 
     Args:
@@ -69,7 +69,7 @@ def check_pixels(pixels: np.ndarray, expected_crc: int, key: str, view: int, wri
         expected_crc: The stored CRC-32.
         key: The sample's key.
         view: View index v.
-        written_with: Version of Pillow that wrote the store.
+        written_with: Version of Pillow that wrote the row; None if its record does not say.
 
     Raises:
         MismatchError: The CRC differs.
@@ -79,11 +79,13 @@ def check_pixels(pixels: np.ndarray, expected_crc: int, key: str, view: int, wri
         return
     if written_with == PIL.__version__:
         remedy = "the source image or its decoding libraries changed: use the tars and environment of the store"
+    elif written_with is None:
+        remedy = "use the tars and environment of the store, whose commit record names no version of Pillow"
     else:
         remedy = f"install pillow=={written_with}"
     raise MismatchError(
         f"pixels of sample {key!r}, view {view}",
-        expected=f"CRC-32 {expected_crc:08x} by Pillow {written_with}",
+        expected=f"CRC-32 {expected_crc:08x} by Pillow {written_with or 'of unknown version'}",
         got=f"CRC-32 {got:08x} by Pillow {PIL.__version__}",
         remedy=f"{remedy}, or train from materialised views, which need no replay",
     )

@@ -54,7 +54,7 @@ class _StoredUnit(NamedTuple):
     params: list[ViewParams | None]
     pixel_crcs: np.ndarray
     labels: np.ndarray
-    pillow: str  # version that made the pixels
+    pillow: str | None  # version that made the pixels
 
 
 class StoredViews:
@@ -119,7 +119,7 @@ class StoredViews:
 
     def _load(self, unit: int, view: int) -> _StoredUnit:
         store = self._store
-        pillow = store.committed.record(unit, view).software.get("pillow", "of unknown version")
+        pillow = store.committed.record(unit, view).software.get("pillow")
         return _StoredUnit(store.view_params(unit, view), store.pixel_crcs(unit, view), store.labels(unit), pillow)
 
 

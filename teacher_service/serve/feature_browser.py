@@ -30,7 +30,7 @@ _PAINTED = 64  # of them that decide what the colours mean
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class and its probability."""
+    """A predicted class and its probability."""
 
     label: int
     probability: float

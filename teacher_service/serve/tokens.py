@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from feature_store.client.secret_files import UntrustedFileError, read_secret_file
 from feature_store.errors import InputError, UserError
@@ -19,8 +21,7 @@ from feature_store.errors import InputError, UserError
 Scope = Literal["read", "compute", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = "^[A-Za-z0-9._-]{1,64}$"
 _PREFIX = "skc_"  # people and secret scanners know one when they see it
 _logger = logging.getLogger(__name__)
 
@@ -36,14 +37,17 @@ class Token:
         created: When, ISO 8601.
     """
 
-    name: str
-    sha256: str
+    name: Annotated[str, Field(pattern=_NAME)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     scopes: tuple[Scope, ...]
     created: str
 
     def allows(self, scope: Scope) -> bool:
         """Whether it is good for a scope."""
         return scope in self.scopes or "admin" in self.scopes
+
+
+_TOKEN = TypeAdapter(Token)
 
 
 def create_token(file: Path, name: str, scopes: Sequence[Scope]) -> str:
@@ -53,7 +57,7 @@ def create_token(file: Path, name: str, scopes: Sequence[Scope]) -> str:
         InputError: The name is taken or has other characters than letters, digits, dot, underscore and hyphen; no
             scope; or the file is not a token file.
     """
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(_NAME, name):
         raise InputError(f"--name is {name!r}, expected at most 64 letters, digits, dots, underscores and hyphens")
     if not scopes:
         raise InputError(f"--scope is empty, expected some of {', '.join(SCOPES)}")
@@ -130,13 +134,11 @@ class TokenFile:
 
 def _token(file: Path, number: int, line: str) -> Token:
     try:
-        fields: dict[str, Any] = json.loads(line)
-        token = Token(fields["name"], fields["sha256"], tuple(fields["scopes"]), fields["created"])
-        if _SHA256.fullmatch(token.sha256) and _NAME.fullmatch(token.name) and set(token.scopes) <= set(SCOPES):
-            return token
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise InputError(f"line {number} of {file} is no token; remove it, and make tokens with `token create` only")
+        return _TOKEN.validate_json(line)
+    except ValidationError:  # which shows the line: it may hold a secret
+        raise InputError(
+            f"line {number} of {file} is no token; remove it, and make tokens with `token create` only"
+        ) from None
 
 
 def _sha256(secret: str) -> str:

@@ -220,11 +220,11 @@ class _StoredView:
     labels: np.ndarray
     params: list[ViewParams | None]
     pixel_crcs: np.ndarray
-    pillow: str
+    pillow: str | None
 
     @classmethod
     def read(cls, store: Store, unit: int, view: int) -> "_StoredView":
-        pillow = store.committed.record(unit, view).software.get("pillow", "of unknown version")
+        pillow = store.committed.record(unit, view).software.get("pillow")
         crcs = store.pixel_crcs(unit, view)
         return cls(store.keys(unit), store.labels(unit), store.view_params(unit, view), crcs, pillow)
 

@@ -2,7 +2,6 @@
 
 import io
 import time
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from feature_store.format.addressing import RowId
 from feature_store.store import Store
 from feature_store.tools.terminal import printable
-from teacher_service.serve.feature_browser import TAP, FeatureBrowser, predictions
+from teacher_service.serve.feature_browser import TAP, FeatureBrowser, Prediction, predictions
 from teacher_service.serve.problems import Problem
 from teacher_service.serve.routes.parameters import MAX_INT, Served, Unit, View
 from teacher_service.serve.routing import Routes
@@ -104,13 +103,6 @@ class Samples(BaseModel):
     total: int
 
 
-class ClassEntry(BaseModel):
-    """A predicted class."""
-
-    label: int
-    probability: float
-
-
 class NeighbourEntry(BaseModel):
     """A row that is like another one."""
 
@@ -130,7 +122,7 @@ class RowEntry(BaseModel):
     tar: Shown
     key: Shown
     label: int
-    classes: list[ClassEntry]
+    classes: list[Prediction]
     neighbours: list[NeighbourEntry]
 
 
@@ -299,7 +291,7 @@ def _row(store: Store, browser: FeatureBrowser, row: RowId) -> RowEntry:
         tar=store.manifest.tars[row.unit].name,
         key=store.keys(row.unit)[row.position],
         label=int(store.labels(row.unit)[row.position]),
-        classes=[ClassEntry(**asdict(each)) for each in classes],
+        classes=classes,
         neighbours=[
             NeighbourEntry(**each.row._asdict(), key=each.key, similarity=each.similarity) for each in neighbours
         ],

@@ -108,7 +108,7 @@ def test_replayed_views_are_those_the_teacher_saw(store, tar):
 
 
 def test_replay_refuses_when_the_tar_is_missing_or_another(store, tmp_path):
-    with pytest.raises(InputError, match=r"tar tar-0.tar is not among those given \(none\); add it to --tars"):
+    with pytest.raises(InputError, match=r"tar tar-0.tar is not among those given \(none\)"):
         replay_views(store, [], np.array([[0, 0, 0]]))
     (tmp_path / "b").mkdir()
     other = write(tmp_path / "b" / "tar-0.tar", tar_bytes([("key/0-0.png", png(9)), ("key/0-0.cls", b"1")]))

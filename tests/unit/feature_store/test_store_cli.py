@@ -50,6 +50,8 @@ def test_errors_are_one_line_and_an_exit_code(tmp_path, capsys):
 
 def test_wrong_usage_exits_2(capsys):
     assert main(["inof"]) == 2
+    assert main(["inof", "--help"]) == 2
+    assert "the command is 'inof', expected one of info, verify, " in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
 

@@ -256,3 +256,10 @@ def test_check_pixels_points_at_the_source_when_pillow_is_the_same():
     pixels = apply_view(NOISE, PLAIN, 16)
     with pytest.raises(MismatchError, match="source image or its decoding libraries changed"):
         check_pixels(pixels, pixel_crc(pixels) ^ 1, "k", 0, PIL.__version__)
+
+
+def test_check_pixels_names_no_version_to_install_when_none_is_known():
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    with pytest.raises(MismatchError, match="by Pillow of unknown version.*use the tars and environment") as caught:
+        check_pixels(pixels, pixel_crc(pixels) ^ 1, "k", 0, None)
+    assert "pillow==" not in str(caught.value)
