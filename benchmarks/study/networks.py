@@ -28,7 +28,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def study_hybrid_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A ViT on the 4 x 4 map of a convolutional stem: 32 px, width 192, three blocks, mean of all tokens.
+    """A ViT on the 4 x 4 map of a convolutional stem: 32 px, width 96, three blocks, mean of all tokens.
 
     A stem of 3x3 convolutions learns CIFAR-100 in fewer images than one linear map per patch.
 
@@ -36,13 +36,13 @@ def study_hybrid_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained: No weights are published; a checkpoint is given by path.
         **kwargs: Fields of timm's VisionTransformer; ``stem``: channels of the stem's three convolutions.
     """
-    stem = kwargs.pop("stem", (48, 96, 192))
+    stem = kwargs.pop("stem", (32, 64, 128))
     arguments = {
         "img_size": 32,
         "patch_size": 1,
-        "embed_dim": 192,
+        "embed_dim": 96,
         "depth": 3,
-        "num_heads": 6,
+        "num_heads": 3,
         "class_token": False,
         "global_pool": "avg",
         "fc_norm": False,

@@ -45,7 +45,7 @@ class TeacherRecipe:
     name: str = "study_hybrid_32"
     model_kwargs: dict[str, Any] | None = None
     images: int | None = None
-    epochs: int = 16
+    epochs: int = 10
     batch_size: int = 128
     lr: float = 2e-3
     weight_decay: float = 0.05
@@ -107,7 +107,7 @@ class _Fit:
         self.losses: list[float] = []
         self._optimizer = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.lr)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer, recipe.lr, total_steps=recipe.epochs * self._batches + 1, pct_start=0.2
+            self._optimizer, recipe.lr, total_steps=recipe.epochs * self._batches + 1, pct_start=0.2, div_factor=10
         )
         data = resolve_model_data_config(model)
         self._mean, self._std = (torch.tensor(data[name]) * 255 for name in ("mean", "std"))
