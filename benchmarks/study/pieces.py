@@ -1,6 +1,5 @@
 """Pieces of the study: one question with some seeds, run by ``student-trainer compare``."""
 
-from pathlib import Path
 from typing import Any
 
 import yaml

@@ -32,9 +32,7 @@ class Results:
 
 def write_question(folder: Path, question: Question, comparison: Comparison) -> None:
     """Write a question's runs: no paths, numbers rounded to what they are worth."""
-    settings = {
-        setting.name: [_run(run) for run in setting.runs] for setting in comparison.settings if setting.runs
-    }
+    settings = {setting.name: [_run(run) for run in setting.runs] for setting in comparison.settings if setting.runs}
     content = {"question": question.name, "baseline": question.baseline, "settings": settings}
     _write(folder / f"{question.name}.json", content)
 

@@ -5,16 +5,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.study.data import Images
 from benchmarks.study.questions import STORES
 from benchmarks.study.teacher import train_teacher
 from benchmarks.study.tiers import Tier
+from feature_store import RowId, open_store
+from feature_store.tools.features import frequency_energy
 from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig, ComputeSpec, Inputs, StorageSpec, TeacherSpec, ViewSpec
 from teacher_service.plan.forecast import forecast
 from teacher_service.plan.survey import survey
 
+SPECTRUM_ROWS = 1000  # images whose features' frequencies are measured
 TIMED_SAMPLES = 256  # put through the pipeline before the first store, to predict what it takes
+_SPECTRA = ("int8", "weak")  # one store of each teacher
 
 
 class Workshop:
@@ -52,9 +58,7 @@ class Workshop:
         recipe = tier.teachers[spec.teacher]
         few = spec.few_labels
         return CacheConfig(
-            inputs=Inputs(
-                tars=self.images.few if few else self.images.train, labels="optional" if few else "required"
-            ),
+            inputs=Inputs(tars=self.images.few if few else self.images.train, labels="optional" if few else "required"),
             teacher=TeacherSpec(name=recipe.name, model_kwargs=recipe.model_kwargs or {}),
             checkpoint=self.teacher(spec.teacher),
             views=ViewSpec(
@@ -74,7 +78,9 @@ class Workshop:
     def reports(self) -> dict[str, Any]:
         """What teachers and stores said of themselves, as far as they are made."""
         found = {
-            kind: {path.parent.name if kind == "teachers" else path.stem: json.loads(path.read_text()) for path in paths}
+            kind: {
+                path.parent.name if kind == "teachers" else path.stem: json.loads(path.read_text()) for path in paths
+            }
             for kind, paths in {
                 "teachers": sorted(self.folder.glob("teachers/*/teacher.json")),
                 "stores": sorted(self.folder.glob("stores/*.json")),
@@ -82,4 +88,18 @@ class Workshop:
         }
         for store in found["stores"].values():
             store["job"].pop("store")  # a path of this machine
-        return found
+        return {
+            **found,
+            "spectra": {name: _spectrum(self.folder / "stores" / name) for name in found["stores"] if name in _SPECTRA},
+        }
+
+
+def _spectrum(path: Path) -> list[float]:
+    """Mean magnitude of F^t by the larger of a spatial frequency's two indices."""
+    store = open_store(path)
+    samples = min(SPECTRUM_ROWS, store.manifest.tars[0].samples)
+    rows = [RowId(0, position, 0) for position in range(samples)]
+    energy_HW = frequency_energy(store.source(["stage4"]).read(rows).taps["stage4"], store.manifest.split.output_grid)
+    height, width = np.indices(energy_HW.shape)
+    larger = np.maximum(height, width)
+    return [round(float(energy_HW[larger == index].mean()), 4) for index in range(larger.max() + 1)]

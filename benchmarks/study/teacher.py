@@ -188,7 +188,9 @@ def _shift_and_mirror(images_BHWC: Tensor, generator: torch.Generator) -> Tensor
     top, left = (torch.randint(2 * PADDING + 1, (count, 1), generator=generator) for _ in "hw")
     mirrored = torch.rand(count, 1, generator=generator) < 0.5
     columns = torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width))
-    return padded[torch.arange(count)[:, None, None], (top + torch.arange(height))[:, :, None], (left + columns)[:, None]]
+    return padded[
+        torch.arange(count)[:, None, None], (top + torch.arange(height))[:, :, None], (left + columns)[:, None]
+    ]
 
 
 @torch.no_grad()
