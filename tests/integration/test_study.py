@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_jobs import encode_image, write_tar
 
+from benchmarks.performance import write_page
 from benchmarks.study.__main__ import main
 from benchmarks.study.report import write_report
 from benchmarks.study.results import RESULTS
@@ -95,3 +96,8 @@ def test_unknown_question_is_refused_with_the_known_ones(study, capsys):
 def test_committed_page_is_what_the_committed_results_give(tmp_path):
     write_report(RESULTS, tmp_path)
     assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
+
+
+def test_committed_performance_page_is_what_the_recorded_results_give(tmp_path):
+    write_page(docs=tmp_path)
+    assert (tmp_path / "performance.md").read_text() == (DOCS / "performance.md").read_text()
