@@ -76,10 +76,8 @@ def _peer_rows(found: dict[str, Any]) -> Iterator[Row]:
     for key, label in (("peers", ""), ("peers, an earlier run", " (an earlier run)")):
         for name, works in found.get(key, {}).items():
             for work, sides in works.items():
-                yield (
-                    name + label, work, f"{sides['peer']['GB_per_s']:.2f} GB/s",
-                    f"{sides['store']['GB_per_s']:.2f} GB/s", f"{sides['store']['GB_per_s'] / sides['peer']['GB_per_s']:.1f}",
-                )  # fmt: skip
+                peer, store = sides["peer"]["GB_per_s"], sides["store"]["GB_per_s"]
+                yield name + label, work, f"{peer:.2f} GB/s", f"{store:.2f} GB/s", f"{store / peer:.1f}"
 
 
 def _http_rows(found: dict[str, Any]) -> Iterator[Row]:
