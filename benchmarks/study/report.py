@@ -15,6 +15,7 @@ from student_trainer.sweeps.comparison import Difference, paired_difference
 
 CONFIDENCE = 0.95
 FIGURES = "figures"
+POSITIONS = 16  # of the teacher's final map
 HERE = Path(__file__).parent
 _PAIRS = (("KD", "FD"), ("KD", "ScaleKD"), ("FD", "ScaleKD"))  # also compared with each other where methods are
 _ALSO = {
@@ -105,7 +106,37 @@ def _question(question: Question, cpu: Results, prediction: str, comment: str, d
         else:
             accuracy_figure(docs / FIGURES / name, points)
         parts.append(f"![{question.asks}]({FIGURES}/{name})")
+    if question.name == "ablation":
+        parts.append(_distances(found, question.settings(CPU)))
     return "\n\n".join([*parts, comment])
+
+
+def _distances(found: dict[str, Any], settings: Iterable[str]) -> str:
+    """How near the projected maps of stage 4 came to F^t, by setting."""
+    rows = []
+    for name in settings:
+        runs = found["settings"].get(name, [])
+        cosines = [
+            _cosine([run["terms"].get(f"stage4_{path}") for run in runs]) for path in ("original", "alternative")
+        ]
+        if runs and any(cosines):
+            rows.append((name, *cosines))
+    if not rows:
+        return ""
+    header = ("Setting", "Cosine, original view path", "Cosine, alternative view path")
+    return "\n\n".join(
+        [
+            "Mean cosine of the projected student map to the teacher's, over positions, in the last epoch; a path that a "
+            "setting does not train is left out.",
+            _table(header, rows),
+        ]
+    )
+
+
+def _cosine(losses: Sequence[float | None]) -> str:
+    """From L = 2 sum_n (1 - cos) / B."""
+    known = [1 - loss / 2 / POSITIONS for loss in losses if loss is not None]
+    return f"{mean(known):.3f}" if known else ""
 
 
 def _points(question: Question, found: dict[str, Any], settings: Iterable[str]) -> list[Point]:

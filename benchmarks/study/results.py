@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.study.questions import Question
 from benchmarks.study.stores import Workshop
+from student_trainer.engine.metrics import read_metrics
 from student_trainer.sweeps.comparison import Comparison, RunResult
 
 RESULTS = Path(__file__).with_name("results")
@@ -105,7 +106,13 @@ def _run(run: RunResult) -> dict[str, Any]:
         "seconds_per_step": None if run.seconds_per_step is None else round(run.seconds_per_step, 4),
         "teacher_seconds": round(run.teacher_seconds, 1),
         "task_loss": [round(loss, 3) for loss in run.task_loss],
+        "terms": {name: round(value, 3) for name, value in _last_terms(run.folder).items()},
     }
+
+
+def _last_terms(folder: Path) -> dict[str, float]:
+    """Every term of the loss in the last epoch, unweighted."""
+    return [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "epoch"][-1]["raw"]
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
