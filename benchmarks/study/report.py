@@ -126,8 +126,8 @@ def _distances(found: dict[str, Any], settings: Iterable[str]) -> str:
     header = ("Setting", "Cosine, original view path", "Cosine, alternative view path")
     return "\n\n".join(
         [
-            "Mean cosine of the projected student map to the teacher's, over positions, in the last epoch; a path that a "
-            "setting does not train is left out.",
+            "Mean cosine of the projected student map to the teacher's, over positions, in the last epoch; a path that "
+            "a setting does not train is left out.",
             _table(header, rows),
         ]
     )
