@@ -38,7 +38,8 @@ class Workshop:
     def teacher(self, name: str) -> Path:
         """The teacher's checkpoint, trained if it is not there."""
         folder = self.folder / "teachers" / name
-        train_teacher(self.tier.teachers[name], self.images.all_train, self.images.val, folder)
+        recipe, device = self.tier.teachers[name], self.tier.base["device"]
+        train_teacher(recipe, self.images.all_train, self.images.val, folder, device)
         return folder / "teacher.safetensors"
 
     def store(self, name: str) -> Path:
@@ -69,7 +70,8 @@ class Workshop:
             storage=StorageSpec(tap_codec=spec.codec),
             compute=ComputeSpec(
                 batch_size=tier.cache_batch,
-                workers=tier.base.get("workers", 0),
+                workers=tier.base["workers"],
+                device=tier.base["device"],
                 time_samples=TIMED_SAMPLES if spec.all_views and tier.name != "tiny" else 0,
             ),
             store=path,

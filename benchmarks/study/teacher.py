@@ -53,7 +53,9 @@ class TeacherRecipe:
     side: int = 32
 
 
-def train_teacher(recipe: TeacherRecipe, tars: Sequence[str], val_tars: Sequence[str], folder: Path) -> dict[str, Any]:
+def train_teacher(
+    recipe: TeacherRecipe, tars: Sequence[str], val_tars: Sequence[str], folder: Path, device: str = "cpu"
+) -> dict[str, Any]:
     """Train, or go on from the last whole epoch; a finished one is only reported.
 
     Args:
@@ -61,6 +63,7 @@ def train_teacher(recipe: TeacherRecipe, tars: Sequence[str], val_tars: Sequence
         tars: Training images.
         val_tars: Test images, looked at once, after the last epoch.
         folder: Gets ``teacher.safetensors``, ``teacher.json`` (the report) and ``state.pt`` while training.
+        device: Where it is trained, e.g. cuda; images lie there as a whole.
 
     Returns:
         The report: recipe, top-1 in percent, seconds of wall and CPU, number of weights.
@@ -70,15 +73,17 @@ def train_teacher(recipe: TeacherRecipe, tars: Sequence[str], val_tars: Sequence
         return json.loads(report.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    model = build_model(recipe.name, recipe.model_kwargs).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    images, labels = _load(tars)
-    images, labels = images[: recipe.images], labels[: recipe.images]
+    model = build_model(recipe.name, recipe.model_kwargs).to(device)
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    images, labels = (part[: recipe.images].to(device) for part in _load(tars))
     fit = _Fit(model, recipe, images, labels, folder / "state.pt")
     while fit.epoch < recipe.epochs:
         fit.one_epoch()
     model.eval()
-    top1 = _top1(model, *_load(val_tars))
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "teacher.safetensors")
+    top1 = _top1(model, *(part.to(device) for part in _load(val_tars)))
+    save_file(
+        {name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / "teacher.safetensors"
+    )
     said = {
         "recipe": asdict(recipe),
         "top1": top1,
@@ -109,8 +114,7 @@ class _Fit:
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._optimizer, recipe.lr, total_steps=recipe.epochs * self._batches + 1, pct_start=0.2, div_factor=10
         )
-        data = resolve_model_data_config(model)
-        self._mean, self._std = (torch.tensor(data[name]) * 255 for name in ("mean", "std"))
+        self._mean, self._std = _pixel_scale(model, images_BHWC.device)
         if state.exists():
             self._load_state()
 
@@ -136,9 +140,13 @@ class _Fit:
         )
 
     def _step(self, chosen: Tensor, generator: torch.Generator) -> float:
-        pixels = _shift_and_mirror(self._images[chosen], generator)
+        pixels = _shift_and_mirror(self._images[chosen.to(self._images.device)], generator)
         images = normalise(pixels, self._mean, self._std).contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(self.model(images), self._labels[chosen], label_smoothing=self.recipe.label_smoothing)
+        loss = F.cross_entropy(
+            self.model(images),
+            self._labels[chosen.to(self._labels.device)],
+            label_smoothing=self.recipe.label_smoothing,
+        )
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD)
@@ -158,7 +166,7 @@ class _Fit:
         partial.replace(self.state_file)
 
     def _load_state(self) -> None:
-        state = torch.load(self.state_file, weights_only=True)
+        state = torch.load(self.state_file, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
@@ -182,22 +190,28 @@ def _load(tars: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def _shift_and_mirror(images_BHWC: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to PADDING pixels, half of them mirrored."""
+    """Each image shifted by up to PADDING pixels, half of them mirrored; the draws are the same on every device."""
     count, height, width, _ = images_BHWC.shape
     padded = F.pad(images_BHWC, (0, 0, PADDING, PADDING, PADDING, PADDING))
     top, left = (torch.randint(2 * PADDING + 1, (count, 1), generator=generator) for _ in "hw")
     mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    columns = torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width))
-    return padded[
-        torch.arange(count)[:, None, None], (top + torch.arange(height))[:, :, None], (left + columns)[:, None]
-    ]
+    columns = left + torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width))
+    rows = top + torch.arange(height)
+    places = (torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None])
+    return padded[tuple(place.to(padded.device) for place in places)]
+
+
+def _pixel_scale(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per colour on the 0..255 scale."""
+    data = resolve_model_data_config(model)
+    mean, std = (torch.tensor(data[name], device=device) * 255 for name in ("mean", "std"))
+    return mean, std
 
 
 @torch.no_grad()
 def _top1(model: nn.Module, images_BHWC: Tensor, labels_B: Tensor) -> float:
     """Accuracy in percent."""
-    data = resolve_model_data_config(model)
-    mean, std = (torch.tensor(data[name]) * 255 for name in ("mean", "std"))
+    mean, std = _pixel_scale(model, images_BHWC.device)
     right = 0
     for images, labels in zip(images_BHWC.split(500), labels_B.split(500), strict=True):
         right += int((model(normalise(images, mean, std)).argmax(1) == labels).sum())
