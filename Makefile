@@ -47,6 +47,30 @@ gpu: $(STAMP)
 		--teacher swin_large_patch4_window7_224 --student resnet50
 	$(BIN)/python -m benchmarks.cache_gpu
 
+.PHONY: bench bench-report study study-gpu
+# The benchmarks that need neither other software nor images, and their page, into build/bench; half an hour on an idle
+# machine of two cores.
+bench: $(STAMP)
+	mkdir -p build/bench
+	for name in store http step tar_index preset_flops; do \
+		$(BIN)/python -m benchmarks.$$name > build/bench/$$name.json || exit 1; done
+	$(BIN)/python -m benchmarks.performance --results build/bench --docs build/bench
+	@echo build/bench/performance.md
+
+# docs/performance.md and docs/results.md, with its figures, from what is recorded.
+bench-report: $(STAMP)
+	$(BIN)/python -m benchmarks.performance
+	$(BIN)/python -m benchmarks.study report
+
+# The study (docs/results.md) on the CPU, or on one GPU in minutes; both resume. DATA: CIFAR-100 as webdataset tars.
+OUT ?= build/study
+study: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study run --data $(DATA) --out $(OUT)
+
+study-gpu: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study run --data $(DATA) --out $(OUT) --tier gpu
+	$(BIN)/python -m benchmarks.study report
+
 # More of what is random: ten times the requests that the OpenAPI makes of the service.
 nightly: $(STAMP)
 	OMP_NUM_THREADS=1 SERVICE_CASES=6000 $(BIN)/python -m pytest tests/unit/teacher_service/test_serving_schema.py

@@ -29,6 +29,7 @@ GENERATED = ("cli.md", "presets.md", "errors.md", "http.md", "python.md")
 FOREIGN_OPTIONS = {
     "--array", "--requeue", "--strict", "--shm-size", "--ipc", "--nproc-per-node", "--build-arg", "--gpus", "--peers",
     "--tars", "--samples", "--backbone", "--profile", "--max-", "--sample", "--quick", "--signal", "--help",
+    "--data", "--only",
 }  # fmt: skip
 """Options of docker, torchrun, sbatch, helm and of the benchmarks, demo and examples."""
 

@@ -1,0 +1,107 @@
+"""Teachers and stores of the study, made when a question first needs them."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study.data import Images
+from benchmarks.study.questions import STORES
+from benchmarks.study.teacher import train_teacher
+from benchmarks.study.tiers import Tier
+from feature_store import RowId, open_store
+from feature_store.tools.features import frequency_energy
+from teacher_service.cache.job import cache
+from teacher_service.config import CacheConfig, ComputeSpec, Inputs, StorageSpec, TeacherSpec, ViewSpec
+from teacher_service.plan.forecast import forecast
+from teacher_service.plan.survey import survey
+
+SPECTRUM_ROWS = 1000  # images whose features' frequencies are measured
+TIMED_SAMPLES = 256  # put through the pipeline before the first store, to predict what it takes
+_SPECTRA = ("int8", "weak")  # one store of each teacher
+
+
+class Workshop:
+    """Makes teachers and stores in a folder, each once.
+
+    Attributes:
+        folder: Where everything of this tier lies.
+        tier: Sizes.
+        images: The data.
+    """
+
+    def __init__(self, folder: Path, tier: Tier, images: Images) -> None:
+        self.folder, self.tier, self.images = folder, tier, images
+
+    def teacher(self, name: str) -> Path:
+        """The teacher's checkpoint, trained if it is not there."""
+        folder = self.folder / "teachers" / name
+        recipe, device = self.tier.teachers[name], self.tier.base["device"]
+        train_teacher(recipe, self.images.all_train, self.images.val, folder, device)
+        return folder / "teacher.safetensors"
+
+    def store(self, name: str) -> Path:
+        """A store of STORES, cached or continued if it is not whole; its report lies beside it."""
+        path, report = self.folder / "stores" / name, self.folder / "stores" / f"{name}.json"
+        if report.exists():
+            return path
+        config = self._job(name, path)
+        planned = forecast(survey(config), config).to_dict()
+        done = cache(config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps({"spec": asdict(STORES[name]), "plan": planned, "job": asdict(done)}, indent=1))
+        return path
+
+    def _job(self, name: str, path: Path) -> CacheConfig:
+        spec, tier = STORES[name], self.tier
+        recipe = tier.teachers[spec.teacher]
+        few = spec.few_labels
+        return CacheConfig(
+            inputs=Inputs(tars=self.images.few if few else self.images.train, labels="optional" if few else "required"),
+            teacher=TeacherSpec(name=recipe.name, model_kwargs=recipe.model_kwargs or {}),
+            checkpoint=self.teacher(spec.teacher),
+            views=ViewSpec(
+                count=tier.epochs if spec.all_views else tier.views,
+                policy=tier.policy,  # pyright: ignore[reportArgumentType]
+                policy_options=tier.policy_options,
+            ),
+            storage=StorageSpec(tap_codec=spec.codec),
+            compute=ComputeSpec(
+                batch_size=tier.cache_batch,
+                workers=tier.base["workers"],
+                device=tier.base["device"],
+                time_samples=TIMED_SAMPLES if spec.all_views and tier.name != "tiny" else 0,
+            ),
+            store=path,
+        )
+
+    def reports(self) -> dict[str, Any]:
+        """What teachers and stores said of themselves, as far as they are made."""
+        found = {
+            kind: {
+                path.parent.name if kind == "teachers" else path.stem: json.loads(path.read_text()) for path in paths
+            }
+            for kind, paths in {
+                "teachers": sorted(self.folder.glob("teachers/*/teacher.json")),
+                "stores": sorted(self.folder.glob("stores/*.json")),
+            }.items()
+        }
+        for store in found["stores"].values():
+            store["job"].pop("store")  # a path of this machine
+        return {
+            **found,
+            "spectra": {name: _spectrum(self.folder / "stores" / name) for name in found["stores"] if name in _SPECTRA},
+        }
+
+
+def _spectrum(path: Path) -> list[float]:
+    """Mean magnitude of F^t by the larger of a spatial frequency's two indices."""
+    store = open_store(path)
+    samples = min(SPECTRUM_ROWS, store.manifest.tars[0].samples)
+    rows = [RowId(0, position, 0) for position in range(samples)]
+    energy_HW = frequency_energy(store.source(["stage4"]).read(rows).taps["stage4"], store.manifest.split.output_grid)
+    height, width = np.indices(energy_HW.shape)
+    larger = np.maximum(height, width)
+    return [round(float(energy_HW[larger == index].mean()), 4) for index in range(larger.max() + 1)]

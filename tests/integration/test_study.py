@@ -1,0 +1,103 @@
+"""The study of benchmarks/study: a miniature of it, and its page made from what is committed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_jobs import encode_image, write_tar
+
+from benchmarks.performance import write_page
+from benchmarks.study.__main__ import main
+from benchmarks.study.report import write_report
+from benchmarks.study.results import RESULTS
+
+DOCS = Path(__file__).parents[2] / "docs"
+CLASSES = 4
+
+
+def _tar(path: Path, prefix: str, count: int) -> None:
+    generator = np.random.default_rng(len(prefix))
+    write_tar(
+        path,
+        (
+            {
+                "__key__": f"{prefix}{at:03}",
+                "jpg": encode_image(generator.integers(0, 256, (32, 32, 3), np.uint8), "JPEG"),
+                "cls": str(at % CLASSES).encode(),
+                "json": b"{}",
+            }
+            for at in range(count)
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A folder with images, and what the miniature wrote of three questions with one seed."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "data").mkdir()
+    for name, prefix, count in (("train-000", "t", 24), ("train-001", "tt", 24), ("val-000", "ttt", 12)):
+        _tar(folder / "data" / f"noise-{name}.tar", prefix, count)
+    assert main(_arguments(folder)) == 0
+    return folder
+
+
+def _arguments(folder: Path) -> list[str]:
+    return [
+        "run", "--data", str(folder / "data"), "--out", str(folder / "out"), "--tier", "tiny", "--seeds", "0",
+        "--results", str(folder / "results" / "cpu"), "--only", "methods-cnn", "few-labels", "views",
+    ]  # fmt: skip
+
+
+def _result(folder: Path, question: str) -> dict:
+    return json.loads((folder / "results" / "cpu" / f"{question}.json").read_text())
+
+
+def test_every_setting_of_a_question_has_as_many_steps(study):
+    steps = {
+        run["steps"]
+        for question in ("methods-cnn", "views", "few-labels")
+        for runs in _result(study, question)["settings"].values()
+        for run in runs
+    }
+    assert steps == {6}  # two epochs of 24 images in batches of 8; three times as many epochs of 8 labelled images
+
+
+def test_second_call_trains_nothing_when_all_is_finished(study, capsys):
+    before = {path: path.read_bytes() for path in (study / "results").rglob("methods-cnn.json")}
+    metrics = {path: path.stat().st_mtime_ns for path in (study / "out").rglob("metrics.jsonl")}
+    assert main(_arguments(study)) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path: path.stat().st_mtime_ns for path in metrics} == metrics
+
+
+def test_unlabelled_copies_keep_images_and_few_labels(study):
+    made = json.loads((study / "results" / "cpu" / "made.json").read_text())
+    assert made["tier"]["few_labels"] == 2 * CLASSES
+    assert made["stores"]["few"]["job"]["images"] == 24
+
+
+def test_page_shows_what_was_run_and_names_what_was_not(study, tmp_path):
+    write_report(study / "results", tmp_path)
+    page = (tmp_path / "results.md").read_text()
+    assert "## Is none < KD < FD < ScaleKD, for a CNN?" in page
+    top1 = _result(study, "methods-cnn")["settings"]["KD"][0]["top1"]
+    assert f"| KD | {top1:.1f} | 1 |" in page
+    assert page.count("\nNot run.") == 7
+    assert (tmp_path / "figures" / "study-methods-cnn.svg").read_text().startswith("<?xml")
+
+
+def test_unknown_question_is_refused_with_the_known_ones(study, capsys):
+    assert main([*_arguments(study), "dreams"]) == 2
+    assert "dreams, expected some of methods-cnn" in capsys.readouterr().err
+
+
+def test_committed_page_is_what_the_committed_results_give(tmp_path):
+    write_report(RESULTS, tmp_path)
+    assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
+
+
+def test_committed_performance_page_is_what_the_recorded_results_give(tmp_path):
+    write_page(docs=tmp_path)
+    assert (tmp_path / "performance.md").read_text() == (DOCS / "performance.md").read_text()
