@@ -5,7 +5,7 @@ UserError                       exit 2 unless a subclass says otherwise
 │   ├── ImageError              one sample's image cannot be decoded (the sample is quarantined, not the run)
 │   └── UnknownFieldError       a field of a newer release in a manifest or commit record
 ├── MismatchError               two things that must agree do not; names the field, both values and the remedy
-├── UncommittedError            a row that no commit record vouches for
+├── UncommittedError            a row without a commit record
 ├── CommittedError              a unit's views that another writer committed first
 ├── QuarantinedError            a row whose sample was quarantined when the store was written
 ├── FailedError                 the command ran, but what it was to check or make failed         exit 1
@@ -87,11 +87,11 @@ class MismatchError(UserError):
 
 
 class UncommittedError(UserError):
-    """A row was asked for that no commit record vouches for."""
+    """A requested row has no commit record."""
 
 
 class CommittedError(UserError):
-    """A unit's views cannot be written because a commit record vouches for them already; nothing was changed."""
+    """A unit's views cannot be written because they have a commit record already; nothing was changed."""
 
 
 class QuarantinedError(UserError):
@@ -99,13 +99,13 @@ class QuarantinedError(UserError):
 
 
 class FailedError(UserError):
-    """The command ran, but what it was to check or make failed: a result that means nothing, runs of a sweep."""
+    """The command ran, but its check or its result failed, such as runs of a sweep."""
 
     exit_code = 1
 
 
 class CorruptStoreError(UserError):
-    """Bytes that a commit record vouches for are missing or damaged."""
+    """Bytes that a commit record proves are missing or damaged."""
 
     exit_code = 1
 
@@ -121,6 +121,6 @@ class WireError(ResourceError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of another library says, short enough for a message of ours."""
+    """The message of another library's error, shortened for use inside one of this project's messages."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

@@ -102,7 +102,7 @@ def parse(adapter: TypeAdapter[T], data: Any, what: str) -> T:
             f"{what} was written by a newer release: field {_some(unknown, repr)} is unknown to this build; use the "
             "release that wrote it"
         )
-    raise InputError(f"{what} makes no sense: {_some(problems, _told)}; it was not written by this format")
+    raise InputError(f"{what} is not valid: {_some(problems, _told)}; it was not written by this format")
 
 
 def _path(problem: ErrorDetails) -> str:

@@ -103,7 +103,7 @@ class Store:
                 objects.put(name, payload, new=name == ROOT)
             except FileExistsError as error:
                 raise InputError(
-                    f"another process made {path} meanwhile; open it, or run the same command again to go on with it"
+                    f"another process made {path} meanwhile; open it, or run the same command again to continue it"
                 ) from error
         objects.sync([ROOT])
         layout = StoreLayout(manifest)
@@ -217,7 +217,7 @@ class Store:
         self.manifest.require_unit(unit)
         views = range(first_view, first_view + len(data.params))
         name = self.manifest.tars[unit].name
-        refusal = f"another process is writing unit {unit} ({name}) of {self.objects.url}; go on with another unit"
+        refusal = f"another process is writing unit {unit} ({name}) of {self.objects.url}; continue with another unit"
         with exclusive(self.objects, lock_name(unit), refusal):
             others = self._records_now(unit)
             for path in others:
@@ -249,7 +249,7 @@ class Store:
                 self.objects.delete(commit_index.PATH)
 
     def write_commit_index(self) -> int:
-        """Write the commit index anew, from the records themselves, so that opening stays fast; call it now and then.
+        """Write the commit index again, from the records themselves, so that opening stays fast; call it occasionally.
 
         Returns:
             How many records it covers.
@@ -260,7 +260,7 @@ class Store:
     def grow(self, manifest: Manifest) -> "Store":
         """Add the views and tars of a manifest that the store lacks; see ``Manifest.growth_from``.
 
-        Stores opened before go on as they are, and so do their writers. Safe to interrupt and to repeat.
+        Stores that are open already, and their writers, keep their old manifest. Safe to interrupt and to repeat.
 
         Raises:
             MismatchError: More than views and tars differs, or a new tar does not fit.

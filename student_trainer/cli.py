@@ -104,7 +104,7 @@ def presets(
 
 @app.command
 def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")], json: bool = False) -> None:
-    """Print a trained student's accuracy on a set of images, per class too, and what a forward pass costs.
+    """Print a trained student's accuracy on a set of images, per class too, and the cost of a forward pass.
 
     Args:
         config: What to evaluate.
@@ -169,7 +169,7 @@ def compare(config: Annotated[CompareConfig, tyro.conf.arg(name="")], json: bool
 
 
 def _print_classes(accuracy: Accuracy) -> None:
-    """The classes a student does worst; all of them with --json."""
+    """Print the classes of lowest accuracy; all of them with --json."""
     seen = [(top1, index) for index, top1 in enumerate(accuracy.per_class) if top1 is not None]
     worst = {
         f"class {index}": f"{top1:.2f} % of {accuracy.class_samples[index]}"
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``student-trainer``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if renamed := next((name for a in arguments if (name := a.partition("=")[0].replace("_", "-")) in RENAMED), None):
-        say(f"student-trainer: {renamed} is gone: {RENAMED[renamed]}", error=True)
+        say(f"student-trainer: {renamed} was replaced: {RENAMED[renamed]}", error=True)
         return InputError.exit_code
     return run(_with_preset(arguments), "student-trainer", arguments, lists=LISTS, extra="student")
 

@@ -95,15 +95,15 @@ class TrainConfig(SourceOptions):
 
     Attributes:
         run: Folder of the run: config.json, metrics.jsonl, last.pt, best.safetensors.
-        student: timm model name; torchvision:resnet50 and the like are the backbones of torchvision's detectors.
-        preset: Name of the preset that these settings were begun from, for the record; see preset_config.
+        student: timm model name; torchvision:NAME, e.g. torchvision:resnet50, is a backbone of torchvision's detectors.
+        preset: Name of the preset that these settings are based on, for the record; see preset_config.
         tars: Training images: tars (paths, brace patterns, URLs), a class-per-folder tree, or parquet files; with a
             store, those it was written from, which are opened as the store says.
         views_from: In place of tars: folder or URL of the store's materialised views (what --views-out was).
-        teacher: What the student learns from.
+        teacher: Source of the teacher's features.
         val_tars: Validation images, as tars; every sample needs a label. Without them nothing is validated and there is
             no best.safetensors.
-        method: How it learns: scalekd, fd (features), kd, dist, nkd (logits), attention_transfer, none (no
+        method: Distillation method: scalekd, fd (features), kd, dist, nkd (logits), attention_transfer, none (no
             distillation), or package.module:Class, a method of your own.
         method_options: Options of a method of your own, as JSON.
         scalekd: Options of --method scalekd.
@@ -117,7 +117,7 @@ class TrainConfig(SourceOptions):
             and 32, or by depth in networks of one resolution.
         num_classes: Classes of the student; default the teacher's, or the largest label in the store + 1.
         keys_file: Train on the samples listed here only, one key per line.
-        expect: What the teacher features must be.
+        expect: Required properties of the teacher's features.
         task: ce (cross entropy), or bce (sigmoid cross entropy summed over classes).
         label_smoothing: Label smoothing of the task loss.
         epochs: Passes over the samples.
@@ -131,7 +131,7 @@ class TrainConfig(SourceOptions):
         compile: torch.compile student and loss.
         ema_decay: Also keep a moving average of the student's weights with this decay.
         ema_eval: Validate, choose as best and export the averaged weights. Off: the raw ones; last.pt keeps both.
-        sync_bn: The student's BatchNorm statistics over all processes rather than each one's own samples; needs GPUs.
+        sync_bn: The student's BatchNorm statistics over all processes instead of each process's samples; needs GPUs.
         deterministic: Only algorithms that repeat to the bit, also on GPUs; slower there.
         device: Where the student runs, e.g. cuda:1; auto takes a GPU if there is one. Under torchrun: cuda or cpu.
         workers: Processes that make batches; 0 makes them in this process.
@@ -226,7 +226,7 @@ class TrainConfig(SourceOptions):
         )  # fmt: skip
         if bool(self.tars) == (self.views_from is not None):
             raise InputError(
-                "give either --tars or --views-from: source tars whose views are made anew, or materialised views"
+                "give either --tars or --views-from: source tars whose views are replayed, or materialised views"
             )
         own = ":" in self.method
         if self.method_options and not own:

@@ -26,7 +26,7 @@ class DistilledStudent(nn.Module):
         return terms._replace(raw={**terms.raw, "task": task_factor * terms.raw["task"]})
 
     def no_weight_decay(self) -> set[str]:
-        """The student's parameters free of weight decay besides norms and biases: position embeddings and the like."""
+        """The student's parameters free of weight decay besides norms and biases, such as position embeddings."""
         return {f"student.{name}" for name in self.student.no_weight_decay()}
 
     def projector_positions(self) -> set[str]:

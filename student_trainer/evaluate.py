@@ -30,7 +30,7 @@ from student_trainer.students.preprocessing import Preprocessing
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What an evaluation found.
+    """Accuracy of a student on one set of images.
 
     Attributes:
         top1: Percent of samples whose best class is the label.
@@ -60,7 +60,7 @@ class Evaluation:
             several passes.
         flops: Floating-point operations of one image's forward pass; a multiply-add counts as two.
         parameters: Weights of the student.
-        notes: What the user should know of the images.
+        notes: Notes about the images for the user.
     """
 
     accuracy: Accuracy
@@ -72,7 +72,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates models on one set of images, again and again with the same workers."""
+    """Evaluates models on one set of images, repeatedly with the same workers."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _count(self, model: nn.Module, stop: Callable[[], bool]) -> "_Counts | None":
-        """What this process's share of the samples gives; None if it was told to stop."""
+        """Counts on this process's share of the samples; None if it was told to stop."""
         was_training = model.training
         model.eval()
         counts = _Counts(torch.zeros(self._num_classes, 3, dtype=torch.int64), [], self._num_classes == 1)
@@ -178,7 +178,7 @@ class Evaluator:
 
 @dataclass
 class _Counts:
-    """What an evaluation counts: per class samples, top-1 and top-5 hits; whether logits ever differ by class."""
+    """Counts of an evaluation: per class samples, top-1 and top-5 hits; whether logits ever differ by class."""
 
     hits: Tensor  # [K, 3]
     unreadable: list[str]
@@ -186,7 +186,7 @@ class _Counts:
 
 
 def _accuracy(shares: Sequence[_Counts]) -> Accuracy:
-    """What the shares of all processes say together.
+    """Accuracy from the counts of all processes.
 
     Raises:
         InputError: No sample could be read.

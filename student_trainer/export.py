@@ -155,7 +155,7 @@ def _write_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
 
 @contextmanager
 def _plain_attention(model: nn.Module) -> Iterator[None]:
-    """Within: attention as matrix products; torch's exporter fails at the fused kernel in BEiT, Hiera and MaxViT."""
+    """Attention as matrix products in the context: torch's exporter fails at fused kernels (BEiT, Hiera, MaxViT)."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:
         vars(module)["fused_attn"] = False

@@ -138,7 +138,7 @@ def require_all_classes(found: Sequence[str], num_classes: int, option: str) -> 
 def _training(
     config: TrainConfig, options: SourceOptions, store: Store | None, num_views: int | None, opener: SourceOpener
 ) -> tuple[Sequence[UnitSource], InputInfo | None]:
-    """What views are made of, unit by unit, and how it was opened.
+    """Sources of a run's views by unit, and how they were opened.
 
     Of a store with materialised views only what it says of its source; sources of a store as they were for its job.
     """

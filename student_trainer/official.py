@@ -1,4 +1,4 @@
-"""Weights of the released code, loaded into ours."""
+"""Loads weights of the released code."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ _Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 
 def projector_names(projector: CrossAttentionProjector) -> dict[str, str]:
-    """Our name for each entry of a released projector's state dict (parameters and BatchNorm buffers)."""
+    """This project's name for each entry of a released projector's state dict (parameters and BatchNorm buffers)."""
     return {_official_projector_name(ours): ours for ours in projector.state_dict()}
 
 

@@ -97,7 +97,7 @@ class RunPlan:
         }
 
     def summary(self) -> dict[str, Any]:
-        """What is trained on, in numbers."""
+        """Sizes of the training data."""
         return {
             "samples": self.sampler.rows,
             "labelled": self.inputs.labelled,
@@ -108,7 +108,7 @@ class RunPlan:
         }
 
     def sentence(self) -> str:
-        """What is trained on, in words."""
+        """Description of the training data."""
         left_out = f", {self.inputs.quarantined} quarantined ones left out" if self.inputs.quarantined else ""
         views = f"{self.sampler.num_views} views" if self.sampler.num_views else "a new view every epoch"
         labelled = "all" if self.inputs.labelled == self.sampler.rows else self.inputs.labelled
@@ -116,13 +116,13 @@ class RunPlan:
         return "; ".join([f"{samples}, {views}, on {self.device}", *self.method.notes])
 
     def notes(self) -> list[str]:
-        """What the user should know of the images."""
+        """Notes about the images for the user."""
         inputs = self.inputs
         return source_notes([tar for tar in (*inputs.tars, *inputs.validation) if not isinstance(tar, StoredUnit)])
 
 
 def resolve(config: TrainConfig, group: Group = ALONE) -> RunPlan:
-    """Open and build everything a run is made of; equal configs give equal first weights, whatever the teacher side.
+    """Open and build everything a run is made of; equal configs give equal first weights with any teacher side.
 
     Args:
         config: The run.

@@ -44,7 +44,7 @@ AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gave.
+    """Result of a run.
 
     Attributes:
         run: Its folder.
@@ -66,19 +66,19 @@ class TrainResult:
 
 
 def train(config: TrainConfig, *, loggers: Sequence[Logger] = (), callbacks: Sequence[Callback] = ()) -> TrainResult:
-    """Train a student, or go on with a run that stopped.
+    """Train a student, or continue a run that stopped.
 
     Under torchrun every process calls this with the same config. The main one writes, all of them validate; the run's
     folder must be one that all of them see.
 
     Args:
         config: The run.
-        loggers: Loggers of one's own, beside those the config asks for; used by the main process.
+        loggers: Custom loggers, beside those of the config; used by the main process.
         callbacks: Called on every process.
 
     Raises:
         UserError: Things that do not fit together, data other than the store was made from, a loss that is not
-            finite; the message says what to do.
+            finite; the message names the next step.
         OtherProcessError: On processes other than the main one, which raises the error itself.
     """
     with stop_on_signals() as stop, ExitStack() as held:
@@ -264,7 +264,7 @@ class Run:
         self._call("on_end")
 
     def _train_epoch(self, folder: RunFolder, log: RunLog, bar: RunProgress) -> None:
-        """What is left of the epoch in progress."""
+        """Train the rest of the epoch in progress."""
         progress, sampler = self.progress, self.plan.sampler
         sampler.set_epoch(progress.epoch, progress.batch)
         self.module.train()
@@ -371,7 +371,7 @@ class Run:
         """Accuracy on the validation tars, of which every process takes its share.
 
         Raises:
-            Stopped: A signal came meanwhile, to any process.
+            Stopped: A process received a signal during validation.
         """
         assert self._evaluator is not None  # _validates asked
         alone = self.group.size == 1
@@ -440,7 +440,7 @@ class Run:
             torch.manual_seed((self.config.seed + self.group.rank + 1000003 * self.progress.step) % 2**64)
 
     def result(self, folder: RunFolder) -> TrainResult:
-        """What the run gave so far."""
+        """The run's result so far."""
         history = tuple(line for line in read_metrics(folder.metrics) if line["kind"] == "epoch")
         validated = [line["val"]["top1"] for line in history if "val" in line]
         return TrainResult(
@@ -461,7 +461,7 @@ class Run:
 
 
 def _in_groups(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
-    """So many items at a time."""
+    """Items in groups of a given size."""
     return zip(*[iter(items)] * size, strict=True)
 
 

@@ -60,7 +60,7 @@ def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig]) -> None:
     if stop.is_set() and summary.units_left:
         say(
             f"teacher-service: stopped with {summary.units_left} of {summary.units} units left; the same command "
-            "goes on with them",
+            "continues with them",
             error=True,
         )
         sys.exit(stop.exit_code)
@@ -140,19 +140,19 @@ def print_deep_report(report: "DeepReport", console: Console) -> None:
         console.print(f"{row}: {each.what}: {each.reason}", soft_wrap=True)
     worst = ", ".join(f"{path} {share:.0%}" for path, share in report.worst.items())
     if report.rows:
-        console.print(f"{report.rows} rows computed anew; largest distance, of what is explained: {worst}")
+        console.print(f"{report.rows} rows recomputed; largest difference, as a share of the tolerance: {worst}")
 
 
 def verdict(report: "DeepReport") -> str:
     """Faults of a store in one line, with the next step."""
     store, found = report.checksums.store, report.checksums.findings
     if found:
-        remedy = f"`feature-store repair {store}` says what helps"
-        return f"{len(found)} findings in {store}, so no row was computed anew; {remedy}"
+        remedy = f"`feature-store repair {store}` lists repairs"
+        return f"{len(found)} findings in {store}, so no row was recomputed; {remedy}"
     rows = {(each.unit, each.position, each.view) for each in report.mismatches}
     units = ", ".join(map(str, sorted({each.unit for each in report.mismatches})))
     return (
-        f"{len(rows)} of {report.rows} rows in {store} are not what the teacher says of the tars' samples (units "
+        f"{len(rows)} of {report.rows} rows in {store} differ from the teacher's output for the tars' samples (units "
         f"{units}); do not train on it: write those units again, or find out what changed the tars"
     )
 

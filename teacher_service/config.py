@@ -101,7 +101,7 @@ class ViewSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StorageSpec:
-    """What the store keeps, and how it is encoded.
+    """Taps, logits and codecs of the store.
 
     Attributes:
         taps: Taps of the teacher to store; stage4 is the final feature map, always needed.
@@ -131,13 +131,13 @@ class StorageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeSpec:
-    """How features are computed.
+    """Options of the computation.
 
     Workers and device decide only how fast. A batch size can change the last bits of a feature, so an
     interrupted job resumed with the same one ends with the same bytes.
 
     Attributes:
-        batch_size: View images per forward pass; halved for good when memory runs out.
+        batch_size: View images per forward pass; halved for the rest of the run when memory runs out.
         workers: Processes that decode and cut views; 0 does it in this process.
         device: Where the teacher runs, e.g. cuda:1; auto takes a GPU if there is one.
         compile: Run the teacher through torch.compile: minutes at the start, faster on a GPU from then on.
@@ -235,7 +235,7 @@ class Reporting:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """What is to be cached, how it is computed, and by how many.
+    """A cache job to predict: inputs, teacher, views, storage, computation, processes.
 
     Attributes:
         inputs: Input tars.
@@ -266,7 +266,7 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """What is to be cached, how, and where to.
+    """A cache job: inputs, teacher, views, storage, computation and destination.
 
     Attributes:
         inputs: Input tars.
@@ -276,11 +276,11 @@ class CacheConfig:
         compute: How features are computed.
         sharing: Which processes share the job.
         reporting: Where progress is reported.
-        store: The store: a directory or a bucket's URL (s3://, gs://); created, or continued if it was begun with
+        store: The store: a directory or a bucket's URL (s3://, gs://); created, or continued if it was created with
             the same settings.
         checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
         strict: Stop at the first unreadable sample instead of quarantining it.
-        retry_quarantined: First try quarantined samples again; units with one that can be used now are written anew,
+        retry_quarantined: First try quarantined samples again; units with one that can be used now are written again,
             whole. Not while students train from the store.
         json: Print one JSON object on stdout.
     """
@@ -304,4 +304,4 @@ class CacheConfig:
 
 
 JobConfig: TypeAlias = PlanConfig | CacheConfig
-"""What both say of a job: inputs, teacher, views, storage, compute, store."""
+"""Either configuration; both have inputs, teacher, views, storage, compute and store."""

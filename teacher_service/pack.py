@@ -35,7 +35,7 @@ class PackReport:
     Attributes:
         out: Folder of the tars.
         tars: Tars in it.
-        written: Tars this run wrote; the others were there.
+        written: Tars this run wrote; the others existed.
         samples: Samples of the source.
         left_out: Samples that have no label although one is required, with the reason of the first ones.
         classes: File of class names; None if there are none.
@@ -57,7 +57,7 @@ def pack(
 ) -> PackReport:
     """Write one tar for each unit of a source; the same source and options always give the same bytes.
 
-    Finished tars are kept, so that an interrupted run goes on where it was.
+    Finished tars are kept, so that an interrupted run resumes.
 
     Args:
         source: A class-per-folder tree, a parquet file or pattern, or a dataset folder.
@@ -89,7 +89,7 @@ def pack(
             if info.classes:
                 write_text(out / CLASSES, "".join(f"{name}\n" for name in info.classes), durable=True)
     except OSError as error:
-        raise ResourceError(f"tars cannot be written to {out}: {error}; the same command goes on") from error
+        raise ResourceError(f"tars cannot be written to {out}: {error}; the same command resumes") from error
     classes = str(out / CLASSES) if info.classes else None
     return PackReport(str(out), len(sources), len(missing), sum(map(len, sources)), left_out, classes)
 

@@ -26,7 +26,7 @@ class Stop(threading.Event):
 
     @property
     def exit_code(self) -> int:
-        """What shells expect of a process a signal ended: 143 for SIGTERM, 130 for SIGINT, 129 for SIGHUP."""
+        """The exit code that shells expect after a signal: 143 for SIGTERM, 130 for SIGINT, 129 for SIGHUP."""
         return 128 + (self.signal or signal.SIGINT)
 
 

@@ -81,7 +81,7 @@ mapfile -t teacher < <(tr ' ' '\n' <"$WORK/job/teacher.options")
 job=(cache /data/images-0.tar /data/images-1.tar "${teacher[@]}" --checkpoint /data/teacher.safetensors --store /data/store
     --workers 2 --batch-size 4)
 "${tiny[@]}" -- "${job[@]}" 2>/dev/null
-"${tiny[@]}" -- "${job[@]}" 2>/dev/null | grep "0 units written, 2 were there" || fail "the same job did not resume"
+"${tiny[@]}" -- "${job[@]}" 2>/dev/null | grep "0 units written, 2 already committed" || fail "the same job did not resume"
 served "$WORK/job/store"
 
 "${tiny[@]}" -- "${job[@]/%\/data\/store//data/long}" --views 1000 >"$WORK/long.log" 2>&1 &

@@ -18,18 +18,18 @@ class SupportsDescriptor(Protocol):
 class ObjectStore(Protocol):
     """Objects by path below one root. Paths are relative, with ``/`` between components.
 
-    A missing object is a FileNotFoundError, whatever stands behind; a network or service that failed is a
+    A missing object is a FileNotFoundError in every backend; a network or service that failed is a
     ResourceError. Instances are used from many threads, survive pickling, and open what they need lazily in the
     process that uses them.
 
     Attributes:
         url: Where the root is.
         lists: Whether list and sizes work; web servers cannot.
-        in_flight: Reads worth having in flight at once.
+        in_flight: Reads to keep in flight at the same time.
         gap_bytes: Two ranges of an object this far apart are cheaper read in one request than in two.
-        request_bytes: Most bytes worth asking for in one request. A reader's transport holds at most
+        request_bytes: Largest useful request, in bytes. A reader's transport holds at most
             ``in_flight * request_bytes``.
-        bytes_per_thread: Bytes worth another request in flight.
+        bytes_per_thread: Bytes that justify another request in flight.
     """
 
     url: str
@@ -48,7 +48,7 @@ class ObjectStore(Protocol):
         ...
 
     def read_into(self, path: str, offset: int, parts: Sequence[memoryview | int], *, wait: bool = True) -> bool:
-        """Read consecutive bytes, each part into its own memory; a number is so many bytes to skip.
+        """Read consecutive bytes, each part into its own memory; a number is a count of bytes to skip.
 
         Args:
             path: The object.
@@ -85,7 +85,7 @@ class ObjectStore(Protocol):
 
         Args:
             path: Its path.
-            payload: Its bytes; whatever comes out of an iterator instead of a buffer leaves no object.
+            payload: Its bytes; where an iterator gives something other than a buffer, no object is left.
             new: Only if there is none yet, decided atomically.
 
         Raises:

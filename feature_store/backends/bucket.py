@@ -138,7 +138,7 @@ class RemoteObjects:
         The same bytes may have the same version: a writer that must be told from others writes bytes of its own.
 
         Raises:
-            FileExistsError: The object has another version by now, was deleted, or for None, exists.
+            FileExistsError: The object has another version, was deleted, or for None, exists.
             InputError: See put.
         """
         if replaces is None:
@@ -173,7 +173,7 @@ class RemoteObjects:
 
     @contextmanager
     def _errors(self, path: str) -> Iterator[tuple[Any, Any]]:
-        """The library and the store, and its errors in our words."""
+        """The library and the store; converts the library's errors to this project's."""
         obstore, store = self._open()
         try:
             yield obstore, store

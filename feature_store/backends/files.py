@@ -17,7 +17,7 @@ from feature_store.backends.local import sync_directories
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Write a file under a temporary name beside it, unique to the call; it takes its own when the context ends.
 
-    After an error the temporary file is removed, and what was there before stays. The file's mode follows the umask,
+    After an error the temporary file is removed, and the earlier file stays. The file's mode follows the umask,
     as that of any new file, even if a library that writes it makes it for its owner alone.
 
     Args:

@@ -263,7 +263,7 @@ def _sync_directory(folder: Path) -> None:
 
 
 class OpenFile:
-    """An open file; closed when the last reader lets go of it, so that another thread may still be reading."""
+    """An open file; closed when the last reader releases it, because other threads may still be reading."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = open_regular(path)
@@ -335,7 +335,7 @@ def _write_durably(path: Path, buffers: Iterable[memoryview]) -> None:
 
 
 def _pieces(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
-    """The buffers in lists of at least _WRITE_BEHIND bytes, where a system call takes so many."""
+    """The buffers in lists of at least _WRITE_BEHIND bytes, the most that a system call takes."""
     some, length = [], 0
     for buffer in buffers:
         some.append(buffer)

@@ -60,7 +60,7 @@ class Client:
 
     @property
     def manifest(self) -> Manifest:
-        """What its store claims."""
+        """Manifest of its store."""
         return self.store.manifest
 
     def rows(self, keys: str | Sequence[str], view: int = 0, taps: Sequence[str] | None = None) -> Features:
@@ -136,7 +136,7 @@ def read_token(file: Path) -> str:
     """The token in a file, without the line's end.
 
     Raises:
-        InputError: The file cannot be read, is no regular file, everybody may write it, or it holds none.
+        InputError: The file cannot be read, is not a regular file, is writable by all users, or holds no token.
     """
     try:
         token = read_secret_file(file, shared=True).strip()

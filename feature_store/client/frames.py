@@ -2,7 +2,7 @@
 
 A frame is a safetensors file (8 bytes of header length, JSON header, raw little-endian arrays), so every language with
 a safetensors reader can take one. What this adds is kept in ``__metadata__``: ``crc32c.<array>`` per array, in decimal,
-and whatever strings the sender has to say (a service names its store there). See docs/how-to/http.md.
+and strings of the sender (a service names its store there). See docs/how-to/http.md.
 """
 
 import json
@@ -16,7 +16,7 @@ from feature_store.format.checksums import crc32c
 
 MEDIA_TYPE = "application/vnd.safetensors"
 CHUNK_BYTES = 1 << 20
-"""What a sender hands to its socket at a time."""
+"""Bytes passed to a socket at a time."""
 MAX_HEADER_BYTES = 1 << 20
 _CHECKSUM = "crc32c."
 _CHECKED_BYTES = 256 << 10
@@ -51,7 +51,7 @@ class Frame(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """What a frame's header says: shape, dtype and place of each array, in the order of their bytes."""
+    """Content of a frame's header: shape, dtype and position of each array, in the order of their bytes."""
 
     arrays: dict[str, tuple[np.dtype, tuple[int, ...]]]
     metadata: dict[str, str]
@@ -82,7 +82,7 @@ def wire_order(arrays: Mapping[str, np.ndarray]) -> list[str]:
 def header(
     arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]], checksums: Mapping[str, int], metadata: Mapping[str, str]
 ) -> bytes:
-    """What comes before the arrays' bytes.
+    """The bytes before those of the arrays.
 
     Args:
         arrays: dtype and shape of each, in their order.
@@ -110,7 +110,7 @@ def read_frame(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """A frame from a stream, every array straight into its memory.
 
-    Allocates no more than ``length`` says, whatever the header claims; bound it before calling.
+    Allocates at most ``length`` bytes, even if the header claims more; bound it before calling.
 
     Args:
         readinto: Fills some of the memory given, returns how many bytes; 0 or None at the stream's end.
@@ -163,7 +163,7 @@ def _filled(readinto: Callable[[memoryview], int | None], memory: memoryview) ->
     while done < len(memory):
         got = readinto(memory[done:])
         if not got:
-            raise WireError(f"the body ended {len(memory) - done} bytes early; ask again")
+            raise WireError(f"the body ended {len(memory) - done} bytes early; retry")
         done += got
     return memory
 
@@ -237,7 +237,7 @@ def _memory(name: str, dtype: np.dtype, shape: tuple[int, ...], out: np.ndarray 
 def _require_checksum(name: str, checksum: int, metadata: Mapping[str, str]) -> None:
     claimed = metadata.get(_CHECKSUM + name)
     if claimed is not None and claimed != str(checksum):
-        raise WireError(f"the crc32c of array {name!r} does not match: it was damaged on its way; ask again")
+        raise WireError(f"the crc32c of array {name!r} does not match: it was damaged in transit; retry")
 
 
 def _refused(why: str) -> WireError:

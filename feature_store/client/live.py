@@ -29,7 +29,7 @@ class RemoteLiveSource:
 
     Args:
         service: The service.
-        taps: Taps asked for unless told otherwise; None for all it gives.
+        taps: Taps to request by default; None for all it gives.
         precision: What is sent: ``f32`` as computed, or ``f16`` in half the bytes.
         views: Makes the pixels of whole units, for iter_unit.
 
@@ -79,7 +79,7 @@ class RemoteLiveSource:
 
         Raises:
             InputError: Pixels are missing or not one view per row, or a tap is unknown.
-            MismatchError: The service has another teacher by now.
+            MismatchError: The service now has another teacher.
             ResourceError: It was busy or out of reach for as long as the retry policy allows.
             WireError: Its answers stayed damaged.
         """
@@ -144,7 +144,7 @@ class RemoteLiveSource:
                     where=f"what was opened at {self.service.url}",
                     expected=expected,
                     got=got,
-                    remedy="the service has another teacher by now: start what trains on it anew",
+                    remedy="the service now has another teacher: restart the runs that train on it",
                 )
 
     def _known(self, taps: Sequence[str] | None) -> tuple[str, ...]:

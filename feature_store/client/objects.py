@@ -119,7 +119,7 @@ class ServedObjects:
     def _ask(
         self, method: str, path: str, read: Callable[[Response], T], span: tuple[int, int] | None = None
     ) -> T | _Missing:
-        """What read makes of an object, or of (offset, length) of it; a sign if the range starts after its end.
+        """Result of read for an object, or for (offset, length) of it; a sentinel if the range starts after its end.
 
         Raises:
             FileNotFoundError: There is no such object.
@@ -163,6 +163,6 @@ def _body(answer: Response) -> np.ndarray:
     while done < len(memory):
         got = answer.readinto(memory[done:])
         if not got:
-            raise WireError(f"an object's body ended {len(memory) - done} bytes early; ask again")
+            raise WireError(f"an object's body ended {len(memory) - done} bytes early; retry")
         done += got
     return payload

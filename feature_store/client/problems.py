@@ -21,7 +21,7 @@ RETRIED_STATUSES = frozenset({408, 429, 502, 503, 504})
 
 @dataclass(frozen=True)
 class ProblemKind:
-    """A kind of problem; its name is part of its type for good.
+    """A kind of problem; its name is part of its type and never changes.
 
     Attributes:
         status: HTTP status.
@@ -43,7 +43,7 @@ KINDS: Mapping[str, ProblemKind] = {
     "not-found": ProblemKind(404, "There is nothing at this path"),
     "unknown-key": ProblemKind(404, "No committed unit holds this sample key"),
     "unknown-tap": ProblemKind(404, "The store has no such tap"),
-    "uncommitted": ProblemKind(404, "No commit record vouches for this row", UncommittedError),
+    "uncommitted": ProblemKind(404, "No commit record covers this row", UncommittedError),
     "method-not-allowed": ProblemKind(405, "The path does not take this method"),
     "request-timeout": ProblemKind(408, "The request's body did not arrive in time", ResourceError),
     "quarantined": ProblemKind(410, "The row's sample was quarantined: it has no features", QuarantinedError),

@@ -27,7 +27,7 @@ _MAX_DIGITS = 20  # of a number in a header: Python refuses to read very long on
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a call is retried.
+    """Retries of a call and their pauses.
 
     Attributes:
         deadline: Seconds for a call with all its tries.
@@ -49,13 +49,13 @@ class RetryPolicy:
 
 @dataclass(frozen=True)
 class ServiceClient:
-    """One server, as all clients of it call it. Picklable; used from many threads and forked processes.
+    """Calls to one server, shared by its clients. Picklable; used from many threads and forked processes.
 
     Attributes:
         transport: What sends requests.
         token: Bearer token; shown nowhere.
         retry: How long a call is retried.
-        sleep: Waits so many seconds.
+        sleep: Waits a number of seconds.
         clock: Seconds that only grow.
     """
 
@@ -133,7 +133,7 @@ class ServiceClient:
         retry_damaged: bool = True,
         good: Collection[int] = (200, 206),
     ) -> T:
-        """What read makes of an answer with a good status. Every call may be repeated: none changes anything.
+        """Result of read for a response of good status. Every call may be repeated: none has side effects.
 
         Args:
             method: HTTP method.
@@ -195,7 +195,7 @@ class ServiceClient:
 
 
 def at_once(requests: Sequence[Callable[[], T]], most: int) -> list[T]:
-    """Results of functions without arguments, so many at a time."""
+    """Results of functions without arguments, a limited number at a time."""
     if len(requests) < 2:
         return [request() for request in requests]
     with ThreadPoolExecutor(min(most, len(requests)), thread_name_prefix="feature-store-http") as pool:
@@ -203,7 +203,7 @@ def at_once(requests: Sequence[Callable[[], T]], most: int) -> list[T]:
 
 
 def _given_up(error: UserError, tries: int, deadline: float) -> UserError:
-    return type(error)(f"{error} (given up after {tries} tries within {deadline:g} s)")
+    return type(error)(f"{error} (failed after {tries} tries within {deadline:g} s)")
 
 
 def _frame(answer: Response, out: Mapping[str, np.ndarray] | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -28,7 +28,7 @@ class HttpSource:
     Args:
         service: The service.
         store: Its store, opened over ``ServedObjects``: manifest, codecs and which rows there are.
-        taps: Taps read unless told otherwise; None for all.
+        taps: Taps to read by default; None for all.
         max_rows: Most rows the service gives at once.
         max_bytes: Most bytes the service gives at once; more are asked for in several requests.
         in_flight: Requests at once, where several are needed.
@@ -63,7 +63,7 @@ class HttpSource:
         """See FeatureSource.read and ZarrSource.read: out and decode are as there, pixels are not looked at.
 
         Raises:
-            MismatchError: The service has another store by now.
+            MismatchError: The service now has another store.
             ResourceError: It was busy or out of reach for as long as the retry policy allows.
             WireError: Its answers stayed damaged.
             UncommittedError, QuarantinedError, CorruptStoreError, InputError: See ZarrSource.read.
@@ -122,7 +122,7 @@ class HttpSource:
         """
         got = self._ask("rows", rows.tolist(), memory, taps)
         if not np.array_equal(got, rows):
-            raise WireError(f"{self.service.url} answered with other rows than those asked for; check what is between")
+            raise WireError(f"{self.service.url} answered with other rows than those requested; check the proxies")
 
     def read_keys(self, keys: Sequence[str], view: int, taps: Sequence[str] | None = None) -> FeatureBatch:
         """Features of samples by key, in the order given; the service knows where they are.
@@ -157,7 +157,7 @@ class HttpSource:
                 arrays, strings = self._post(asked, out, retry_damaged=False)
             except WireError:  # the service reads and checks all rows first, and reports damage of its store
                 arrays, strings = self._post({**asked, "verify": True}, out)
-        except InputError:  # the service may serve another store by now
+        except InputError:  # the service may now serve another store
             described = self.service.json("/v1/manifest")
             self._require_store(described.get("identity") if isinstance(described, dict) else None)
             raise
@@ -190,5 +190,5 @@ def require_store(url: str, expected: str, got: str | None) -> None:
             where=f"what was opened at {url}",
             expected=expected,
             got=got,
-            remedy="the service has another store by now: open it again, and start what trains on it anew",
+            remedy="the service now has another store: open it again, and restart the runs that train on it",
         )

@@ -24,13 +24,13 @@ from feature_store.processes import PerProcess
 Body: TypeAlias = bytes | Sequence[bytes | memoryview]
 
 LOST = (OSError, http.client.HTTPException)
-"""What a transport raises when a connection cannot be made or breaks."""
+"""Errors of a transport whose connection cannot be made or breaks."""
 SLOWEST = 64 << 10
-"""Bytes a second below which a body counts as stalled, though a byte comes now and then."""
+"""Bytes a second below which a body counts as stalled, although single bytes arrive."""
 
 
 class Response(Protocol):
-    """What came back; its body is there to be read once.
+    """A response; its body can be read once.
 
     Attributes:
         status: HTTP status.
@@ -39,7 +39,7 @@ class Response(Protocol):
     status: int
 
     def getheader(self, name: str, default: str, /) -> str:
-        """A header by name, whatever its case."""
+        """A header by name; case does not matter."""
         ...
 
     def readinto(self, memory: memoryview, /) -> int:
@@ -47,7 +47,7 @@ class Response(Protocol):
         ...
 
     def read(self, amount: int, /) -> bytes:
-        """Up to so many bytes of the body."""
+        """Up to a number of bytes of the body."""
         ...
 
 
@@ -76,7 +76,7 @@ class Transport(Protocol):
 
 
 class _Paced(io.RawIOBase):
-    """What a socket receives, for as long as it comes fast enough: a peer may not hold a reader by single bytes.
+    """Bytes that a socket receives, with a minimum rate: a peer cannot hold a reader by single bytes.
 
     Args:
         raw: The socket's file.
@@ -151,11 +151,11 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Idle:
-    """Open connections that nobody uses; closed with it, in a forked process without a word to the server."""
+    """Open connections not in use; closed with this object, in a forked process without telling the server."""
 
     def __init__(self) -> None:
         self.connections: deque[http.client.HTTPConnection] = deque()
-        # Not __del__: of garbage in a cycle, the sockets could go first, and warn that nobody closed them.
+        # Not __del__: of garbage in a cycle, the sockets could go first, and warn that they were not closed.
         weakref.finalize(self, _close, self.connections)
 
 

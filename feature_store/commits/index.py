@@ -219,7 +219,7 @@ def _require_no_bomb(payload: bytes) -> None:
 
 
 def write_index(objects: ObjectStore, layout: StoreLayout, records: Sequence[CommitRecord]) -> int:
-    """Write the index anew; returns how many records it covers."""
+    """Write the whole index again; returns how many records it covers."""
     sizes = objects.sizes(FOLDER)
     index = build_index(layout, [(record, sizes[record.path]) for record in records if record.path in sizes])
     objects.put(PATH, index.encode())

@@ -55,7 +55,7 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
     machine and user still exclude each other, those of other machines do not.
 
     Args:
-        path: The file; its folder is made if need be.
+        path: The file; its folder is made if needed.
         refusal: Message if another process holds it; None to wait for the other process.
 
     Raises:
@@ -95,7 +95,7 @@ def _machine_root() -> Path:
 
 
 def _make_machine_root() -> None:
-    """Make the folder below which this user's substitutes for locks lie; whoever could write there could undo them."""
+    """Make the folder below which this user's lock files lie; a user who can write there can remove locks."""
     root = _machine_root()
     root.mkdir(mode=0o700, exist_ok=True)
     status = root.lstat()
@@ -167,7 +167,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def lock_name(unit: int | None) -> str:
-    """What a writer of a unit holds; for None, one that makes the store grow."""
+    """Lock file of a unit's writer; for None, of a process that grows the store."""
     return "grow" if unit is None else f"u{unit:05d}"
 
 

@@ -43,14 +43,14 @@ class CommitLog:
 
         Raises:
             MismatchError: It is about another store or tar.
-            CorruptStoreError: Another record vouches for the same.
+            CorruptStoreError: Another record covers the same view.
         """
         record.require_of(self._manifest)
         taken = self._lines[record.unit, record.views]
         if (taken != _NONE).any():
             other = self._record(int(taken.max()))
             raise CorruptStoreError(
-                f"{other.path} and {record.path} vouch for the same view; remove one of them",
+                f"{other.path} and {record.path} cover the same view; remove one of them",
                 remedy=Remedy.REWRITE_UNIT,
             )
         packed = pack_checksums(self._layout, record.unit, record.views, record.objects)
@@ -72,7 +72,7 @@ class CommitLog:
         """Add the records of an index that are present; call it before any other record is added.
 
         Raises:
-            CorruptStoreError: Two of them vouch for the same.
+            CorruptStoreError: Two of them cover the same view.
         """
         columns = {name: index.columns[name].astype(np.int64) for name in ("unit", "first_view", "last_view")}
         lines = np.flatnonzero(present)
@@ -83,7 +83,7 @@ class CommitLog:
         self._lines[units, views] = line
         self._index, self._next_line = index, len(index)
         if self.places != len(line):
-            raise CorruptStoreError(f"two records in {commit_index.PATH} vouch for the same view")
+            raise CorruptStoreError(f"two records in {commit_index.PATH} cover the same view")
 
     @property
     def records(self) -> list[CommitRecord]:
@@ -121,7 +121,7 @@ class CommitLog:
         return {unit: part.tolist() for unit, part in zip(some.tolist(), parts, strict=True)}
 
     def record(self, unit: int, view: int) -> CommitRecord:
-        """The record that vouches for a unit's view.
+        """The commit record of a unit's view.
 
         Raises:
             InputError: No such unit.
@@ -142,7 +142,7 @@ class CommitLog:
         """Refuse a row that holds no features.
 
         Raises:
-            UncommittedError: No commit record vouches for it.
+            UncommittedError: It has no commit record.
             QuarantinedError: Its sample was quarantined.
         """
         record = self.record(row.unit, row.view)

@@ -1,4 +1,4 @@
-"""Orphan objects: what interrupted writers left behind."""
+"""Orphan objects: remains of interrupted writers."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ class ObjectKind:
     """Kind of an object, from its path.
 
     Attributes:
-        kind: ``object`` (a unit's), ``partial`` (begun, never finished), ``record``, ``fixed`` (belongs to every store)
+        kind: ``object`` (a unit's), ``partial`` (unfinished), ``record``, ``fixed`` (belongs to every store)
             or ``foreign`` (not of this format).
         unit: Its unit, for the first three, if it has one.
     """
@@ -54,7 +54,7 @@ def whole_objects(objects: ObjectStore) -> list[str]:
 def find_orphans(
     layout: StoreLayout, paths: Iterable[str], records: Iterable[CommitRecord], doubtful: Iterable[int | None] = ()
 ) -> dict[int | None, list[str]]:
-    """Objects no record vouches for, by unit; None for unfinished metadata.
+    """Objects without a commit record, by unit; None for unfinished metadata.
 
     Args:
         layout: The store's.
@@ -78,7 +78,7 @@ def find_orphans(
 
 
 def remove(objects: ObjectStore, layout: StoreLayout) -> list[str]:
-    """Delete what interrupted writers left; returns the paths.
+    """Delete orphan objects; returns the paths.
 
     A unit that a local process is writing now, or one with a damaged record, is left alone. In a bucket nothing
     tells a writer at work from a dead one: call this only while no writer runs.
@@ -98,9 +98,9 @@ def remove(objects: ObjectStore, layout: StoreLayout) -> list[str]:
 
 
 def withdraw(objects: ObjectStore, unit: int) -> None:
-    """Take a unit's records back and delete what they vouched for, so that it can be written anew, with other bytes.
+    """Delete a unit's commit records and the objects they cover, so that it can be written again with other bytes.
 
-    Safe to interrupt: without records the unit was never written, and what is left of it are orphans.
+    Safe to interrupt: without records the unit was never written, and its remaining objects are orphans.
 
     Raises:
         ResourceError: A process is writing the unit.

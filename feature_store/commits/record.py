@@ -65,7 +65,7 @@ class CommitRecord:
 
     @property
     def views(self) -> range:
-        """Views it vouches for."""
+        """Views it proves."""
         return range(self.first_view, self.last_view + 1)
 
     @property
@@ -159,7 +159,7 @@ def decode_record(path: str, raw: bytes) -> CommitRecord:
         raise _damaged(f"commit record {path} is misnamed: it is {record.path}")
     if beyond := [position for position in record.quarantined if position >= record.samples]:
         raise _damaged(
-            f"commit record {path} makes no sense: quarantined position {beyond[0]} of {record.samples} samples"
+            f"commit record {path} is not valid: quarantined position {beyond[0]} of {record.samples} samples"
         )
     return record
 
@@ -178,9 +178,9 @@ def write_commit(objects: ObjectStore, record: CommitRecord) -> None:
 
 
 def already_committed(unit: int, tar: str, path: str) -> CommittedError:
-    """The error of a writer that is too late."""
+    """Error of a writer whose views another writer has committed."""
     return CommittedError(
-        f"unit {unit} ({tar}) is committed already by {path}, another writer's; nothing was overwritten; go on with "
+        f"unit {unit} ({tar}) is committed already by {path}, another writer's; nothing was overwritten; continue with "
         "the next unit"
     )
 

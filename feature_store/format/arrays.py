@@ -92,7 +92,7 @@ def decode_chunk(spec: ArraySpec, raw: np.ndarray, capacity: int, path: str) -> 
 
 
 class ShardBuilder:
-    """A shard object in the making: rows, each with its crc32c, then the shard index with its own.
+    """A shard object under construction: rows, each with its crc32c, then the shard index with its own.
 
     Args:
         spec: The array.

@@ -35,7 +35,7 @@ def object_checksum(raw: np.ndarray) -> int:
     """The checksum a commit record keeps of an object: the object's own, in its last four bytes.
 
     It covers a chunk's values, and a shard's index; a shard's rows are covered by the table beside it. A crc32c over
-    all of the bytes would say nothing: bytes followed by their crc32c have the same one whatever they are.
+    all of the bytes would prove nothing: any bytes followed by their crc32c have the same crc32c.
     """
     return int(raw[-CRC_BYTES:].view("<u4")[0])
 

@@ -122,7 +122,7 @@ class TarInfo:
 
 @dataclass(frozen=True)
 class InputInfo:
-    """How the samples of a store were found, so that later commands find the same.
+    """Options by which a store's samples were found, so that later commands find the same.
 
     Attributes:
         format: ``tar``, ``folder`` or ``parquet``.
@@ -213,7 +213,7 @@ class Manifest:
         manifest.require_room()
         if (places := len(manifest.tars) * manifest.num_views) > MOST_PLACES:
             raise InputError(
-                f"the store's manifest makes no sense: num_views {manifest.num_views} of {len(manifest.tars)} tars are "
+                f"the store's manifest is not valid: num_views {manifest.num_views} of {len(manifest.tars)} tars are "
                 f"{places:,} units of a view, expected at most {MOST_PLACES:,}; it was not written by this format"
             )
         return manifest
@@ -232,7 +232,7 @@ class Manifest:
         return fingerprint_of({name: value for name, value in kept.items() if name not in _GROWING})
 
     def with_statistics_of(self, stored: "Manifest") -> "Manifest":
-        """This manifest with the codec statistics a store already has: a job that goes on learns none of its own."""
+        """This manifest with the codec statistics a store already has: a continued job learns none of its own."""
         taps = {
             name: replace(tap, statistics=stored.taps[name].statistics) if name in stored.taps else tap
             for name, tap in self.taps.items()
@@ -317,7 +317,7 @@ class Growth:
 
 
 _GROWING = ("num_views", "tars", "software", "licence")
-_KEEP = "use the settings the store was begun with, or another store"
+_KEEP = "use the settings the store was created with, or another store"
 _ONLY_GROWS = "a store only grows: give its own tars first, in the same order, and at least its views"
 _NO_ROOM = "the new tars do not fit the room this store was made with; split them, or write another store"
 _MANIFEST = TypeAdapter(Manifest)

@@ -154,7 +154,7 @@ def copy_object(objects: RemoteObjects, key: str, version: str, file: IO[bytes])
     """Copy an object of a known version.
 
     Raises:
-        ResourceError: It was replaced meanwhile.
+        ResourceError: It was replaced while it was copied.
     """
     while part := objects.get_range(key, file.tell(), _BUCKET_CHUNK).tobytes():
         file.write(part)

@@ -1,9 +1,9 @@
 """Cache folder for tar indexes.
 
-Headers of a tar are read once. Its index is one file, in a folder that only its owner can enter: whoever can write an
-index decides which bytes are image and label. A file is used if it belongs to this user, its crc32c matches, and it was
-made by the same code from a tar of the same path, size, modification and change time. Anything else is ignored and made
-again.
+Headers of a tar are read once. Its index is one file, in a folder that only its owner can enter, because a user who can
+write an index decides which bytes are image and label. A file is used if it belongs to this user, its crc32c matches,
+and it was made by the same code from a tar of the same path, size, modification and change time. Any other file is
+ignored and made again.
 
     magic | JSON line: identity, sizes, hash, notes, problems | spans <i8 [n, 4] | key ends <u4 [n] | keys | crc32c <u4
 """
@@ -32,7 +32,7 @@ _SPAN_BYTES, _END_BYTES = 32, 4  # per sample
 
 
 class TarVersion(NamedTuple):
-    """What tells a tar's content from an earlier one without reading it.
+    """Version of a tar's content, known without reading it.
 
     The change time cannot be set by programs, so it shows a replaced file even if size and modification time are kept.
     """
@@ -156,7 +156,7 @@ def _file_name(version: TarVersion, rule: LabelRule) -> str:
 
 
 def _private_folder() -> Path | None:
-    """The folder, made if need be; None if it cannot be made, is another user's, or others may enter it."""
+    """The folder, made if needed; None if that fails, it is another user's, or others may enter it."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - of no home it is as given
     base = Path(os.environ.get(VARIABLE) or Path(home, "scalekd-cache"))
     if not base.is_absolute():

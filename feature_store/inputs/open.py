@@ -22,7 +22,7 @@ from feature_store.inputs.urls import local_path
 
 TABLES = (".parquet", ".arrow")
 PLAIN_TARS = InputInfo("tar", "required")
-"""How the inputs of a store were opened whose manifest does not say it."""
+"""Options of a store whose manifest records none."""
 _LABELS_READ = 2_000  # of tars with class names, when they are opened
 _LOOKED_AT = 10_000  # files of a folder, to recognise what it holds
 
@@ -42,7 +42,7 @@ def open_sources(
     Args:
         patterns: Paths, patterns and URLs of tars; or a folder; or parquet files.
         options: How they are opened; of TarOptions, with a store or for plain tars.
-        written: How the sources of a store were opened: they are opened in the same way, whatever the options.
+        written: How the sources of a store were opened: they are opened in the same way; other options are ignored.
 
     Raises:
         InputError: What is given cannot be used; says why.
@@ -91,7 +91,7 @@ def _info(patterns: Sequence[str], options: TarOptions) -> InputInfo:
 
 
 def recognised(patterns: Sequence[str]) -> InputFormat:
-    """What is given, by names alone: a folder is told by the first image, table or tar in it."""
+    """Kind of input by names alone: the first image, table or tar found decides the kind of a folder."""
     suffixes = {Path(pattern).suffix.lower() for pattern in patterns}
     if suffixes and suffixes <= set(TABLES):
         return "parquet"

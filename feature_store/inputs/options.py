@@ -11,7 +11,7 @@ InputFormat = Literal["tar", "folder", "parquet"]
 
 @dataclass(frozen=True, kw_only=True)
 class TarOptions:
-    """How tars are opened.
+    """Options for opening tars.
 
     Attributes:
         allow_pipe: Run the commands of ``pipe:`` and other URLs that start a program; only for lists of tars you trust.
@@ -24,7 +24,7 @@ class TarOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions(TarOptions):
-    """How images and labels are found.
+    """Options for finding images and labels.
 
     Attributes:
         input_format: What is given: tar (webdataset tars), folder (class-per-folder tree of image files), parquet

@@ -131,7 +131,7 @@ def open_parquet(
         groups += _row_groups(number, file, column)
         values.append(_labels(number, file, label_column, reader, problems))
     if not sum(group.rows for group in groups):
-        raise InputError(f"{files[0].path} and its like hold no rows; name files with images")
+        raise InputError(f"{files[0].path} hold no rows; name files with images")
     order = shuffled([f"{files[group.file].stem}/{group.number}" for group in groups], slices.seed)
     rows = np.concatenate([_rows_of(groups[at]) for at in order])
     listing = header_sha256((f"{files[group.file].stem}/{group.number}/{group.rows}", group.bytes) for group in groups)

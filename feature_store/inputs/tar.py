@@ -46,8 +46,8 @@ class Tar:
     """One input tar, indexed once, then read at random positions.
 
     Its file is opened at the first read, and closed when many others were opened since. Every read names its own
-    offset (pread), so threads and forked processes may share a Tar; a pickled Tar carries its index and opens the
-    file anew.
+    offset (pread), so threads and forked processes may share a Tar. A pickled Tar carries its index and opens the file
+    again.
 
     Attributes:
         url: Path or URL of the tar.

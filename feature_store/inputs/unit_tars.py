@@ -118,7 +118,7 @@ class UnitSources:
 
 
 def open_units(patterns: Sequence[str], options: TarOptions, inputs: InputInfo | None) -> UnitTars | UnitSources:
-    """What finds the source of each unit of a store.
+    """Finder of each unit's source in a store.
 
     Args:
         patterns: The store's tars, folder or parquet files.

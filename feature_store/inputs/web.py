@@ -23,7 +23,7 @@ class UnreachableError(ResourceError):
 
 
 class WebTar(NamedTuple):
-    """A response that has begun.
+    """A response whose headers have arrived.
 
     Attributes:
         version: Entity tag, modification time and length, as the server gives them.

@@ -86,7 +86,7 @@ def _spec(folder: str, described: Any) -> ArraySpec:
     """A tensor as an array of one row.
 
     Raises:
-        InputError, ValueError, KeyError, TypeError, OverflowError: Its metadata makes no sense.
+        InputError, ValueError, KeyError, TypeError, OverflowError: Its metadata is not valid.
     """
     tensor = parse(_TENSOR, {name: described[name] for name in ("shape", "data_type", "fill_value")}, folder)
     dtype = np.dtype(tensor.data_type).newbyteorder("<")

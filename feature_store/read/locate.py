@@ -157,7 +157,7 @@ def shard_table(
         nbytes: Its bytes before the index, which all rows lie in.
         index: The shard's index, uint64 [S, 2].
         checksums: Its rows' crc32c, uint32 [S].
-        readable: Whether the commit record vouches for each position, bool [S]; the others get no row.
+        readable: Whether the commit record covers each position, bool [S]; the others get no row.
     """
     starts, lengths = index.T
     inside = (lengths <= nbytes) & (starts <= nbytes - np.minimum(lengths, nbytes))

@@ -23,7 +23,7 @@ _between = memoryview(bytearray(CRC_BYTES))  # takes the checksum between two ro
 class ReadRequest:
     """Rows of one array as runs: side by side in a file and in the memory they go to, one read and one checksum each.
 
-    What a read takes is made just before it: whatever was made earlier has left the processor's cache by then.
+    What a read takes is made just before it: objects made earlier are no longer in the processor's cache.
 
     Args:
         size: Bytes of a row.
@@ -57,7 +57,7 @@ class ReadRequest:
         return slice(self._begins[at], self._ends[at])
 
     def take(self, at: int) -> bool:
-        """Read a run into its memory; whether it was there and sound. If not, that holds anything."""
+        """Read a run into its memory; whether it was in the page cache, undamaged. If not, the memory is undefined."""
         first, last, file, size = self._begins[at], self._ends[at], self._files[at], self._size
         memory = self._memory[first * size : last * size]
         rows = last - first
@@ -120,12 +120,12 @@ class PageCacheReader:
         return ReadRequest(self._size, memory, firsts, ends.tolist(), files, offsets[begins].tolist(), joined)
 
     def take(self, start: int, stop: int, memory: np.ndarray) -> bool:
-        """Read some rows into memory, see runs; whether they were there and sound. If not, it holds anything."""
+        """Read rows into memory, see runs; whether all were in the page cache, undamaged. If not, it is undefined."""
         runs = self.runs(start, stop, memory)
         return all(map(runs.take, range(len(runs))))
 
     def _begins(self, start: int, stop: int, most: int) -> np.ndarray:
-        """First rows of runs, counted from start: where one does not follow, or so many did."""
+        """First rows of runs, counted from start: at each gap, and after each maximum length."""
         at = np.arange(stop - start)
         first = np.where(self._follows[start:stop], 0, at)  # of the rows that follow each other
         return np.flatnonzero((at - np.maximum.accumulate(first)) % max(1, most) == 0)

@@ -36,7 +36,7 @@ class ZarrSource:
         objects: The store's objects.
         layout: Its layout.
         committed: Which rows may be read.
-        taps: Taps read unless told otherwise; None for all.
+        taps: Taps to read by default; None for all.
         threads: Requests in flight; None for what suits the object store.
         table_bytes: Most bytes of cached shard indexes and row checksums.
 

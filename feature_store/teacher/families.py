@@ -40,7 +40,7 @@ class PositionalInputs:
 
 
 class _ReadyMade(nn.Module):
-    """Stands in for the part of a model that would make a table anew for every batch."""
+    """Replaces the part of a model that would compute a table again for every batch."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ class TeacherOutput:
 
 
 class Teacher(nn.Module):
-    """A frozen timm model with its split, in eval mode for good.
+    """A frozen timm model with its split, always in eval mode.
 
     Attributes:
         info: What the manifest says of it.
@@ -65,7 +65,7 @@ class Teacher(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stay in eval mode whatever a trainer sets."""
+        """Stay in eval mode: a trainer's call has no effect."""
         return super().train(False)
 
     @torch.no_grad()
@@ -188,7 +188,7 @@ def _load_checkpoint(model: nn.Module, name: str, checkpoint: Path) -> None:
             load_checkpoint(model, str(checkpoint))
         else:
             model.load_state_dict(weights)
-    except Exception as error:  # whatever a damaged or foreign file makes the readers raise
+    except Exception as error:  # readers raise many classes on damaged or foreign files
         # torch names every key, a large model has hundreds
         lines = [shorten(line.strip(" \t:."), 200, placeholder=" ...") for line in str(error).splitlines()[:4]]
         reason = "; ".join(lines)

@@ -34,7 +34,7 @@ class LaterBlocks(nn.Module):
     """P of the paper: the frozen teacher between the stage-3 output and the final feature map F^t, norm included.
 
     Gradients flow through it to its input; its own weights never learn and it never leaves eval mode
-    (the released code's drop path stays active in training; ours does not).
+    (the released code's drop path stays active in training; this one's does not).
     """
 
     def __init__(self, cut: Cut) -> None:
@@ -48,7 +48,7 @@ class LaterBlocks(nn.Module):
         self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> "LaterBlocks":
-        """Stay in eval mode whatever the trainer sets."""
+        """Stay in eval mode: a trainer's call has no effect."""
         return super().train(False)
 
     def forward(self, x: Tensor, prefix_BPD: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ Statistics = Mapping[str, Tensor]
 
 
 class TorchDecoder:
-    """Decodes one stored value on whatever device its parts are on; statistics are copied there once.
+    """Decodes one stored value on the device of its parts; statistics are copied there once.
 
     Args:
         codec: The value's codec, from ``feature_store.format.codecs.registry.bound_codecs(store.manifest)``.

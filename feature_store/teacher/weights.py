@@ -38,10 +38,10 @@ _MAGIC = (
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """Tensors by name out of a safetensors or torch file, from under ``state_dict`` and the like if they lie there.
+    """Tensors by name out of a safetensors or torch file, also from below a key such as ``state_dict``.
 
     Raises:
-        InputError: The file is not one of these, is damaged, or holds more than tensors; says what it is instead.
+        InputError: The file is not one of these, is damaged, or holds more than tensors; names its content.
     """
     content = read_file(path)
     for name in _NESTED:

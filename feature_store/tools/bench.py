@@ -148,7 +148,7 @@ def _measure_all(
 
 
 def stand_ins(values: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """What the student's side may look like: ``early`` knows nothing, ``late`` is the teacher plus its own spread."""
+    """Student outputs to compute losses with: ``early`` is noise, ``late`` is the teacher plus noise of its spread."""
     noise = rng.standard_normal(values.shape, np.float32)
     spread = values.std(axis=tuple(range(values.ndim - 1)))
     return {"early": noise, "late": values + spread * rng.standard_normal(values.shape, np.float32)}

@@ -42,7 +42,7 @@ def write_card(store: "Store", out: Path, *, url: str | None = None) -> list[Pat
 
     Args:
         store: The store, with at least one committed unit.
-        out: Folder for both; made if need be.
+        out: Folder for both; made if needed.
         url: Where readers will find the store; default where it is now.
 
     Raises:
@@ -93,7 +93,7 @@ def ways_to_open(store: "Store", url: str) -> list[Way]:
     client = (
         "import zarr\n\n"
         f"array = zarr.open_array({f'{url}/{array}'!r}, mode='r')\n"
-        f"values = array[{view}, {row}]  # as stored; FORMAT.md says what the codec means"
+        f"values = array[{view}, {row}]  # as stored; the codec is described in FORMAT.md"
     )
     service = (
         "from feature_store import connect\n\n"
@@ -136,7 +136,7 @@ def _facts(summary: dict[str, Any], store: "Store") -> dict[str, str]:
         "samples without a label": f"{unlabelled:,} (quarantined ones included)",
         "quarantined": f"{len(summary['quarantined']):,} samples that could not be used",
         "size": f"{decimal(summary['bytes'])} in {summary['objects']:,} objects",
-        "licence": summary["licence"] or "not stated: ask whoever made the store before you use it",
+        "licence": summary["licence"] or "not stated: ask the store's author before you use it",
         "manifest (sha256)": summary["fingerprint"],
     }
     if classes:
@@ -170,10 +170,12 @@ def _markdown(title: str, facts: dict[str, str], errors: dict[str, str], ways: l
 
 _INTRODUCTION = (
     "Features of a frozen teacher over augmented views, written by scalekd-cache (store format v1). Every row that a "
-    "commit record vouches for is proven by checksums; the teacher's later blocks are in the store."
+    "commit record covers is proven by checksums; the teacher's later blocks are in the store."
 )
-_ERRORS = f"What the codecs may have changed, stated from {_ROWS} random rows:"
-_INSTALL = "`pip install scalekd-cache`, and `'scalekd-cache[s3]'` for buckets. Each of these stands by itself."
+_ERRORS = f"Error bounds of the codecs, from {_ROWS} random rows:"
+_INSTALL = (
+    "`pip install scalekd-cache`, and `'scalekd-cache[s3]'` for buckets. Each example is independent of the others."
+)
 
 
 def _template() -> Any:

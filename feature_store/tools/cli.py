@@ -20,7 +20,7 @@ app = tyro.extras.SubcommandApp()
 
 @app.command
 def info(path: Annotated[str, tyro.conf.Positional], json: bool = False) -> None:
-    """Print what a store holds.
+    """Print a summary of a store.
 
     Args:
         path: The store: a directory or URL.
@@ -59,7 +59,7 @@ def verify(
         print_report(report, Console())
     if report.findings:
         raise CorruptStoreError(
-            f"{len(report.findings)} findings in {report.store}; `feature-store repair {report.store}` says what helps"
+            f"{len(report.findings)} findings in {report.store}; `feature-store repair {report.store}` lists repairs"
         )
 
 
@@ -72,7 +72,7 @@ def repair(
     workers: int = usable_cpus(),
     json: bool = False,
 ) -> None:
-    """Say what interrupted writers left and which units to write again; with --yes delete and repair.
+    """List orphan objects and units to write again; with --yes delete and repair.
 
     Committed data that is good is never touched. In a bucket, run it only while no writer does.
 
@@ -103,7 +103,7 @@ def bench(
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Measure on a store's own features what each codec costs and keeps: bytes, speed, errors of losses and gradients.
+    """Measure each codec on a store's own features: bytes, speed, errors of losses and gradients.
 
     Args:
         path: The store, with taps stored as f32 or f16: a directory or URL.
@@ -196,7 +196,7 @@ def copy(
 
     Args:
         source: The store: a directory or URL (s3://, gs://, http(s)://).
-        target: Directory or bucket of the copy; made if need be.
+        target: Directory or bucket of the copy; made if needed.
         workers: Units copied at once.
         json: Print JSON.
     """

@@ -1,4 +1,4 @@
-"""The edge that all command lines share: errors, signals, exit codes."""
+"""Entry point shared by all command lines: errors, signals, exit codes."""
 
 import errno
 import importlib
@@ -152,7 +152,7 @@ def _refuse_unknown_command(app: tyro.extras.SubcommandApp, arguments: Sequence[
 
 
 def _refuse_repeated_lists(arguments: Sequence[str], lists: Collection[str]) -> None:
-    """The last of several would count alone, and what the others list would be left out in silence."""
+    """Refuse a list option that is given twice: only its last values would count."""
     names = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
     for name in lists:
         if names.count(name) > 1:

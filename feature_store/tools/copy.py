@@ -1,7 +1,7 @@
 """Copies a store to another place, unit by unit.
 
 A unit's commit record is written after its objects were compared with it, so an interrupted copy is a store that lacks
-units, never one with unproven rows; the same command goes on with it.
+units, never one with unproven rows; the same command continues it.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class CopyReport:
         source: Where the store was.
         target: Where the copy is.
         records: Commit records of the source.
-        copied: Records this run copied; the others were there.
+        copied: Records this run copied; the others existed.
         bytes: Bytes this run copied.
     """
 
@@ -62,7 +62,7 @@ def copy(
 
     Args:
         source: The store: a directory or URL, also ``http(s)://``.
-        target: Directory or bucket for the copy; made if need be.
+        target: Directory or bucket for the copy; made if needed.
         workers: Units copied at once.
         progress: Called with records that are copied, and records in all.
 

@@ -116,7 +116,7 @@ def print_repair(repair: "Repair", console: Console) -> None:
     for unit, views in repair.redo.items():
         console.print(f"write again: unit {unit}, views {', '.join(map(str, views))}")
     if not repair.done:
-        console.print("nothing was changed; --yes does it")
+        console.print("nothing was changed; --yes applies it")
 
 
 def _unit(unit: int | None) -> str:

@@ -1,6 +1,6 @@
 """ScaleKD's loss terms in numpy, with gradients.
 
-They show what a codec's error means to a student.
+They show the effect of a codec's error on a student.
 
 Unweighted, in float64. The trainer's own are in torch and do not belong to the store; tests compare the two.
 

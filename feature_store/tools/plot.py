@@ -80,7 +80,7 @@ def plot(
 
     Args:
         store: The store.
-        out: Folder for the files; made if need be.
+        out: Folder for the files; made if needed.
         tars: The store's tars, for the thumbnails; without them that picture is left out.
         tap: The tap to draw.
         rows: Rows to average over.

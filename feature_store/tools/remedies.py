@@ -9,7 +9,7 @@ COMMANDS = {
     "command, which writes only that unit again",
     Remedy.RETRY_QUARANTINED: "fix the tar and run the same `teacher-service cache` command with --retry-quarantined",
     Remedy.EXACT_CODEC: "use --tap-codec f32 (--logits-codec f32 for logits)",
-    Remedy.REPAIR: "run `feature-store repair STORE`, which says what it would do",
+    Remedy.REPAIR: "run `feature-store repair STORE`, which lists repairs",
     Remedy.LOCAL_CHECKPOINT: "pass it with --checkpoint",
     Remedy.MODEL_OPTIONS: "see --model-kwargs",
     Remedy.TOKEN: "give the token with --token-file or its variable",

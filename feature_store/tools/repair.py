@@ -34,7 +34,7 @@ class Repair:
         done: Whether anything was changed; false for a dry run.
         orphans: Objects of interrupted writers: deleted.
         metadata: Metadata of groups and arrays: written again.
-        damaged: Commit records that vouch for what is damaged, and damaged ones: kept, unless dropping was asked for.
+        damaged: Commit records that cover damaged objects, and damaged records: kept, unless dropping was asked for.
         dropped: Those that were (or would be) removed, so that their units are written again.
         redo: Units and views to write again with the same ``teacher-service cache`` command.
         beyond_repair: What writing again does not fix: unreadable disks, repeated keys, the later blocks, the root,
@@ -64,14 +64,14 @@ def repair(
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Repair:
-    """Verify a store, then delete what interrupted writers left, and write metadata and the commit index again.
+    """Verify a store, then delete orphan objects, and write metadata and the commit index again.
 
     Committed data that is good is never touched. In a bucket, run it only while no writer does.
 
     Args:
         url: The store.
-        apply: Do it; otherwise only say what would be done.
-        drop_damaged: Also remove the records that vouch for damaged objects, and damaged records.
+        apply: Apply the repairs; otherwise only list them.
+        drop_damaged: Also remove the records that cover damaged objects, and damaged records.
         quick: Look for damage by existence and length only.
         workers: Processes.
         progress: Called with units done and in all.

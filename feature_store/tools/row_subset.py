@@ -27,5 +27,5 @@ def sampled_shards(store: "Store", rng: np.random.Generator) -> list[np.ndarray]
 
 
 def pick(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Up to so many of the rows [n, 3] at random, in their own order."""
+    """Up to a number of the rows [n, 3] at random, in their own order."""
     return rows[np.sort(rng.permutation(len(rows))[:count])]

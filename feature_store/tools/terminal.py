@@ -1,4 +1,4 @@
-"""Terminal output in which text from outside is shown, never obeyed.
+"""Terminal output that escapes control characters of foreign text.
 
 Sample keys, tar names, licence notes and errors come from files of others: no control character of theirs reaches the
 terminal, and square brackets are no markup. Everything the three programs print goes through here.

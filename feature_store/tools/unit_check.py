@@ -1,4 +1,4 @@
-"""Checks everything one unit's commit records vouch for, byte by byte."""
+"""Checks every byte that one unit's commit records cover."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class Finding:
         path: Object it is about.
         message: What is wrong.
         unit: Unit it belongs to, if any.
-        record: Path of the commit record that vouches for the object, if any.
+        record: Path of the commit record that covers the object, if any.
     """
 
     kind: str
@@ -188,7 +188,7 @@ class _UnitChecker:
             return None
 
     def _keys(self, record: CommitRecord) -> None:
-        """The stored keys and their hashes; both are proven by now, or there is a finding about them."""
+        """The stored keys and their hashes; both were checked before, and a fault is among the findings."""
         raws = {name: self._objects_chunk(name, record) for name in ("key", "key_hash")}
         keys, hashes = raws["key"], raws["key_hash"]
         if keys is None or hashes is None:

@@ -80,7 +80,7 @@ def verify(
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Check everything a store vouches for.
+    """Check every byte that a store's commit records cover.
 
     Args:
         url: The store.
@@ -255,9 +255,7 @@ def _orphans(scan: _Scan) -> Iterator[Finding]:
         if is_held(scan.objects, unit):
             continue  # not left over: its writer is at work
         for path in find_orphans(scan.layout, sorted(paths), _records_now(scan, unit)).get(unit, ()):
-            yield Finding(
-                "orphan", path, "no commit record vouches for it; `feature-store repair --yes` deletes it", unit
-            )
+            yield Finding("orphan", path, "no commit record covers it; `feature-store repair --yes` deletes it", unit)
 
 
 def _records_now(scan: _Scan, unit: int | None) -> list[CommitRecord]:

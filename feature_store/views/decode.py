@@ -1,4 +1,4 @@
-"""Encoded image bytes to an RGB image, or a reason why not."""
+"""Decodes image bytes to RGB, or gives the reason of a refusal."""
 
 import io
 import threading

@@ -86,7 +86,7 @@ def draw_view(policy: ViewPolicy, seed: int, key: str, view: int, source_size: t
 
 
 def _words(seed: int, key: str, view: int, count: int) -> list[int]:
-    """The view's own raw words. numpy guarantees a bit generator's raw output for good, distributions not."""
+    """The view's own raw words. Across releases, numpy guarantees a bit generator's raw output, not distributions."""
     name = struct.pack("<QQ", seed, view) + key.encode()  # fixed width, then the rest: no two triples collide
     digest = hashlib.blake2b(name, digest_size=16, person=b"scalekd-view-v1").digest()
     key_words = _Key(np.frombuffer(digest, "<u8"))

@@ -36,7 +36,7 @@ def decode_view(data: bytes) -> np.ndarray:
 def replay_view(
     image: Image.Image, params: ViewParams, size: int | tuple[int, int], encoding: str | None = None
 ) -> np.ndarray:
-    """The pixels the teacher saw, made anew from the source: with an encoding those of its JPEG, decoded.
+    """The pixels the teacher saw, made again from the source: with an encoding those of its JPEG, decoded.
 
     Args:
         image: The source in RGB, as decode_image gives it.

@@ -1,6 +1,6 @@
 """Limits on an encoded image's structure, checked before it is decoded.
 
-A file of a few megabytes can cost minutes or gigabytes whatever its number of pixels: JPEG scans that repeat, millions
+A file of a few megabytes can cost minutes or gigabytes at any number of pixels: JPEG scans that repeat, millions
 of empty blocks, metadata that overlaps. Each format is walked as its decoder would; the time is that of a memory scan.
 """
 
@@ -16,7 +16,7 @@ MAX_BLOCKS = 65_536
 MAX_SCANS = 100
 # A scan costs 0.5 to 20 ns per pixel: the largest image may have 20, a smaller one more.
 SCANS_OF_LARGEST = 20
-# What Pillow decodes in Python, 0.2 to 0.5 us per byte: plain PPM, PPM of an odd maximum, BMP with run lengths.
+# What Pillow decodes in Python, 0.2 to 0.5 us per byte: plain PPM, PPM whose maximum is not 255, BMP with run lengths.
 MAX_SLOW_BYTES = 4 << 20
 
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # JPEG markers without a length: TEM, RST0 to RST7
@@ -33,7 +33,7 @@ _TIFF_FOLDERS = (34665, 34853, 40965)  # Exif, GPS, interoperability
 
 
 def bounded_image(data: bytes, max_pixels: int) -> bytes:
-    """An image whose decoding costs no more than its pixels and bytes are worth: the same, or without metadata.
+    """An image whose decoding cost is bounded by its pixels and bytes: the same, or without metadata.
 
     Args:
         data: The encoded image, of any format.
@@ -162,8 +162,8 @@ def _check_slow(data: bytes) -> None:
         fast = _FAST_PPM.match(data, 0, MAX_BLOCKS) is not None
     if not fast:
         raise ImageError(
-            f"BMP with run lengths, or PPM in plain text or of an odd maximum, has {len(data):,} bytes, at most "
-            f"{MAX_SLOW_BYTES:,} are accepted; save it as PNG"
+            f"BMP with run lengths, or PPM in plain text or with a maximum other than 255, has {len(data):,} bytes, "
+            f"at most {MAX_SLOW_BYTES:,} are accepted; save it as PNG"
         )
 
 

@@ -63,7 +63,7 @@ def write_unit(
         unit: The unit.
         first_view: First view.
         data: What to write.
-        committed: Proofs of the unit's objects that belong to no view, if another record vouches for them already;
+        committed: Proofs of the unit's objects that belong to no view, if another record covers them already;
             they are compared, not written.
 
     Raises:

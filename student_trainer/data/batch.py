@@ -39,7 +39,7 @@ class RawFeatures(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one pass trains on, as a worker made it.
+    """One batch as a worker made it.
 
     Attributes:
         rows: int64 [B, 3]: unit, position, view.

@@ -30,7 +30,7 @@ _REMEDY = (
 
 
 class BatchLoader:
-    """A DataLoader over batches of rows that hands a worker's user errors on as they are.
+    """A DataLoader over batches of rows that passes on a worker's user errors unchanged.
 
     Its random generator is its own, so that iterating never advances the global one (exact resume).
     """
@@ -120,7 +120,7 @@ class BatchLoader:
 
 @contextmanager
 def worker_failures_told() -> Iterator[None]:
-    """Within: the death of a worker, and a machine that has no room for workers, are user errors.
+    """Convert the death of a worker, and a machine without room for workers, to user errors within the context.
 
     torch's signal handler may raise the former anywhere, not only where a batch is waited for.
     """
@@ -139,7 +139,7 @@ def worker_failures_told() -> Iterator[None]:
 def _died(error: Exception) -> ResourceError:
     return ResourceError(
         f"a process that makes batches died: {one_line(error)}; see its own message above, if there is none the system "
-        "ended it for want of memory, or /dev/shm was full: use fewer --workers (0 for none), a run continues "
+        "ended it because memory ran out, or /dev/shm was full: use fewer --workers (0 for none), a run continues "
         "with --resume"
     )
 

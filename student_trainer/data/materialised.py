@@ -26,7 +26,7 @@ _OPTIONAL = TarLabels.of("optional", None, ())  # labels are compared with the s
 
 @dataclass(frozen=True)
 class StoredUnit:
-    """What a store says of a unit whose source a run can do without.
+    """A unit as its store describes it, where a run does not need the source.
 
     Attributes:
         name: The source's name.
@@ -84,7 +84,7 @@ def require_view_tars(store: Store, url: str, num_views: int) -> None:
 
 
 class MaterialisedViews:
-    """Reads each view as it was written; the source images are not needed, and nothing is drawn or made anew.
+    """Reads each view as it was written; the source images are not needed, and no view is drawn or replayed.
 
     Args:
         stored: The store's views; what is read is checked against them.

@@ -80,7 +80,7 @@ class StoredViews:
         return tar.read(row.position)
 
     def pixels(self, row: RowId, sample: Sample) -> np.ndarray:
-        """The view the teacher saw, made anew by the stored parameters."""
+        """The view the teacher saw, made again from the stored parameters."""
         image = decode_image(sample.image)
         return replay_view(image, self.params(row, sample.key, image.size), self.size, self._encoding)
 

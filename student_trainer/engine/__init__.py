@@ -1,1 +1,1 @@
-"""Engine room of a run: optimizer, checkpoints, processes, logs."""
+"""Engine of a run: optimizer, checkpoints, processes, logs."""

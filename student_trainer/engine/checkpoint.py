@@ -30,7 +30,7 @@ _TOLD = frozenset({"device", "epochs"})
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         epoch: Epoch in progress.
@@ -51,7 +51,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run needs to go on as if it had never stopped.
+    """Everything a run needs to resume as if it had never stopped.
 
     The learning-rate schedule is a function of the step and has no state of its own.
 
@@ -184,7 +184,7 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
 
 
 def resume_notes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What is different for a run from where it is resumed, a sentence each; the order of samples never is.
+    """Differences between a run and its resumption, a sentence each; the order of samples is always the same.
 
     Args:
         saved: The run's config.json.

@@ -24,7 +24,7 @@ _VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class OtherProcessError(UserError):
-    """The run ended because of an error that the main process tells.
+    """The run ended because of an error that the main process reports.
 
     Attributes:
         exit_code: That error's.
@@ -71,7 +71,7 @@ class Group:
         return cast("list[T]", items)
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes, on every process; its user error ends all of them, see all_or_raise."""
+        """Result on all processes of a function that the main one runs; its user error ends all, see all_or_raise."""
         made = self.all_or_raise(lambda: make() if self.is_main else None)
         return cast("T", self.gather(made)[0])
 
@@ -82,11 +82,11 @@ class Group:
         return tuple(mean > 0 for mean in self.mean(torch.tensor(flags, dtype=torch.float32, device=device)).tolist())
 
     def all_or_raise(self, build: Callable[[], T]) -> T:
-        """What each process builds for itself, or the end of all of them.
+        """Run a function in each process, and end all if it fails in one.
 
         Raises:
             UserError: On the main process: the first user error of any process.
-            OtherProcessError: On the others; the main process tells what happened.
+            OtherProcessError: On the others; the main process reports the cause.
         """
         built, error = None, None
         try:

@@ -18,7 +18,7 @@ _REMEDY = "lower --optim.lr, set --optim.clip-grad, or use --amp off"
 
 @contextmanager
 def machine_failures_told(stop: Stop) -> Iterator[None]:
-    """Within: out-of-memory errors, and the end of another process, become ResourceErrors."""
+    """Convert out-of-memory errors, and the end of another process, to ResourceErrors within the context."""
     try:
         with worker_failures_told():
             yield
@@ -59,7 +59,7 @@ def not_finite_loss(
 
 
 def require_finite_weights(module: nn.Module, step: int, group: Group) -> None:
-    """Keep a checkpoint from being replaced by weights that nothing can be learned with any more.
+    """Refuse to replace a checkpoint by weights that are not finite.
 
     Raises:
         UserError: Some are NaN or infinite.

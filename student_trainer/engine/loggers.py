@@ -20,7 +20,7 @@ class Logger(Protocol):
         ...
 
     def close(self) -> None:
-        """Hand over what is left."""
+        """Write the remaining values."""
         ...
 
 
@@ -49,7 +49,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases; a resumed run goes on in the same one. WANDB_MODE=offline needs no account."""
+    """A run of Weights & Biases; a resumed run continues the same one. WANDB_MODE=offline needs no account."""
 
     def __init__(self, project: str, config: TrainConfig) -> None:
         import wandb  # pyright: ignore[reportMissingImports] - optional extra
@@ -73,7 +73,7 @@ class Wandb:
 
 
 class Mlflow:
-    """A run of MLflow; a resumed run goes on in the same one. MLFLOW_TRACKING_URI says where to."""
+    """A run of MLflow; a resumed run continues the same one. MLFLOW_TRACKING_URI says where to."""
 
     def __init__(self, experiment: str, config: TrainConfig) -> None:
         import mlflow  # pyright: ignore[reportMissingImports] - optional extra
@@ -134,7 +134,7 @@ def require_loggers(config: TrainConfig) -> None:
     """Refuse a run whose loggers are not installed, before anything is computed.
 
     Raises:
-        InputError: Says what to install.
+        InputError: A logger is not installed; names the package.
     """
     for asked, package in (
         (config.tensorboard, "tensorboard"),

@@ -88,7 +88,7 @@ def _rewrite(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 class Throughput:
-    """How fast steps go: their median time, images per second, and the share spent waiting for data."""
+    """Speed of steps: median time, images per second, and the share of time spent waiting for data."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []

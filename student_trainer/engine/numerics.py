@@ -9,7 +9,7 @@ import torch
 
 @contextmanager
 def numerics(*, deterministic: bool, tf32: bool) -> Iterator[None]:
-    """Within: only algorithms that repeat to the bit, and TF32 matrix products, if asked for.
+    """Set repeatable algorithms, and TF32 matrix products, within the context, where requested.
 
     A CPU repeats to the bit anyway, and has no TF32. Otherwise cuDNN tries its convolutions and takes the fastest.
     """

@@ -60,7 +60,7 @@ def _groups(config: OptimConfig, module: DistilledStudent) -> list[dict[str, Any
 
 
 def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
-    """The learning rate as a function of the step: linear warm-up, then cosine over what is left, or steps."""
+    """The learning rate as a function of the step: linear warm-up, then cosine over the remaining steps, or steps."""
     optim = config.optim.at(config.batch_size)
     after_warmup = optim.sched == "cosine"  # steps are counted from the first epoch
     scheduler, _ = create_scheduler_v2(
@@ -81,7 +81,7 @@ def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps_per_epoch: i
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """What the optimizer takes in a checkpoint, about: the moments of each parameter."""
+    """Approximate bytes of the optimizer in a checkpoint: the moments of each parameter."""
     return sum(
         (2 if "betas" in group else 1 if group.get("momentum") else 0) * _bytes(group["params"])
         for group in optimizer.param_groups

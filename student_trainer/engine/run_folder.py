@@ -35,7 +35,7 @@ _LOCK, _WRITER = ".lock", ".writer"  # the second one says who holds the first
 
 @contextmanager
 def reserved(run: Path) -> Iterator[None]:
-    """Within: this process alone writes the run's folder, which is made if need be.
+    """Reserve the run's folder for this process while the context lasts; it is made if needed.
 
     Raises:
         InputError: It is a file.
@@ -78,7 +78,7 @@ class RunFolder:
         metrics: metrics.jsonl.
         last: last.pt, where the run resumes.
         best: best.safetensors, the student of the epoch with the best validation accuracy; absent without validation.
-        description: config.json: settings, inputs, plan and versions, as the run was begun.
+        description: config.json: settings, inputs, plan and versions at the run's start.
         progress: progress.json: epoch, step, best accuracy, and whether all epochs are done.
     """
 
@@ -122,7 +122,7 @@ class RunFolder:
             folder._remove_partials()
             folder._change_validation(config, saved, inputs)
             return folder, resume_notes(saved, description)
-        # a lock and partial files are all that is there of a run killed while it was begun
+        # a lock and partial files are all that a run killed at its start has left
         if any(path.name not in (_LOCK, _WRITER) and path.suffix != PARTIAL_SUFFIX for path in config.run.iterdir()):
             step = "it holds no run to continue;" if config.resume else "add --resume to continue it, or"
             raise InputError(f"--run {config.run} already exists; {step} choose another folder")
@@ -186,12 +186,12 @@ class RunFolder:
         write_text(self.description, json.dumps(description, indent=2), durable=True)
 
     def _remove_partials(self) -> None:
-        """What killed processes left: the folder is reserved, so nobody is writing them."""
+        """Remove partial files of killed processes: the folder is reserved, so no process writes them."""
         for path in self.path.glob(f"*{PARTIAL_SUFFIX}"):
             path.unlink(missing_ok=True)
 
     def _change_validation(self, config: TrainConfig, saved: dict[str, Any], inputs: Mapping[str, Any]) -> None:
-        """Note other validation tars; accuracies on the earlier ones do not compare, so the best is chosen anew."""
+        """Note other validation tars; accuracies on the earlier ones do not compare, so the best is chosen again."""
         if _validation(saved["inputs"]) == _validation(inputs):
             return
         checkpoint = self.saved()
@@ -215,7 +215,7 @@ class RunFolder:
 
 
 def _validation(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's inputs is only validated on."""
+    """The part of a run's inputs that is used for validation only."""
     return {"val_tars": inputs["val_tars"]}
 
 
@@ -239,7 +239,7 @@ def read_description(path: Path) -> dict[str, Any]:
 def _git_commit() -> str | None:
     """Commit of this package's own checkout, if it runs from one."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed: the enclosing checkout, if any, is somebody else's
+    if not (root / ".git").exists():  # installed: an enclosing checkout, if any, is another project's
         return None
     try:
         found = subprocess.run(

@@ -46,7 +46,7 @@ class Stop:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within: a signal is noted, and raised when the context ends.
+        """Hold signals back in the context; one that came is raised when it ends.
 
         Raises:
             Stopped: A signal came.
@@ -61,7 +61,7 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within: a signal raises, also that of one of several processes.
+        """Raise on a signal within the context, also on one of another process of the run.
 
         Raises:
             Stopped: A signal came.
@@ -99,7 +99,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Within: signals that ask to stop raise Stopped. A signal that is ignored (nohup) stays so.
+    """Raise Stopped on a stop signal within the context. A signal that is ignored (nohup) stays so.
 
     Outside the main thread, where Python allows no handlers, nothing changes.
     """

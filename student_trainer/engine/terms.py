@@ -82,7 +82,7 @@ class TermMeans:
         return {"names": self._names, "weights": dict(self._weights), "sums": sums, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any] | None, group: Group) -> None:
-        """Inverse of state_dict; for another number of processes, each goes on from the mean of the sums."""
+        """Inverse of state_dict; for another number of processes, each continues from the mean of the sums."""
         if state is None:
             return
         sums = torch.tensor(state["sums"], dtype=torch.float64)

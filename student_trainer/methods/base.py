@@ -22,7 +22,7 @@ TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Needs(NamedTuple):
-    """What a method reads of a batch; everything else is neither stored, read nor computed for it.
+    """Parts of a batch that a method reads; other parts are not read or computed for it.
 
     Attributes:
         taps: Names of the teacher's taps, e.g. ``stage4``.
@@ -40,7 +40,7 @@ class Needs(NamedTuple):
 
 
 class StudentOutput(NamedTuple):
-    """What one forward pass of the student gives.
+    """Output of one forward pass of the student.
 
     Attributes:
         maps: F^s of stages 3 and 4, each [B, C, H, W].
@@ -82,7 +82,7 @@ class TeacherShape:
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says about a batch, in float32.
+    """A teacher's features and logits for a batch, in float32.
 
     Attributes:
         taps: Features by tap name: ``stage4`` is F^t [B, N, D], ``stage3_prefix`` [B, P, D].
@@ -111,12 +111,12 @@ class TeacherOutput(NamedTuple):
 
 
 class DistillBatch(NamedTuple):
-    """What a method is given beside the student's output.
+    """A method's input beside the student's output.
 
     Attributes:
         images: Normalised views [B, 3, H, W], the student's input.
         labels: Class indices int64 [B]; NO_LABEL (-1) for samples without one, which the task loss leaves out.
-        teacher: What the teacher says about the same views.
+        teacher: The teacher's output for the same views.
         others: In a run with several teachers: the second and later ones. SeveralTeachers calls a method for each with
             that teacher as ``teacher``, so no other method reads this.
     """
@@ -158,7 +158,7 @@ class NoOptions:
 class Method(nn.Module):
     """A distillation method: everything that learns beside the student, and the loss.
 
-    A method of one's own subclasses this, names what it needs and computes its terms::
+    A custom method subclasses this, names its needs and computes its terms::
 
         class LogitMSE(Method):
             Config = LogitMSEConfig  # a frozen dataclass: options for --method-options and for Python
@@ -211,7 +211,7 @@ class Method(nn.Module):
 
     @property
     def needs_of_teachers(self) -> tuple[Needs, ...]:
-        """What is read of each teacher; of one, ``needs``."""
+        """Needs of each teacher; of one, ``needs``."""
         return (self.needs,)
 
     def forward(self, student: StudentOutput, batch: DistillBatch) -> Terms:

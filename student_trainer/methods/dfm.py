@@ -33,7 +33,7 @@ def original_view_loss(projected_BND: Tensor, teacher_BND: Tensor) -> Tensor:
 def alternative_view_loss(projected_BND: Tensor, teacher_BND: Tensor) -> Tensor:
     """L_alt: the original-view loss of phi(p) and phi(F^t).
 
-    phi = IDCT(zero the (0, 0) coefficient of DCT) subtracts each channel's spatial mean, whatever the scaling of the
+    phi = IDCT(zero the (0, 0) coefficient of DCT) subtracts each channel's spatial mean, for any scaling of the
     transform; it is computed as that subtraction.
 
     Args:

@@ -73,7 +73,7 @@ class SeveralTeachers(Method):
 
     @property
     def needs_of_teachers(self) -> tuple[Needs, ...]:
-        """What is read of each teacher, in their order."""
+        """Needs of each teacher, in their order."""
         return tuple(cast(Method, each).needs for each in self.methods)
 
     def forward(self, student: StudentOutput, batch: DistillBatch) -> Terms:

@@ -1,4 +1,4 @@
-"""What a preset is."""
+"""Preset: the settings of one released pair."""
 
 import json
 import shlex
@@ -73,7 +73,7 @@ class Preset:
         teacher: What the store must be written with.
         student: timm model name.
         schedule: How the student is trained.
-        differs: What still differs from the released config: by setting, the released value, ours, and why.
+        differs: What still differs from the released config: by setting, the released value, this one, and why.
         scalekd: The distillation loss.
         options: Options of TrainConfig that are the pair's own: task, crop_pct...; they rule over the schedule's.
         published: The paper's accuracies, where it gives them.
@@ -109,7 +109,7 @@ class Preset:
         )
 
     def cache_command(self, tars: str = "TARS", store: str = "STORE", views: int = 4) -> str:
-        """The command line that caches what this preset expects.
+        """Command line that caches the features this preset expects.
 
         Args:
             tars: The image tars.

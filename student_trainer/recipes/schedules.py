@@ -15,7 +15,7 @@ from student_trainer.config import OptimConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a student is trained, whatever the pair.
+    """Training settings that do not depend on the pair.
 
     Attributes:
         name: T1, T2, A1, A2 or A3.

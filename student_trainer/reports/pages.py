@@ -1,4 +1,4 @@
-"""Building blocks of HTML reports that need nothing beside them."""
+"""Building blocks of self-contained HTML reports."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

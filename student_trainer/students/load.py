@@ -40,7 +40,7 @@ class LoadedStudent:
 
 
 def describe_student(student: Student, preprocessing: Preprocessing) -> dict[str, Any]:
-    """What a file says of its student, enough to build it again."""
+    """A file's description of its student, enough to build it again."""
     return {
         "name": student.name,
         "model_kwargs": dict(student.model_kwargs),

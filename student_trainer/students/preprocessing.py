@@ -1,4 +1,4 @@
-"""How images reach a student: size, crop, normalisation."""
+"""Preprocessing of a student's images: size, crop, normalisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from feature_store.teacher.model import normalise
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images reach a student; kept in checkpoints and exports.
+    """Preprocessing of a student's images; kept in checkpoints and exports.
 
     Attributes:
         input_size: Height and width, in pixels.

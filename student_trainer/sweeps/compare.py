@@ -116,7 +116,7 @@ def compare(config: CompareConfig) -> Comparison:
 def is_finished(config: TrainConfig, inputs_now: "InputsNow | None" = None) -> bool:
     """Whether a run's folder holds all its epochs, made with these settings from what the paths hold now.
 
-    A run whose inputs cannot be read, or are others now, counts as unfinished: ``train`` says why it cannot go on.
+    A run whose inputs cannot be read, or are others now, counts as unfinished: ``train`` says why it cannot continue.
 
     Args:
         config: The run.
@@ -147,7 +147,7 @@ class InputsNow:
         self._known: dict[str, dict[str, Any]] = {}
 
     def __call__(self, config: TrainConfig) -> dict[str, Any]:
-        """What ``train`` would save as the run's inputs.
+        """The inputs that ``train`` would save for the run.
 
         Raises:
             UserError: Something cannot be read, or does not fit together.
@@ -164,7 +164,7 @@ class InputsNow:
 
 
 def _visible_names(gpus: Sequence[int]) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls these GPUs; it may hide and renumber some, as cluster schedulers do.
+    """Names of these GPUs in CUDA_VISIBLE_DEVICES, which may hide and renumber some, as cluster schedulers do.
 
     Raises:
         ResourceError: One of them is not there; its runs would train on the CPU.

@@ -23,7 +23,7 @@ _CHOSEN = ("run", "seed", "resume")  # what a sweep sets itself
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a sweep file says.
+    """Content of a sweep file.
 
     Attributes:
         settings: What each named setting changes in the base run; the order is the table's.

@@ -1,4 +1,4 @@
-"""What a run asks of its teacher, wherever the features come from.
+"""TeacherSide: the interface of a run to its teacher.
 
 Shape legend: B batch, H W pixels of a view.
 """
@@ -66,7 +66,7 @@ class TeacherSide(ABC):
 
     @property
     def policy(self) -> ViewPolicy:
-        """What the views of the run are, or were, drawn from."""
+        """The policy that the run's views are drawn from."""
         return view_policy(self.views.policy, self.views.size) if self.store is None else self.store.manifest.policy
 
     @property
@@ -89,12 +89,12 @@ class TeacherSide(ABC):
         return (1.0,) * len(self.shapes())
 
     def sources(self, needs: Sequence[Needs]) -> tuple[FeatureSource, ...]:
-        """What workers read features from, one source for each teacher; empty if they read none."""
+        """Feature sources for workers, one for each teacher; empty if they read none."""
         return ()
 
     @abstractmethod
     def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Sequence[Needs]) -> tuple[TeacherOutput, ...]:
-        """What each teacher says about a batch, on the device in float32.
+        """Each teacher's output for a batch, on the device in float32.
 
         Args:
             batch: A batch whose features come from ``sources``.

@@ -41,7 +41,7 @@ class ViewsConfig:
 
 @dataclass(frozen=True)
 class Replay:
-    """How a store's views are used.
+    """Use of a store's views.
 
     Attributes:
         num_views: Use the store's first views only; default all. Epoch e uses view e mod this.
@@ -149,7 +149,7 @@ class LiveTeacher(LiveOptions):
 
 @dataclass(frozen=True)
 class NoTeacher:
-    """No teacher: the student's own task on views drawn anew.
+    """No teacher: the student's own task on newly drawn views.
 
     Attributes:
         views: What they are drawn from.
@@ -164,7 +164,7 @@ TeacherConfig: TypeAlias = StoreTeacher | ServiceTeacher | LiveTeacher | NoTeach
 @dataclass(frozen=True)
 @plain_defaults
 class TeacherOptions:
-    """Options of the command line, and of sweep files, that say what a student learns from.
+    """Options of the command line, and of sweep files, that choose a run's teacher.
 
     Attributes:
         store: Store of the teacher's features: a directory, or a URL (s3://, gs://, http(s)://); several are several

@@ -1,4 +1,4 @@
-"""What a preset expects of a run's teacher."""
+"""A preset's expectations of a run's teacher."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from feature_store.views import PolicyName, ViewPolicy, view_policy
 
 @dataclass(frozen=True)
 class ExpectConfig:
-    """What the teacher features must be; presets say so, and None accepts anything.
+    """Required properties of the teacher features; set by presets, and None accepts any.
 
     Attributes:
         teacher: timm architecture of the teacher; its pretrained tag does not count.

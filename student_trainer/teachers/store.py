@@ -64,7 +64,7 @@ class StoreSide(TeacherSide):
         return tuple(decoded(raw, decoders, self.device, own) for raw, decoders, own in each)
 
     def identity(self) -> dict[str, Any]:
-        """What the stores' manifests say of themselves; a store may have grown since."""
+        """Identities of the stores' manifests; growth does not change them."""
         return {
             "features": "cached",
             "store": _alone([store.manifest.identity() for store in self._stores]),

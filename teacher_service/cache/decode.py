@@ -204,7 +204,7 @@ def _batch(span: Span, samples: Sequence[Sample], pixels: Tensor) -> ViewBatch:
 
 
 def batch_spans(tasks: Iterable[Task], sizes: Sequence[int], images_per_batch: int) -> Iterator[Span]:
-    """Every batch of the given tasks: never across a task's border, the same whatever other tasks are done.
+    """Every batch of the given tasks: never across a task's border, independent of the other tasks.
 
     Args:
         tasks: Tasks to do, in order; one is pulled when all batches of the one before are given out.

@@ -24,7 +24,7 @@ from teacher_service.stopping import Stop
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What a cache job did.
+    """Result of a cache job.
 
     Attributes:
         store: The store's path.
@@ -75,7 +75,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
 
     Raises:
         InputError: Unknown teacher, unusable tars or checkpoint, or with strict an unreadable sample.
-        MismatchError: The store was begun with other settings; names the field.
+        MismatchError: The store was created with other settings; names the field.
         ResourceError: Disk full, weights that cannot be fetched, a failed device.
     """
     started = time.perf_counter()

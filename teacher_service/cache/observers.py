@@ -144,7 +144,7 @@ class Metrics:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
             raise ResourceError(
-                f"--metrics-port {port} on {host} cannot be had: {error}; choose another port, or 0 for any"
+                f"--metrics-port {port} on {host} cannot be used: {error}; choose another port, or 0 for any"
             ) from error
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 

@@ -52,7 +52,7 @@ class UnitDone:
 
 @dataclass(frozen=True)
 class PipelineReport:
-    """What one or several pipelines did.
+    """Work done by one or several pipelines.
 
     Attributes:
         committed: Tasks they committed.
@@ -120,7 +120,7 @@ class Pipeline:
         thread and should not make it wait long.
 
         After a stop no task is pulled; the unit the teacher is at is finished if that takes ``FINISH_SECONDS`` at most
-        and dropped otherwise, finished units are written, the rest was never begun as far as the store knows.
+        and dropped otherwise, finished units are written, the rest leaves nothing in the store.
 
         Args:
             tasks: What to do, in order.

@@ -123,7 +123,7 @@ def _create(survey: Survey, manifest: Manifest, blocks: Mapping[str, Tensor], ne
 
 
 def _without_usable_quarantine(store: Store, tars: Sequence[SampleSource]) -> Store:
-    """The store without units that quarantine a sample which is readable by now; they will be written again.
+    """The store without units that quarantine a sample which is now readable; they will be written again.
 
     Repaired tars have the same member names and sizes: a job with others is refused before.
     """

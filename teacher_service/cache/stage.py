@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Stage:
-    """Runs calls in threads of its own and holds callers back while too many wait; use as a context manager.
+    """Runs calls in its own threads; callers block while its queue is full. Use as a context manager.
 
     The first failure ends the stage: later calls are not run, and the error is raised at the next submit or when the
-    context is left. Leaving it after an error elsewhere finishes what was begun and drops what waits.
+    context is left. Leaving it after an error elsewhere finishes running calls and drops waiting ones.
 
     Args:
         name: Name of its threads.
@@ -54,5 +54,5 @@ class Stage:
             return
         try:
             call(*args)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the thread that submits
+        except BaseException as error:  # noqa: BLE001 - every error belongs to the thread that submits
             self._error = self._error or error

@@ -76,7 +76,7 @@ class ViewTarWriter:
         if (there and not both) or any(there[key] != samples[key][0] for key in both):
             raise InputError(
                 f"{path} in --views-out {self._objects.url} holds other views than this job's: another store's, or "
-                "made by another version of Pillow; give another place, or delete it if nobody needs it"
+                "made by another version of Pillow; give another place, or delete it if it is not needed"
             )
 
     def remove_orphans(self) -> None:
@@ -105,7 +105,7 @@ class ViewTarWriter:
         if missing:
             raise InputError(
                 f"--views-out {self._objects.url} lacks {len(missing)} of the {len(committed)} view tars of what "
-                f"{store.path} has committed ({', '.join(missing[:_SHOWN])}...); give the place the job was begun with"
+                f"{store.path} has committed ({', '.join(missing[:_SHOWN])}...); give the place of the first run"
             )
 
 

@@ -51,7 +51,7 @@ class Forecast:
         codec_bytes: Bytes of the store by tap codec, the most exact first.
         view_counts: Costs by number of views.
         processes: Processes that share the job, each with a device and cores like the ones that were timed.
-        seconds: Of what is left of the job; None where nothing was measured.
+        seconds: Of the rest of the job; None where nothing was measured.
         device_hours: The same in hours of all their devices.
         write_rate: Bytes per second they then write together: nothing says that their disk can.
         online_device_hours_per_epoch: The teacher's in each epoch of a student that has it in its training loop.

@@ -35,12 +35,12 @@ def print_notes(notes: "Sequence[str]", console: Console) -> None:
 
 
 def written(timing: "Timing", remaining: int) -> str:
-    """For how many bytes the write rate was measured, and what that means."""
+    """Bytes over which the write rate was measured, and the limits of the measurement."""
     share = f"write rate measured for {decimal(timing.written)} of {decimal(remaining)}"
     if timing.disk is None:
         return f"{share}: disks slow down after some tens of gigabytes; --write-seconds N measures for longer"
     first, steady = decimal(round(timing.disk.first)), decimal(round(timing.disk.steady))
-    beyond = "" if timing.written >= remaining else "; beyond that nothing is known"
+    beyond = "" if timing.written >= remaining else "; not measured beyond that"
     return f"{share}: the disk took {first}/s at first, {steady}/s at the end, which is predicted with{beyond}"
 
 
@@ -130,7 +130,7 @@ def summary_lines(summary: "CacheSummary") -> list[str]:
     shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.stages.items())
     predicted = "" if summary.predicted_seconds is None else f", predicted {duration(summary.predicted_seconds)}"
     lines = [
-        f"{summary.store}: {summary.units_written} units written, {summary.units_skipped} were there, "
+        f"{summary.store}: {summary.units_written} units written, {summary.units_skipped} already committed, "
         f"{summary.quarantined} samples quarantined; {summary.images:,} images in {summary.seconds:.1f} s{predicted} "
         f"({summary.images_per_second:,.1f} images/s, {summary.device_hours:.3g} device-hours), "
         f"{summary.teacher_seconds:.1f} s of it in the teacher; {decimal(summary.bytes_written)} written, predicted "

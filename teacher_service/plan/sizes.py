@@ -63,7 +63,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def has_room(self, size: int) -> bool:
-        """Whether so many bytes fit at the destination."""
+        """Whether a number of bytes fits at the destination."""
         return self.free_bytes is None or size <= self.free_bytes
 
 

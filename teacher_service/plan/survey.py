@@ -69,7 +69,7 @@ def survey(config: JobConfig) -> Survey:
     """Open a job's tars and store, and build its teacher without weights.
 
     Raises:
-        UserError: The job could not start: unknown teacher, unusable tars, impossible settings, or a store begun
+        UserError: The job could not start: unknown teacher, unusable tars, impossible settings, or a store created
             with other ones.
     """
     outline, opened = outline_teacher(config.teacher), open_inputs(config.inputs)
@@ -100,7 +100,7 @@ def _missing_views(store: Store, manifest: Manifest) -> dict[int, list[int]]:
     """Views of the manifest that a store has not committed, those it has to grow by included.
 
     Raises:
-        MismatchError: It was begun with other settings.
+        MismatchError: It was created with other settings.
     """
     theirs = store.manifest
     weights = {name: getattr(theirs.teacher, name) for name in ("weights_sha256", "compute_dtype")}
@@ -114,20 +114,20 @@ def _missing_views(store: Store, manifest: Manifest) -> dict[int, list[int]]:
 
 
 def growth_of(store: Store, manifest: Manifest) -> Growth:
-    """What a store lacks of a job's views and tars; its codecs' statistics stay its own.
+    """Views and tars of a job that a store lacks; its codecs' statistics stay its own.
 
     Raises:
-        MismatchError: It was begun with other settings; names the first field that differs.
+        MismatchError: It was created with other settings; names the first field that differs.
     """
     expected, got = store.manifest.view_encoding, manifest.view_encoding
     if expected != got:
-        remedy = "give the --views-out it was begun with" if expected else "leave out --views-out"
+        remedy = "give the --views-out it was created with" if expected else "leave out --views-out"
         raise MismatchError("view_encoding", expected=expected, got=got, remedy=f"{remedy}, or use another store")
     return manifest.with_statistics_of(store.manifest).growth_from(store.manifest)
 
 
 def outline_teacher(spec: TeacherSpec) -> TeacherOutline:
-    """Build the teacher on torch's meta device: shapes only, in a moment, whatever its size.
+    """Build the teacher on torch's meta device: shapes only, in seconds for any size.
 
     Raises:
         InputError: Unknown model, impossible arguments, or a family that cannot be split.

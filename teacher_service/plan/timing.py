@@ -61,7 +61,7 @@ class TarPart:
 
 @dataclass(frozen=True)
 class Timing:
-    """What a sample took on this machine, in seconds.
+    """Seconds per sample on this machine, by stage.
 
     Attributes:
         samples: Samples that were timed.
@@ -105,7 +105,7 @@ class Timing:
         return max(*first, *self.busy.values())
 
     def seconds(self, images: float, views: int, *, new: bool = True) -> float:
-        """A job's of so many images, V of each sample; a store that is there already has its statistics."""
+        """A job's seconds for a number of images, V of each sample; an existing store already has its statistics."""
         return self.startup + self.calibration * new + images * self.seconds_per_image(views)
 
     def break_even_epochs(self, views: int) -> float:

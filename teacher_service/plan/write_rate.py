@@ -16,7 +16,7 @@ _LARGEST_SHARE = 0.5  # of the free disk
 
 @dataclass(frozen=True)
 class WriteRate:
-    """What a disk took, in bytes and seconds.
+    """Bytes written to a disk, and the seconds they took.
 
     Attributes:
         bytes: Bytes written in all.

@@ -49,7 +49,7 @@ def create_app(
 
     Args:
         service: The service; loaded by the application's lifespan, or before.
-        tokens: Known tokens; None if everybody may ask.
+        tokens: Known tokens; None without authentication.
         on_failure: Called when the service could not be loaded.
     """
 

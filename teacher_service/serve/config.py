@@ -16,7 +16,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one client may ask for, and all of them together.
+    """Limits of one client's requests, and of all together.
 
     Attributes:
         max_rows: Most rows of one answer.
@@ -58,7 +58,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(TarOptions):
-    """What is served, to whom, and how much of it.
+    """Configuration of the service: store, tokens, live teacher, limits.
 
     Attributes:
         store: The store: a path, ``s3://`` or ``gs://``.
@@ -71,9 +71,9 @@ class ServeConfig(TarOptions):
         queue_rows: Most views that wait; more are refused with 429.
         host: Address to listen on. Anything but loopback needs --tokens, or --allow-anonymous.
         port: Port to listen on; 0 takes a free one.
-        tokens: File of bearer tokens, see ``teacher-service token create``. Without it everybody who can connect may
+        tokens: File of bearer tokens, see ``teacher-service token create``. Without it every client may
             read and compute.
-        allow_anonymous: Listen beyond this machine without tokens. For networks where everybody is trusted.
+        allow_anonymous: Listen beyond this machine without tokens. For networks where every client is trusted.
         cors_origins: Web pages whose scripts may ask, as ``https://host[:port]``; pages of other origins are kept from
             reading answers by the browser.
         tls_cert: Certificate chain (PEM): serve https.
@@ -107,7 +107,7 @@ class ServeConfig(TarOptions):
     limits: OmitArgPrefixes[Limits] = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        """Refuse values no service could use, and services nobody should run.
+        """Refuse values no service could use, and insecure services.
 
         Raises:
             InputError: Names the option, the value and what is accepted.

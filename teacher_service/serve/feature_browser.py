@@ -1,4 +1,4 @@
-"""FeatureBrowser: colours, likeliest classes, nearest rows of a row.
+"""FeatureBrowser: colours, most probable classes, nearest rows of a row.
 
 Shape legend: n rows, N tokens, C channels, K classes.
 """
@@ -95,7 +95,7 @@ class ReferenceRows:
         )
 
     def neighbours(self, row: RowId, features_NC: np.ndarray, count: int) -> list[Neighbour]:
-        """Rows of other samples most like this one, the likest first."""
+        """Nearest rows of other samples, the most similar first."""
         direction = _unit_length((features_NC.mean(axis=0) - self.mean)[None] / self.spread)[0]
         similarities = self.directions @ direction
         order = np.argsort(-similarities, kind="stable").tolist()
@@ -137,7 +137,7 @@ class FeatureBrowser:
         return self._tars is not None
 
     def sample(self) -> ReferenceRows:
-        """What rows are compared with; taken anew when the store has grown to twice its size, or has lost some of them.
+        """Rows to compare with; drawn again when the store has grown to twice its size, or some of them were withdrawn.
 
         Raises:
             InputError: No unit is committed.
@@ -187,7 +187,7 @@ class FeatureBrowser:
 
 
 def predictions(logits_K: np.ndarray, count: int) -> list[Prediction]:
-    """The likeliest classes."""
+    """The most probable classes."""
     exponents = np.exp(logits_K.astype(np.float64) - float(logits_K.max()))
     probabilities = exponents / exponents.sum()
     order = np.argsort(-probabilities, kind="stable")[:count].tolist()

@@ -41,7 +41,7 @@ class _Flow(FlowControl):
 
 
 class _LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with what no middleware can add, since it happens before or after the application.
+    """uvicorn's protocol with limits that no middleware can add: they act before or after the application.
 
     - Headers have a deadline and a size; a body that follows an early response has a deadline and a size.
     - Pipelined requests are parsed one by one, and reading stops while they wait. uvicorn parses all that was read,
@@ -75,7 +75,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._parse()
 
     def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Go on for a client that ends its side after its request; TLS has no half-closed connections."""
+        """Continue for a client that ends its side after its request; TLS has no half-closed connections."""
         at_work = self._is_answering or self._goes_on
         self._ended = at_work and self.transport.get_extra_info("sslcontext") is None
         if self._ended:

@@ -17,7 +17,7 @@ _SCOPED = ("unauthorized", "forbidden", "misdirected", "overloaded", "invalid-re
 
 @dataclass(frozen=True)
 class RouteRule:
-    """What middleware must know of a route.
+    """Properties of a route that middleware reads.
 
     Attributes:
         path: Path template.

@@ -62,7 +62,7 @@ def serve(config: ServeConfig) -> None:
 
 @contextmanager
 def listening(config: ServeConfig) -> Iterator[socket.socket]:
-    """A socket on the configured address; says where, as JSON on stdout, so that port 0 is of use."""
+    """A socket on the configured address; prints its URL as JSON on stdout, which port 0 needs."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -169,7 +169,7 @@ def _live_teacher(config: ServeConfig, service: Service) -> "LiveTeacher":
 
 
 def _load_teacher(config: ServeConfig) -> "Teacher":
-    """The store's own teacher: what it computes is what the store holds."""
+    """The store's own teacher, so that live and cached features agree."""
     from feature_store.teacher.model import load_teacher
     from teacher_service.devices import find_device
 

@@ -40,7 +40,7 @@ class StoreSnapshot:
     Attributes:
         store: The store.
         source: Its rows.
-        state: What was there: the root's bytes, and the size of every object among the commit records.
+        state: State of the store: the root's bytes, and the size of every object among the commit records.
     """
 
     store: Store
@@ -49,7 +49,7 @@ class StoreSnapshot:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """What the store holds; of hundred thousands of tars it takes seconds, and many clients ask for it."""
+        """Summary of the store's content, cached: with hundred thousands of tars it takes seconds."""
         return summarise(self.store)
 
     @cached_property
@@ -157,7 +157,7 @@ class Service:
         if self.live is None:
             return
         self.live.start()
-        while self.live.loading:  # not by a thread that waits: a service told to end meanwhile would wait for it
+        while self.live.loading:  # not by a thread that waits: a service stopped during the load would wait for it
             await asyncio.sleep(_LOOK_SECONDS)
         if self.live.not_ready:
             raise ResourceError(self.live.not_ready)
@@ -165,7 +165,7 @@ class Service:
     def _refresh(self) -> None:
         try:
             self.load()
-        except (UserError, OSError) as error:  # what is open goes on
+        except (UserError, OSError) as error:  # the store that is open stays in use
             _logger.warning("could not look for new rows: %s", error)
 
     def _state(self) -> tuple[bytes, Mapping[str, int]]:
@@ -197,7 +197,7 @@ class Service:
 
 
 def whereabouts(objects: ObjectStore) -> str:
-    """Why an opened store is out of reach; empty if it is not."""
+    """Reason why an opened store cannot be reached; empty if it can."""
     try:
         objects.size(ROOT)
     except (OSError, ResourceError) as error:

@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Token:
-    """What is kept of a token.
+    """The stored form of a token.
 
     Attributes:
         name: Whose it is; appears in logs.
@@ -43,7 +43,7 @@ class Token:
     created: str
 
     def allows(self, scope: Scope) -> bool:
-        """Whether it is good for a scope."""
+        """Whether it grants a scope."""
         return scope in self.scopes or "admin" in self.scopes
 
 
@@ -51,7 +51,7 @@ _TOKEN = TypeAdapter(Token)
 
 
 def create_token(file: Path, name: str, scopes: Sequence[Scope]) -> str:
-    """Make a token and append its hash to the file; the token itself is kept nowhere.
+    """Make a token and append its hash to the file; the token itself is not stored.
 
     Raises:
         InputError: The name is taken or has other characters than letters, digits, dot, underscore and hyphen; no
@@ -120,7 +120,7 @@ class TokenFile:
             self._tokens = read_tokens(self._file)
         except UntrustedFileError as error:
             _logger.error("the tokens read before stay in force: %s", error)  # noqa: TRY400
-        except UserError as error:  # half written, or gone: nobody is let in until it is whole
+        except UserError as error:  # half written, or gone: all requests are refused until it is whole
             self._tokens = ()
             _logger.error("no token is accepted: %s", error)  # noqa: TRY400 - the message says it all
 

@@ -34,7 +34,7 @@ class ServedObject:
         size: Its bytes.
         etag: A strong tag: the same bytes, the same tag, wherever the store lies.
         read: Fills memory with the bytes from an offset on.
-        close: Lets go of it.
+        close: Releases it.
     """
 
     size: int
@@ -74,7 +74,7 @@ def _block(opened: StoreSnapshot, path: str) -> ServedObject:
 
 
 def _committed(opened: StoreSnapshot, path: str) -> ServedObject:
-    """An object of a unit. What no record vouches for does not exist, though a writer may be at it."""
+    """An object of a unit; one without a commit record does not exist for clients, even while it is being written."""
     address = opened.store.layout.address(path)
     if address is None:
         raise _not_found()
@@ -117,7 +117,7 @@ def _not_found() -> Problem:
 
 
 def _missing(path: str) -> Problem:
-    # Never 404: zarr clients take that for a chunk of fill values, and go on with wrong numbers.
+    # Never 404: zarr clients take that for a chunk of fill values, and continue with wrong numbers.
     return Problem("object-missing", f"{path} is committed and missing; run `feature-store verify`, then `repair`")
 
 

@@ -31,7 +31,7 @@ class Leases(Protocol):
     """The units one process computes; a context manager, leaving it releases all of them.
 
     A lease saves work and decides nothing: commit records are create-only, so of two processes that compute the same
-    unit the first to commit counts and the other is told (CommittedError). Any thread may call any method.
+    unit the first to commit counts and the other gets a CommittedError. Any thread may call any method.
 
     Attributes:
         poll_seconds: How long to wait before a unit that another process holds is tried again.
@@ -137,7 +137,7 @@ class BucketLeases:
     No two machines' clocks are compared: a lease is dead when one observer has seen the same version of it for the
     lease time its holder wrote into it, by the observer's own monotonic clock. Put in the place of that version, it is
     taken over, by one observer only. A holder that lost its lease (it was suspended, or cut off) notices at its next
-    heartbeat; what it computes meanwhile is settled by the commit record.
+    heartbeat; of two results, the first commit record counts.
 
     Args:
         objects: The store's.
@@ -252,7 +252,7 @@ def _name(unit: int | None) -> str:
 
 
 def _lease_seconds(content: bytes, default: float) -> float:
-    """What a lease's holder promised to renew it in."""
+    """Seconds within which a lease's holder renews it."""
     try:
         return float(json.loads(content)["lease_seconds"])
     except (ValueError, KeyError, TypeError):

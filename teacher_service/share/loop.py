@@ -111,7 +111,7 @@ def compute(
 
 
 def uncommitted(objects: ObjectStore, tasks: Iterable[Task]) -> list[Task]:
-    """What no process has committed by now of tasks; a job of fewer views may have committed some of a task's views."""
+    """The parts of tasks that are not committed; a job of fewer views may have committed some of a task's views."""
     committed: dict[int, set[int]] = defaultdict(set)
     for path in objects.list(FOLDER):
         if (record := parse_record_path(path)) is not None:

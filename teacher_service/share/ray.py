@@ -48,7 +48,7 @@ def run(config: CacheConfig, console: Console, stop: Stop) -> tuple[list[Task], 
 
     Raises:
         InputError: Ray is not installed; and see ``teacher_service.cache.job.cache``.
-        ResourceError: The cluster cannot be reached, or actors die again and again.
+        ResourceError: The cluster cannot be reached, or actors die repeatedly.
     """
     ray = _import_ray()
     with _cluster(ray, config.sharing.ray.address):

@@ -10,14 +10,14 @@ from teacher_service.config import StoredInputs
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """What is to be verified, and against what; all other settings are the store's own.
+    """Store to verify and the tars it was written from; all other settings are the store's own.
 
     Attributes:
         inputs: The store's tars, all of them.
         store: The store: a directory or URL.
         teacher: timm model name, compared with the store's; default the store's.
         checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
-        sample: Rows to compute anew, chosen at random. For checksums alone there is `feature-store verify`.
+        sample: Rows to recompute, chosen at random. For checksums alone there is `feature-store verify`.
         seed: Chooses the rows.
         batch_size: Rows per forward pass.
         workers: Processes that compare checksums.

@@ -1,6 +1,6 @@
 """Verification of a store against its teacher.
 
-All checksums are compared, then random rows are computed anew from the tars.
+All checksums are compared, then random rows are recomputed from the tars.
 
 Checksums say that the bytes are those once written. Only the teacher can say that they were right: a row is computed
 again from its stored view parameters, the pixels' CRC is compared, and the features may differ by no more than the
@@ -35,8 +35,8 @@ from teacher_service.load import load, spec_of
 from teacher_service.verify.config import VerifyConfig
 
 COMPUTE_ERROR = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
-"""Relative L2 distance two correct forward passes of a teacher may have in each dtype, whatever device, batch size or
-kernel computed them; float32 includes a GPU's TF32."""
+"""Relative L2 distance that two correct forward passes of a teacher may have in each dtype, on any device, with any
+batch size or kernel; float32 includes a GPU's TF32."""
 
 _TINY = 1e-30  # norm of a row of zeros
 _SAME = "verify with the teacher the store was written with"
@@ -69,7 +69,7 @@ class DeepReport:
 
     Attributes:
         checksums: Result of the checksums.
-        rows: Rows computed anew; none if the checksums already say that the store is damaged.
+        rows: Rows recomputed; none if the checksums already show damage.
         worst: Largest distance met, as a share of what is allowed, per value.
         mismatches: Rows that differ by more.
     """
@@ -132,7 +132,7 @@ def sampled_rows(store: Store, count: int, rng: np.random.Generator) -> list[Row
 
 
 def _same_teacher(config: VerifyConfig, manifest: Manifest) -> Teacher:
-    """The store's teacher, loaded anew and compared.
+    """The store's teacher, loaded again and compared.
 
     Raises:
         MismatchError: It is another one.
@@ -147,7 +147,7 @@ def _same_teacher(config: VerifyConfig, manifest: Manifest) -> Teacher:
 
 
 class _DeepCheck:
-    """Computes rows anew and collects what differs."""
+    """Recomputes rows and collects differences."""
 
     def __init__(self, store: Store, forward: Forward, tars: UnitTars | UnitSources) -> None:
         self.store, self.worst, self.mismatches = store, dict[str, float](), list[Mismatch]()
@@ -166,7 +166,7 @@ class _DeepCheck:
             self._compare(row, {name: fresh[name][at : at + 1] for name in self._codecs})
 
     def _pixels(self, row: RowId) -> np.ndarray | None:
-        """The row's view, made anew; None, and a mismatch, if it is not what the teacher saw."""
+        """The row's view, made again; None, and a mismatch, if it differs from the teacher's."""
         tar, stored = self._tars.find(self.store, row.unit), self._stored_view(row.unit, row.view)
         if tar.keys[row.position] != stored.keys[row.position]:
             return self._differs(row, "key", f"the store has {stored.keys[row.position]!r}")

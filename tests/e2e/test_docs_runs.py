@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,10 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def _without_rehearsal() -> list[str]:
+    return [block for block in blocks("tutorials/imagenet.md", "") if "rehearsal" not in block]
 
 
 def shrunk(words: list[str], teacher) -> list[str]:
@@ -36,11 +42,28 @@ def shrunk(words: list[str], teacher) -> list[str]:
     return words + more.get(words[0], [])
 
 
+def test_rehearsal_of_the_imagenet_tutorial_runs(tmp_path, monkeypatch, capsys, tiny_swin):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "imagenet/val", class_samples(8))
+    (block,) = (block for block in blocks("tutorials/imagenet.md", "") if "rehearsal" in block)
+    *shell, random_weights = block.splitlines()[:3]
+    subprocess.run(["bash", "-ec", "\n".join(shell)], check=True)
+    subprocess.run(shlex.split(random_weights.replace("python", sys.executable, 1)), check=True)
+    assert Path("rehearsal/random.safetensors").stat().st_size > 100e6
+    for program, *words in map(shlex.split, block.splitlines()[3:]):
+        given = {"rehearsal/random.safetensors": str(tiny_swin.checkpoint), "resnet18": "test_resnet"}
+        words = [given.get(word, word) for word in words]
+        words += ["--model-kwargs", json.dumps(tiny_swin.model_kwargs)] if words[0] == "cache" else []
+        words += ["--workers", "0", "--device", "cpu"] if words[0] in ("cache", "train", "evaluate") else []
+        assert PROGRAMS[program](words) == 0, capsys.readouterr()
+    assert Path("rehearsal/student/model.safetensors").is_file()
+
+
 def test_imagenet_tutorial_goes_from_a_folder_to_an_exported_student(tmp_path, monkeypatch, capsys, tiny_swin):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "imagenet/train", class_samples(16))
     write_folder(tmp_path / "imagenet/val", class_samples(8, seed=1))
-    lines = [shlex.split(line) for line in "".join(blocks("tutorials/imagenet.md", "")).splitlines()]
+    lines = [shlex.split(line) for line in "".join(_without_rehearsal()).splitlines()]
     assert [words[1] for words in lines] == [
         "pack", "pack", "plan", "cache", "info", "verify", "train", "train", "evaluate", "export",
     ]  # fmt: skip

@@ -24,7 +24,7 @@ PROGRAMS = {
 }
 PRINTED = {
     "plan": r"samples\W+8 in 2 units.*views\W+4 per sample, 32 images",
-    "cache": r"swin_l.zarr: 2 units written, 0 were there, 0 samples quarantined; 32 images in .* predicted \d",
+    "cache": r"swin_l.zarr: 2 units written, 0 already committed, 0 samples quarantined; 32 images in .* predicted \d",
     "info": r"views\W+4 by policy a1.*rows\W+32 committed of 32.*quarantined\W+0\b",
     "train": r"steps\W+2\b.*teacher seconds\W+0\.0\b",
     "evaluate": r"samples\W+4\b.*unreadable\W+0\b",

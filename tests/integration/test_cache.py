@@ -187,7 +187,7 @@ def test_cache_finishes_the_unit_under_way_and_resumes_when_interrupted(
         assert main(command) == exit_code
     captured = capsys.readouterr()
     assert f"{number.name}: finishing or abandoning the unit under way" in captured.err
-    assert "stopped with 2 of 5 units left; the same command goes on with them" in captured.err
+    assert "stopped with 2 of 5 units left; the same command continues with them" in captured.err
     store = open_store(tmp_path / "store")
     assert store.committed.units == [0, 1, 2]
     assert len(store.source().read([RowId(2, i, 0) for i in range(4)]).rows) == 4

@@ -57,7 +57,7 @@ def test_cache_goes_on_with_a_bucket_when_units_are_missing(
 
     assert main(argv) == 0
 
-    assert "1 units written, 1 were there" in capsys.readouterr().out
+    assert "1 units written, 1 already committed" in capsys.readouterr().out
     assert _objects(url) == whole
     assert main(["verify", *tars, "--store", url, "--checkpoint", str(tiny_swin.checkpoint), "--workers", "1"]) == 0
 

@@ -271,6 +271,6 @@ def test_cache_ends_soon_after_a_signal_when_a_unit_takes_longer(
     _, errors = process.communicate(timeout=30)  # 8 s are given to the unit, then the process ends
 
     assert process.returncode == exit_code
-    assert "stopped with 1 of 1 units left; the same command goes on with them" in errors
+    assert "stopped with 1 of 1 units left; the same command continues with them" in errors
     assert "Traceback" not in errors
     assert _committed(config) == 0

@@ -229,7 +229,7 @@ def test_job_is_refused_when_its_store_was_begun_the_other_way(world, tmp_path):
 
 
 def test_job_is_refused_when_it_goes_on_elsewhere_or_cannot_write(world, tmp_path):
-    with pytest.raises(InputError, match=r"lacks 4 of the 4 view tars .*v0/u00000.tar.*the job was begun with"):
+    with pytest.raises(InputError, match=r"lacks 4 of the 4 view tars .*v0/u00000.tar.*the place of the first run"):
         cache(with_options(world, views_out=str(tmp_path / "elsewhere")))
     with pytest.raises(InputError, match=r"--views-out https://x/y is read only; give a folder, s3:// or gs://"):
         cache(with_options(world, store=tmp_path / "store", views_out="https://x/y"))

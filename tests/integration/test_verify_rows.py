@@ -154,7 +154,7 @@ def test_verify_command_lists_rows_and_exits_1_when_they_differ(
     argv = ["verify", *tars, "--checkpoint", str(tiny_swin.checkpoint), "--workers", "1", "--sample", "100"]
 
     assert main([*argv, "--store", str(store.path), "--teacher", tiny_swin.name]) == 0
-    assert "22 rows computed anew" in capsys.readouterr().out
+    assert "22 rows recomputed" in capsys.readouterr().out
     assert main([*argv, "--store", str(path)]) == 1
     captured = capsys.readouterr()
     assert captured.out.count(": logits: relative distance") == 12  # all rows of unit 0

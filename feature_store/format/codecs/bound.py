@@ -92,7 +92,7 @@ def bind_codecs(manifest: Manifest) -> dict[str, BoundCodec]:
 def calibrated(manifest: Manifest, features: Mapping[str, np.ndarray]) -> Manifest:
     """The manifest with the statistics its tap codecs need, learnt from a first sample; the same sample, the same ones.
 
-    Call it once, before ``Store.create``; a job that goes on with a store takes the store's own statistics, see
+    Call it once, before ``Store.create``; a job that continues a store takes the store's own statistics, see
     ``Manifest.with_statistics_of``.
 
     Args:
@@ -141,7 +141,7 @@ def require_decodable(manifest: Manifest) -> None:
     """Refuse a manifest whose values could not be decoded, or not held in memory.
 
     Raises:
-        InputError: A codec that is unknown or does not fit its value, statistics that are missing or make no sense,
+        InputError: A codec that is unknown or does not fit its value, statistics that are missing or not valid,
             or a row larger than a gigabyte.
     """
     for bound in bind_codecs(manifest).values():
@@ -149,7 +149,7 @@ def require_decodable(manifest: Manifest) -> None:
             if (size := part.dtype.itemsize * prod(part.row_shape)) > MOST_ROW_BYTES:
                 path = bound.array_path(part.suffix)
                 raise InputError(
-                    f"the store's manifest makes no sense: a row of {path} has {size:,} bytes, "
+                    f"the store's manifest is not valid: a row of {path} has {size:,} bytes, "
                     f"expected at most {MOST_ROW_BYTES:,}; it was not written by this format"
                 )
         if bound.codec.calibrated:
@@ -164,7 +164,7 @@ def _require_statistics(bound: BoundCodec) -> None:
         if numbers.shape != (channels,) or wrong.any():
             got = f"{len(numbers)} numbers" if not wrong.any() else f"{numbers[wrong][0]} at channel {wrong.argmax()}"
             raise InputError(
-                f"the store's manifest makes no sense: {name} in the statistics of {path} has {got}, expected "
+                f"the store's manifest is not valid: {name} in the statistics of {path} has {got}, expected "
                 f"{channels} finite {'positive ' if name == 'std' else ''}float32; it was not written by this format"
             )
 

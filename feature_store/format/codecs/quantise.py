@@ -78,7 +78,7 @@ class Int8Codec(Codec):
     """One byte a value, one float16 a token: z = (x - mean_c) / std_c, q = round(z / s_t), s_t = max_c |z| / 127.
 
     Mean and std come from a first sample and live in the manifest. The scale is rounded up to float16, so that no
-    code is clipped whatever the value. x is read back as mean_c + std_c * (s_t * q).
+    code is clipped at any value. x is read back as mean_c + std_c * (s_t * q).
     """
 
     base_name: ClassVar[str] = "int8"

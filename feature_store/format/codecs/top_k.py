@@ -16,7 +16,7 @@ from feature_store.format.codecs.base import Codec, CodecArray, Parts, Statistic
 
 @dataclass(frozen=True)
 class TopKCodec(Codec):
-    """The k most likely classes and their log-probabilities; every other class shares what is left.
+    """The k most likely classes and their log-probabilities; all other classes share the rest.
 
     Decoding gives dense logits, whose softmax (at temperature 1) has the k probabilities exact, but for float32
     rounding, and the rest of the mass spread evenly. The logits' own level, which no softmax sees, is lost.

@@ -20,7 +20,7 @@ from feature_store.errors import InputError, ResourceError
 from feature_store.tools.options import require
 
 Outputs: TypeAlias = dict[str, np.ndarray]
-"""What a model says of n rows: arrays [n, ...] by name."""
+"""Outputs of a model for n rows: arrays [n, ...] by name."""
 
 _RATE_MEMORY = 0.8  # weight of the past in the estimated speed
 
@@ -178,7 +178,7 @@ class Batcher:
 
         Args:
             rows: Any number of them up to queue_rows; leave them as they are until the answer.
-            timeout: Seconds after which rows that were not taken yet are given up with a DeadlineError.
+            timeout: Seconds after which rows not taken yet fail with a DeadlineError.
 
         Raises:
             InputError: The rows have another shape or dtype, or are none, or more than ever fit the queue.
@@ -189,7 +189,7 @@ class Batcher:
         return self._enqueue(rows, timeout).future
 
     async def compute(self, rows: np.ndarray, *, timeout: float | None = None) -> Outputs:
-        """See submit; a cancelled task gives up the rows that were not taken yet.
+        """See submit; a cancelled task drops the rows not taken yet.
 
         Raises:
             DeadlineError: The answer is not there after timeout seconds.
@@ -254,7 +254,7 @@ class Batcher:
                 "try again later, or with fewer rows",
                 retry_after,
             )
-        # Rows that came too late for their deadline would be computed for nobody, and all behind them as well.
+        # Rows that came too late for their deadline would be computed in vain, and so would all behind them.
         ahead = self._computing + self._waiting
         if timeout is not None and rate and self._waiting and (seconds := (ahead + rows) / rate) > timeout:
             return BusyError(
@@ -309,7 +309,7 @@ class Batcher:
         return pieces
 
     def _drop_dead(self) -> None:
-        """Forget requests that nobody waits for, or that are too late."""
+        """Drop requests whose client has gone or whose deadline has passed."""
         now = self._clock()
         late = [request for request in self._queue if request.deadline <= now]
         for request in late:
@@ -352,7 +352,7 @@ class Batcher:
             _settle(piece.request.future, error=error)  # its rows that still wait are dropped with it
 
     def _end(self, pieces: list[_Piece]) -> None:
-        """Answer everybody that nothing more is computed; with pieces, because something unforeseen was raised."""
+        """Fail all waiting requests, and the given pieces, because an unexpected error was raised."""
         with self._changed:
             if pieces and not self._fault:
                 self._fault = "the compute thread died; start the service again"

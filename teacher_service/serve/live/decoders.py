@@ -78,7 +78,7 @@ class ImageDecoders:
 
 
 class Worker:
-    """A process that calls one function again and again; it ends with this object, or with the process that made it.
+    """A process that calls one function repeatedly; it ends with this object, or with the process that made it.
 
     Args:
         function: A function of a module.
@@ -122,7 +122,7 @@ class Worker:
         return result
 
     def end(self) -> None:
-        """End the process now, whatever it is at; a call under way ends with an error."""
+        """End the process now; a call under way ends with an error."""
         self.ended = True
         self._process.kill()
 

@@ -16,7 +16,7 @@ LOGITS = "logits"
 
 @dataclass(frozen=True)
 class Batching:
-    """How requests are put together, see Batcher.
+    """Limits of a batch of requests, see Batcher.
 
     Attributes:
         max_rows: Most views of a forward pass.
@@ -69,7 +69,7 @@ class TeacherModel:
             raise
 
     def _require_device(self, cause: RuntimeError) -> None:
-        """A lost device (an illegal access, a fallen bus) fails at whatever it is asked next."""
+        """A lost device (an illegal access, a fallen bus) fails at the next operation."""
         try:
             torch.zeros(1, device=self._device).item()
         except RuntimeError as error:
@@ -139,7 +139,7 @@ class LiveTeacher:
 
     @property
     def batcher(self) -> Batcher:
-        """What takes requests.
+        """The batcher that takes requests.
 
         Raises:
             ResourceError: The teacher is not there (yet).
@@ -186,5 +186,5 @@ class LiveTeacher:
             )
         except UserError as error:
             self._failure = f"the teacher cannot be loaded: {error}"
-        except Exception as error:  # noqa: BLE001 - nobody sees a thread's traceback; readiness says it
+        except Exception as error:  # noqa: BLE001 - a thread's traceback is not shown; readiness reports it
             self._failure = f"the teacher cannot be loaded: {type(error).__name__}: {error}"

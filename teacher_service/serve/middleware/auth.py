@@ -16,7 +16,7 @@ class AuthMiddleware:
     Args:
         app: The rest of the service.
         table: Scopes of its routes.
-        tokens: Known tokens; None if everybody may ask.
+        tokens: Known tokens; None without authentication.
     """
 
     def __init__(self, app: ASGIApp, *, table: RouteTable, tokens: TokenFile | None) -> None:

@@ -77,7 +77,7 @@ class LimitsMiddleware:
 
 
 def _body_length(headers: list[tuple[bytes, bytes]], most: int) -> int:
-    """What a body may have at most: its Content-Length, or if it comes in chunks all that is allowed."""
+    """Largest possible body in bytes: its Content-Length, or the limit if it is chunked."""
     for name, value in headers:
         if name == b"transfer-encoding":
             return most
@@ -87,7 +87,7 @@ def _body_length(headers: list[tuple[bytes, bytes]], most: int) -> int:
 
 
 class _Body:
-    """A request's body as it arrives; raises a Problem in whatever waits for it."""
+    """A request's body as it arrives; raises a Problem in the code that waits for it."""
 
     def __init__(self, receive: Receive, most: int, seconds: float) -> None:
         self._receive, self.most, self._seconds = receive, most, seconds

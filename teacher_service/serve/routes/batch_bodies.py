@@ -34,7 +34,7 @@ def _number(value: Any) -> Any:
 
 
 def _from_the_first(items: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """Validate ever longer beginnings: of 65,536 wrong items all the errors together would take seconds."""
+    """Validate growing prefixes: collecting the errors of 65,536 wrong items would take seconds."""
     most = _FIRST_ITEMS
     while isinstance(items, list) and most < len(items):
         validate(items[:most])
@@ -109,7 +109,7 @@ def require_json(headers: Headers) -> None:
 
 
 def parse_batch(body: bytes, *, max_rows: int) -> BatchByRow | BatchByKey:
-    """What a body asks for.
+    """Rows and taps that a body requests.
 
     Raises:
         Problem: malformed, too-large or invalid-request.

@@ -35,7 +35,7 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
 
 
 class Summary(BaseModel):
-    """What the store holds."""
+    """Summary of the store."""
 
     teacher: Shown
     weights: str = Field(description="sha256 of the teacher's weights")
@@ -152,12 +152,12 @@ def browse_router(browser: FeatureBrowser) -> Routes:
 
     @router.declare("GET", f"{_BASE}/summary", "read", problems=["not-ready"])
     def summary(service: Served) -> Summary:
-        """What the store holds, in a few lines."""
+        """Summary of the store's content."""
         return _summary(service, browser)
 
     @router.declare("GET", f"{_BASE}/activity", "read", problems=["not-ready"])
     def activity(service: Served) -> Activity:
-        """How much is committed and how much was done so far."""
+        """Committed rows, and totals of this service's work."""
         return _activity(service)
 
     @router.declare("GET", f"{_BASE}/units", "read", problems=["not-ready"])
@@ -175,7 +175,7 @@ def browse_router(browser: FeatureBrowser) -> Routes:
 
     @router.declare("GET", _ROW, "read", problems=_ROW_PROBLEMS)
     def row(service: Served, unit: Unit, view: View, position: Position) -> RowEntry:
-        """A row's likeliest classes, and the rows most like it among a sample of the store's."""
+        """A row's most probable classes, and the nearest rows among a subset of the store."""
         return _row(service.store, browser, _known(service.store, RowId(unit, position, view)))
 
     @router.declare(

@@ -30,7 +30,7 @@ from teacher_service.serve.routing import Routes
 
 MAX_IMAGE_PIXELS = 64_000_000  # 0.2 GB as RGB; a larger image is far from anything a teacher sees
 TIMEOUT = 60.0
-"""Seconds after which a request is given up."""
+"""Seconds after which a request fails."""
 _FRAME_HEADER_BYTES = 4096  # enough for the header of a frame that holds pixels alone
 _DTYPES = {"f16": np.float16, "f32": np.float32}
 _CROP = r"^\d{1,9},\d{1,9},\d{1,9},\d{1,9}$"
@@ -99,7 +99,7 @@ def compute_router(
     Args:
         live: The teacher.
         max_body_bytes: Most bytes of a request's body, see Limits.
-        timeout: Seconds after which a request is given up.
+        timeout: Seconds after which a request fails.
         max_pixels: Images with more are refused before they are decoded.
     """
     router = Routes("live teacher")
@@ -179,7 +179,7 @@ def describe(live: LiveTeacher, max_body_bytes: int) -> dict[str, Any]:
 
 
 def _identity(teacher: Teacher) -> str:
-    """Another one wherever the same views may give other numbers."""
+    """Identity of a live teacher: differs where the same views may give other numbers."""
     text = json.dumps([asdict(teacher.info), asdict(teacher.split)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -59,7 +59,7 @@ _BATCH_BODY = {
 
 
 class Committed(BaseModel):
-    """How much of the store may be read."""
+    """Committed part of the store."""
 
     units: int = Field(description="Units with at least one committed view")
     views: int = Field(description="Units times views that are committed")
@@ -68,7 +68,7 @@ class Committed(BaseModel):
 
 
 class Described(BaseModel):
-    """What a client must know of the store and of this service."""
+    """Manifest, committed part and limits, as a client needs them."""
 
     identity: str = Field(description="Names the store; the same for as long as it only grows")
     fingerprint: str = Field(description="sha256 of the manifest; another one once the store has grown")
@@ -87,7 +87,7 @@ def rows_router() -> Routes:
 
     @router.declare("GET", "/v1/manifest", "read", problems=["not-ready"], response_model=Described)
     async def manifest(service: Served) -> Response:
-        """What the store claims, how much of it is there, and what may be asked for at once."""
+        """The store's manifest, its committed part, and the limits of a request."""
         described = _described(service, service.opened)
         return Response(json_text(described.model_dump()), media_type="application/json")  # names may not be UTF-8
 

@@ -138,7 +138,7 @@ def _object_response(service: Service, found: ServedObject, path: str, wanted: r
     if wanted is not None:
         headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{found.size}"
     kind = "application/json" if path.endswith(".json") else "application/octet-stream"
-    reservation = service.memory.reserve(min(len(span), 3 * _PIECE))  # one sent, one read, one let go of
+    reservation = service.memory.reserve(min(len(span), 3 * _PIECE))  # one sent, one read, one released
 
     def read(start: int) -> memoryview:
         memory = memoryview(service.memory.array(min(_PIECE, span.stop - start), reservation))

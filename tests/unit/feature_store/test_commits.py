@@ -127,7 +127,7 @@ def test_decode_record_refuses_when_it_has_anothers_name():
 def test_decode_record_accepts_the_last_position_as_quarantined_and_none_beyond():
     last, beyond = (record_of(1, quarantined={0: "a", position: "b"}) for position in (4, 5))
     assert decode_record(last.path, encode_record(last)).quarantined == {0: "a", 4: "b"}
-    with pytest.raises(CorruptStoreError, match="makes no sense: quarantined position 5 of 5 samples; remove it"):
+    with pytest.raises(CorruptStoreError, match="is not valid: quarantined position 5 of 5 samples; remove it"):
         decode_record(beyond.path, encode_record(beyond))
 
 
@@ -179,7 +179,7 @@ def test_first_writer_of_a_record_wins(tmp_path):
     with pytest.raises(CommittedError) as caught:
         write_commit(objects, late)
     assert str(caught.value) == str(already_committed(1, "tar-1.tar", first.path))
-    for part in ("unit 1 (tar-1.tar)", first.path, "nothing was overwritten", "go on with the next unit"):
+    for part in ("unit 1 (tar-1.tar)", first.path, "nothing was overwritten", "continue with the next unit"):
         assert part in str(caught.value)
     assert objects.get(first.path).tobytes() == encode_record(first)
 
@@ -271,7 +271,7 @@ def test_require_refuses_rows_beyond_the_tar_and_quarantined_ones():
 
 def test_add_refuses_when_any_view_is_taken_and_names_both_records():
     rows = CommitLog(LAYOUT, [record_of(0, 0, 1)])
-    message = r"commits/u00000-v0-1.json and commits/u00000-v1-3.json vouch for the same view; remove one of them"
+    message = r"commits/u00000-v0-1.json and commits/u00000-v1-3.json cover the same view; remove one of them"
     with pytest.raises(CorruptStoreError, match=message):
         rows.add(record_of(0, 1, 3))
     with pytest.raises(MismatchError):
@@ -450,7 +450,7 @@ def test_load_commits_names_records_that_cannot_be_believed_and_believes_the_res
     assert [(problem.path, problem.unit) for problem in problems] == [
         ("commits/notes.json", None), (RECORDS[0].path, 0), (second.path, 1),
     ]  # fmt: skip
-    assert "vouch for the same view" in str(problems[2].error)
+    assert "cover the same view" in str(problems[2].error)
     assert [record.path for record in committed.records] == [RECORDS[1].path, RECORDS[2].path]
 
 

@@ -145,14 +145,14 @@ def test_call_is_given_up_when_its_deadline_passes(answer, kind, words):
     made, transport, clock = service(*[answer] * 50, deadline=5.0, first_pause=1.0, longest_pause=1.0)
     with pytest.raises(kind, match=words) as error:
         made.frame("GET", "/v1/x")
-    assert f"given up after {len(transport.asked)} tries within 5 s" in str(error.value)
+    assert f"failed after {len(transport.asked)} tries within 5 s" in str(error.value)
     assert 5 <= len(transport.asked) <= 10
     assert clock.now < 5
 
 
 def test_call_is_given_up_at_once_when_the_server_asks_for_more_than_is_left():
     made, transport, clock = service(problem(429, "overloaded", **{"retry-after": "600"}), deadline=5.0)
-    with pytest.raises(ResourceError, match="given up after 1 tries"):
+    with pytest.raises(ResourceError, match="failed after 1 tries"):
         made.frame("GET", "/v1/x")
     assert clock.pauses == []
     assert len(transport.asked) == 1

@@ -1,4 +1,4 @@
-"""repair deletes what nobody vouches for, mends what the manifest knows, and touches nothing that is good."""
+"""repair deletes orphan objects, restores metadata from the manifest, and leaves everything else alone."""
 
 import json
 
@@ -130,7 +130,7 @@ def test_cli_repair_is_a_dry_run_by_default(path, capsys):
         "would delete label/c/2.7-7.partial",
         f"damaged, kept: {RECORD}",
         "write again: unit 0",
-        "--yes does it",
+        "--yes applies it",
     ):
         assert text in out
     assert main(["repair", str(path), "--workers", "1", "--yes", "--drop-damaged", "--json"]) == 0

@@ -198,7 +198,7 @@ def test_open_refuses_when_a_commit_record_comes_from_another_store(tmp_path):
 def test_open_refuses_when_two_records_vouch_for_one_view(store):
     record = dataclasses.replace(store.committed.records[0], last_view=0)
     write_commit(store.objects, record)
-    with pytest.raises(CorruptStoreError, match="vouch for the same view"):
+    with pytest.raises(CorruptStoreError, match="cover the same view"):
         open_store(store.path)
 
 

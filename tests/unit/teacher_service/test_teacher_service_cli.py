@@ -103,7 +103,7 @@ def test_cli_cache_logs_and_shows_what_was_predicted_beside_what_was_seen(
 
     assert main(command[:-6]) == 0
     out, _ = capsys.readouterr()
-    assert "0 units written, 2 were there" in out
+    assert "0 units written, 2 already committed" in out
     assert "stages worked" not in out  # none did
 
 
