@@ -71,8 +71,9 @@ study-gpu: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study run --data $(DATA) --out $(OUT) --tier gpu
 	$(BIN)/python -m benchmarks.study report
 
-# More of what is random: ten times the requests that the OpenAPI makes of the service.
+# Ten times the random requests made from the service's OpenAPI, and the notebooks' results.
 nightly: $(STAMP)
+	$(BIN)/python -m pytest -m notebooks tests/e2e/test_notebooks.py
 	OMP_NUM_THREADS=1 SERVICE_CASES=6000 $(BIN)/python -m pytest tests/unit/teacher_service/test_serving_schema.py
 
 # Mutation testing of the losses, the data path, the codecs and the commits; SAMPLE=0 tries every mutant (hours).

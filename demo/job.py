@@ -26,6 +26,7 @@ from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig, ComputeSpec, Inputs, StorageSpec, TeacherSpec, ViewSpec
 from teacher_service.plan.sizes import plan
 
+STORAGE = StorageSpec(tap_codec="f16")  # store-fed and live students then differ by 16-bit rounding at most
 _MARKER = ".made-by-demo"  # a folder is emptied only if this file is in it
 
 
@@ -68,6 +69,20 @@ def run_demo(out: Path, settings: Settings, console: Console) -> Results:
     return results
 
 
+def digits_store(out: Path, settings: Settings, storage: StorageSpec = STORAGE) -> Digits:
+    """Write the digits as tars, train the teacher, and run it once into ``out/store``; no students.
+
+    Args:
+        out: A new folder.
+        settings: Sizes.
+        storage: Taps and codecs of the store.
+    """
+    digits = write_digits(out / "data", settings)
+    teacher = train_teacher(digits, settings, out / "teacher.safetensors")
+    cache(_cache_config(out / "store", digits, teacher, settings, storage))
+    return digits
+
+
 def _empty(out: Path) -> None:
     """Make the folder, without what an earlier demo left in it."""
     if out.exists() and any(out.iterdir()):
@@ -89,17 +104,7 @@ def _step(console: Console, what: str) -> Iterator[None]:
 
 def _cache(store: Path, digits: Digits, teacher: TeacherReport, settings: Settings) -> StoreResult:
     """Plan, then cache."""
-    config = CacheConfig(
-        inputs=Inputs(tars=digits.train_tars),
-        teacher=TeacherSpec(name=settings.teacher.name, model_kwargs=settings.teacher.model_kwargs),
-        views=ViewSpec(
-            count=settings.views, policy=VIEW_POLICY, policy_options=settings.view_options, seed=settings.seed
-        ),
-        storage=StorageSpec(tap_codec="f16"),  # store-fed and live students then differ by 16-bit rounding at most
-        compute=ComputeSpec(device="cpu", workers=0),
-        checkpoint=teacher.checkpoint,
-        store=store,
-    )
+    config = _cache_config(store, digits, teacher, settings, STORAGE)
     planned = plan(config)
     summary = cache(config)
     return StoreResult(
@@ -109,6 +114,22 @@ def _cache(store: Path, digits: Digits, teacher: TeacherReport, settings: Settin
         views=settings.views,
         teacher_seconds=summary.teacher_seconds,
         seconds=summary.seconds,
+    )
+
+
+def _cache_config(
+    store: Path, digits: Digits, teacher: TeacherReport, settings: Settings, storage: StorageSpec
+) -> CacheConfig:
+    return CacheConfig(
+        inputs=Inputs(tars=digits.train_tars),
+        teacher=TeacherSpec(name=settings.teacher.name, model_kwargs=settings.teacher.model_kwargs),
+        views=ViewSpec(
+            count=settings.views, policy=VIEW_POLICY, policy_options=settings.view_options, seed=settings.seed
+        ),
+        storage=storage,
+        compute=ComputeSpec(device="cpu", workers=0),
+        checkpoint=teacher.checkpoint,
+        store=store,
     )
 
 

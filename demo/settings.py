@@ -117,3 +117,13 @@ QUICK = Settings(
     teacher=TeacherSettings(epochs=2, batch_size=20),
     student=StudentSettings(steps=4, batch_size=20, few_seeds=(0,)),
 )
+
+# For the notebooks of docs/: one teacher and one store in about ten seconds, good enough to look at.
+SMALL = Settings(
+    train_per_class=60,
+    test_images=300,
+    tar_samples=200,
+    views=4,
+    teacher=TeacherSettings(epochs=12),
+    student=StudentSettings(steps=60),
+)

@@ -1,14 +1,17 @@
 """Sphinx settings of the documentation site.
 
 The source folder is the repository: pages of deploy/ and the format are read where they are, and links work on the
-site as in a checkout. Build: ``make docs``.
+site as in a checkout. Build: ``make docs``; it executes the notebooks, which import ``demo``.
 """
+
+import os
+from pathlib import Path
 
 project = "scalekd-cache"
 author = "The scalekd-cache authors"
 root_doc = "docs/index"
-extensions = ["myst_parser"]
-source_suffix = {".md": "markdown"}
+extensions = ["myst_nb"]
+source_suffix = {".md": "myst-nb"}
 include_patterns = [
     "docs/**",
     "deploy/*.md",
@@ -28,3 +31,10 @@ html_extra_path = ["site"]
 html_copy_source = False
 html_show_copyright = False
 nitpicky = True
+
+os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])  # of the kernels, which run in temporary folders
+nb_execution_mode = "force"  # always: a cache of outputs would not see changes of the packages
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 180  # seconds per cell
+nb_merge_streams = True

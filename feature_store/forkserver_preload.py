@@ -7,7 +7,7 @@ from feature_store.processes import SHIELDED, ShieldedProcess
 
 
 def _unblock(_: object) -> None:
-    """Give a worker that the fork server forked for somebody else the signals that ``Process.terminate`` sends."""
+    """Unblock the signals that ``Process.terminate`` sends in a worker of another context."""
     if not isinstance(current_process(), ShieldedProcess):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
 

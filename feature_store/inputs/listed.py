@@ -1,4 +1,4 @@
-"""SampleSource whose keys and labels come from a listing."""
+"""SampleSource of listed keys, with their labels."""
 
 import hashlib
 from abc import ABC, abstractmethod
