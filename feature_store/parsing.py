@@ -87,7 +87,7 @@ def parse(adapter: TypeAdapter[T], data: Any, what: str) -> T:
     Args:
         adapter: Of the dataclass.
         data: As load_json gives it.
-        what: What to call it in errors.
+        what: Name of the value in errors.
 
     Raises:
         UnknownFieldError: It has a field the dataclass does not have.

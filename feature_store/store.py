@@ -64,7 +64,7 @@ class Store:
     Attributes:
         objects: Where it is.
         layout: Its arrays, codecs and object addresses.
-        manifest: What it claims.
+        manifest: Its manifest.
         committed: Which rows may be read.
     """
 
@@ -81,7 +81,7 @@ class Store:
 
         Args:
             path: Directory or URL to make.
-            manifest: What it will claim. A larger capacity or key width than its tars need leaves room to grow.
+            manifest: Its manifest. A larger capacity or key width than its tars need leaves room to grow.
             blocks: The later blocks' tensors, see ``feature_store.teacher.bundle``.
 
         Raises:

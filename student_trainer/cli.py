@@ -107,7 +107,7 @@ def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")], json: bo
     """Print a trained student's accuracy on a set of images, per class too, and the cost of a forward pass.
 
     Args:
-        config: What to evaluate.
+        config: The evaluation.
         json: Print JSON instead of a table.
     """
     evaluation = run_evaluate(config)
@@ -136,7 +136,7 @@ def export(config: Annotated[ExportConfig, tyro.conf.arg(name="")], json: bool =
     """Write a trained student as a plain timm checkpoint, and as ONNX if asked.
 
     Args:
-        config: What to export.
+        config: The export.
         json: Print JSON instead of text.
     """
     files = [str(path) for path in run_export(config)]

@@ -33,7 +33,7 @@ class OptimConfig:
         lr: Peak learning rate.
         lr_batch: Batch size that lr, min_lr and warmup_lr are meant for; at another batch size they are scaled.
             Default: used as they are.
-        lr_scale: How they grow with batch_size / lr_batch: in proportion, or with its square root.
+        lr_scale: Their growth with batch_size / lr_batch: in proportion, or with its square root.
         weight_decay: Weight decay.
         decay_all: Apply weight decay to norms, biases and position embeddings too, as schedules T1, T2 and A1 do.
         decay_positions: Apply weight decay to the projectors' position embeddings; default as decay_all says.
@@ -135,7 +135,7 @@ class TrainConfig(SourceOptions):
         deterministic: Only algorithms that repeat to the bit, also on GPUs; slower there.
         device: Where the student runs, e.g. cuda:1; auto takes a GPU if there is one. Under torchrun: cuda or cpu.
         workers: Processes that make batches; 0 makes them in this process.
-        start_method: How those processes start.
+        start_method: Start method of those processes.
         seed: Seed of weights, order and dropout.
         crop_pct: Part of the shorter side validation keeps (256 -> 224 is 0.875).
         val_every: Validate every this many epochs, and after the last.

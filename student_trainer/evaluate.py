@@ -54,7 +54,7 @@ class Evaluation:
     """Accuracy and cost of a student.
 
     Attributes:
-        accuracy: What it gets right.
+        accuracy: Its accuracy.
         images_per_second: Over the whole evaluation, reading and decoding included.
         forward_images_per_second: Of the forward pass alone: full batches of blank images on the device, median of
             several passes.
@@ -89,12 +89,12 @@ class Evaluator:
         """Set up the workers.
 
         Args:
-            tars: What is evaluated on; every sample needs a label.
-            preprocessing: How images reach the model.
+            tars: Images to evaluate on; every sample needs a label.
+            preprocessing: Preprocessing of the model's images.
             num_classes: K; a label that reaches this is refused.
             batch_size: Samples per forward pass.
             workers: Processes that decode images; 0 decodes in this process.
-            start_method: How they start.
+            start_method: Their start method.
             device: Where models run.
             group: Processes that share the samples.
         """

@@ -28,7 +28,7 @@ class Inputs:
     """A run's images.
 
     Attributes:
-        tars: What views are made of, one per unit.
+        tars: Sources of the views, one per unit.
         units: Positions to train on, per unit.
         quarantined: Samples left out because the teacher's pass could not read them.
         labelled: Samples to train on that have a label.

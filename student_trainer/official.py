@@ -64,7 +64,7 @@ def load_projector(projector: CrossAttentionProjector, official_state: State, pr
     Args:
         projector: Ours, built with the same dimensions.
         official_state: State dict of the released projector, or a checkpoint that holds one.
-        prefix: What stands before the projector's names, e.g. ``distill_losses.loss_fmd_s3.projector_0.``;
+        prefix: Prefix of the projector's names, e.g. ``distill_losses.loss_fmd_s3.projector_0.``;
             None finds it, if there is one projector only.
 
     Raises:

@@ -39,14 +39,14 @@ class RunPlan:
     """Everything a run is made of; made once from its config.
 
     Attributes:
-        config: What was asked for.
+        config: The run's configuration.
         group: The run's processes.
         device: Where student, method and a live teacher are.
         teacher: Where teacher features come from.
         distilled: Student and method, with their first weights.
         dataset: Batches of rows, with the features that the method needs.
         sampler: Which rows, epoch by epoch.
-        preprocessing: How images reach the student: normalised as for the teacher, so that both see the same.
+        preprocessing: Preprocessing of the student's images: normalised as for the teacher, so that both see the same.
         inputs: The images.
         identity: Names and hashes of everything that is read, for config.json and resuming.
     """

@@ -133,13 +133,13 @@ class Run:
     """A run in memory.
 
     Attributes:
-        plan: What it is made of.
-        config: What was asked for.
+        plan: Its parts.
+        config: Its configuration.
         group: Its processes.
         module: Student and method; under torchrun, wrapped to average gradients.
         optimizer: Over both, with the learning rates of the run's batch size.
         ema: Moving average of the student's weights, or None.
-        progress: How far it is.
+        progress: Its progress.
         reads_every_step: Whether loss, signals and unreadable samples are looked at after every step. A GPU would wait
             for that, so there it is every ``log_every`` steps and at an epoch's end.
     """
@@ -240,7 +240,7 @@ class Run:
         Args:
             folder: Where checkpoints go.
             log: Where numbers go.
-            notes: What differs from the run as it was before it was resumed.
+            notes: Differences from the run before it was resumed.
         """
         plan, config, progress = self.plan, self.config, self.progress
         self.module = data_parallel(self.module, self.group)

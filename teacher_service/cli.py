@@ -93,7 +93,7 @@ def pack(
     Args:
         source: The folder, parquet file or pattern, or dataset folder.
         out: Folder for the tars; --unit-samples go into each.
-        options: How images and labels are found.
+        options: Options for finding images and labels.
         json: Print one JSON object on stdout.
     """
     from teacher_service.pack import pack as run_pack
@@ -121,7 +121,7 @@ def create(name: str, scope: tuple[Scope, ...] = ("read",), file: Path = Path("t
 
     Args:
         name: Whose it is; appears in logs.
-        scope: What it is good for: read (cached rows and the store), compute (the live teacher), admin (everything).
+        scope: Scopes it grants: read (cached rows and the store), compute (the live teacher), admin (everything).
         file: File of hashes, for ``serve --tokens``. Remove a line to revoke a token.
     """
     say(create_token(file, name, scope))

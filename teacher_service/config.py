@@ -105,8 +105,8 @@ class StorageSpec:
 
     Attributes:
         taps: Taps of the teacher to store; stage4 is the final feature map, always needed.
-        tap_codec: How features are stored: f32, f16, bf16, int8, int8-channel, int6, int4; add +zstd to compress.
-        logits_codec: How logits are stored: as taps, or top<k> for the k largest with the rest spread evenly.
+        tap_codec: Codec of features: f32, f16, bf16, int8, int8-channel, int6, int4; add +zstd to compress.
+        logits_codec: Codec of logits: as for taps, or top<k> for the k largest with the rest spread evenly.
         capacity: Rows kept for each tar; default the largest tar's samples. More leaves room for larger tars later.
         key_width: Bytes kept for each sample key; default the longest key's. More leaves room for longer ones later.
         licence_note: Terms of use of the images and the teacher, kept in the store.
@@ -242,7 +242,7 @@ class PlanConfig:
         teacher: The teacher.
         views: The views.
         storage: The store's contents.
-        compute: How features are computed.
+        compute: Options of the computation.
         store: Where the store is or would be written: a directory or a bucket's URL (s3://, gs://).
         processes: Processes that will share the job, as torchrun or Ray start them, each with a device and --workers of
             its own: what --time-samples predicts of one is divided among them, by whole tars.
@@ -273,7 +273,7 @@ class CacheConfig:
         teacher: The teacher.
         views: The views.
         storage: The store's contents.
-        compute: How features are computed.
+        compute: Options of the computation.
         sharing: Which processes share the job.
         reporting: Where progress is reported.
         store: The store: a directory or a bucket's URL (s3://, gs://); created, or continued if it was created with

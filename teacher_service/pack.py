@@ -62,7 +62,7 @@ def pack(
     Args:
         source: A class-per-folder tree, a parquet file or pattern, or a dataset folder.
         out: Folder for the tars, their class names and the record of what is packed.
-        options: How the source is opened; ``unit_samples`` go into a tar.
+        options: Options for opening the source; ``unit_samples`` go into a tar.
         progress: Called with tars that are written, and tars in all.
 
     Raises:

@@ -41,7 +41,7 @@ def stop_on_signals(stop: Stop, grace: float = GRACE_SECONDS) -> Iterator[None]:
     and that may be inside a long forward pass.
 
     Args:
-        stop: What to set.
+        stop: The request to set.
         grace: Seconds the context has to be left in.
     """
     if threading.current_thread() is not threading.main_thread():

@@ -80,7 +80,7 @@ def failure(url: str, error: BaseException, *, denied: bool) -> str:
     """Why a request to a bucket or web server failed, and what to set; without addresses the user never gave.
 
     Args:
-        url: What the user gave.
+        url: URL from the user.
         error: obstore's error, whose first line has the request and the server's answer.
         denied: Whether the server refused the credentials.
     """

@@ -42,7 +42,7 @@ class Client:
     """One service. Make it with connect; picklable, for threads and worker processes.
 
     Attributes:
-        service: How it is called.
+        service: Calls to it.
         store: Its store, for everything but rows: manifest, keys, labels, view parameters, later blocks.
         max_rows: Most rows it gives at once.
         max_bytes: Most bytes it gives at once.
@@ -107,8 +107,8 @@ def connect(
     Args:
         url: Of the service, ``http://host:port`` or ``https://...``.
         token: Bearer token; None for the one in the environment variable FEATURE_STORE_TOKEN, if it is set.
-        retry: How long a call is retried; None for two minutes.
-        transport: What sends requests; None for HTTP connections to url.
+        retry: Retry policy of calls; None for retries within two minutes.
+        transport: Sender of requests; None for HTTP connections to url.
 
     Raises:
         InputError: Not a service's URL, or the token is refused.

@@ -30,11 +30,11 @@ class RemoteLiveSource:
     Args:
         service: The service.
         taps: Taps to request by default; None for all it gives.
-        precision: What is sent: ``f32`` as computed, or ``f16`` in half the bytes.
+        precision: Format of responses: ``f32`` as computed, or ``f16`` in half the bytes.
         views: Makes the pixels of whole units, for iter_unit.
 
     Attributes:
-        info: What the service says of its teacher.
+        info: The service's description of its teacher.
         split: Where it is cut.
         seconds: Time spent waiting for it so far, in this process.
 

@@ -25,8 +25,8 @@ class ProblemKind:
 
     Attributes:
         status: HTTP status.
-        title: What it means.
-        error: What the client raises for it.
+        title: Meaning, one phrase.
+        error: Error class that the client raises for it.
         retry: Whether the response carries Retry-After.
     """
 

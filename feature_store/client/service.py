@@ -52,9 +52,9 @@ class ServiceClient:
     """Calls to one server, shared by its clients. Picklable; used from many threads and forked processes.
 
     Attributes:
-        transport: What sends requests.
+        transport: Sender of requests.
         token: Bearer token; shown nowhere.
-        retry: How long a call is retried.
+        retry: Retry policy of calls.
         sleep: Waits a number of seconds.
         clock: Seconds that only grow.
     """

@@ -34,7 +34,7 @@ def exclusive(objects: ObjectStore, name: str, refusal: str) -> Iterator[None]:
 
     Args:
         objects: The store's.
-        name: What to hold.
+        name: Name of the lock.
         refusal: Message if another process holds it.
 
     Raises:

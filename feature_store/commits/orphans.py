@@ -59,7 +59,7 @@ def find_orphans(
     Args:
         layout: The store's.
         paths: Its objects.
-        records: What counts.
+        records: Commit records of the store.
         doubtful: Units with damaged records: what is theirs may yet count.
     """
     doubted = set(doubtful)

@@ -161,9 +161,10 @@ class Manifest:
         key_width: Bytes per stored sample key; more than needed leaves room to grow.
         software: Versions that created the store; informative.
         licence: Note of the data set's licence; informative.
-        view_encoding: How views are materialised: ``jpeg95``, and then the teacher saw them decoded; None if they are
-            not. Not in the JSON form when None, so that stores from before there was a choice keep their identity.
-        inputs: How samples were found; None, and not in the JSON form, for tars with class indexes in members cls.
+        view_encoding: Encoding of materialised views: ``jpeg95``, and then the teacher saw them decoded; None without
+            them. Left out of the JSON form when None, so that stores from earlier releases keep their identity.
+        inputs: Options by which samples were found; None, and left out of the JSON form, for tars with class indexes in
+            members cls.
         format_version: Of FORMAT.md.
     """
 
@@ -304,7 +305,7 @@ class Growth:
 
     Attributes:
         manifest: Of the grown store.
-        views: How many views come after those it has.
+        views: Number of views to add.
         tars: Tars that come after those it has.
     """
 

@@ -73,7 +73,7 @@ def open_folder(root: Path, labels: LabelReader, slices: UnitSlices) -> tuple[li
     Args:
         root: The tree.
         labels: Whether images need a class folder; its class names, if there are any, are the only ones accepted.
-        slices: How images are divided into units.
+        slices: Division of images into units.
 
     Raises:
         InputError: No images, images outside of class folders, an empty or unknown class, or a key twice.

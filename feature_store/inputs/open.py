@@ -41,11 +41,11 @@ def open_sources(
 
     Args:
         patterns: Paths, patterns and URLs of tars; or a folder; or parquet files.
-        options: How they are opened; of TarOptions, with a store or for plain tars.
-        written: How the sources of a store were opened: they are opened in the same way; other options are ignored.
+        options: Options for opening them; of TarOptions, with a store or for plain tars.
+        written: Options of a store's sources: they are opened in the same way; other options are ignored.
 
     Raises:
-        InputError: What is given cannot be used; says why.
+        InputError: The input cannot be used; names the reason.
         ResourceError: A file or URL cannot be read.
     """
     info = written or _info(patterns, options)

@@ -27,7 +27,7 @@ class SourceOptions(TarOptions):
     """Options for finding images and labels.
 
     Attributes:
-        input_format: What is given: tar (webdataset tars), folder (class-per-folder tree of image files), parquet
+        input_format: Kind of input: tar (webdataset tars), folder (class-per-folder tree of image files), parquet
             (parquet files, or a Hugging Face dataset folder); auto recognises it.
         labels: Whether samples need labels: required quarantines those without one, optional stores them with label -1,
             none reads no labels.

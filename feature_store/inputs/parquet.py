@@ -115,7 +115,7 @@ def open_parquet(
         patterns: Files (``.parquet``, ``.arrow``), or one folder that holds them.
         labels: Whether rows need labels; its class names, if there are any, stand for those of the schema.
         field: Column of the labels; "" for the first of LABEL_COLUMNS that is there.
-        slices: How rows are divided into units.
+        slices: Division of rows into units.
 
     Raises:
         InputError: pyarrow is missing, no such files or columns, or row groups too large to read.

@@ -122,7 +122,7 @@ def open_units(patterns: Sequence[str], options: TarOptions, inputs: InputInfo |
 
     Args:
         patterns: The store's tars, folder or parquet files.
-        options: How they are opened.
+        options: Options for opening them.
         inputs: The store's ``Manifest.inputs``.
 
     Raises:

@@ -23,7 +23,7 @@ class PositionalInputs:
     """Position inputs that blocks of some families take beside tokens; equal for all images, so made once.
 
     Attributes:
-        attribute: What makes it in the model.
+        attribute: The model's attribute that makes it.
         keyword: The blocks' argument, and the tensor's name in a bundle.
         value: RoPE or relative position bias; with ``per_block`` a first axis for all blocks of the model.
         per_block: Each block has its own.
@@ -61,10 +61,10 @@ class Cut:
 
     Attributes:
         info: Where it begins and what it needs.
-        kept: What the model's attribute of that name keeps in the early part.
+        kept: Value of the model's attribute of that name in the early part.
         blocks: The later blocks, from the first on.
         norm: The model's own last step of ``forward_features``; does nothing in models that pool before their norm.
-        beside: What the blocks take beside tokens.
+        beside: Inputs of the blocks beside tokens.
     """
 
     info: SplitInfo

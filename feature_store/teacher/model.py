@@ -42,7 +42,7 @@ class Teacher(nn.Module):
     """A frozen timm model with its split, always in eval mode.
 
     Attributes:
-        info: What the manifest says of it.
+        info: Its description, as in the manifest.
         split: Where it is cut.
         tap_shapes: (N, C) per tap it can give.
         later_blocks: P of the paper, sharing this model's weights.

@@ -141,11 +141,11 @@ def plot(
         path: The store: a directory or URL.
         out: Folder for the files.
         tars: The store's tars: paths, patterns, URLs. Needed for thumbnails of views, which are replayed.
-        tap: What to draw: stage4 or stage3.
+        tap: Tap to draw: stage4 or stage3.
         rows: Rows to average over.
         thumbnails: Views to show.
         seed: Chooses rows and views.
-        tar_options: How tars are opened.
+        tar_options: Options for opening tars.
         json: Print the files as JSON.
     """
     from feature_store.tools.plot import plot

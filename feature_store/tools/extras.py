@@ -28,7 +28,7 @@ def missing_extra(error: ModuleNotFoundError, preferred: str = "") -> InputError
     """The error that names the extra to install; None if no extra has the missing module.
 
     Args:
-        error: What an import raised.
+        error: Error of an import.
         preferred: The extra to name where several have the module.
     """
     module = (error.name or "").partition(".")[0]

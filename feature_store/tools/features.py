@@ -84,8 +84,8 @@ class ColourMap:
         mean: Of each channel [C].
         spread: Standard deviation of each channel [C].
         directions: [C, 3], or fewer where there are fewer channels.
-        low: What is black, per direction: the 1st percentile.
-        high: What is full, per direction: the 99th percentile.
+        low: Value drawn as 0, per direction: the 1st percentile.
+        high: Value drawn as 1, per direction: the 99th percentile.
     """
 
     mean: np.ndarray

@@ -106,7 +106,7 @@ def build_config(kind: type[T], values: Mapping[str, Any], where: str = "") -> T
     Args:
         kind: The dataclass.
         values: Its fields; nested dataclasses as mappings, tuples as lists, paths as text.
-        where: What to put before names in messages, e.g. ``sweep.yaml: CAP: ``.
+        where: Prefix of names in messages, e.g. ``sweep.yaml: CAP: ``.
 
     Raises:
         InputError: A name that is no field, a field missing, or a value that ``check_fields`` refuses.

@@ -55,7 +55,7 @@ class Picture:
     Attributes:
         name: File name without ending.
         title: Heading.
-        caption: What it shows, and how to read it.
+        caption: Content, and how to read it.
         figure: The figure.
     """
 
@@ -86,7 +86,7 @@ def plot(
         rows: Rows to average over.
         thumbnails: Views to show.
         seed: Chooses rows and views.
-        tar_options: How tars are opened.
+        tar_options: Options for opening tars.
 
     Returns:
         The files written, the page last.

@@ -37,8 +37,8 @@ class Repair:
         damaged: Commit records that cover damaged objects, and damaged records: kept, unless dropping was asked for.
         dropped: Those that were (or would be) removed, so that their units are written again.
         redo: Units and views to write again with the same ``teacher-service cache`` command.
-        beyond_repair: What writing again does not fix: unreadable disks, repeated keys, the later blocks, the root,
-            records of a newer release.
+        beyond_repair: Faults that writing again does not fix: unreadable disks, repeated keys, the later blocks, the
+            root, records of a newer release.
     """
 
     store: str

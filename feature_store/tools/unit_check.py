@@ -29,7 +29,7 @@ class Finding:
         kind: ``missing``, ``damaged``, ``unreadable`` (a unit's objects), ``record``, ``newer`` (a record of a newer
             release), ``keys``, ``orphan``, ``growth``, ``metadata``, ``blocks`` or ``index``.
         path: Object it is about.
-        message: What is wrong.
+        message: The fault.
         unit: Unit it belongs to, if any.
         record: Path of the commit record that covers the object, if any.
     """
@@ -50,7 +50,7 @@ class UnitCheck:
         keys: Its stored keys, uint8 [n, width]; none if they cannot be read or were not.
         objects: Objects compared with their proofs.
         bytes: Their bytes.
-        findings: What is wrong.
+        findings: Faults.
     """
 
     unit: int

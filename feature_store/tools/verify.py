@@ -42,7 +42,7 @@ class Report:
         records: Commit records.
         objects: Objects compared with their proofs.
         bytes: Bytes of those.
-        findings: What is wrong; empty for a sound store.
+        findings: Faults; empty for an undamaged store.
         foreign: Files that are not of this format; they do no harm.
         missing_views: Views that were never committed, by unit; not a fault, but still to be written.
     """

@@ -31,7 +31,7 @@ def apply_view(
 
     Args:
         image: The source in RGB, as decode_image gives it.
-        params: What to do to it.
+        params: Parameters of the view.
         size: Side or (H, W) of the view, in pixels.
         out: Where to put them, uint8 [H, W, 3]; default a new array.
 

@@ -58,7 +58,7 @@ def draw_view(policy: ViewPolicy, seed: int, key: str, view: int, source_size: t
     """Parameters of one view of one sample, independent of everything but the arguments.
 
     Args:
-        policy: What to draw from.
+        policy: Policy to draw from.
         seed: The store's seed, 64 bits, unsigned.
         key: The sample's key.
         view: View index v.

@@ -40,7 +40,7 @@ def replay_view(
 
     Args:
         image: The source in RGB, as decode_image gives it.
-        params: What to do to it, as stored.
+        params: Stored parameters of the view.
         size: Side or (H, W) of the view, in pixels.
         encoding: The manifest's ``view_encoding``.
 

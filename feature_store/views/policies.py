@@ -14,7 +14,7 @@ class ViewPolicy:
     """Augmentation parameters from which views are drawn.
 
     Attributes:
-        name: What the policy is called; a label, without influence on the pixels.
+        name: Name of the policy; a label, without influence on the pixels.
         size: (H, W) of a view, in pixels.
         crop: ``random`` (random resized crop) or ``center`` (the middle, the same for every view).
         interpolation: ``bilinear`` or ``bicubic``; of the resize and of RandAugment's geometric operations.

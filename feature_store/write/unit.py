@@ -62,7 +62,7 @@ def write_unit(
         layout: Its layout.
         unit: The unit.
         first_view: First view.
-        data: What to write.
+        data: Encoded content of the unit.
         committed: Proofs of the unit's objects that belong to no view, if another record covers them already;
             they are compared, not written.
 

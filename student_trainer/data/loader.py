@@ -51,7 +51,7 @@ class BatchLoader:
             dataset: Makes a batch from rows.
             batches: Which rows, batch by batch.
             workers: Processes that make batches; 0 makes them in this process.
-            start_method: How workers start: ``fork``, ``forkserver`` or ``spawn``.
+            start_method: Start method of workers: ``fork``, ``forkserver`` or ``spawn``.
             pin: Put batches into pinned memory, for copies to a GPU.
             stalled_seconds: A worker that takes this long for a batch is taken for hung.
         """
@@ -77,7 +77,7 @@ class BatchLoader:
         """Batches in order.
 
         Raises:
-            UserError: What kept a batch from being made.
+            UserError: A batch could not be made.
             ResourceError: Memory or shared memory ran out, a worker died, or it hangs.
         """
         try:

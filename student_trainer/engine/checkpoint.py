@@ -60,7 +60,7 @@ class Checkpoint:
         weights: State dict of the timm model.
         loss: State dict of the method: its projectors.
         optimizer: State dict of the optimizer.
-        progress: How far the run is.
+        progress: Progress of the run.
         rng: Random state per device kind, of every process.
         ema: State dict of the timm model with averaged weights; None if none are kept.
         scaler: State dict of float16's gradient scaler; empty for other dtypes.
@@ -165,7 +165,7 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
 
     Args:
         saved: The run's config.json.
-        current: What it would be now.
+        current: The settings of this run.
 
     Raises:
         MismatchError: Names the first field that differs.
@@ -188,7 +188,7 @@ def resume_notes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
 
     Args:
         saved: The run's config.json.
-        current: What it would be now.
+        current: The settings of this run.
     """
     notes = []
     for name, consequence in (

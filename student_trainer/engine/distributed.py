@@ -145,7 +145,7 @@ def joined(device: str, patience: timedelta = JOIN) -> Iterator[Group]:
 
     Args:
         device: ``--device``; ``cuda`` and ``auto`` give each process of a machine its own GPU.
-        patience: How long to wait for the others.
+        patience: Time to wait for the others.
 
     Raises:
         InputError: One particular GPU for several processes, or torchrun's environment variables in part.

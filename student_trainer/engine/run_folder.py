@@ -96,9 +96,9 @@ class RunFolder:
         Other validation tars, or none, do not change what is learned: an unfinished run continues with them.
 
         Args:
-            config: What was asked for.
+            config: The run's configuration.
             inputs: Names and hashes of what is read.
-            plan: What was made of the config.
+            plan: Description of the resolved plan.
 
         Returns:
             The folder, and what differs from the run as it was before, a sentence each.

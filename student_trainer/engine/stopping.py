@@ -17,7 +17,7 @@ class Stopped(SystemExit):
 
     Attributes:
         signal: The signal's number.
-        note: What was kept, and what continues it.
+        note: The saved state, and the command that continues it.
     """
 
     def __init__(self, number: int, note: str) -> None:
@@ -35,7 +35,7 @@ class Stop:
         signal: Its number; None so far.
         raises: Whether the signal itself raises, where it is not held. Of several processes none may: they stop
             after the same step, which they agree on.
-        note: What a signal's exception says now, see Stopped.
+        note: Text of a signal's exception now, see Stopped.
     """
 
     def __init__(self) -> None:

@@ -174,8 +174,8 @@ class Method(nn.Module):
         Config: Frozen dataclass of the method's options; its ``__post_init__`` refuses values that cannot be used.
         requires_teacher: Whether a run without a teacher is refused.
         shared_terms: Names of terms that several teachers have in common; all others are computed for each.
-        needs: What it reads of a batch; of the class, or set by ``__init__`` where it depends on options or teacher.
-        notes: What the user should know of how the method was built; shown when the run starts.
+        needs: Parts of a batch that it reads; of the class, or set by ``__init__`` where options or teacher decide.
+        notes: Notes about the method for the user; shown when the run starts.
         config: The options.
         task: The task loss.
     """

@@ -68,12 +68,12 @@ class Preset:
     """A released pair of teacher and student with its schedule.
 
     Attributes:
-        name: How it is asked for.
+        name: Its name on the command line.
         source: The released config.
-        teacher: What the store must be written with.
+        teacher: Teacher that the store must be written with.
         student: timm model name.
-        schedule: How the student is trained.
-        differs: What still differs from the released config: by setting, the released value, this one, and why.
+        schedule: Schedule of the student's training.
+        differs: Differences from the released config: by setting, the released value, this one, and why.
         scalekd: The distillation loss.
         options: Options of TrainConfig that are the pair's own: task, crop_pct...; they rule over the schedule's.
         published: The paper's accuracies, where it gives them.

@@ -30,8 +30,8 @@ def curves(series: Mapping[str, Curve], *, x: str, y: str, log: bool = False) ->
 
     Args:
         series: Points by name.
-        x: What the x axis is.
-        y: What the y axis is.
+        x: Label of the x axis.
+        y: Label of the y axis.
         log: Logarithmic y axis.
     """
     with _figure(height=3.0) as (figure, axes):

@@ -30,7 +30,7 @@ class LoadedStudent:
 
     Attributes:
         student: The student, with the file's weights.
-        preprocessing: How images reach it.
+        preprocessing: Preprocessing of its images.
         num_classes: K.
     """
 
@@ -54,7 +54,7 @@ def save_student(path: Path, description: Mapping[str, Any], weights: Mapping[st
 
     Args:
         path: The file.
-        description: What describe_student gives, kept as JSON in the file's metadata.
+        description: Result of describe_student, kept as JSON in the file's metadata.
         weights: State dict of the timm model.
 
     Raises:

@@ -83,7 +83,7 @@ class Comparison:
     """All of a sweep's results.
 
     Attributes:
-        title: What the report is called.
+        title: Title of the report.
         baseline: The setting others are compared with.
         score: ``last`` or ``best``, see SweepFile.
         confidence: Of the intervals, e.g. 0.95.

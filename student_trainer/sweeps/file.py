@@ -26,12 +26,12 @@ class SweepFile:
     """Content of a sweep file.
 
     Attributes:
-        settings: What each named setting changes in the base run; the order is the table's.
+        settings: Changes of each named setting to the base run; the order is the table's.
         base: Options of ``train`` that all runs share; ``preset`` names a released pair that they are set over.
         seeds: Seeds of weights, order and dropout; every setting is run with each.
         baseline: Name of the setting the others are compared with; default the first.
         score: Compare accuracies after the last epoch, or of the best epoch (chosen by the validation set itself).
-        title: What the report is called; default the file's name.
+        title: Title of the report; default the file's name.
     """
 
     settings: dict[str, Any]
@@ -66,7 +66,7 @@ class Sweep:
     """A sweep ready to run.
 
     Attributes:
-        title: What the report is called.
+        title: Title of the report.
         settings: Names of the settings, in the table's order.
         baseline: The setting the others are compared with.
         score: ``last`` or ``best``, see SweepFile.

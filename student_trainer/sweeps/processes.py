@@ -47,7 +47,7 @@ def run_in_processes(
 
     Args:
         configs: The runs.
-        gpus: What CUDA_VISIBLE_DEVICES calls the GPU of each run at a time; None for the CPU or a shared GPU.
+        gpus: Name in CUDA_VISIBLE_DEVICES of the GPU of each concurrent run; None for the CPU or a shared GPU.
         threads: CPU threads of each run.
 
     Yields:

@@ -31,8 +31,8 @@ class TeacherSide(ABC):
     Attributes:
         device: Where features are used.
         store: The store whose views are replayed; None if views are drawn.
-        replay: How the store's views are used.
-        views: What views are drawn from, without a store.
+        replay: Use of the store's views.
+        views: Policy and seed of views, without a store.
         info: The teacher; None without one.
         split: Where it is cut; None without one.
         computes: Whether features are computed while training, here or by a service.
@@ -99,7 +99,7 @@ class TeacherSide(ABC):
         Args:
             batch: A batch whose features come from ``sources``.
             pixels_BHWC: Its views on the device, uint8.
-            needs: What the method reads of each teacher.
+            needs: The method's needs of each teacher.
         """
 
     @abstractmethod

@@ -20,7 +20,7 @@ class ViewsConfig:
     """Views of a run without a store; with one, its own are replayed.
 
     Attributes:
-        policy: What views are drawn from (rrc_flip: schedules T1 and T2; a1, a2 and a3: A1, A2 and A3).
+        policy: View policy (rrc_flip: schedules T1 and T2; a1, a2 and a3: A1, A2 and A3).
         size: Height and width of a view, in pixels.
         seed: Seed of the views.
         count: Views per sample, used in turn; default a new one every epoch.
@@ -65,7 +65,7 @@ class StoreTeacher:
     Attributes:
         store: A directory, or a URL (s3://, gs://, http(s)://).
         weight: With several teachers: factor on this one's terms, and its share of the mean of their probabilities.
-        replay: How the store's views are used; of several stores the first one's counts.
+        replay: Use of the store's views; of several stores the first one's counts.
     """
 
     store: str | Path
@@ -86,7 +86,7 @@ class ServiceTeacher:
         url: http(s)://host:port.
         live: Have the service's live teacher compute them, instead of reading cached rows.
         token_file: File with the bearer token; default the environment variable FEATURE_STORE_TOKEN.
-        replay: How the store's views are used.
+        replay: Use of the store's views.
     """
 
     url: str
@@ -131,7 +131,7 @@ class LiveTeacher(LiveOptions):
 
     Attributes:
         store: Replay this store's views, and refuse another teacher than the one it was written with.
-        replay: How that store's views are used.
+        replay: Use of that store's views.
         views: Views of a run without a store.
     """
 
@@ -152,7 +152,7 @@ class NoTeacher:
     """No teacher: the student's own task on newly drawn views.
 
     Attributes:
-        views: What they are drawn from.
+        views: Policy and seed of the views.
     """
 
     views: ViewsConfig = ViewsConfig()

@@ -19,7 +19,7 @@ class ExpectConfig:
         model_kwargs: Extra arguments of timm.create_model it was built with, as JSON.
         input_size: Height and width of its views, in pixels.
         depth: Number of its later blocks.
-        prefix: What students run the later blocks with, beside grid tokens.
+        prefix: Prefix tokens that students run the later blocks with: none, cached or dropped.
         policy: View policy its views were drawn from; every field is compared but the label.
     """
 
@@ -37,9 +37,9 @@ def require_expected(
     """Refuse features of another teacher, or of other views, than the run expects.
 
     Args:
-        expect: What is expected.
+        expect: Expected properties.
         preset: Name of the preset that expects it, if one does.
-        policy: What its views are drawn from.
+        policy: Policy of its views.
         teacher: The teacher of its features; None if it has none.
         split: Where that teacher is cut.
 

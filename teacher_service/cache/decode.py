@@ -116,7 +116,7 @@ class ViewDataset(Dataset):
         tars: One per unit.
         policy: The view policy.
         seed: Seed of the views.
-        encoding: How views are materialised, see ``Manifest.view_encoding``; their pixels are then the JPEGs', decoded.
+        encoding: Encoding of materialised views, see ``Manifest.view_encoding``; pixels are then those of the JPEGs.
     """
 
     def __init__(

@@ -69,7 +69,7 @@ def cache(config: CacheConfig, console: Console | None = None, *, stop: Stop | N
     """Run the teacher over every unit that is not committed yet.
 
     Args:
-        config: What to do.
+        config: The job.
         console: Where to show progress; None for nowhere.
         stop: Set to stop early, see Pipeline.run; SIGTERM, SIGHUP and Ctrl-C set it too.
 

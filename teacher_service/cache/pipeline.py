@@ -90,7 +90,7 @@ class Pipeline:
     remains of it after the device ran out of memory) can change the last bits of a float, nothing else.
 
     Args:
-        job: What to compute. Each unit is locked while it is written, the store as a whole is not.
+        job: The job to compute. Each unit is locked while it is written, the store as a whole is not.
         dataset: Gives batches by span; default the tars' views.
     """
 
@@ -123,7 +123,7 @@ class Pipeline:
         and dropped otherwise, finished units are written, the rest leaves nothing in the store.
 
         Args:
-            tasks: What to do, in order.
+            tasks: Tasks, in order.
             on_commit: Told of each committed task, in the writer's thread.
             on_batch: Told after each batch how many images this pipeline computed in all its runs, and stage times.
             stop: Set to stop early.

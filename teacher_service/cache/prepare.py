@@ -36,7 +36,7 @@ class Job:
     """A job that is ready to compute.
 
     Attributes:
-        compute: How to compute.
+        compute: Options of the computation.
         store: The store it writes to.
         teacher: The frozen model, on its device.
         tars: The store's tars, in its order.
@@ -60,7 +60,7 @@ def prepare(survey: Survey, config: CacheConfig) -> Job:
 
     Args:
         survey: The job's inputs and destination.
-        config: How to compute.
+        config: Options of the computation.
 
     Raises:
         UserError: See ``teacher_service.cache.job.cache``.

@@ -40,7 +40,7 @@ class Stage:
         """Queue a call; blocks while the queue is full.
 
         Raises:
-            BaseException: What an earlier call raised.
+            BaseException: The error of an earlier call.
         """
         self._room.acquire()
         if self._error is not None:

@@ -18,7 +18,7 @@ def disk_error(error: OSError, objects: ObjectStore, what: str, needed: int = 0)
     Args:
         error: The system's error.
         objects: The store's objects.
-        what: What could not be written.
+        what: Name of the object that could not be written.
         needed: Bytes still to be written, if known.
     """
     if error.errno not in DISK_FULL:

@@ -55,7 +55,7 @@ class Forecast:
         device_hours: The same in hours of all their devices.
         write_rate: Bytes per second they then write together: nothing says that their disk can.
         online_device_hours_per_epoch: The teacher's in each epoch of a student that has it in its training loop.
-        timing: What was measured.
+        timing: The measurement.
     """
 
     plan: Plan
@@ -79,7 +79,7 @@ def forecast(survey: Survey, config: JobConfig, processes: int = 1) -> Forecast:
 
     Args:
         survey: The job's inputs and destination.
-        config: How it is computed.
+        config: Options of the computation.
         processes: Processes that will share its units.
 
     Raises:

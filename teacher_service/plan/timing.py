@@ -129,7 +129,7 @@ def measure(survey: Survey, spec: TeacherSpec, compute: ComputeSpec) -> Timing:
     The teacher has random weights: they take as long as trained ones, and need not be fetched.
 
     Args:
-        survey: What to compute.
+        survey: The surveyed job.
         spec: The teacher.
         compute: How.
 

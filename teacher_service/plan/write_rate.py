@@ -45,7 +45,7 @@ def measure_write_rate(
 
     Args:
         folder: Where to write; a folder in it is made and deleted.
-        seconds: How long to write.
+        seconds: Duration of the measurement.
         most_bytes: Bytes the job writes: more need not be measured.
         file_bytes: Bytes of each file.
         clock: Seconds.

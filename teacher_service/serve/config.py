@@ -82,7 +82,7 @@ class ServeConfig(TarOptions):
         refresh_seconds: Time between looks for rows committed since; 0 for never.
         drain_delay: Seconds between SIGTERM, when readiness ends, and when no new connection is taken any more.
         drain_seconds: Seconds that requests in work then have to end.
-        limits: What clients may ask for.
+        limits: Limits of requests.
     """
 
     store: str | Path

@@ -56,7 +56,7 @@ class ReferenceRows:
         spread: Standard deviation of each [C].
         directions: The rows' pooled features, standardised per channel and of length 1: [n, C]. A few channels of a
             transformer are so heavy that without it every row is like every other.
-        colours: What colours mean.
+        colours: Map of features to colours.
         committed: Units times views that were committed then.
     """
 
@@ -115,8 +115,8 @@ class FeatureBrowser:
     Args:
         store: The store as it is now.
         tars: Its tars, for the views' pixels: paths, patterns, URLs; none for no pixels.
-        options: How they are opened.
-        inputs: What the store's manifest says of its inputs.
+        options: Options for opening them.
+        inputs: Inputs in the store's manifest.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class ProblemDocument(BaseModel):
     status: int
     detail: str
     request_id: str = Field(description="X-Request-ID of the answer, also in the service's access log")
-    errors: list[dict[str, Any]] | None = Field(None, description="What is wrong where, for invalid-request")
+    errors: list[dict[str, Any]] | None = Field(None, description="Faults by place in the request, for invalid-request")
 
 
 class Problem(HTTPException):
@@ -46,7 +46,7 @@ class Problem(HTTPException):
         detail: What, got, expected, next step; nothing secret and no path of this machine.
         headers: More headers of the answer.
         retry_after: Seconds, for kinds that may succeed later.
-        errors: What is wrong where.
+        errors: Faults by their place in the request.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ class Service:
     """One process of the service.
 
     Args:
-        config: What is served.
+        config: Configuration of the service.
         live: The live teacher, if there is one; started and closed with the service.
 
     Attributes:

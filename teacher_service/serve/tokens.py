@@ -33,7 +33,7 @@ class Token:
     Attributes:
         name: Whose it is; appears in logs.
         sha256: Of the token, which has 256 random bits: nothing slower than one hash is needed.
-        scopes: What it is good for: read (cached rows and the store), compute (the live teacher), admin (everything).
+        scopes: Scopes it grants: read (cached rows and the store), compute (the live teacher), admin (everything).
         created: When, ISO 8601.
     """
 

@@ -34,7 +34,7 @@ class Leases(Protocol):
     unit the first to commit counts and the other gets a CommittedError. Any thread may call any method.
 
     Attributes:
-        poll_seconds: How long to wait before a unit that another process holds is tried again.
+        poll_seconds: Seconds until a unit that another process holds is tried again.
         takeover: When a dead process's unit can be taken, in words.
     """
 

@@ -33,7 +33,7 @@ def run(survey: Survey, config: CacheConfig, console: Console, stop: Stop) -> tu
 
     Args:
         survey: The job's inputs and destination.
-        config: How to compute.
+        config: Options of the computation.
         console: Where to show progress; of several processes under torchrun, the first shows its own.
         stop: Set to stop early.
 
@@ -73,7 +73,7 @@ def compute(
 
     Args:
         job: The job.
-        tasks: What its store lacks.
+        tasks: Tasks that its store lacks.
         on_commit: Told of each task this process committed.
         on_batch: See Pipeline.run.
         on_wait: Given a message when this process begins to wait for others.

@@ -52,7 +52,7 @@ class Mismatch:
         view: Its view.
         key: Sample key in the tar.
         what: ``key``, ``label``, ``image``, ``pixels``, ``stored`` (cannot be read), ``taps/<name>`` or ``logits``.
-        reason: What differs, and by how much.
+        reason: The difference, with its size.
     """
 
     unit: int
@@ -89,7 +89,7 @@ def verify(config: VerifyConfig, progress: Callable[[int, int], None] = lambda d
     """Check all checksums of a store, then recompute some of its rows.
 
     Args:
-        config: What to check, and against what.
+        config: The store, and the tars to compare it with.
         progress: Called with units whose checksums were compared, and units in all.
 
     Raises:

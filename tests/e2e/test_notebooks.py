@@ -37,6 +37,8 @@ def test_digits_notebook_trains_both_students_and_exports_one(run):
     assert figures == 2
     assert names["teacher"].top1 > 85
     assert names["results"]["none"].steps == names["results"]["scalekd"].steps > 0
+    assert len(names["steps"]) == names["results"]["none"].steps  # curves have every step
+    assert len(names["epochs"]) == 3
     assert all(result.last_top1 > 60 for result in names["results"].values())
     assert {file.name for file in names["files"]} >= {"model.safetensors", "config.json"}
 

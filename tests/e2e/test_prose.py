@@ -27,6 +27,8 @@ PAGES = sorted(
     - GENERATED
 )
 MODULES = sorted(module for package in PACKAGES for module in (ROOT / package).rglob("*.py"))
+ITEM = rf"^ +[\w.]+: (?:{'|'.join(w for w in STYLE['openings'] if w.isalpha())}) .*"
+"""An attribute, argument or error of a docstring's section with such an opening."""
 SPELLED = ["docs", "deploy", "demo", "examples", "benchmarks", *PACKAGES, *(p.name for p in ROOT.glob("*.md"))]
 
 
@@ -91,6 +93,7 @@ def test_docstrings_and_messages_keep_the_house_style(package):
                 fault for text in (*paragraphs, *(" ".join(m.split()) for m in messages)) for fault in faults(text)
             ]
             opening = tuple(f"{word} " for word in STYLE["openings"])
+            found += [f"item: {item}" for text in docstrings for item in re.findall(ITEM, text, re.MULTILINE)]
             found += [f"opens with {text.split()[0]}: {text[:80]}" for text in docstrings if text.startswith(opening)]
             wrong += [f"{module.relative_to(ROOT)}: {fault}" for fault in found]
     assert wrong == []

@@ -24,7 +24,7 @@ class BoundCodec:
         name: The tap's, or ``logits``.
         codec: Its codec.
         shape: One row's shape, (N, C) of a tap or (K,) of logits.
-        statistics: What the codec learnt from a first sample; None if it needs none.
+        statistics: Statistics of the codec from a calibration batch; None if it needs none.
     """
 
     name: str
@@ -96,7 +96,7 @@ def calibrated(manifest: Manifest, features: Mapping[str, np.ndarray]) -> Manife
     ``Manifest.with_statistics_of``.
 
     Args:
-        manifest: What will be stored.
+        manifest: Manifest of the store to write.
         features: Some rows [n, N, C] of every tap whose codec needs statistics; a few hundred are enough.
 
     Raises:

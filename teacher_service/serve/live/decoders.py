@@ -102,7 +102,7 @@ class Worker:
         Raises:
             ImageError: It took too much processor time.
             ResourceError: The process died.
-            UserError: What the function raised.
+            UserError: The function's error.
         """
         try:
             self._connection.send(arguments)

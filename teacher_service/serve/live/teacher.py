@@ -82,7 +82,7 @@ class LiveTeacher:
 
     Args:
         load: Builds the teacher; called once, by ``start``, in a thread of its own.
-        batching: How requests are put together.
+        batching: Limits of a batch.
         taps: Taps to give; None for those that losses need.
         observe: Told about every batch.
     """

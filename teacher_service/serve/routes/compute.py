@@ -35,7 +35,7 @@ _FRAME_HEADER_BYTES = 4096  # enough for the header of a frame that holds pixels
 _DTYPES = {"f16": np.float16, "f32": np.float32}
 _CROP = r"^\d{1,9},\d{1,9},\d{1,9},\d{1,9}$"
 
-Precision = Annotated[Literal["f16", "f32"], Query(description="What taps and logits are sent as.")]
+Precision = Annotated[Literal["f16", "f32"], Query(description="Float format of taps and logits in the response.")]
 Crop = Annotated[
     str | None,
     Query(description="Of an image: left,top,width,height in its pixels; default the middle.", pattern=_CROP),
