@@ -142,9 +142,7 @@ class TarLabels:
         """
         member, *path = (field or LABEL_EXTENSION).split(".")
         if member not in MEMBERS or bool(path) != (member == "json") or "" in path:
-            raise InputError(
-                f"label_field is {field!r}, expected for tars: cls, txt, or json.NAME such as json.label"
-            )
+            raise InputError(f"label_field is {field!r}, expected for tars: cls, txt, or json.NAME such as json.label")
         plain = member == LABEL_EXTENSION and not classes
         rule = LabelRule(member, policy == "required", CLASS_INDEX.most_bytes if plain else _MOST_BYTES)
         reader = LabelReader(policy, tuple(classes))
