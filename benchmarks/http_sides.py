@@ -1,6 +1,6 @@
 """Rows over HTTP by two checkouts in turns, each beside its own raw socket.
 
-    python -m benchmarks.http_sides --folder /tmp/bench --before ../other-checkout --out benchmarks/results/http_sides.json
+    python -m benchmarks.http_sides --folder /tmp/bench --before ../other --out benchmarks/results/http_sides.json
 
 Each side is a client process of its own checkout with that checkout's service. Sides take turns batch by batch and the
 order alternates, so that what else the machine does hurts both alike; ratios are medians within one run.
@@ -84,7 +84,7 @@ def measure(config: Config, number: int) -> dict[str, Any]:
 
 
 def _start(store: Path, checkout: Path, rounds: int) -> "subprocess.Popen[str]":
-    command = [sys.executable, __file__, str(store), str(rounds)]
+    command = [sys.executable, "-P", __file__, str(store), str(rounds)]  # -P: a module here is named http
     environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
     process = subprocess.Popen(
         command, cwd=checkout, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
