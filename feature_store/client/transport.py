@@ -8,6 +8,7 @@ import http.client
 import io
 import socket
 import ssl
+import sys
 import time
 import weakref
 from collections import deque
@@ -167,8 +168,9 @@ class _Idle:
 
 def _wake_at(sock: socket.socket, least: int, before: int) -> int:
     """Let a read wait for so many bytes or the end, unless it does (``before``); TLS takes bytes as they come."""
-    if least != before and hasattr(socket, "SO_RCVLOWAT") and not isinstance(sock, ssl.SSLSocket):
-        with suppress(OSError):  # not every system has it
+    # Linux keeps it below what the receive buffer can hold.
+    if least != before and sys.platform == "linux" and not isinstance(sock, ssl.SSLSocket):
+        with suppress(OSError):  # not every emulation has it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
     return least
 
