@@ -15,11 +15,11 @@ from feature_store.errors import InputError, WireError
 from feature_store.format.checksums import crc32c
 
 MEDIA_TYPE = "application/vnd.safetensors"
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 """Bytes passed to a socket at a time."""
 MAX_HEADER_BYTES = 1 << 20
 _CHECKSUM = "crc32c."
-_CHECKED_BYTES = 256 << 10
+_CHECKED_BYTES = 512 << 10
 _LENGTH_BYTES = 8
 _MAX_ARRAYS = 1024
 _MAX_AXES = 8

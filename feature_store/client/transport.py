@@ -8,11 +8,12 @@ import http.client
 import io
 import socket
 import ssl
+import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import wait
 from typing import Protocol, TypeAlias
@@ -27,6 +28,7 @@ LOST = (OSError, http.client.HTTPException)
 """Errors of a transport whose connection cannot be made or breaks."""
 SLOWEST = 64 << 10
 """Bytes a second below which a body counts as stalled, although single bytes arrive."""
+_BULK_BYTES = 64 << 10  # memory of at least this size is filled by one system call
 
 
 class Response(Protocol):
@@ -87,6 +89,7 @@ class _Paced(io.RawIOBase):
         self._raw, self._sock = raw, sock
         self._timeout = self._set = sock.gettimeout() or 0.0
         self._end = time.monotonic() + self._timeout
+        self._least = 1
         self.in_body = self.ended = False
 
     def readable(self) -> bool:
@@ -108,8 +111,12 @@ class _Paced(io.RawIOBase):
         if remaining != self._set:  # a system call, which a body that comes fast never needs
             self._sock.settimeout(remaining)
             self._set = remaining
-        got = self._raw.readinto(memory)
-        if self.in_body and got:  # not for headers: a flood of them would earn its own time
+        if self.in_body:
+            # Half of what the slowest body brings in time; sleeping until then halves the cost of a fast one.
+            least = min(len(memory), int(remaining * SLOWEST / 2))
+            self._least = _wake_at(self._sock, least if least >= _BULK_BYTES else 1, self._least)
+        got = self._sock.recv_into(memory)
+        if self.in_body:  # not for headers: a flood of them would earn its own time
             self._end += got / SLOWEST
         return got
 
@@ -157,6 +164,15 @@ class _Idle:
         self.connections: deque[http.client.HTTPConnection] = deque()
         # Not __del__: of garbage in a cycle, the sockets could go first, and warn that they were not closed.
         weakref.finalize(self, _close, self.connections)
+
+
+def _wake_at(sock: socket.socket, least: int, before: int) -> int:
+    """Let a read wait for so many bytes or the end, unless it does (``before``); TLS takes bytes as they come."""
+    # Linux keeps it below what the receive buffer can hold.
+    if least != before and sys.platform == "linux" and not isinstance(sock, ssl.SSLSocket):
+        with suppress(OSError):  # not every emulation has it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
+    return least
 
 
 def _pending(sock: socket.socket) -> int:
@@ -220,6 +236,8 @@ class HttpTransport:
                 connection = idle.connections.pop()
             except IndexError:
                 return self._new_connection(timeout)
+            if connection.sock is not None:
+                _wake_at(connection.sock, 1, 0)
             # Readable while nothing was asked: the server has closed it, or says something that is no answer to us.
             if connection.sock is not None and not wait([connection.sock], 0) and not _pending(connection.sock):
                 connection.sock.settimeout(timeout)

@@ -86,7 +86,7 @@ class Tar:
             InputError: Missing, not a tar, cut short, without samples, or with a key or member twice.
             ResourceError: The file or URL cannot be read.
         """
-        (tar,) = _opened_tars([url], scratch, labels)
+        (tar,) = opened_tars([url], scratch, labels)
         return tar
 
     def __len__(self) -> int:
@@ -210,7 +210,7 @@ def open_tars(patterns: Sequence[str], options: TarOptions = DEFAULT, labels: Ta
         InputError: No tar, one that cannot be used, or none of all samples has an image and a label.
         ResourceError: A file or URL cannot be read.
     """
-    tars = list(_opened_tars(expand_tars(patterns, allow_pipe=options.allow_pipe), options.scratch, labels))
+    tars = list(opened_tars(expand_tars(patterns, allow_pipe=options.allow_pipe), options.scratch, labels))
     where = f"one member {labels.rule.member} with" if labels.rule.member else "no label, or"
     require_usable(
         tars,
@@ -221,8 +221,8 @@ def open_tars(patterns: Sequence[str], options: TarOptions = DEFAULT, labels: Ta
     return tars
 
 
-def _opened_tars(urls: Sequence[str], scratch: Path | None, labels: TarLabels = CLASS_INDEXES) -> Iterator[Tar]:
-    """Open tars in order, so that the error is that of the first one that cannot be used."""
+def opened_tars(urls: Sequence[str], scratch: Path | None, labels: TarLabels = CLASS_INDEXES) -> Iterator[Tar]:
+    """Open tars in order, many indexed in parallel; an error is that of the first one that cannot be used."""
     begun = deque[_Begun]()
     with Indexer(labels.rule) as indexer:
         for url in urls:

@@ -11,7 +11,7 @@ from feature_store.format.manifest import InputInfo
 from feature_store.inputs.base import SampleSource
 from feature_store.inputs.open import open_sources
 from feature_store.inputs.options import TarOptions
-from feature_store.inputs.tar import Tar, expand_tars
+from feature_store.inputs.tar import Tar, expand_tars, opened_tars
 from feature_store.inputs.urls import tar_name
 
 if TYPE_CHECKING:
@@ -90,13 +90,16 @@ class UnitTars:
     def _candidates(self, store: "Store", unit: int) -> Iterator[Tar]:
         """Tars that may be the unit's, those of its name first; each is indexed at most once."""
         info = store.manifest.tars[unit]
-        for url in sorted(self._urls, key=lambda url: tar_name(url) != info.name):
-            if tar_name(url) == info.name or self._hashes.get(url, info.header_sha256) == info.header_sha256:
-                yield self._opened(url)
+        known = [url for url, header in self._hashes.items() if header == info.header_sha256]
+        yield from map(self._opened, known or [url for url in self._urls if tar_name(url) == info.name])
+        for tar in opened_tars([url for url in self._urls if url not in self._hashes], self._scratch):
+            yield self._kept(tar)
 
     def _opened(self, url: str) -> Tar:
-        tar = self._open.pop(url, None) or Tar.open(url, scratch=self._scratch)
-        self._hashes[url], self._open[url] = tar.header_sha256, tar
+        return self._kept(self._open.pop(url, None) or Tar.open(url, scratch=self._scratch))
+
+    def _kept(self, tar: Tar) -> Tar:
+        self._hashes[tar.url], self._open[tar.url] = tar.header_sha256, tar
         while len(self._open) > _MOST_OPEN:
             self._open.popitem(last=False)
         return tar

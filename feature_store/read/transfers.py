@@ -16,14 +16,14 @@ from feature_store.format.checksums import crc32c, damaged
 from feature_store.processes import PerProcess, usable_cpus
 from feature_store.read.locate import RowLocations
 from feature_store.read.objects import object_error
-from feature_store.read.page_cache import RUN_BYTES, PageCacheReader, ReadRequest
+from feature_store.read.page_cache import RUN_BYTES, PageCacheReader
 
 _ROWS_PER_REQUEST = IOV_MAX // 2  # each with the gap before it
 _CORES = usable_cpus()
 _ALONE_BYTES = 128 << 10  # run size with one thread; larger runs reduce lock contention with several
 _COLD = 4  # After so many consecutive page-cache misses stop probing: each probe would trigger readahead out of order.
 _Request: TypeAlias = "tuple[_Job, int, int]"
-_Runs: TypeAlias = "ReadRequest | _CompressedReadRequest"
+_Runs: TypeAlias = "PageCacheReader | _CompressedReadRequest"
 # Of all sources in the process; threads start when they are needed.
 _pool = PerProcess(partial(ThreadPoolExecutor, 64, "feature-store-read"))
 
@@ -75,8 +75,8 @@ def read_all(objects: ObjectStore, transfers: Sequence[Transfer], threads: int) 
 def _runs_of(objects: ObjectStore, transfer: Transfer, threads: int) -> _Runs:
     if transfer.spec.zstd:
         return _CompressedReadRequest(_Job(objects, transfer, np.arange(len(transfer.out))))
-    rows = PageCacheReader(objects, transfer.spec, transfer.located)
-    return rows.runs(0, len(transfer.out), transfer.out, RUN_BYTES if threads > 1 else _ALONE_BYTES)
+    most = RUN_BYTES if threads > 1 else _ALONE_BYTES
+    return PageCacheReader(objects, transfer.spec, transfer.located, transfer.out, most)
 
 
 def _try(queue: Iterator[tuple[_Runs, int]], missed: list[tuple[_Runs, int]]) -> None:
@@ -193,7 +193,7 @@ class _Job:
 
 
 class _CompressedReadRequest:
-    """Compressed rows as runs, see ReadRequest: the requests of a job, as far as they need no waiting."""
+    """Compressed rows as runs, see PageCacheReader: the requests of a job, as far as they need no waiting."""
 
     def __init__(self, job: _Job) -> None:
         self._job, self._requests = job, list(job.requests())

@@ -112,9 +112,8 @@ def _shortened(text: str, most: int = 200) -> str:
 
 def install(app: FastAPI) -> None:
     """Report the application's errors as problems; AccessLogMiddleware reports all others as internal."""
-    app.add_exception_handler(HTTPException, _http_exception)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(UserError, _user_error)
+    for kind in (HTTPException, RequestValidationError, UserError):
+        app.add_exception_handler(kind, _respond)
 
 
 def documented(*kinds: str) -> dict[int | str, dict[str, Any]]:
@@ -146,23 +145,17 @@ def _example(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def _http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # what it is installed for
-    problem = error if isinstance(error, Problem) else _problem_of_framework(error, request)
+async def _respond(request: Request, error: Exception) -> Response:
+    """The response about what a handler raised."""
+    if isinstance(error, Problem):
+        problem = error
+    elif isinstance(error, UserError):
+        problem = problem_of(error)
+    elif isinstance(error, RequestValidationError):
+        problem = invalid_request(error.errors())
+    else:
+        assert isinstance(error, HTTPException)  # the framework's own
+        what = f"{request.method} {_shortened(request.scope['path'])}: {error.detail}"
+        kind = _OF_STATUS.get(error.status_code, "internal")
+        problem = Problem(kind, f"{what}; see openapi.json", headers=error.headers)
     return problem.response(request_id(request.scope))
-
-
-def _problem_of_framework(error: HTTPException, request: Request) -> Problem:
-    kind = _OF_STATUS.get(error.status_code, "internal")
-    what = f"{request.method} {_shortened(request.scope['path'])}: {error.detail}"
-    return Problem(kind, f"{what}; see openapi.json", headers=error.headers)
-
-
-async def _validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return invalid_request(error.errors()).response(request_id(request.scope))
-
-
-async def _user_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, UserError)
-    return problem_of(error).response(request_id(request.scope))

@@ -58,8 +58,9 @@ class StreamedResponse(Response):
                 async with aclosing(self._pieces) as pieces:
                     async for piece in pieces:
                         for start in range(0, len(piece), frames.CHUNK_BYTES):
-                            body = piece[start : start + frames.CHUNK_BYTES]
-                            await send({"type": "http.response.body", "body": body, "more_body": True})
+                            stop = start + frames.CHUNK_BYTES
+                            await send({"type": "http.response.body", "body": piece[start:stop], "more_body": True})
+                        del piece  # what was sent is memory for the next piece
                         await asyncio.sleep(0)  # a fast socket must not keep other requests waiting
                         if gone.done():
                             return

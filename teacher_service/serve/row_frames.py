@@ -7,6 +7,7 @@ combined from those the store has of each row.
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
+from itertools import groupby
 from traceback import clear_frames
 
 import numpy as np
@@ -23,8 +24,6 @@ from teacher_service.serve.service import Service, StoreSnapshot, whereabouts
 
 ROWS = "rows"
 """Array of every frame of rows: unit, position and view of each, int64 [n, 3]."""
-
-_TRIES = 2  # a locked page can look uncached
 
 
 def rows_response(
@@ -107,30 +106,44 @@ class _RowStream:
             CorruptStoreError, ResourceError: See ZarrSource.read.
         """
         yield memoryview(self._head)
+        # Rows in the page cache are read by this thread: pieces from another one have left this processor's caches.
         done = 0
-        # Rows in the page cache are read by this thread in small pieces, which are sent while the CPU caches hold them.
-        for span in self._spans(frames.CHUNK_BYTES):
-            piece = next((piece for _ in range(_TRIES) if (piece := self._in_memory(*span)) is not None), None)
+        for name, runs in self._cached_runs():
+            piece = self._take(name, runs)
             if piece is None:
                 break
             yield piece
-            done += span[2] - span[1]
-        rest = self._spans(self._source.stride_bytes, done)
-        async with aclosing(read_ahead(partial(self._read, *span) for span in rest)) as pieces:
+            done += len(piece) // self._row_bytes[name]
+            del piece  # before the next one is read into memory, which should be this one's
+        async with aclosing(read_ahead(partial(self._read, *span) for span in self._rest(done))) as pieces:
             async for piece in pieces:
                 yield piece
 
-    def _spans(self, nbytes: int, done: int = 0) -> Iterator[tuple[str, int, int]]:
-        """Array, first row and end of pieces of about nbytes, without the first ``done`` rows of all arrays."""
+    def _cached_runs(self) -> Iterator[tuple[str, list[int]]]:
+        """Array and runs of each piece that the page cache may have."""
+        for name, size in self._row_bytes.items():
+            cached, step = self._cached[name], max(1, frames.CHUNK_BYTES // size)
+            for _, runs in groupby(range(len(cached)), lambda run: cached.rows(run).start // step):  # noqa: B023
+                yield name, list(runs)
+
+    def _take(self, name: str, runs: Sequence[int]) -> memoryview | None:
+        """Rows of some runs; None if the page cache lacks one."""
+        cached, size = self._cached[name], self._row_bytes[name]
+        first = cached.rows(runs[0]).start
+        memory = memoryview(self._array(name, first, cached.rows(runs[-1]).stop))
+        for run in runs:
+            rows = cached.rows(run)
+            part = memory[(rows.start - first) * size : (rows.stop - first) * size]
+            if not (cached.take(run, part) or cached.take(run, part)):  # a locked page can look uncached
+                return None
+        return memory
+
+    def _rest(self, done: int) -> Iterator[tuple[str, int, int]]:
+        """Array, first row and end of pieces that keep the store busy, after the first ``done`` rows of all arrays."""
         for index, (name, size) in enumerate(self._row_bytes.items()):
-            step = max(1, nbytes // size)
+            step = max(1, self._source.stride_bytes // size)
             for start in range(max(0, done - index * len(self._rows)), len(self._rows), step):
                 yield name, start, min(start + step, len(self._rows))
-
-    def _in_memory(self, name: str, start: int, stop: int) -> memoryview | None:
-        """Some rows, if the page cache has them all."""
-        memory = self._array(name, start, stop)
-        return memoryview(memory) if self._cached[name].take(start, stop, memory) else None
 
     def _array(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._memory.array((stop - start) * self._row_bytes[name], self._reservation)

@@ -10,7 +10,7 @@ from teacher_service.serve.service import Service, service_of
 MAX_INT = 2**31 - 1
 TEACHER, COMPUTE = "/v1/teacher", "/v1/features:compute"
 VERIFY = (
-    "Read and check every row before the status line. Otherwise a damaged row of a response of more than a megabyte "
+    "Read and check every row before the status line. Otherwise a damaged row of a response of more than 2 MiB "
     "ends the connection; ask again with true for the problem that names the row."
 )
 Unit = Annotated[int, Path(ge=0, le=MAX_INT, description="Unit: index of its tar.", examples=[0])]

@@ -284,6 +284,30 @@ def test_answer_nobody_asked_for_is_never_taken_when_a_connection_is_used_again(
     assert taken == [(number, b"good %d" % number) for number in range(1, 40)]
 
 
+def test_answer_nobody_asked_for_is_never_taken_when_a_long_one_came_before():
+    """A read of a long body sleeps until much of it is there; a few bytes more must still be noticed."""
+    said = threading.Semaphore(0)
+
+    def twice(connection, number, _head):
+        connection.sendall(reply(b"%d" % number * 1_000_000))
+        time.sleep(0.05)
+        with suppress(OSError):
+            connection.sendall(reply(b"poison"))
+        said.release()
+
+    with hostile(twice) as server:
+        transport = HttpTransport(server.url)
+        for number in range(1, 5):
+            memory = memoryview(bytearray(1_000_000))
+            with transport.send("GET", "/", {}, b"", 30.0) as answer:
+                done = 0
+                while got := answer.readinto(memory[done:]):
+                    done += got
+            assert bytes(memory) == b"%d" % number * 1_000_000
+            said.acquire()
+        assert server.connections == 4
+
+
 def test_connection_is_given_up_when_bytes_that_came_with_an_answer_are_not_of_it():
     with hostile(lambda connection, _number, _head: connection.sendall(reply(b"good") + b"HTTP/")) as server:
         transport = HttpTransport(server.url)

@@ -35,12 +35,15 @@ def opened(source):
 
 
 def taken(source, rows, start, stop):
-    readers = source.page_cache(source.locate(rows))
-    memory = {
-        name: np.zeros((stop - start, *array.shape[1:]), array.dtype) for name, array in source.buffers(0).items()
-    }
-    done = {name: readers[name].take(start, stop, array.view(np.uint8)) for name, array in memory.items()}
-    return memory, done
+    readers = source.page_cache(source.locate(rows[start:stop]))
+    memory = {name: np.zeros_like(array) for name, array in source.buffers(stop - start).items()}
+    return memory, {name: take_all(readers[name], array) for name, array in memory.items()}
+
+
+def take_all(reader, array):
+    """Whether all runs could be taken into an array [n, ...]."""
+    flat = array.reshape(len(array), -1).view(np.uint8)
+    return all(reader.take(run, memoryview(flat[reader.rows(run)]).cast("B")) for run in range(len(reader)))
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 64), (0, 1), (7, 23), (40, 64), (63, 64)])
@@ -68,11 +71,10 @@ def test_neighbours_are_taken_when_they_are_more_than_one_system_call_takes(tmp_
 def test_neighbours_are_one_run(store):
     source = opened(store.source(taps=["stage4"]))
     rows = ROWS[[0, 1, 2, 3, 4, 1, 5, 10, 11]]
-    reader, memory = source.page_cache(source.locate(rows))["stage4"], source.buffers(len(rows))["stage4"]
-    size = memory[0].nbytes
-    runs = reader.runs(0, len(rows), memory.view(np.uint8))
+    spec, located = store.layout.arrays["taps/stage4"], source.locate(rows)["stage4"]
+    runs = page_cache.PageCacheReader(store.objects, spec, located)
     assert [runs.rows(at) for at in range(len(runs))] == [slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 9)]
-    runs = reader.runs(1, 5, memory[:4].view(np.uint8), most=2 * (size + 4))
+    runs = page_cache.PageCacheReader(store.objects, spec, located.part(1, 5), most=2 * (spec.row_bytes + 4))
     assert [runs.rows(at) for at in range(len(runs))] == [slice(0, 2), slice(2, 4)]
 
 
@@ -88,12 +90,12 @@ def test_nothing_is_taken_when_one_row_is_damaged(store):
 
 def test_nothing_is_taken_when_the_shard_is_cut(store):
     source = opened(store.source())
-    reader = source.page_cache(source.locate(ROWS))["stage4"]
+    reader = source.page_cache(source.locate(ROWS[:5]))["stage4"]
     path = store.path / "taps/stage4/c/0/0/0/0"
-    memory = source.buffers(5)["stage4"].view(np.uint8)
-    assert reader.take(0, 5, memory)
+    memory = source.buffers(5)["stage4"]
+    assert take_all(reader, memory)
     path.write_bytes(path.read_bytes()[:60])
-    assert not reader.take(0, 5, memory)
+    assert not take_all(reader, memory)
 
 
 def test_nothing_is_taken_when_reading_would_wait(store, monkeypatch):
@@ -108,4 +110,4 @@ def test_nothing_is_taken_when_no_file_is_open(store):
     for path in set(located["stage4"].paths):
         source.objects.forget(path)
     reader = source.page_cache(located)["stage4"]
-    assert not reader.take(0, 1, source.buffers(1)["stage4"].view(np.uint8))
+    assert not take_all(reader, source.buffers(len(ROWS))["stage4"])

@@ -20,7 +20,7 @@ from feature_store.format.codecs.bound import calibrated
 from feature_store.format.manifest import TarInfo
 from feature_store.read import transfers
 from feature_store.read.locate import ShardIndexCache, bytes_per_shard
-from feature_store.read.page_cache import ReadRequest
+from feature_store.read.page_cache import PageCacheReader
 from feature_store.read.reader import ZarrSource
 from feature_store.read.transfers import _ROWS_PER_REQUEST
 
@@ -130,8 +130,8 @@ def test_read_gives_the_same_rows_with_any_number_of_threads(store, threads, mon
 @pytest.mark.parametrize("threads", [1, 8])
 def test_read_gives_the_same_rows_when_some_are_not_in_memory(store, threads, monkeypatch):
     monkeypatch.setattr(LocalObjects, "bytes_per_thread", 1)
-    rng, take = np.random.default_rng(threads), ReadRequest.take
-    monkeypatch.setattr(ReadRequest, "take", lambda runs, at: rng.random() < 0.5 and take(runs, at))
+    rng, take = np.random.default_rng(threads), PageCacheReader.take
+    monkeypatch.setattr(PageCacheReader, "take", lambda runs, at: rng.random() < 0.5 and take(runs, at))
     source = ZarrSource(store.objects, store.layout, store.committed, threads=threads)
     for _ in range(20):
         rows = [ROWS[at] for at in rng.integers(0, len(ROWS), 40)]
@@ -198,8 +198,8 @@ def little_is_much(monkeypatch):
 @pytest.mark.parametrize("in_memory", [0.5, 1])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_are_read_in_runs_and_alone(store, threads, in_memory, monkeypatch):
-    rng, take = np.random.default_rng(threads), ReadRequest.take
-    monkeypatch.setattr(ReadRequest, "take", lambda runs, at: rng.random() < in_memory and take(runs, at))
+    rng, take = np.random.default_rng(threads), PageCacheReader.take
+    monkeypatch.setattr(PageCacheReader, "take", lambda runs, at: rng.random() < in_memory and take(runs, at))
     source = ZarrSource(store.objects, store.layout, store.committed, threads=threads)
     for _ in range(20):
         starts = rng.integers(0, len(ROWS), 6)
@@ -209,9 +209,9 @@ def test_rows_are_read_in_runs_and_alone(store, threads, in_memory, monkeypatch)
 
 def test_rows_side_by_side_are_taken_from_memory_at_once(store, monkeypatch):
     rows = [RowId(0, i, 0) for i in range(5)] + [RowId(1, i, 0) for i in (1, 2, 0)]
-    source, take, taken = store.source(taps=["stage4"]), ReadRequest.take, []
+    source, take, taken = store.source(taps=["stage4"]), PageCacheReader.take, []
     source.read(rows)
-    monkeypatch.setattr(ReadRequest, "take", lambda runs, at: take(runs, at) and not taken.append(runs.rows(at)))
+    monkeypatch.setattr(PageCacheReader, "take", lambda runs, at: take(runs, at) and not taken.append(runs.rows(at)))
     source.read(rows)
     assert taken[:3] == [slice(0, 5), slice(5, 7), slice(7, 8)]
 
@@ -219,7 +219,7 @@ def test_rows_side_by_side_are_taken_from_memory_at_once(store, monkeypatch):
 def test_rows_are_no_longer_looked_for_in_memory_when_many_are_not_there(store, monkeypatch):
     source, asked = store.source(), []
     monkeypatch.setattr(transfers, "_CORES", 1)
-    monkeypatch.setattr(ReadRequest, "take", lambda runs, at: bool(asked.append(at)))
+    monkeypatch.setattr(PageCacheReader, "take", lambda runs, at: bool(asked.append(at)))
     rows = ROWS[::-1]
     assert np.array_equal(source.read(rows).taps["stage4"], expected(store, rows))
     assert len(asked) == transfers._COLD < len(rows)
@@ -319,7 +319,7 @@ def test_read_reports_a_disk_error_as_one(store, monkeypatch):
     def fail(*_, wait):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(ReadRequest, "take", lambda *_: False)
+    monkeypatch.setattr(PageCacheReader, "take", lambda *_: False)
     monkeypatch.setattr(source._reader.objects, "read_into", fail)
     with pytest.raises(ResourceError, match=r"cannot read taps/stage4/c/0/0/0/0: .*Input/output error"):
         source.read(ROWS[:2])
