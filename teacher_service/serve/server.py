@@ -179,7 +179,7 @@ def _load_teacher(config: ServeConfig) -> "Teacher":
         name,
         checkpoint=config.checkpoint,
         model_kwargs=stored.model_kwargs,
-        depth=manifest.split.depth,
+        depth=manifest.split.depth or None,
         drop_prefix=manifest.split.drops_prefix,
         compute_dtype=stored.compute_dtype,
         device=find_device(config.device),
