@@ -310,5 +310,24 @@ class CacheConfig:
         check_fields(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherListConfig:
+    """Which teachers to list.
+
+    Attributes:
+        pattern: A timm model name, a pattern such as '*swin*' (in quotes), a part of names, or package.module:build.
+        model_kwargs: Extra arguments of timm.create_model, or of that function, as JSON.
+        json: Print one JSON object on stdout.
+    """
+
+    pattern: Positional[str] = "*"
+    model_kwargs: JsonObject = field(default_factory=dict)
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type."""
+        check_fields(self)
+
+
 JobConfig: TypeAlias = PlanConfig | CacheConfig
 """What both say of a job: inputs, teacher, views, storage, compute, store."""

@@ -25,7 +25,7 @@ from feature_store.teacher.taps import TapShapes
 from feature_store.tools.options import require
 from feature_store.views import view_policy
 from feature_store.views.files import JPEG
-from teacher_service.config import Inputs, JobConfig, TeacherSpec
+from teacher_service.config import Inputs, JobConfig, StorageSpec, TeacherSpec
 
 
 @dataclass(frozen=True)
@@ -184,14 +184,11 @@ def job_manifest(
     longest = max(len(key.encode()) for tar in tars for key in tar.keys)
     if storage.key_width is not None:
         require(storage.key_width >= longest, "--key-width", storage.key_width, f"at least the longest key's {longest}")
-    taps: dict[str, str] = dict.fromkeys(storage.taps, storage.tap_codec)
-    if split.prefix == "cached":
-        taps["stage3_prefix"] = prefix_codec(storage.tap_codec)
     manifest = Manifest(
         teacher=info,
         split=split,
         blocks_sha256="",
-        taps={name: TapInfo(*outline.taps.of(name), codec) for name, codec in taps.items()},
+        taps=tap_infos(outline, storage),
         logits_codec=storage.logits_codec if info.num_classes else None,
         policy=view_policy(views.policy, info.input_size, **views.policy_options),
         seed=views.seed,
@@ -206,6 +203,18 @@ def job_manifest(
     )
     manifest.require_room()
     return manifest
+
+
+def tap_infos(outline: TeacherOutline, storage: StorageSpec) -> dict[str, TapInfo]:
+    """Taps of a store: those asked for, and prefix tokens where the later blocks need them.
+
+    Raises:
+        InputError: The teacher has no such tap.
+    """
+    codecs = dict.fromkeys(storage.taps, storage.tap_codec)
+    if outline.split.prefix == "cached":
+        codecs["stage3_prefix"] = prefix_codec(storage.tap_codec)
+    return {name: TapInfo(*outline.taps.of(name), codec) for name, codec in codecs.items()}
 
 
 def prefix_codec(tap_codec: str) -> str:
