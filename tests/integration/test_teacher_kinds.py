@@ -9,6 +9,7 @@ from training_world import World, make_teacher, samples, train_config, write_tar
 
 from feature_store import RowId, open_store
 from feature_store.errors import InputError
+from feature_store.tools.cli import main as feature_store
 from student_trainer.data.loader import BatchLoader
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.methods.scalekd import ScaleKDConfig
@@ -117,6 +118,15 @@ def test_tpp_is_off_and_said_so_when_the_teacher_has_no_later_blocks(kind: str, 
         resolve(train_config(tmp_path / "run2", world, scalekd=asked))
     with pytest.raises(InputError, match=f"{KINDS[kind][0]} has no later blocks .*--scalekd.tpp False"):
         open_store(world.store).later_blocks()
+
+
+def test_store_without_later_blocks_is_described_and_served(tar: str, tmp_path: Path, serve, capsys) -> None:
+    world = cached("resnet", tar, tmp_path)
+    assert feature_store(["info", str(world.store)]) == 0
+    assert "none: TPP is off with this teacher, a ResNet" in " ".join(capsys.readouterr().out.split())
+    ask = serve(world.store)
+    assert ask("/v1/blocks").status == 200
+    assert ask("/v1/rows/s000").status == 200
 
 
 def test_cache_refuses_options_of_later_blocks_when_the_teacher_has_none(tar: str, tmp_path: Path) -> None:

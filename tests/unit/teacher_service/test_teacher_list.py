@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 from tiny_jobs import make_config, write_tars
@@ -56,3 +59,14 @@ def test_command_prints_a_line_each_and_json(capsys):
     assert main(["teachers", "test_resnet", *options]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["teachers"]
     assert (entry["input_size"], entry["grid"]) == ([64, 96], [2, 3])
+
+
+def test_commands_of_the_teachers_page_run(capsys):
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "teachers.md").read_text()
+    (block,) = re.findall(r"-->\n```\n(.*?)```", page, re.DOTALL)
+    for line in block.splitlines():
+        program, *argv = shlex.split(line)
+        assert (program, main(argv)) == ("teacher-service", 0)
+    out = capsys.readouterr().out
+    assert "swin_large_patch4_window7_224" in out
+    assert '"later_blocks": null' in out
