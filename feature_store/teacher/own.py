@@ -50,6 +50,11 @@ def build_own(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         model = build(**arguments)
     except TypeError as error:
         raise InputError(f"--teacher {name} cannot be called with {dict(arguments)}: {one_line(error)}") from error
+    except Exception as error:  # of any library's
+        raise InputError(
+            f"--teacher {name} failed with {dict(arguments)}: {type(error).__name__}: {one_line(error)}; call it in "
+            "Python to see where"
+        ) from error
     if not isinstance(model, nn.Module) or not callable(getattr(model, "forward_intermediates", None)):
         raise InputError(
             f"--teacher {name} gave a {type(model).__name__}, expected a torch module with timm's interface: "

@@ -155,8 +155,8 @@ def no_later_blocks(name: str) -> InputError:
     """The refusal of the later blocks of a teacher that has none."""
     return InputError(
         f"teacher {name} has no later blocks to run students' features through (TPP): only timm's "
-        f"{', '.join(family.model.__name__ for family in FAMILIES)} have; train with --scalekd.tpp False or a method "
-        "that reads taps alone, such as fd"
+        f"{', '.join(family.model.__name__ for family in FAMILIES)} have; take a method that reads taps alone, such as "
+        "fd, or scalekd, whose TPP is then off"
     )
 
 

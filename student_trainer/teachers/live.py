@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from feature_store.errors import InputError
+from feature_store.source import FeatureSource
 from feature_store.store import Store, open_store
 from feature_store.teacher.model import Teacher, load_teacher, prepare_for_gpu
 from feature_store.teacher.own import require_named
@@ -56,6 +57,16 @@ class LiveSide(TeacherSide):
     def shapes(self) -> tuple[TeacherShape, ...]:
         """The teacher, whose own later blocks are the tail."""
         return (TeacherShape(self.teacher.split, self.teacher.info.num_classes, self.teacher.tail),)
+
+    def sources(self, needs: Sequence[Needs]) -> tuple[FeatureSource, ...]:
+        """None: workers read no features.
+
+        Raises:
+            InputError: The teacher has no such tap.
+        """
+        for tap in needs[0].taps if needs else ():
+            self.teacher.taps.of(tap)
+        return ()
 
     def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Sequence[Needs]) -> tuple[TeacherOutput, ...]:
         """A forward pass of the teacher."""

@@ -116,7 +116,7 @@ def test_tpp_is_off_and_said_so_when_the_teacher_has_no_later_blocks(kind: str, 
     asked = ScaleKDConfig(alpha_stage3=0.2)
     with pytest.raises(InputError, match=f"alpha_stage3 is 0.2, an option of TPP, but the teacher, a {family}, has no"):
         resolve(train_config(tmp_path / "run2", world, scalekd=asked))
-    with pytest.raises(InputError, match=f"{KINDS[kind][0]} has no later blocks .*--scalekd.tpp False"):
+    with pytest.raises(InputError, match=f"{KINDS[kind][0]} has no later blocks .*or scalekd, whose TPP is then off"):
         open_store(world.store).later_blocks()
 
 
@@ -162,6 +162,32 @@ def test_store_holds_the_outputs_of_blocks_when_taps_name_them(
             tokens = seen[tap] if seen[tap].ndim == 3 else seen[tap].flatten(2).transpose(1, 2)
             torch.testing.assert_close(torch.from_numpy(stored.taps[tap]), tokens, rtol=1e-3, atol=1e-4)
     assert len(seen.keys() & set(taps)) == sum(tap.startswith("block") for tap in taps)
+
+
+BLOCK_METHOD = """
+from student_trainer.methods import Method, Needs, Terms
+
+
+class Block(Method):
+    needs = Needs(taps=("{tap}",))
+
+    def forward(self, student, batch):
+        size = batch.teacher.taps["{tap}"].square().mean()
+        return Terms({{"task": self.task(student.logits, batch.labels), "block": size}}, {{"task": 1.0, "block": 0.1}})
+"""
+
+
+def test_method_of_ones_own_reads_a_block_from_store_and_live_teacher(tar: str, tmp_path: Path, own_module) -> None:
+    own_module("block_method", BLOCK_METHOD.format(tap="block2"))
+    own_module("no_block_method", BLOCK_METHOD.format(tap="block7"))
+    world = cached("resnet", tar, tmp_path, taps=("stage4", "block2"))
+    from_store, live = (
+        terms(world, tmp_path / source, source, method="block_method:Block") for source in ("store", "live")
+    )
+    assert from_store == pytest.approx(live, rel=1e-3)
+    assert from_store["block"] > 0
+    with pytest.raises(InputError, match=r"has no tap 'block7'; it has stage4 and block0 to block4"):
+        terms(world, tmp_path / "live7", "live", method="no_block_method:Block")
 
 
 def test_plan_lists_the_taps_there_are_when_one_is_unknown(tar: str, tmp_path: Path) -> None:

@@ -56,6 +56,10 @@ def no_module():
     return "a string"
 
 
+def broken():
+    return {}["gone"]
+
+
 NUMBER = 7
 """
 
@@ -106,6 +110,7 @@ def test_own_teacher_takes_arguments_and_weights_from_a_file(own, tmp_path):
         ("own_cnn:bild", {}, "--teacher own_cnn:bild: module 'own_cnn' has no attribute 'bild'"),
         ("own_cnn:NUMBER", {}, "--teacher own_cnn:NUMBER is 7, expected a function that returns the teacher"),
         ("own_cnn:build", {"deep": 3}, "--teacher own_cnn:build cannot be called with {'deep': 3}: .*deep"),
+        ("own_cnn:broken", {}, "--teacher own_cnn:broken failed with {}: KeyError: 'gone'; call it in Python"),
         ("own_cnn:no_module", {}, "own_cnn:no_module gave a str, expected a torch module .*own-teacher.md"),
         ("own_cnn:without_config", {}, "its attribute pretrained_cfg lacks input_size, mean, std; set it to"),
         ("own_cnn:half_a_config", {}, "its attribute pretrained_cfg lacks mean, std"),
