@@ -27,7 +27,7 @@ from feature_store.tools.options import check_fields, require
 from feature_store.tools.terminal import say, say_json
 from feature_store.views import decode_image
 from student_trainer.plan import find_device
-from student_trainer.students.backbone import Backbone, TimmPyramid, load_backbone
+from student_trainer.students.backbone import Backbone, load_backbone, pyramid
 
 IGNORED = 255  # label of pixels without a class
 _MULTIPLE = 32  # of both sides of an image
@@ -93,7 +93,7 @@ class SegmentationConfig:
 
 
 class UperNet(nn.Module):
-    """Unified perceptual parsing's head (Xiao et al. 2018) over a TimmPyramid: pooling pyramid, FPN, fusion.
+    """Unified perceptual parsing's head (Xiao et al. 2018) over a pyramid: pooling pyramid, FPN, fusion.
 
     Attributes:
         backbone: The pyramid.
@@ -104,7 +104,7 @@ class UperNet(nn.Module):
 
     def __init__(self, backbone: Backbone, num_classes: int, channels: int = 512) -> None:
         super().__init__()
-        self.backbone = TimmPyramid(backbone)
+        self.backbone = pyramid(backbone)
         *finer, coarsest = self.backbone.channels
         self._pools = (1, 2, 3, 6)  # bins per side
         self.pooled = nn.ModuleList(_conv(coarsest, channels, 1, norm=False) for _ in self._pools)

@@ -95,7 +95,7 @@ class TrainConfig(SourceOptions):
 
     Attributes:
         run: Folder of the run: config.json, metrics.jsonl, last.pt, best.safetensors.
-        student: timm model name; torchvision:NAME, e.g. torchvision:resnet50, is a backbone of torchvision's detectors.
+        student: timm model name, or torchvision:NAME, a classifier of torchvision, e.g. torchvision:mobilenet_v3_large.
         preset: Name of the preset that these settings are based on, for the record; see preset_config.
         tars: Training images: tars (paths, brace patterns, URLs), a class-per-folder tree, or parquet files; with a
             store, those it was written from, which are opened as the store says.

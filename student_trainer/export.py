@@ -1,11 +1,13 @@
-"""Export of a trained student as plain timm weights."""
+"""Export of a trained student as plain weights of its library."""
 
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +18,7 @@ from feature_store.backends.files import replacing
 from feature_store.errors import InputError, MismatchError, one_line
 from feature_store.tools.options import check_fields
 from student_trainer.students.load import LoadedStudent, load_student
+from student_trainer.students.torchvision_network import TorchvisionNetwork
 
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -45,7 +48,8 @@ def export(config: ExportConfig) -> list[Path]:
     """Write the student; load it with ``timm.create_model(name, checkpoint_path=OUT/model.safetensors, ...)``.
 
     ``timm.create_model("local-dir:OUT", pretrained=True)`` needs no further arguments: config.json carries them (timm
-    1.0.31 or newer).
+    1.0.31 or newer). A network of torchvision is written by torchvision's names:
+    ``torchvision.models.get_model(NAME, num_classes=K).load_state_dict(load_file(OUT/model.safetensors))``.
 
     Returns:
         The files written.
@@ -62,13 +66,12 @@ def export(config: ExportConfig) -> list[Path]:
         _require_onnx()
     trained = load_student(config.run)
     model = trained.student.model.eval()
-    save_for_hf(
-        model,
-        str(config.out),
-        model_config={"pretrained_cfg": _pretrained_config(trained)},
-        model_args={k: v for k, v in trained.student.model_kwargs.items() if k != "num_classes"},
-        safe_serialization=True,
-    )
+    arguments = {k: v for k, v in trained.student.model_kwargs.items() if k != "num_classes"}
+    if isinstance(model, TorchvisionNetwork):
+        _save_torchvision(model, trained, arguments, config.out)
+    else:
+        how = {"pretrained_cfg": _pretrained_config(trained)}
+        save_for_hf(model, str(config.out), model_config=how, model_args=arguments, safe_serialization=True)
     weights = config.out / "model.safetensors"
     with replacing(weights) as partial:  # safetensors makes files that only their owner can read
         weights.replace(partial)
@@ -81,11 +84,28 @@ def export(config: ExportConfig) -> list[Path]:
 
 
 def backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A timm model's weights without its classifier, by timm's names (for plain ResNets torchvision's too)."""
+    """A network's weights without its classifier, by its library's names, which for plain ResNets are the same."""
+    if isinstance(model, TorchvisionNetwork):
+        return {k: v.contiguous() for k, v in model.backbone_weights().items()}
     classifiers: str | tuple[str, ...] = getattr(model, "pretrained_cfg")["classifier"]  # noqa: B009 - set by timm
     names = (classifiers,) if isinstance(classifiers, str) else classifiers
     prefixes = tuple(f"{name}." for name in names)
     return {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith(prefixes)}
+
+
+def _save_torchvision(
+    model: TorchvisionNetwork, trained: LoadedStudent, arguments: Mapping[str, Any], out: Path
+) -> None:
+    """Weights by torchvision's names, and a description as of a timm model."""
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in model.weights().items()}, out / "model.safetensors")
+    described = {
+        "architecture": trained.student.name,
+        "num_classes": trained.num_classes,
+        "model_args": dict(arguments),
+        "pretrained_cfg": _pretrained_config(trained),
+    }
+    (out / "config.json").write_text(json.dumps(described, indent=2))
 
 
 def _pretrained_config(trained: LoadedStudent) -> dict[str, object]:

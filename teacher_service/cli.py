@@ -1,4 +1,4 @@
-"""Command line: plan, cache, verify, pack, serve, token."""
+"""Command line: plan, teachers, cache, verify, pack, serve, token."""
 
 import sys
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from feature_store.errors import CorruptStoreError
 from feature_store.inputs.options import SourceOptions
 from feature_store.tools.command_line import run, unit_progress
 from feature_store.tools.terminal import Console, say, say_json
-from teacher_service.config import CacheConfig, PlanConfig
-from teacher_service.plan.report import print_forecast, summary_lines
+from teacher_service.config import CacheConfig, PlanConfig, TeacherListConfig
+from teacher_service.plan.report import print_forecast, summary_lines, teacher_lines
 from teacher_service.serve.config import ServeConfig
 from teacher_service.serve.tokens import Scope, create_token
 from teacher_service.verify.config import VerifyConfig
@@ -40,6 +40,19 @@ def plan(config: tyro.conf.OmitArgPrefixes[PlanConfig]) -> None:
         say_json(result.to_dict())
     else:
         print_forecast(result, Console())
+
+
+@app.command
+def teachers(config: tyro.conf.OmitArgPrefixes[TeacherListConfig]) -> None:
+    """List the teachers that this timm offers, with the sizes of their features; no weights are fetched."""
+    from teacher_service.teachers import list_teachers
+
+    with unit_progress("building models", quiet=config.json) as progress:
+        found = list_teachers(config, progress)
+    if config.json:
+        say_json(asdict(found))
+    else:
+        say(*teacher_lines(found))
 
 
 @app.command

@@ -1,6 +1,7 @@
 """Configurations of ``plan``, ``cache``."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -12,6 +13,8 @@ from feature_store.inputs.options import SourceOptions, TarOptions
 from feature_store.tools.options import JsonObject, check_fields, require
 from feature_store.views import PolicyName
 from teacher_service.share.leases import LEASE_SECONDS
+
+_TAP = re.compile("stage[34]|block(0|[1-9][0-9]*)")
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -48,8 +51,8 @@ class TeacherSpec:
     """The teacher and where it is cut.
 
     Attributes:
-        name: timm model name.
-        model_kwargs: Extra arguments of timm.create_model, as JSON.
+        name: timm model name, or package.module:build, a function of one's own that returns the teacher.
+        model_kwargs: Extra arguments of timm.create_model, or of that function, as JSON.
         depth: Number of later blocks of a plain ViT; default its last quarter.
         drop_prefix: Let students run a plain ViT's later blocks on grid tokens alone, as the released EVA configs do.
             Off: with the teacher's own class and register tokens, which are stored.
@@ -104,7 +107,9 @@ class StorageSpec:
     """Taps, logits and codecs of the store.
 
     Attributes:
-        taps: Taps of the teacher to store; stage4 is the final feature map, always needed.
+        taps: Taps of the teacher to store: stage4, the final feature map, always needed; stage3, the input of the later
+            blocks; block0, block1 and so on, the output of a block, or of a stage where resolution falls, as timm's
+            feature_info counts them.
         tap_codec: Codec of features: f32, f16, bf16, int8, int8-channel, int6, int4; add +zstd to compress.
         logits_codec: Codec of logits: as for taps, or top<k> for the k largest with the rest spread evenly.
         capacity: Rows kept for each tar; default the largest tar's samples. More leaves room for larger tars later.
@@ -112,7 +117,7 @@ class StorageSpec:
         licence_note: Terms of use of the images and the teacher, kept in the store.
     """
 
-    taps: tuple[Literal["stage4", "stage3"], ...] = ("stage4",)
+    taps: tuple[str, ...] = ("stage4",)
     tap_codec: str = DEFAULT_TAP_CODEC
     logits_codec: str = DEFAULT_LOGITS_CODEC
     capacity: int | None = None
@@ -126,6 +131,8 @@ class StorageSpec:
             require(value is None or value >= 1, name, value, "at least 1")
         for codec in (self.tap_codec, self.logits_codec):
             get_codec(codec)  # refuses an unknown name
+        for tap in self.taps:
+            require(_TAP.fullmatch(tap) is not None, "--taps", tap, "stage4, stage3 or a block such as block5")
         require("stage4" in self.taps, "--taps", " ".join(self.taps), "stage4 among them: every loss needs it")
 
 
@@ -296,6 +303,25 @@ class CacheConfig:
     checkpoint: Path | None = None
     strict: bool = False
     retry_quarantined: bool = False
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type."""
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherListConfig:
+    """Which teachers to list.
+
+    Attributes:
+        pattern: A timm model name, a pattern such as '*swin*' (in quotes), a part of names, or package.module:build.
+        model_kwargs: Extra arguments of timm.create_model, or of that function, as JSON.
+        json: Print one JSON object on stdout.
+    """
+
+    pattern: Positional[str] = "*"
+    model_kwargs: JsonObject = field(default_factory=dict)
     json: bool = False
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ def spec_of(manifest: Manifest) -> TeacherSpec:
     return TeacherSpec(
         name=teacher.name,
         model_kwargs=teacher.model_kwargs,
-        depth=split.depth,
+        depth=split.depth or None,
         drop_prefix=split.drops_prefix,
         compute_dtype=cast(ComputeDtype, teacher.compute_dtype),  # load_teacher refuses others
     )

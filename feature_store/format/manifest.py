@@ -39,8 +39,8 @@ class TeacherInfo:
     """The frozen model that wrote the features, with its preprocessing.
 
     Attributes:
-        name: timm model name.
-        model_kwargs: Extra arguments of ``timm.create_model`` (image size, depth...).
+        name: timm model name, or ``package.module:build`` of a user's own teacher.
+        model_kwargs: Extra arguments of ``timm.create_model`` (image size, depth...), or of that function.
         weights_sha256: Hash of the full state dict, see ``feature_store.teacher.model.weights_sha256``.
         input_size: Height and width the teacher takes, in pixels.
         mean: Normalisation mean per RGB channel on the 0..1 scale (timm data config).
@@ -66,15 +66,17 @@ class SplitInfo:
     """Split of the teacher, with the inputs of its later blocks.
 
     Attributes:
-        family: ``swin``, ``vit``, ``beit`` or ``eva``: timm's class of models.
-        depth: Number of blocks in the later part (Swin: those of stage 4).
-        input_dim: Channels of the stage-3 output.
-        input_grid: (H, W) of the stage-3 output.
+        family: ``swin``, ``vit``, ``beit``, ``eva``, ``convnext`` or ``hiera``: timm's class of models; for a teacher
+            without later blocks the name of its class.
+        depth: Number of blocks in the later part (Swin, ConvNeXt, Hiera: those of the last stage); 0 for a teacher
+            without later blocks.
+        input_dim: Channels of the stage-3 output; without later blocks, ``output_dim``.
+        input_grid: (H, W) of the stage-3 output; without later blocks, ``output_grid``.
         output_dim: Channels of the final feature map.
         output_grid: (H, W) of the final feature map.
         prefix_tokens: Number of class and register tokens beside the grid in the teacher's own pass.
-        prefix: Prefix tokens of students' passes: ``none`` (the teacher has none), ``cached`` (its own, from tap
-            ``stage3_prefix``) or ``dropped`` (grid tokens alone, although the teacher has some).
+        prefix: Prefix tokens of students' passes: ``none`` (the teacher has none, or no later blocks), ``cached`` (its
+            own, from tap ``stage3_prefix``) or ``dropped`` (grid tokens alone, although the teacher has some).
     """
 
     __pydantic_config__ = STRICT
@@ -87,6 +89,11 @@ class SplitInfo:
     output_grid: _Size
     prefix_tokens: Natural
     prefix: Text
+
+    @property
+    def has_later_blocks(self) -> bool:
+        """Whether students can run the later blocks of this teacher, which TPP does."""
+        return self.depth > 0
 
     @property
     def drops_prefix(self) -> bool:

@@ -9,12 +9,15 @@ from torch import Tensor
 from feature_store.errors import CorruptStoreError, MismatchError
 from feature_store.format.manifest import Manifest
 from feature_store.teacher.model import build_model, weights_sha256
-from feature_store.teacher.split import LaterBlocks, split_teacher
+from feature_store.teacher.split import LaterBlocks, no_later_blocks, split_teacher
 
 
-def bundle_state(later_blocks: LaterBlocks) -> dict[str, Tensor]:
-    """Every tensor the later blocks need, by name: parameters and all buffers, also those a state dict leaves out."""
-    return {name: tensor.detach().cpu() for name, tensor in _tensors(later_blocks).items()}
+def bundle_state(later_blocks: LaterBlocks | None) -> dict[str, Tensor]:
+    """Every tensor the later blocks need, by name: parameters and all buffers, also those a state dict leaves out.
+
+    Empty for a teacher without later blocks.
+    """
+    return {name: tensor.detach().cpu() for name, tensor in bundle_tensors(later_blocks).items()}
 
 
 def bundle_sha256(state: Mapping[str, Tensor]) -> str:
@@ -35,9 +38,12 @@ def build_later_blocks(
         device: Where the blocks go.
 
     Raises:
+        InputError: The store's teacher has no later blocks.
         MismatchError: The bundle is not the one the manifest names, or timm now builds other blocks.
         CorruptStoreError: A tensor the blocks need is missing.
     """
+    if not manifest.split.has_later_blocks:
+        raise no_later_blocks(manifest.teacher.name)
     state = {name: torch.as_tensor(values) for name, values in arrays.items()}
     got = bundle_sha256(state)
     if got != manifest.blocks_sha256:
@@ -63,7 +69,7 @@ def build_later_blocks(
 
 
 def _assign(later_blocks: LaterBlocks, state: Mapping[str, Tensor]) -> None:
-    wanted = _tensors(later_blocks)
+    wanted = bundle_tensors(later_blocks)
     if wanted.keys() != state.keys():
         missing, foreign = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
         raise CorruptStoreError(
@@ -84,5 +90,8 @@ def _assign(later_blocks: LaterBlocks, state: Mapping[str, Tensor]) -> None:
             module._buffers[leaf] = state[name]
 
 
-def _tensors(later_blocks: LaterBlocks) -> dict[str, Tensor]:
+def bundle_tensors(later_blocks: LaterBlocks | None) -> dict[str, Tensor]:
+    """The tensors of bundle_state, where they are."""
+    if later_blocks is None:
+        return {}
     return {**dict(later_blocks.named_parameters()), **dict(later_blocks.named_buffers())}

@@ -1,21 +1,26 @@
 """Where to cut each timm family.
 
-A new family of token or NHWC models is one more entry of ``FAMILIES``; NCHW models need code in split and model.
+A new family is one more entry of ``FAMILIES``: its timm class and a function from a model to its later part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.beit import Beit
+from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
+from timm.models.hiera import Hiera, Unroll
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from feature_store.errors import InputError
 from feature_store.format.manifest import SplitInfo
+from feature_store.teacher.taps import input_size, measure
+
+Layout = Literal["tokens", "NHWC", "NCHW"]
 
 
 @dataclass(frozen=True)
@@ -61,17 +66,23 @@ class Cut:
 
     Attributes:
         info: Where it begins and what it needs.
+        at: Index in timm's ``feature_info`` of its input: the stage-3 output.
         kept: Value of the model's attribute of that name in the early part.
         blocks: The later blocks, from the first on.
         norm: The model's own last step of ``forward_features``; does nothing in models that pool before their norm.
         beside: Inputs of the blocks beside tokens.
+        layout: timm's own layout of the blocks' input: tokens [B, P + N, D], or a grid.
+        to_grid: From the early part's output to that layout, where timm's own has another order of tokens.
     """
 
     info: SplitInfo
+    at: int
     kept: dict[str, nn.Module]
     blocks: Sequence[nn.Module]
     norm: nn.Module
     beside: PositionalInputs | None = None
+    layout: Layout = "tokens"
+    to_grid: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -96,15 +107,24 @@ def cut_model(model: nn.Module, depth: int | None, *, drop_prefix: bool = False)
     Raises:
         InputError: An unknown family, a depth it cannot have, or no prefix tokens that could be dropped.
     """
-    for family in FAMILIES:
-        if isinstance(model, family.model):
-            cut = family.cut(model, depth)
-            return _without_prefix(cut, family) if drop_prefix else cut
-    known = ", ".join(family.model.__name__ for family in FAMILIES)
-    raise InputError(
-        f"cannot split a {type(model).__name__}: expected one of timm's {known}; "
-        "choose a teacher such as swin_*, vit_*, deit_*, beit_*, beitv2_*, eva_*, eva02_*, vit_*_dinov2 or vit_*_dinov3"
-    )
+    family = find_family(model)
+    if family is None:
+        raise InputError(
+            f"cannot split a {type(model).__name__}: expected one of timm's {_names(FAMILIES)}; choose a teacher such "
+            "as swin_*, vit_*, deit_*, beit_*, beitv2_*, eva_*, eva02_*, vit_*_dinov2, vit_*_dinov3, convnext* or "
+            "hiera_*"
+        )
+    cut = family.cut(model, depth)
+    return _without_prefix(cut, family) if drop_prefix else cut
+
+
+def find_family(model: nn.Module) -> Family | None:
+    """The family of a model; None if it cannot be cut."""
+    return next((family for family in FAMILIES if isinstance(model, family.model)), None)
+
+
+def _names(families: Iterable[Family]) -> str:
+    return ", ".join(family.model.__name__ for family in families)
 
 
 def _without_prefix(cut: Cut, family: Family) -> Cut:
@@ -114,7 +134,7 @@ def _without_prefix(cut: Cut, family: Family) -> Cut:
             "leave out drop_prefix"
         )
     if not family.can_drop_prefix:
-        able = ", ".join(family.model.__name__ for family in FAMILIES if family.can_drop_prefix)
+        able = _names(each for each in FAMILIES if each.can_drop_prefix)
         raise InputError(
             f"the later blocks of a {family.model.__name__} cannot run without its prefix tokens: their positions are "
             f"laid out for all tokens; drop_prefix is for timm's {able}"
@@ -126,21 +146,115 @@ def _cut_swin(model: Any, depth: int | None) -> Cut:
     """P = ``norm(layers[3](x))``: timm keeps patch merging at the start of a stage."""
     stages: list[Any] = [*model.layers.children()]
     last = stages[-1]
-    if depth is not None and depth != len(last.blocks):
+    return _last_stage(
+        model,
+        depth,
+        "swin",
+        (last.dim, *_hw(stages[-2].output_resolution)),
+        (model.num_features, *_hw(last.output_resolution)),
+        at=len(stages) - 2,
+        number=len(last.blocks),
+        kept={"layers": nn.Sequential(*stages[:-1])},
+        blocks=[last],
+        norm=model.norm,
+        layout="NHWC",
+    )
+
+
+def _cut_convnext(model: Any, depth: int | None) -> Cut:
+    """P = ``norm_pre(stages[3](x))``: timm keeps downsampling at the start of a stage."""
+    stages: list[Any] = [*model.stages.children()]
+    shapes = measure(model, input_size(model))
+    return _last_stage(
+        model,
+        depth,
+        "convnext",
+        shapes.blocks[-2],
+        shapes.final,
+        at=len(stages) - 2,
+        number=len(stages[-1].blocks),
+        kept={"stages": nn.Sequential(*stages[:-1]), "norm_pre": nn.Identity()},
+        blocks=[stages[-1]],
+        norm=model.norm_pre,
+        layout="NCHW",
+    )
+
+
+class _Unrolled(nn.Module):
+    """A grid as tokens in the order of Hiera's last stage, whose first block pools groups of neighbours in it."""
+
+    def __init__(self, grid: tuple[int, int], stride: tuple[int, int]) -> None:
+        super().__init__()
+        self.unroll = Unroll(grid, (1, 1), [stride])
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        return self.unroll(x_BHWC.flatten(1, 2))
+
+
+class _Rerolled(nn.Module):
+    """Tokens in the order of a Hiera block as a grid."""
+
+    def __init__(self, reroll: nn.Module, block: int) -> None:
+        super().__init__()
+        self.reroll, self.block = reroll, block
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        return self.reroll(x_BNC, self.block)
+
+
+def _cut_hiera(model: Any, depth: int | None) -> Cut:
+    """P = blocks of stage 4, the first of which pools."""
+    blocks, start = [*model.blocks.children()], model.stage_ends[-2] + 1
+    if model.q_pool != len(model.stage_ends) - 1:
         raise InputError(
-            f"depth {depth} is not possible for Swin: its later blocks are stage 4 ({len(last.blocks)} blocks)"
+            f"cannot split a Hiera with q_pool {model.q_pool}: its tokens are not in order after the last block; leave "
+            "out q_pool"
         )
+    grid, final = (_hw(model.reroll.schedule[block][1]) for block in (start - 1, len(blocks) - 1))
+    return _last_stage(
+        model,
+        depth,
+        "hiera",
+        (model.feature_info[-2]["num_chs"], *grid),
+        (model.num_features, *final),
+        at=len(model.stage_ends) - 2,
+        number=len(blocks) - start,
+        kept={"blocks": nn.ModuleList(blocks[:start])},
+        blocks=[_Unrolled(grid, _hw(model.q_stride)), *blocks[start:]],
+        norm=nn.Identity(),
+        layout="NHWC",
+        to_grid=_Rerolled(model.reroll, start - 1),
+    )
+
+
+def _last_stage(
+    model: Any,
+    depth: int | None,
+    family: str,
+    taken: tuple[int, int, int],
+    final: tuple[int, int, int],
+    *,
+    at: int,
+    number: int,
+    **parts: Any,
+) -> Cut:
+    """The cut of a family whose resolution falls: its last stage of so many blocks, from and to maps (C, H, W)."""
+    if depth is not None and depth != number:
+        raise InputError(
+            f"depth {depth} is not possible for {type(model).__name__}: its later blocks are stage 4 ({number} blocks)"
+        )
+    (input_dim, *input_grid), (output_dim, *output_grid) = taken, final
     info = SplitInfo(
-        family="swin",
-        depth=len(last.blocks),
-        input_dim=last.dim,
-        input_grid=_hw(stages[-2].output_resolution),
-        output_dim=model.num_features,
-        output_grid=_hw(last.output_resolution),
+        family=family,
+        depth=number,
+        input_dim=input_dim,
+        input_grid=_hw(input_grid),
+        output_dim=output_dim,
+        output_grid=_hw(output_grid),
         prefix_tokens=0,
         prefix="none",
     )
-    return Cut(info, {"layers": nn.Sequential(*stages[:-1])}, [last], model.norm)
+    return Cut(info, at, **parts)
 
 
 def _tokens(name: str, make_beside: Callable[[Any], PositionalInputs | None]) -> Callable[[Any, int | None], Cut]:
@@ -168,7 +282,7 @@ def _tokens(name: str, make_beside: Callable[[Any], PositionalInputs | None]) ->
         kept: dict[str, nn.Module] = {"blocks": nn.Sequential(*blocks[:-depth])}
         if beside is not None:
             kept[beside.attribute] = _ReadyMade(beside.value)
-        return Cut(info, kept, blocks[-depth:], model.norm, beside)
+        return Cut(info, len(blocks) - depth - 1, kept, blocks[-depth:], model.norm, beside)
 
     return cut
 
@@ -205,4 +319,6 @@ FAMILIES = (
     Family(VisionTransformer, _tokens("vit", _nothing), can_drop_prefix=True),
     Family(Beit, _tokens("beit", _shared_position_bias)),
     Family(Eva, _tokens("eva", _rotary_embedding)),
+    Family(ConvNeXt, _cut_convnext),
+    Family(Hiera, _cut_hiera),
 )

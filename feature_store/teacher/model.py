@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from feature_store.errors import InputError, Remedy, ResourceError
 from feature_store.format.manifest import TeacherInfo
-from feature_store.teacher.split import split_teacher
+from feature_store.teacher.families import cut_model, find_family
+from feature_store.teacher.own import build_own, is_own
+from feature_store.teacher.split import LaterBlocks, WholeTeacher, no_later_blocks
+from feature_store.teacher.taps import input_size
 from feature_store.teacher.weights import CONVERT, explain_model_source, not_finite, python_objects, read_weights
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,7 +33,7 @@ class TeacherOutput:
 
     Attributes:
         taps: [B, N, C] per tap: ``stage4`` (F^t, grid tokens after the final norm), ``stage3`` (grid tokens at the
-            split) and, where the later blocks need prefix tokens, ``stage3_prefix``.
+            split), ``stage3_prefix`` where the later blocks need prefix tokens, and those named by block.
         logits: [B, classes], or None for a teacher without a classifier.
     """
 
@@ -39,13 +42,14 @@ class TeacherOutput:
 
 
 class Teacher(nn.Module):
-    """A frozen timm model with its split, always in eval mode.
+    """A frozen model with its split, always in eval mode.
 
     Attributes:
         info: Its description, as in the manifest.
         split: Where it is cut.
-        tap_shapes: (N, C) per tap it can give.
-        later_blocks: P of the paper, sharing this model's weights.
+        taps: Shapes of every tap it can give.
+        tap_shapes: (N, C) per tap it gives unless others are asked for.
+        later_blocks: P of the paper, sharing this model's weights; None for a teacher that has none.
     """
 
     _mean: Tensor
@@ -55,22 +59,36 @@ class Teacher(nn.Module):
         self, model: nn.Module, info: TeacherInfo, depth: int | None = None, *, drop_prefix: bool = False
     ) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False)
+        self.model = model.requires_grad_(False).eval()
         self.info = info
-        self.early_stages, self.later_blocks = split_teacher(model, depth, drop_prefix=drop_prefix)
-        self.split = self.later_blocks.info
-        self.tap_shapes = tap_shapes(self.split)
+        self.whole = whole_teacher(self.model, info, depth, drop_prefix=drop_prefix)
+        self.later_blocks, self.split, self.taps = self.whole.later_blocks, self.whole.split, self.whole.shapes
+        self.tap_shapes = self.taps.standard
         self.register_buffer("_mean", _pixel_scale(info.mean), persistent=False)
         self.register_buffer("_std", _pixel_scale(info.std), persistent=False)
         self.train(False)
+
+    def tail(self) -> LaterBlocks:
+        """The later blocks.
+
+        Raises:
+            InputError: It has none.
+        """
+        if self.later_blocks is None:
+            raise no_later_blocks(self.info.name)
+        return self.later_blocks
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in eval mode: a trainer's call has no effect."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, pixels_BHWC: Tensor) -> TeacherOutput:
+    def forward(self, pixels_BHWC: Tensor, taps: Sequence[str] | None = None) -> TeacherOutput:
         """Taps and logits of uint8 RGB pixels, normalised on the teacher's device.
+
+        Args:
+            pixels_BHWC: The pixels.
+            taps: Names of the taps that are wanted; default those of ``tap_shapes``.
 
         Raises:
             InputError: The pixels are not uint8 [B, H, W, 3] of the teacher's input size.
@@ -83,24 +101,37 @@ class Teacher(nn.Module):
             )
         images_BCHW = normalise(pixels_BHWC.to(self._mean.device), self._mean, self._std)
         with self._autocast():
-            stage3 = self.early_stages(images_BCHW)
-            features = self.later_blocks(stage3)
+            features, given = self.whole(images_BCHW, tuple(self.tap_shapes) if taps is None else taps)
             logits = self.model.forward_head(features) if self.info.num_classes else None  # pyright: ignore[reportCallIssue]
-        return TeacherOutput(self._taps(stage3, features), None if logits is None else logits.float())
-
-    def _taps(self, stage3: Tensor, features: Tensor) -> dict[str, Tensor]:
-        prefix = self.split.prefix_tokens
-        if stage3.ndim == 4:  # Swin's grids
-            stage3, features = stage3.flatten(1, 2), features.flatten(1, 2)
-        taps = {"stage4": features[:, prefix:], "stage3": stage3[:, prefix:]}
-        if "stage3_prefix" in self.tap_shapes:
-            taps["stage3_prefix"] = stage3[:, :prefix]
-        return {name: tap.float() for name, tap in taps.items()}
+        return TeacherOutput(given, None if logits is None else logits.float())
 
     def _autocast(self) -> Any:
         if self.info.compute_dtype == "float32":
             return nullcontext()
         return torch.autocast(self._mean.device.type, COMPUTE_DTYPES[self.info.compute_dtype])
+
+
+def whole_teacher(
+    model: nn.Module, info: TeacherInfo, depth: int | None = None, *, drop_prefix: bool = False
+) -> WholeTeacher:
+    """A model with the later blocks of its family; without, if it is of no known family or a user's own.
+
+    Args:
+        model: The model, in eval mode; may be on the meta device.
+        info: Its name and input size.
+        depth: Number of later blocks, see split_teacher.
+        drop_prefix: See split_teacher.
+
+    Raises:
+        InputError: An impossible depth, options of later blocks for a model without, or no intermediate maps.
+    """
+    if not is_own(info.name) and find_family(model) is not None:
+        cut = cut_model(model, depth, drop_prefix=drop_prefix)
+    elif depth or drop_prefix:
+        raise InputError(f"{no_later_blocks(info.name)}; leave out --depth and --drop-prefix")
+    else:
+        cut = None
+    return WholeTeacher(model, cut, info.input_size)
 
 
 def load_teacher(
@@ -114,13 +145,14 @@ def load_teacher(
     compute_dtype: str = "float32",
     device: str | torch.device = "cpu",
 ) -> Teacher:
-    """Build a timm teacher and load its weights.
+    """Build a teacher and load its weights.
 
     Args:
-        name: timm model name, with or without a pretrained tag.
+        name: timm model name, with or without a pretrained tag; or ``package.module:build``, a function of one's own,
+            which is imported and called. Never a name that only a store says.
         checkpoint: Local weights, safetensors or torch (read with ``weights_only=True``); rules over pretrained.
         pretrained: Fetch timm's own weights for this name.
-        model_kwargs: Extra arguments of ``timm.create_model``.
+        model_kwargs: Extra arguments of ``timm.create_model``, or of that function.
         depth: Number of later blocks of a plain ViT, see split_teacher.
         drop_prefix: Students run them on grid tokens alone, see split_teacher.
         compute_dtype: float32, or bfloat16/float16 by autocast.
@@ -132,7 +164,7 @@ def load_teacher(
     """
     if compute_dtype not in COMPUTE_DTYPES:
         raise InputError(f"unknown compute dtype {compute_dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}")
-    model = build_model(name, model_kwargs, pretrained=pretrained and checkpoint is None)
+    model = create_model(name, model_kwargs, pretrained=pretrained and checkpoint is None)
     if checkpoint is not None:
         _load_checkpoint(model, name, checkpoint)
     info = teacher_info(model, name, model_kwargs, compute_dtype, weights_sha256(model.state_dict()))
@@ -145,6 +177,18 @@ def prepare_for_gpu(teacher: Teacher) -> None:
     for module in teacher.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = True  # pyright: ignore[reportArgumentType]
+
+
+def create_model(name: str, model_kwargs: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> nn.Module:
+    """A teacher's model: timm's, or a user's own, whose function loads its weights itself.
+
+    Raises:
+        InputError: See build_model and build_own.
+        ResourceError: The pretrained weights could not be fetched.
+    """
+    if is_own(name):
+        return build_own(name, model_kwargs or {})
+    return build_model(name, model_kwargs, pretrained=pretrained)
 
 
 def build_model(name: str, model_kwargs: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> nn.Module:
@@ -177,6 +221,9 @@ def build_model(name: str, model_kwargs: Mapping[str, Any] | None = None, *, pre
         raise InputError(f"timm cannot build {name!r} with {kwargs}: {error}") from error
     if checkpoint:
         _load_checkpoint(model, name, Path(checkpoint))
+    if size := kwargs.get("img_size"):  # few of timm's classes say the size they were built for
+        height, width = (size, size) if isinstance(size, int) else size
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, height, width)}
     return model
 
 
@@ -217,13 +264,11 @@ def teacher_info(
     if getattr(model, "num_classes", 0) and getattr(model, "global_pool", None) == "":
         raise InputError(f"{name} with global_pool '' has logits for each token; leave it out, or give num_classes 0")
     data = resolve_model_data_config(model)
-    size = getattr(model.patch_embed, "img_size", None) if hasattr(model, "patch_embed") else None
-    height, width = size or data["input_size"][1:]
     return TeacherInfo(
         name=name,
         model_kwargs=json.loads(json.dumps(dict(model_kwargs or {}))),
         weights_sha256=sha256,
-        input_size=(int(height), int(width)),
+        input_size=input_size(model),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         num_classes=int(getattr(model, "num_classes", 0)),
@@ -239,15 +284,6 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
     return digest.hexdigest()
-
-
-def tap_shapes(split: Any) -> dict[str, tuple[int, int]]:
-    """(N, C) of every tap a teacher with this split can give."""
-    grid3, grid4 = (height * width for height, width in (split.input_grid, split.output_grid))
-    shapes = {"stage4": (grid4, split.output_dim), "stage3": (grid3, split.input_dim)}
-    if split.prefix == "cached":
-        shapes["stage3_prefix"] = (split.prefix_tokens, split.input_dim)
-    return shapes
 
 
 def normalise(pixels_BHWC: Tensor, mean_255: Tensor, std_255: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def _markdown(title: str, facts: dict[str, str], errors: dict[str, str], ways: l
 
 _INTRODUCTION = (
     "Features of a frozen teacher over augmented views, written by scalekd-cache (store format v1). Every row that a "
-    "commit record covers is proven by checksums; the teacher's later blocks are in the store."
+    "commit record covers is proven by checksums; the teacher's later blocks, if it has any, are in the store."
 )
 _ERRORS = f"Error bounds of the codecs, from {_ROWS} random rows:"
 _INSTALL = (

@@ -63,8 +63,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     for name, value in {
         "teacher": f"{teacher['name']} {teacher['model_kwargs'] or ''}".strip(),
         "weights sha256": teacher["weights_sha256"],
-        "later blocks": f"{split['family']}, {split['depth']} blocks, grid {_hw(split['input_grid'])} x "
-        f"{split['input_dim']} -> {_hw(split['output_grid'])} x {split['output_dim']}, prefix {split['prefix']}",
+        "later blocks": _later_blocks(split),
         "taps": ", ".join(f"{n} [{t['tokens']}, {t['channels']}] {t['codec']}" for n, t in summary["taps"].items()),
         "logits": f"{teacher['num_classes']} classes {summary['logits_codec']}" if summary["logits_codec"] else "none",
         "views": f"{summary['views']} by policy {summary['policy']['name']}, {_hw(summary['policy']['size'])} px, "
@@ -140,3 +139,11 @@ def _quarantined(store: "Store", unit: int) -> list[dict[str, Any]]:
 
 def _hw(size: list[int]) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+def _later_blocks(split: dict[str, Any]) -> str:
+    final = f"{_hw(split['output_grid'])} x {split['output_dim']}"
+    if not split["depth"]:
+        return f"none: TPP is off with this teacher, a {split['family']}; final map {final}"
+    taken = f"{_hw(split['input_grid'])} x {split['input_dim']}"
+    return f"{split['family']}, {split['depth']} blocks, grid {taken} -> {final}, prefix {split['prefix']}"

@@ -1,9 +1,9 @@
 """Methods by name: the built-in ones, or a user's own as ``package.module:Class``."""
 
 import difflib
-from importlib import import_module
 
 from feature_store.errors import InputError
+from feature_store.own_code import import_object
 from student_trainer.methods.attention_transfer import AttentionTransfer
 from student_trainer.methods.base import Method
 from student_trainer.methods.dist import DIST
@@ -36,19 +36,11 @@ def find_method(name: str) -> type[Method]:
     """
     if name in METHODS:
         return METHODS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         close = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(METHODS)}"
         raise InputError(f"--method is {name!r}, {hint}; your own is given as package.module:Class")
-    try:
-        found = getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"--method {name}: {error}; the module must be importable from here, e.g. with PYTHONPATH=FOLDER"
-        ) from error
-    except AttributeError as error:
-        raise InputError(f"--method {name}: {error}") from error
+    found = import_object(name, "--method")
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise InputError(f"--method {name} is {found!r}, expected a subclass of student_trainer.methods.Method")
     return found

@@ -5,7 +5,7 @@ P prefix tokens, K classes.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -53,8 +53,9 @@ class ScaleKDConfig:
         norm: Norm in the projectors: ``batch``, or ``layer`` as released for Swin-T.
         patchify: Convolution of the student map in the projectors: ``full`` 3x3 as released; ``separable`` 1x1 to the
             teacher's width and depthwise 3x3: fewer FLOPs and weights, another network.
-        tpp: Teacher parameter perception, i.e. the stage-3 path. Off: its projectors, its two terms and with
-            them F3 drop out, and the stage-4 projectors use learned queries.
+        tpp: Teacher parameter perception, i.e. the stage-3 path. Off, and always off for a teacher without later
+            blocks: its projectors, its two terms and with them F3 drop out, and the stage-4 projectors use learned
+            queries.
         dual_view: The alternative view path. Off: only the original one is left.
         checkpoint_later_blocks: Recompute the later blocks for the backward pass instead of keeping their
             activations: less memory, more time, the same numbers.
@@ -139,16 +140,21 @@ class ScaleKD(Method):
         """Build the projectors; see Method.
 
         Raises:
-            InputError: Heads or windows that do not divide.
+            InputError: Heads or windows that do not divide, or options of TPP for a teacher without later blocks.
         """
+        split, notes = teacher.split, []
+        if config.tpp and not split.has_later_blocks:
+            _refuse_stage3_options(config, split.family)
+            config = replace(config, tpp=False)
+            notes.append(f"TPP is off: the teacher, a {split.family}, has no later blocks")
         super().__init__(config, student, teacher, task)
-        split = teacher.split
         kd_alpha = config.kd_alpha if teacher.num_classes else None
         self.weights = {"task": 1.0, **config.weights()}
         if kd_alpha is not None:
             self.weights |= {"task": 1 - kd_alpha, "kd": kd_alpha}
         elif config.kd_alpha is not None:
-            self.notes = ("KD is off: the teacher has no classifier",)
+            notes.append("KD is off: the teacher has no classifier")
+        self.notes = tuple(notes)
         views4 = [view for view in VIEW_LOSSES if f"stage4_{view}" in self.weights]
         # CAP4 takes its queries from TPP, whether or not stage 3 has a term of its own
         views3 = [view for view in VIEW_LOSSES if f"stage3_{view}" in self.weights or (config.tpp and view in views4)]
@@ -204,6 +210,20 @@ class ScaleKD(Method):
         if not self.stage3:
             return {}
         return self.perception({view: cap(F3_BCHW) for view, cap in self.stage3.items()}, prefix_BPD)
+
+
+def _refuse_stage3_options(config: ScaleKDConfig, teacher: str) -> None:
+    """Refuse options of the stage-3 path that differ from their defaults: TPP was then asked for.
+
+    Raises:
+        InputError: Names the option.
+    """
+    for name in ("alpha_stage3", "beta_stage3", "heads_stage3", "checkpoint_later_blocks"):
+        if (value := getattr(config, name)) != getattr(ScaleKDConfig, name):
+            raise InputError(
+                f"{name} is {value}, an option of TPP, but the teacher, a {teacher}, has no later blocks; leave it "
+                "out, or choose a teacher that has them, see docs/reference/teachers.md"
+            )
 
 
 def default_heads(teacher_dim: int) -> int:

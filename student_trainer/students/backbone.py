@@ -6,7 +6,7 @@ Shape legend: B batch, C channels, H W pixels.
 import inspect
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from feature_store.errors import InputError, MismatchError
 from feature_store.teacher.model import build_model
 from student_trainer.students.networks import TORCHVISION_RESNETS
+from student_trainer.students.torchvision_network import TORCHVISION, build_torchvision
 
 REDUCTIONS = (4, 8, 16, 32)  # of the maps detection and segmentation heads expect
+_STAGE_SIZE = (256, 256)  # of the images that a network's stages are found with
 _SAME_WEIGHTS = {"global_pool", "drop_rate", "drop_path_rate"}  # arguments that leave a ResNet's stages as they are
 
 
@@ -35,8 +37,8 @@ class Backbone:
     """An exported backbone.
 
     Attributes:
-        name: timm architecture.
-        model_kwargs: Extra arguments of ``timm.create_model``.
+        name: timm architecture, or ``torchvision:NAME``.
+        model_kwargs: Extra arguments of the library's function that builds it.
         mean: Normalisation mean per RGB channel on the 0..1 scale.
         std: Normalisation standard deviation per RGB channel on the 0..1 scale.
         weights: Its state dict, without a classifier.
@@ -77,17 +79,28 @@ def load_backbone(export: Path) -> Backbone:
 def fpn_backbone(backbone: Backbone, trainable_layers: int = 3) -> nn.Module:
     """A feature pyramid network over the backbone, for torchvision's detectors.
 
-    Plain ResNets become torchvision's own with frozen BatchNorm, as its COCO recipes have it; others a TimmPyramid.
+    Plain ResNets become torchvision's own with frozen BatchNorm, as its COCO recipes have it; other networks of
+    torchvision a TorchvisionPyramid, all others a TimmPyramid.
 
     Args:
         backbone: The exported backbone.
         trainable_layers: Last stages of a ResNet that learn, 0..5; other networks learn as a whole.
     """
     if backbone.name not in TORCHVISION_RESNETS or backbone.model_kwargs.keys() - _SAME_WEIGHTS:
-        return PyramidWithFPN(TimmPyramid(backbone))
+        return PyramidWithFPN(pyramid(backbone))
     with_fpn = resnet_fpn_backbone(backbone_name=backbone.name, weights=None, trainable_layers=trainable_layers)
     load_torchvision_resnet(with_fpn, backbone.weights)
     return with_fpn
+
+
+def pyramid(backbone: Backbone) -> "TimmPyramid | TorchvisionPyramid":
+    """The backbone as maps at reductions 4, 8, 16 and 32.
+
+    Raises:
+        InputError: A network that gives no such maps, or takes one image size only.
+        MismatchError: Weights of another architecture.
+    """
+    return TorchvisionPyramid(backbone) if backbone.name.startswith(TORCHVISION) else TimmPyramid(backbone)
 
 
 def load_torchvision_resnet(with_fpn: BackboneWithFPN, weights: Mapping[str, Tensor]) -> None:
@@ -101,6 +114,39 @@ def load_torchvision_resnet(with_fpn: BackboneWithFPN, weights: Mapping[str, Ten
     theirs = {name: leaf for name, leaf in weights.items() if name in own or not name.endswith("num_batches_tracked")}
     _require_same_leaves(own, theirs, "torchvision's ResNet")
     with_fpn.body.load_state_dict(theirs)
+
+
+class TorchvisionPyramid(nn.Module):
+    """A network of torchvision as maps at reductions 4, 8, 16 and 32, for images of any size.
+
+    BatchNorm is frozen, and networks without get a LayerNorm per map, as in TimmPyramid.
+
+    Attributes:
+        net: The network up to its last stage.
+        channels: Channels of the four maps.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        """Build the network and load the weights.
+
+        Raises:
+            InputError: A network without these reductions, such as ViT.
+            MismatchError: Weights of another architecture.
+        """
+        super().__init__()
+        network = build_torchvision(backbone.name, backbone.model_kwargs, _STAGE_SIZE)
+        own = network.backbone_weights()
+        _require_same_leaves(own, backbone.weights, backbone.name)
+        network.net.load_state_dict(backbone.weights, strict=False)  # the rest has no influence on the maps
+        self._indices = _four_stages(network.feature_info)
+        self.channels: list[int] = [network.feature_info[index]["num_chs"] for index in self._indices]
+        self.net, self.norms = _frozen_and_normed(network, self.channels)
+
+    def forward(self, images_BCHW: Tensor) -> "OrderedDict[str, Tensor]":
+        """Maps ``0`` (finest) to ``3`` [B, C, H / r, W / r] of normalised images whose sides are multiples of 32."""
+        _, maps = self.net.forward_intermediates(images_BCHW, self._indices)  # pyright: ignore[reportCallIssue]
+        normed = [norm(map_BCHW) for norm, map_BCHW in zip(self.norms, maps, strict=True)]
+        return OrderedDict((str(i), map_BCHW) for i, map_BCHW in enumerate(normed))
 
 
 class TimmPyramid(nn.Module):
@@ -140,11 +186,7 @@ class TimmPyramid(nn.Module):
         self.net.model.load_state_dict(kept)
         self.channels: list[int] = self.net.feature_info.channels()
         self._reductions: list[int] = self.net.feature_info.reduction()
-        has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.net.modules())
-        if has_batch_norm:
-            self.net = freeze_batch_norm_2d(self.net)
-        norms = [nn.Identity() if has_batch_norm else LayerNorm2d(channels) for channels in self.channels]
-        self.norms = nn.ModuleList(norms)
+        self.net, self.norms = _frozen_and_normed(self.net, self.channels)
 
     def forward(self, images_BCHW: Tensor) -> "OrderedDict[str, Tensor]":
         """Maps ``0`` (finest) to ``3`` [B, C, H / r, W / r] of normalised images whose sides are multiples of 32."""
@@ -156,7 +198,7 @@ class TimmPyramid(nn.Module):
 
 
 class PyramidWithFPN(nn.Module):
-    """A TimmPyramid under torchvision's feature pyramid network.
+    """A pyramid under torchvision's feature pyramid network.
 
     Attributes:
         body: The pyramid.
@@ -164,7 +206,7 @@ class PyramidWithFPN(nn.Module):
         out_channels: Channels of every level; torchvision's detectors read it.
     """
 
-    def __init__(self, body: TimmPyramid, out_channels: int = 256) -> None:
+    def __init__(self, body: TimmPyramid | TorchvisionPyramid, out_channels: int = 256) -> None:
         super().__init__()
         self.body, self.out_channels = body, out_channels
         self.fpn = FeaturePyramidNetwork(body.channels, out_channels, extra_blocks=LastLevelMaxPool())
@@ -172,6 +214,13 @@ class PyramidWithFPN(nn.Module):
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Levels by name."""
         return self.fpn(self.body(images_BCHW))
+
+
+def _frozen_and_normed(net: nn.Module, channels: Sequence[int]) -> tuple[nn.Module, nn.ModuleList]:
+    """A network with frozen BatchNorm, and a norm for each of its maps where it has no BatchNorm."""
+    has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    norms = [nn.Identity() if has_batch_norm else LayerNorm2d(width) for width in channels]
+    return freeze_batch_norm_2d(net) if has_batch_norm else net, nn.ModuleList(norms)
 
 
 def _four_stages(info: list[dict[str, Any]]) -> tuple[int, ...]:

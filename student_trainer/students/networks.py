@@ -1,5 +1,6 @@
-"""Names of student networks: those that timm lacks, torchvision's ResNets."""
+"""Names of student networks: timm's, torchvision's, those that both lack."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,8 @@ from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from feature_store.errors import InputError
+from feature_store.teacher.model import build_model
+from student_trainer.students.torchvision_network import TORCHVISION, build_torchvision
 
 TORCHVISION_RESNETS = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
@@ -16,7 +18,6 @@ TORCHVISION_RESNETS = (
 )  # fmt: skip
 """Backbones of torchvision's detectors that timm has under the same name, with the same layers and names of weights."""
 
-_TORCHVISION = "torchvision:"
 _SHARED = {
     "num_classes": 1000,
     "input_size": (3, 224, 224),
@@ -38,18 +39,29 @@ default_cfgs = generate_default_cfgs(
 
 
 def timm_name(name: str) -> str:
-    """The name that timm knows a student by; ``torchvision:NAME`` is one of TORCHVISION_RESNETS.
+    """The name of a student's network: timm's where timm has torchvision's network with the same weights."""
+    network = name.removeprefix(TORCHVISION)
+    return network if network in TORCHVISION_RESNETS else name
+
+
+def build_network(
+    name: str, kwargs: Mapping[str, Any], input_size: tuple[int, int], *, pretrained: bool = False
+) -> nn.Module:
+    """A student's network by name: timm's, or one of torchvision's classifiers.
+
+    Args:
+        name: timm model name, or ``torchvision:NAME``.
+        kwargs: Arguments of ``timm.create_model``, or of ``torchvision.models.get_model``.
+        input_size: Height and width of the images, in pixels.
+        pretrained: Start from timm's own weights.
 
     Raises:
-        InputError: Another network of torchvision.
+        InputError: Unknown name or impossible arguments.
+        ResourceError: The pretrained weights could not be fetched.
     """
-    network = name.removeprefix(_TORCHVISION)
-    if network != name and network not in TORCHVISION_RESNETS:
-        raise InputError(
-            f"student is {name!r}, expected of torchvision one of {', '.join(TORCHVISION_RESNETS)}; give other "
-            "networks by timm's name, see timm.list_models()"
-        )
-    return network
+    if name.startswith(TORCHVISION):
+        return build_torchvision(name, kwargs, input_size, pretrained=pretrained)
+    return build_model(name, kwargs, pretrained=pretrained)
 
 
 class TwoNormViT(VisionTransformer):

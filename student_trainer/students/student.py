@@ -1,4 +1,4 @@
-"""The student: any timm model, with maps of two stages.
+"""The student: a network with maps of two stages.
 
 Shape legend: B batch, C channels, H W grid, N = H*W grid tokens, P prefix (class and register) tokens, K classes.
 """
@@ -12,15 +12,17 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 from feature_store.errors import InputError
-from feature_store.teacher.model import build_model
+from feature_store.teacher.taps import final_map
 from student_trainer.methods.base import StudentOutput
-from student_trainer.students.networks import timm_name
+from student_trainer.students.networks import build_network, timm_name
 
 _START = ("pretrained", "pretrained_cfg_overlay", "checkpoint_path")  # where timm takes the first weights from
 
 
 class Student(nn.Module):
-    """A timm model with its stages 3 and 4 found, their widths and grids measured by a dry forward pass.
+    """A timm model, or one of torchvision's classifiers, with its stages 3 and 4 found.
+
+    Their widths and grids are measured by a dry forward pass.
 
     Taps of the released code, see docs/training.md: networks whose resolution falls (CNN, Swin, ConvNeXt...) give their
     last maps at reductions 16 and 32. Plain ViTs give the block at three quarters of the depth and the last one,
@@ -29,9 +31,9 @@ class Student(nn.Module):
     block's output before that norm.
 
     Attributes:
-        name: timm model name.
+        name: timm model name, or ``torchvision:NAME``.
         stages: Indices of stages 3 and 4 in timm's ``feature_info``, as they were asked for; None: found as above.
-        model: The timm model, the only thing that has weights.
+        model: The network, the only thing that has weights.
         model_kwargs: Every argument that builds the same architecture again, untrained, with ``timm.create_model``.
         num_classes: K.
         input_size: Height and width it is trained at, in pixels.
@@ -50,11 +52,11 @@ class Student(nn.Module):
         """Build the student.
 
         Args:
-            name: timm model name, or ``torchvision:`` and the name of one of its ResNets.
+            name: timm model name, or ``torchvision:`` and the name of one of its classifiers.
             num_classes: K.
             input_size: Height and width of the training views, in pixels.
-            model_kwargs: Extra arguments of ``timm.create_model``; ``pretrained`` starts from timm's own weights,
-                ``checkpoint_path`` from a file's.
+            model_kwargs: Extra arguments of ``timm.create_model`` or ``torchvision.models.get_model``; ``pretrained``
+                starts from timm's own weights, ``checkpoint_path`` from a file's.
             stages: Indices of stages 3 and 4 in timm's ``feature_info``; default found by reduction or depth.
 
         Raises:
@@ -67,7 +69,7 @@ class Student(nn.Module):
         start = {key: kwargs.pop(key) for key in _START if key in kwargs}
         pretrained = start.pop("pretrained", False)
         self.model_kwargs = kwargs
-        self.model = build_model(name, {**kwargs, **start}, pretrained=pretrained)
+        self.model = build_network(name, {**kwargs, **start}, input_size, pretrained=pretrained)
         depth, self._taps = _find_stages(self.model, name, stages)
         self._ends_in_final_map = self._taps[1] == depth - 1 and not isinstance(self.model, MlpMixer)
         maps = self._dry_forward()
@@ -78,24 +80,13 @@ class Student(nn.Module):
         """Maps and logits of normalised images."""
         features, (stage3, stage4) = self.model.forward_intermediates(images_BCHW, indices=self._taps)  # pyright: ignore[reportCallIssue]
         if self._ends_in_final_map:
-            stage4 = self._final_map(features, stage4)
+            stage4 = final_map(self.model, features, stage4)
         return StudentOutput((stage3, stage4), self.model.forward_head(features))  # pyright: ignore[reportCallIssue]
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters the architecture wants free of weight decay (position embeddings...)."""
         names = getattr(self.model, "no_weight_decay", set)()
         return {f"model.{name}" for name in names}
-
-    def _final_map(self, features: Any, stage4_BCHW: Tensor) -> Tensor:
-        """Final features, tokens [B, P + N, C] or a map, as a map; the stage's own if a network ends in neither."""
-        H, W = stage4_BCHW.shape[2:]
-        ndim = features.ndim if isinstance(features, Tensor) else 0
-        if ndim == 3 and features.shape[1] >= H * W:
-            return features[:, -H * W :].transpose(1, 2).unflatten(2, (H, W))
-        if ndim == 4:
-            map_BCHW = features.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "") == "NHWC" else features
-            return map_BCHW if map_BCHW.shape[2:] == (H, W) else stage4_BCHW
-        return stage4_BCHW
 
     @torch.no_grad()
     def _dry_forward(self) -> tuple[Tensor, Tensor]:

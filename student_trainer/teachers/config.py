@@ -107,10 +107,11 @@ class LiveOptions:
     """The live teacher; only for ``--source live``.
 
     Attributes:
-        name: timm model name; default the store's teacher.
+        name: timm model name, or package.module:build, a function of one's own that returns the teacher; default the
+            store's teacher, unless that is one of your own.
         checkpoint: Its weights (safetensors or torch file); default timm's pretrained weights.
         pretrained: Without a checkpoint: fetch timm's weights for this name. Off: random weights, for tests.
-        model_kwargs: Extra arguments of timm.create_model, as JSON; default the store's.
+        model_kwargs: Extra arguments of timm.create_model, or of that function, as JSON; default the store's.
         depth: Number of later blocks of a plain ViT; default the store's, or the last quarter.
         drop_prefix: Run them on grid tokens alone for the student; default as the store says, or off.
         compute_dtype: dtype of its forward pass (autocast below float32); default the store's, or float32.

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from feature_store.errors import InputError
+from feature_store.source import FeatureSource
 from feature_store.store import Store, open_store
 from feature_store.teacher.model import Teacher, load_teacher, prepare_for_gpu
+from feature_store.teacher.own import require_named
 from student_trainer.data.batch import Batch
 from student_trainer.methods.base import Needs, TeacherOutput, TeacherShape
 from student_trainer.teachers.base import TeacherSide, require_same_teacher
@@ -54,19 +56,28 @@ class LiveSide(TeacherSide):
 
     def shapes(self) -> tuple[TeacherShape, ...]:
         """The teacher, whose own later blocks are the tail."""
-        return (TeacherShape(self.teacher.split, self.teacher.info.num_classes, lambda: self.teacher.later_blocks),)
+        return (TeacherShape(self.teacher.split, self.teacher.info.num_classes, self.teacher.tail),)
+
+    def sources(self, needs: Sequence[Needs]) -> tuple[FeatureSource, ...]:
+        """None: workers read no features.
+
+        Raises:
+            InputError: The teacher has no such tap.
+        """
+        for tap in needs[0].taps if needs else ():
+            self.teacher.taps.of(tap)
+        return ()
 
     def outputs(self, batch: Batch, pixels_BHWC: Tensor, needs: Sequence[Needs]) -> tuple[TeacherOutput, ...]:
         """A forward pass of the teacher."""
         (own,) = needs
         begun, started = time.perf_counter(), _event(self.device)
-        output = self.teacher(pixels_BHWC)
+        output = self.teacher(pixels_BHWC, own.taps)
         if started is None:
             self._seconds += time.perf_counter() - begun
         elif (ended := _event(self.device)) is not None:
             self._timed.append((started, ended))
-        taps = {name: output.taps[name] for name in own.taps}
-        return (TeacherOutput(taps, output.logits if own.logits else None),)
+        return (TeacherOutput(output.taps, output.logits if own.logits else None),)
 
     @property
     def seconds(self) -> float:
@@ -108,12 +119,14 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 def _load(asked: LiveTeacher, store: Store | None, device: torch.device) -> Teacher:
     """The teacher asked for; with a store, the store's own or none."""
     manifest = None if store is None else store.manifest
+    if asked.name is None and manifest is not None:
+        require_named(manifest.teacher.name)
     teacher = load_teacher(
         asked.name or (manifest.teacher.name if manifest else ""),
         checkpoint=asked.checkpoint,
         pretrained=asked.pretrained,
         model_kwargs=asked.model_kwargs or (manifest.teacher.model_kwargs if manifest else {}),
-        depth=asked.depth or (manifest.split.depth if manifest else None),
+        depth=asked.depth or (manifest.split.depth or None if manifest else None),
         drop_prefix=(
             asked.drop_prefix if asked.drop_prefix is not None else bool(manifest and manifest.split.drops_prefix)
         ),

@@ -83,7 +83,9 @@ class Forward:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             prepare_for_gpu(teacher)
-        self._model: Callable[[Tensor], TeacherOutput] = torch.compile(teacher, dynamic=False) if compile else teacher
+        self._model: Callable[[Tensor, Sequence[str]], TeacherOutput] = (
+            torch.compile(teacher, dynamic=False) if compile else teacher
+        )
         self._run = _GpuRunner(self.device).run if on_gpu else self._run_on_cpu
 
     def __call__(self, pixels_BHWC: Tensor) -> Features:
@@ -131,7 +133,7 @@ class Forward:
         return padded.pin_memory() if pixels_BHWC.is_pinned() else padded
 
     def _compute(self, pixels_BHWC: Tensor) -> dict[str, Tensor]:
-        output = self._model(pixels_BHWC)
+        output = self._model(pixels_BHWC, self._taps)
         wanted = {name: output.taps[name] for name in self._taps}
         return wanted if output.logits is None else wanted | {"logits": output.logits}
 

@@ -1,6 +1,7 @@
 """Survey: what a job will write, found before any weights are loaded."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,21 +18,30 @@ from feature_store.format.versions import software_versions
 from feature_store.inputs.base import SampleSource
 from feature_store.inputs.open import OpenedSources, open_sources
 from feature_store.store import Store, open_store_in
-from feature_store.teacher.bundle import bundle_sha256
-from feature_store.teacher.model import Teacher, build_model, tap_shapes, teacher_info
-from feature_store.teacher.split import split_teacher
+from feature_store.teacher.bundle import bundle_sha256, bundle_tensors
+from feature_store.teacher.model import Teacher, create_model, teacher_info, whole_teacher
+from feature_store.teacher.own import is_own
+from feature_store.teacher.taps import TapShapes
 from feature_store.tools.options import require
 from feature_store.views import view_policy
 from feature_store.views.files import JPEG
-from teacher_service.config import Inputs, JobConfig, TeacherSpec
+from teacher_service.config import Inputs, JobConfig, StorageSpec, TeacherSpec
 
 
 @dataclass(frozen=True)
 class TeacherOutline:
-    """A teacher's shapes without its weights; ``block_bytes`` are the sizes of the later blocks' tensors."""
+    """A teacher's shapes without its weights.
+
+    Attributes:
+        info: The teacher, without its weights' hash.
+        split: Where it is cut.
+        taps: Shapes of its taps.
+        block_bytes: Bytes of each tensor of its later blocks.
+    """
 
     info: TeacherInfo
     split: SplitInfo
+    taps: TapShapes
     block_bytes: tuple[int, ...]
 
 
@@ -129,15 +139,18 @@ def growth_of(store: Store, manifest: Manifest) -> Growth:
 def outline_teacher(spec: TeacherSpec) -> TeacherOutline:
     """Build the teacher on torch's meta device: shapes only, in seconds for any size.
 
+    A teacher of a user's own is built as its function builds it, weights included.
+
     Raises:
-        InputError: Unknown model, impossible arguments, or a family that cannot be split.
+        InputError: Unknown model, impossible arguments, no intermediate maps, or options of later blocks for a teacher
+            that has none.
     """
-    with torch.device("meta"):
-        model = build_model(spec.name, spec.model_kwargs)
-    _, later_blocks = split_teacher(model, spec.depth, drop_prefix=spec.drop_prefix)
+    with nullcontext() if is_own(spec.name) else torch.device("meta"):
+        model = create_model(spec.name, spec.model_kwargs).eval()
     info = teacher_info(model, spec.name, spec.model_kwargs, "float32", sha256="")
-    tensors = (*later_blocks.parameters(), *later_blocks.buffers())
-    return TeacherOutline(info, later_blocks.info, tuple(tensor.nbytes for tensor in tensors))
+    whole = whole_teacher(model, info, spec.depth, drop_prefix=spec.drop_prefix)
+    tensors = bundle_tensors(whole.later_blocks).values()
+    return TeacherOutline(info, whole.split, whole.shapes, tuple(tensor.nbytes for tensor in tensors))
 
 
 def open_inputs(inputs: Inputs) -> OpenedSources:
@@ -168,18 +181,14 @@ def job_manifest(
         InputError: Impossible view policy options, or less room for rows or keys than the tars take.
     """
     info, split, views, storage = outline.info, outline.split, config.views, config.storage
-    shapes = tap_shapes(split)
     longest = max(len(key.encode()) for tar in tars for key in tar.keys)
     if storage.key_width is not None:
         require(storage.key_width >= longest, "--key-width", storage.key_width, f"at least the longest key's {longest}")
-    taps: dict[str, str] = dict.fromkeys(storage.taps, storage.tap_codec)
-    if split.prefix == "cached":
-        taps["stage3_prefix"] = prefix_codec(storage.tap_codec)
     manifest = Manifest(
         teacher=info,
         split=split,
         blocks_sha256="",
-        taps={name: TapInfo(*shapes[name], codec) for name, codec in taps.items()},
+        taps=tap_infos(outline, storage),
         logits_codec=storage.logits_codec if info.num_classes else None,
         policy=view_policy(views.policy, info.input_size, **views.policy_options),
         seed=views.seed,
@@ -194,6 +203,18 @@ def job_manifest(
     )
     manifest.require_room()
     return manifest
+
+
+def tap_infos(outline: TeacherOutline, storage: StorageSpec) -> dict[str, TapInfo]:
+    """Taps of a store: those asked for, and prefix tokens where the later blocks need them.
+
+    Raises:
+        InputError: The teacher has no such tap.
+    """
+    codecs = dict.fromkeys(storage.taps, storage.tap_codec)
+    if outline.split.prefix == "cached":
+        codecs["stage3_prefix"] = prefix_codec(storage.tap_codec)
+    return {name: TapInfo(*outline.taps.of(name), codec) for name, codec in codecs.items()}
 
 
 def prefix_codec(tap_codec: str) -> str:

@@ -63,7 +63,7 @@ class ServeConfig(TarOptions):
     Attributes:
         store: The store: a path, ``s3://`` or ``gs://``.
         tars: The store's tars: paths, brace patterns, URLs; given, the page shows views beside their features.
-        teacher: timm name of the store's teacher; given, POST /v1/features:compute runs it.
+        teacher: Name of the store's teacher; given, POST /v1/features:compute runs it.
         checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
         device: Where the teacher runs, e.g. cuda:1; auto takes a GPU if there is one.
         max_batch: Most views of one forward pass.

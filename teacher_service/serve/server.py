@@ -165,26 +165,32 @@ def _live_teacher(config: ServeConfig, service: Service) -> "LiveTeacher":
     from teacher_service.serve.live.teacher import Batching, LiveTeacher
 
     batching = Batching(config.max_batch, config.max_wait, config.queue_rows)
-    return LiveTeacher(partial(_load_teacher, config), batching, observe=service.metrics.observe_batch)
+    return LiveTeacher(partial(load_stored_teacher, config), batching, observe=service.metrics.observe_batch)
 
 
-def _load_teacher(config: ServeConfig) -> "Teacher":
-    """The store's own teacher, so that live and cached features agree."""
+def load_stored_teacher(config: ServeConfig) -> "Teacher":
+    """The store's own teacher, so that live and cached features agree.
+
+    Raises:
+        MismatchError: The teacher named is another one; names the first field that differs.
+    """
     from feature_store.teacher.model import load_teacher
     from teacher_service.devices import find_device
 
     manifest, name = read_manifest(open_objects(config.store)), config.teacher or ""
     stored = manifest.teacher
+    remedy = "serve the teacher that wrote the store, or a store of this teacher"
+    if name != stored.name:  # before its code is imported, or its weights are fetched
+        raise MismatchError("teacher.name", expected=stored.name, got=name, remedy=remedy)
     teacher = load_teacher(
         name,
         checkpoint=config.checkpoint,
         model_kwargs=stored.model_kwargs,
-        depth=manifest.split.depth,
+        depth=manifest.split.depth or None,
         drop_prefix=manifest.split.drops_prefix,
         compute_dtype=stored.compute_dtype,
         device=find_device(config.device),
     )
-    remedy = "serve the teacher that wrote the store, or a store of this teacher"
     theirs, ours = asdict(stored) | {"split": manifest.split}, asdict(teacher.info) | {"split": teacher.split}
     for field, expected in theirs.items():
         if expected != ours[field]:

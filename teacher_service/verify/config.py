@@ -15,7 +15,8 @@ class VerifyConfig:
     Attributes:
         inputs: The store's tars, all of them.
         store: The store: a directory or URL.
-        teacher: timm model name, compared with the store's; default the store's.
+        teacher: Name of the teacher, compared with the store's; default the store's. Needed for one of your own
+            (package.module:build): no code is imported because a store names it.
         checkpoint: The teacher's weights (safetensors or torch file); default timm's pretrained ones, fetched.
         sample: Rows to recompute, chosen at random. For checksums alone there is `feature-store verify`.
         seed: Chooses the rows.

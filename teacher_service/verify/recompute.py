@@ -26,6 +26,7 @@ from feature_store.inputs.unit_tars import UnitSources, UnitTars, open_units
 from feature_store.store import Store, open_store_in
 from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import Teacher
+from feature_store.teacher.own import require_named
 from feature_store.tools.verify import Report
 from feature_store.tools.verify import verify as verify_checksums
 from feature_store.views import ViewParams, check_pixels, decode_image, replay_view
@@ -140,6 +141,8 @@ def _same_teacher(config: VerifyConfig, manifest: Manifest) -> Teacher:
     theirs = manifest.teacher
     if config.teacher not in (None, theirs.name):
         raise MismatchError("teacher.name", expected=theirs.name, got=config.teacher, remedy=_SAME)
+    if config.teacher is None:
+        require_named(theirs.name)
     teacher = load(spec_of(manifest), config.device, checkpoint=config.checkpoint)
     blocks = bundle_sha256(bundle_state(teacher.later_blocks))
     manifest.require_equal(replace(manifest, teacher=teacher.info, split=teacher.split, blocks_sha256=blocks), _SAME)

@@ -3,7 +3,7 @@
 import json
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -404,9 +404,9 @@ def test_cache_says_so_when_a_tar_shrinks_under_it(
     tars = write_tars(tmp_path, 3)
     forward = Teacher.forward
 
-    def shrink_then_forward(self: Teacher, pixels: torch.Tensor) -> Any:
+    def shrink_then_forward(self: Teacher, pixels: torch.Tensor, taps: Sequence[str]) -> Any:
         Path(tars[0]).write_bytes(Path(tars[0]).read_bytes()[:5000])
-        return forward(self, pixels)
+        return forward(self, pixels, taps)
 
     monkeypatch.setattr(Teacher, "forward", shrink_then_forward)
     error = _error(capsys, _with_option(command(*tars), "--batch-size", "1"), 2)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,10 +85,10 @@ def test_cache_and_verify_halve_every_batch_when_memory_runs_out(
     """Also those the codec learns its statistics from."""
     forward = Teacher.forward
 
-    def forward_two(self: Teacher, pixels_BHWC: torch.Tensor) -> TeacherOutput:
+    def forward_two(self: Teacher, pixels_BHWC: torch.Tensor, taps: Sequence[str]) -> TeacherOutput:
         if len(pixels_BHWC) > 2:
             raise torch.OutOfMemoryError("no room")
-        return forward(self, pixels_BHWC)
+        return forward(self, pixels_BHWC, taps)
 
     monkeypatch.setattr(Teacher, "forward", forward_two)
 

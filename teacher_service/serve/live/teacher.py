@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from feature_store.errors import InputError, ResourceError, UserError
+from feature_store.errors import ResourceError, UserError
 from feature_store.teacher.model import Teacher
 from teacher_service.serve.live.batcher import Batcher, BatchRecord, DeviceFaultError, Outputs
 
@@ -45,7 +45,7 @@ class TeacherModel:
         self.teacher, self.taps = teacher, tuple(needed if taps is None else taps)
         for name in self.taps:
             if name not in teacher.tap_shapes:
-                raise InputError(f"the teacher has no tap {name!r}; it has: {', '.join(teacher.tap_shapes)}")
+                teacher.taps.of(name)  # refuses an unknown one
         self._device = next(teacher.parameters()).device
 
     def __call__(self, pixels: np.ndarray) -> Outputs:
@@ -56,7 +56,7 @@ class TeacherModel:
             DeviceFaultError: The device is lost.
         """
         try:
-            output = self.teacher(torch.from_numpy(pixels))
+            output = self.teacher(torch.from_numpy(pixels), self.taps)
             found = {name: output.taps[name].cpu().numpy() for name in self.taps}
             return found if output.logits is None else {**found, LOGITS: output.logits.cpu().numpy()}
         except torch.OutOfMemoryError as error:

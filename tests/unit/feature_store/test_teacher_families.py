@@ -25,13 +25,32 @@ from feature_store.teacher.bundle import bundle_sha256, bundle_state
 from feature_store.teacher.model import build_model, load_teacher, normalise
 from feature_store.views import view_policy
 
-FAMILIES = {"swin": "swin", "beit": "beit", "beitv2": "beit", "eva02": "eva", "dinov3": "eva", "rope": "eva"}
+FAMILIES = {
+    "convnext": "convnext",
+    "hiera": "hiera",
+    "swin": "swin",
+    "beit": "beit",
+    "beitv2": "beit",
+    "eva02": "eva",
+    "dinov3": "eva",
+    "rope": "eva",
+}
+
+
+BY_STAGE = ("swin", "convnext", "convnextv2", "hiera", "hiera_oblong")
+
+
+def grid_tokens(features, later):
+    """Final features or a stage-3 output, tokens or a grid, as grid tokens."""
+    if features.ndim == 3:
+        return features[:, later.info.prefix_tokens :]
+    return features.flatten(2).transpose(1, 2) if later.info.family == "convnext" else features.flatten(1, 2)
 
 
 def grid_and_prefix(stage3, later):
     """What a store holds of a stage-3 output: grid tokens and, if there are any, prefix tokens."""
     if stage3.ndim == 4:
-        return stage3.flatten(1, 2), None
+        return grid_tokens(stage3, later), None
     prefix = later.info.prefix_tokens
     return stage3[:, prefix:], stage3[:, :prefix] if prefix else None
 
@@ -46,14 +65,13 @@ def test_split_is_bitwise_the_models_own_forward(name):
         assert torch.equal(later(stage3), features)
         assert torch.equal(model.forward_head(later(stage3)), logits)
         tokens, prefix = grid_and_prefix(stage3, later)
-        expected = features.flatten(1, 2) if features.ndim == 4 else features[:, later.info.prefix_tokens :]
-        assert torch.equal(later(tokens, prefix), expected)
+        assert torch.equal(later(tokens, prefix), grid_tokens(features, later))
         assert not torch.equal(later(stage3.roll(1, dims=1)), features)
     family = next((value for key, value in FAMILIES.items() if name.startswith(key)), "vit")
     assert (later.info.family, later.info.prefix_tokens) == (family, TEACHERS[name].prefix)
 
 
-@pytest.mark.parametrize("name", [name for name in TEACHERS if name != "swin"])
+@pytest.mark.parametrize("name", [name for name in TEACHERS if name not in BY_STAGE])
 def test_split_is_exact_at_every_depth(name):
     model, images = tiny_model(name), tiny_images(name)
     with torch.no_grad():
@@ -136,8 +154,7 @@ def test_teacher_from_a_checkpoint_gives_bitwise_timms_features_and_logits(name,
     with torch.no_grad():
         features, logits = teacher.model.forward_features(images), teacher.model(images)
     output = teacher(pixels)
-    expected = features.flatten(1, 2) if features.ndim == 4 else features[:, teacher.split.prefix_tokens :]
-    assert torch.equal(output.taps["stage4"], expected)
+    assert torch.equal(output.taps["stage4"], grid_tokens(features, teacher.later_blocks))
     assert {tap: tuple(values.shape[1:]) for tap, values in output.taps.items()} == teacher.tap_shapes
     if TEACHERS[name].kwargs["num_classes"]:
         assert output.logits is not None
@@ -172,7 +189,7 @@ def test_blocks_of_a_store_give_bitwise_the_same_when_a_process_has_no_teacher(t
         make_store(folder / "store", teacher)
         (folder / "teacher.safetensors").unlink()
         with torch.no_grad():
-            stage3 = teacher.early_stages(tiny_images(name))
+            stage3 = split_teacher(teacher.model)[0](tiny_images(name))
             tokens, prefix = grid_and_prefix(stage3, teacher.later_blocks)
             given = {"tokens": tokens, **({} if prefix is None else {"prefix": prefix})}
             save_file({key: value.contiguous() for key, value in given.items()}, folder / "given.safetensors")
@@ -240,7 +257,8 @@ def test_split_takes_the_unshifted_grid_when_the_model_trains_with_shifted_coord
 def test_split_refuses_with_the_known_families_when_the_class_is_none_of_them(name):
     with torch.device("meta"):
         model = build_model(name)
-    message = rf"cannot split a {type(model).__name__}: .*SwinTransformer, VisionTransformer, Beit, Eva; choose"
+    known = "SwinTransformer, VisionTransformer, Beit, Eva, ConvNeXt, Hiera"
+    message = rf"cannot split a {type(model).__name__}: .*{known}; choose"
     with pytest.raises(InputError, match=message):
         split_teacher(model)
 

@@ -5,7 +5,8 @@ import torch
 
 from feature_store.errors import InputError
 from feature_store.teacher import split_teacher
-from feature_store.teacher.model import build_model, tap_shapes, teacher_info
+from feature_store.teacher.model import build_model, teacher_info
+from feature_store.teacher.taps import tap_shapes
 
 # name: family, parameters of the later blocks, depth, input size, F^t, stage 3, prefix tokens, classes
 TEACHERS = {
@@ -43,7 +44,7 @@ def test_full_size_teacher_has_the_shapes_of_its_paper(name):
     assert (split.family, split.depth, split.prefix_tokens) == (family, depth, prefix)
     assert (info.input_size, info.num_classes) == ((size, size), classes)
     shapes = {"stage4": final, "stage3": stage3, **({"stage3_prefix": (prefix, stage3[1])} if prefix else {})}
-    assert tap_shapes(split) == shapes
+    assert tap_shapes(split).standard == shapes
     assert sum(parameter.numel() for parameter in later.parameters()) == parameters
     with torch.no_grad():  # on the meta device a forward pass is only its shapes
         early_BND = early(torch.empty(2, 3, size, size, device="meta"))

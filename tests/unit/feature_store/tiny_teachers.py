@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from feature_store.teacher.model import build_model
+from feature_store.teacher.taps import input_size
 
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 
@@ -52,6 +53,32 @@ TEACHERS = {
     "dinov3_7b": _small("vit_7b_patch16_dinov3", 5, num_classes=0),
     "rope_mixed": _small("vit_large_patch16_rope_mixed_224", 1),
     "rope_axial": _small("vit_large_patch16_rope_ape_224", 1),
+    "convnext": TinyTeacher(
+        "convnext_large",
+        {
+            "depths": (1, 1, 2, 2), "dims": (8, 16, 24, 32), "num_classes": 5,
+            "pretrained_cfg_overlay": {"input_size": (3, 64, 96)},
+        },
+        0,
+    ),
+    "convnextv2": TinyTeacher(
+        "convnextv2_base.fcmae",
+        {
+            "depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "num_classes": 0,
+            "pretrained_cfg_overlay": {"input_size": (3, 64, 64)},
+        },
+        0,
+    ),
+    "hiera": TinyTeacher(
+        "hiera_large_224",
+        {"img_size": 64, "embed_dim": 8, "num_heads": 1, "stages": (1, 1, 2, 2), "num_classes": 5},
+        0,
+    ),
+    "hiera_oblong": TinyTeacher(
+        "hiera_small_abswin_256",
+        {"img_size": (64, 96), "embed_dim": 8, "num_heads": 1, "stages": (1, 1, 2, 2), "num_classes": 5},
+        0,
+    ),
 }  # fmt: skip
 
 
@@ -72,6 +99,5 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 def tiny_images(name: str, count: int = 2) -> torch.Tensor:
     """Normalised images [B, 3, H, W] for a model of the table."""
-    size = TEACHERS[name].kwargs["img_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = input_size(build_model(TEACHERS[name].name, TEACHERS[name].kwargs))
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))

@@ -84,10 +84,10 @@ def test_student_keeps_random_state_and_batch_statistics_when_built():
 
 def test_student_starts_from_timms_weights_when_asked(monkeypatch):
     asked = []
-    build = student_trainer.students.student.build_model
+    build = student_trainer.students.student.build_network
     monkeypatch.setattr(
-        "student_trainer.students.student.build_model",
-        lambda name, kwargs, pretrained: asked.append(pretrained) or build(name, kwargs),
+        "student_trainer.students.student.build_network",
+        lambda name, kwargs, size, pretrained: asked.append(pretrained) or build(name, kwargs, size),
     )
     student = Student("test_resnet", 5, (64, 64), {"pretrained": True})
     assert asked == [True]
@@ -123,7 +123,7 @@ def test_student_is_refused_when_it_cannot_be_used(name, kwargs, size, message):
 
 
 def test_student_is_refused_when_the_model_gives_no_intermediate_maps(monkeypatch):
-    monkeypatch.setattr("student_trainer.students.student.build_model", lambda *_, **__: torch.nn.Linear(3, 5))
+    monkeypatch.setattr("student_trainer.students.student.build_network", lambda *_, **__: torch.nn.Linear(3, 5))
     with pytest.raises(InputError, match=r"'test_resnet' \(Linear\) does not give intermediate maps; expected a timm"):
         Student("test_resnet", 5, (64, 64))
 
@@ -233,9 +233,70 @@ def test_student_is_torchvisions_network_when_named_so(name):
     assert (student.name, student.grids) == (name, ((4, 4), (2, 2)))
 
 
-def test_student_is_refused_when_torchvision_has_it_and_timm_has_not():
-    with pytest.raises(InputError, match=r"'torchvision:vgg16', expected of torchvision one of resnet18, "):
-        Student("torchvision:vgg16", 5, (64, 64))
+TORCHVISION = [  # name, modules of stages 3 and 4, whether their maps have channels last
+    ("mobilenet_v3_small", "features.8", "features.12", False),
+    ("efficientnet_b0", "features.5", "features.8", False),
+    ("regnet_y_400mf", "trunk_output.block3", "trunk_output.block4", False),
+    ("convnext_tiny", "features.5", "features.7", False),
+    ("shufflenet_v2_x0_5", "stage3", "conv5", False),
+    ("mnasnet0_5", "layers.11", "layers.16", False),
+    ("densenet121", "features.denseblock3", "features.norm5", False),
+    ("swin_t", "features.5", "permute", True),
+]
+
+
+@pytest.mark.parametrize(("name", "third", "fourth", "last"), TORCHVISION, ids=[each[0] for each in TORCHVISION])
+def test_student_finds_the_stages_of_a_torchvision_network(name, third, fourth, last):
+    torch.manual_seed(0)
+    student = Student(f"torchvision:{name}", 5, (64, 64)).eval()
+    assert (student.name, student.grids) == (f"torchvision:{name}", ((4, 4), (2, 2)))
+    net, seen = student.model.net, {}
+    for at, module in (("third", third), ("fourth", fourth)):
+        net.get_submodule(module).register_forward_hook(lambda _m, _i, out, at=at: seen.update({at: out}))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        output = student(images)
+        assert torch.equal(output.maps[0], seen["third"].permute(0, 3, 1, 2) if last else seen["third"])
+        assert torch.equal(output.maps[1], seen["fourth"])
+        assert torch.equal(output.logits, net(images))
+    assert output.logits.shape == (2, 5)
+    assert student.dims == tuple(stage.shape[1] for stage in output.maps)
+
+
+def test_torchvision_student_learns_through_both_maps_and_gives_plain_logits_in_training():
+    student = Student("torchvision:googlenet", 5, (64, 64), {"aux_logits": True, "init_weights": False}).train()
+    output = student(torch.randn(2, 3, 64, 64))
+    assert output.logits.shape == (2, 5)
+    sum(stage.mean() for stage in output.maps).backward()
+    assert student.model.net.conv1.conv.weight.grad.abs().sum() > 0
+
+
+def test_torchvision_student_starts_from_a_files_weights(tmp_path):
+    theirs = torchvision.models.get_model("mobilenet_v3_small", num_classes=5)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    student = Student("torchvision:mobilenet_v3_small", 5, (64, 64), {"checkpoint_path": str(tmp_path / "w.pth")})
+    assert student.model.weights().keys() == theirs.state_dict().keys()
+    assert torch.equal(student.model.net.classifier[3].weight, theirs.classifier[3].weight)
+    assert student.model_kwargs == {"num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("mobilenet_v3_smal", {}, "knows no classifier 'mobilenet_v3_smal'; did you mean mobilenet_v3_small"),
+        ("squeezenet1_1", {}, r"stages of reductions 2, 4, 8, 16, expected 16 and then 32.*--student-stages, e.g. 2 3"),
+        ("vit_b_32", {"image_size": 64}, "'torchvision:vit_b_32' .* does not give intermediate maps"),
+        ("mobilenet_v3_small", {"pretrained": True}, "download its weights and give the file as checkpoint_path"),
+        ("densenet121", {"no_such": 1}, "torchvision cannot build 'densenet121' with .*no_such"),
+    ],
+)
+def test_torchvision_student_is_refused_by_name_when_it_cannot_be_used(name, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        Student(f"torchvision:{name}", 5, (64, 64), kwargs)
+
+
+def test_torchvision_student_takes_the_stages_it_is_asked_for():
+    assert Student("torchvision:squeezenet1_1", 5, (64, 64), stages=(1, 3)).grids == ((15, 15), (3, 3))
 
 
 def test_every_torchvision_resnet_has_the_weights_of_timms_network():

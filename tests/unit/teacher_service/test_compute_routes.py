@@ -191,7 +191,7 @@ class Lost(torch.nn.Module):
         super().__init__()
         self.split, self.tap_shapes, self.weight = teacher.split, teacher.tap_shapes, torch.nn.Parameter()
 
-    def forward(self, pixels):
+    def forward(self, pixels, taps=None):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with...")
 
 
@@ -207,7 +207,7 @@ def test_device_is_called_lost_only_when_it_fails_again(teacher, monkeypatch):
 def test_out_of_memory_is_no_fault_when_the_batch_was_too_large(teacher, monkeypatch):
     model = TeacherModel(Lost(teacher))
 
-    def forward(pixels):
+    def forward(pixels, taps):
         raise torch.OutOfMemoryError("too much")
 
     monkeypatch.setattr(model.teacher, "forward", forward)

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -27,11 +28,11 @@ def _limit_memory(teacher: Teacher, monkeypatch: pytest.MonkeyPatch, images: int
     """Let passes of more images run out of memory; gives the sizes tried."""
     tried, forward = [], teacher.forward
 
-    def limited(pixels_BHWC: torch.Tensor) -> TeacherOutput:
+    def limited(pixels_BHWC: torch.Tensor, taps: Sequence[str]) -> TeacherOutput:
         tried.append(len(pixels_BHWC))
         if len(pixels_BHWC) > images:
             raise torch.OutOfMemoryError("no room\nfor this")
-        return forward(pixels_BHWC)
+        return forward(pixels_BHWC, taps)
 
     monkeypatch.setattr(teacher, "forward", limited)
     return tried

@@ -17,7 +17,7 @@ from teacher_service.cli import main
 from teacher_service.serve.app import create_app
 from teacher_service.serve.config import ServeConfig
 from teacher_service.serve.live.teacher import LiveTeacher
-from teacher_service.serve.server import _load_teacher
+from teacher_service.serve.server import load_stored_teacher
 from teacher_service.serve.service import Service
 from teacher_service.serve.tokens import TokenFile, create_token, read_tokens
 
@@ -374,10 +374,10 @@ def test_browsers_of_other_origins_are_allowed_nothing(serve, store):
 
 def test_live_teacher_that_is_not_the_stores_is_refused(tmp_path, store, tiny_swin, other_swin):
     good = ServeConfig(store=str(store), teacher=tiny_swin.name, checkpoint=tiny_swin.checkpoint, device="cpu")
-    assert _load_teacher(good).info.name == tiny_swin.name
+    assert load_stored_teacher(good).info.name == tiny_swin.name
     other = ServeConfig(store=str(store), teacher=other_swin.name, checkpoint=other_swin.checkpoint, device="cpu")
     with pytest.raises(MismatchError, match=r"teacher\.weights_sha256 differs"):
-        _load_teacher(other)
+        load_stored_teacher(other)
 
 
 def test_live_teacher_that_sees_pixels_otherwise_than_the_stores_is_refused(store, tiny_swin, monkeypatch):
@@ -386,7 +386,7 @@ def test_live_teacher_that_sees_pixels_otherwise_than_the_stores_is_refused(stor
     data = resolve_model_data_config(timm.create_model(tiny_swin.name))
     monkeypatch.setattr(model, "resolve_model_data_config", lambda _: {**data, "mean": (0.0, 0.0, 0.0)})
     with pytest.raises(MismatchError, match=r"teacher\.mean differs"):
-        _load_teacher(good)
+        load_stored_teacher(good)
 
 
 def test_browsers_of_named_origins_may_read_with_a_token_and_no_others(serve, store, token_file, secrets):
