@@ -9,14 +9,17 @@ import tyro
 
 from benchmarks.study import networks  # noqa: F401 - spawned runs import this module, and build the teacher's tail
 from benchmarks.study.data import prepare_images
-from benchmarks.study.pieces import run_piece
 from benchmarks.study.questions import QUESTIONS
 from benchmarks.study.results import RESULTS, write_made, write_question
 from benchmarks.study.stores import Workshop
+from benchmarks.study.sweeps import finished_runs, run_question
 from benchmarks.study.tiers import TIERS
 from feature_store.errors import InputError, UserError
 
 app = tyro.extras.SubcommandApp()
+
+
+TierName = Literal["cpu", "gpu", "tiny"]
 
 
 @app.command
@@ -25,7 +28,7 @@ def run(
     out: Path,
     only: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (),
-    tier: Literal["cpu", "gpu", "tiny"] = "cpu",
+    tier: TierName = "cpu",
     results: Path | None = None,
 ) -> None:
     """Train what is missing, question by question and seed by seed; the same command goes on after an interruption.
@@ -38,19 +41,35 @@ def run(
         tier: Sizes: cpu (hours on two cores), gpu (minutes on one large GPU), tiny (a rehearsal).
         results: Folder of the JSON files; default results/TIER beside this module.
     """
-    sizes = TIERS[tier]
-    folder = results or RESULTS / tier
     known = {question.name: question for question in QUESTIONS}
     if unknown := [name for name in only if name not in known]:
         raise InputError(f"--only has {', '.join(unknown)}, expected some of {', '.join(known)}")
-    workshop = Workshop(out / tier, sizes, prepare_images(data, out / tier / "images", sizes))
-    asked = seeds or sizes.seeds
+    workshop, folder = _workshop(data, out, tier), results or RESULTS / tier
     for question in (known[name] for name in only or known):
-        for count in range(1, len(asked) + 1):
-            print(f"{question.name}: seeds {', '.join(map(str, asked[:count]))}", flush=True)
-            comparison = run_piece(question, asked[:count], workshop)
-            write_question(folder, question, comparison)
-            write_made(folder, workshop)
+        print(question.name, flush=True)
+        write_question(folder, question, run_question(question, seeds or workshop.tier.seeds, workshop))
+        write_made(folder, workshop)
+
+
+@app.command
+def collect(data: Path, out: Path, tier: TierName = "cpu", results: Path | None = None) -> None:
+    """Write the JSON files of what is finished, also while ``run`` is at work or after it was stopped.
+
+    Args:
+        data: As given to run.
+        out: As given to run.
+        tier: As given to run.
+        results: As given to run.
+    """
+    workshop, folder = _workshop(data, out, tier), results or RESULTS / tier
+    for question in QUESTIONS:
+        if (found := finished_runs(question, workshop.tier.seeds, workshop)) is not None:
+            write_question(folder, question, found)
+    write_made(folder, workshop)
+
+
+def _workshop(data: Path, out: Path, tier: str) -> Workshop:
+    return Workshop(out / tier, TIERS[tier], prepare_images(data, out / tier / "images", TIERS[tier]))
 
 
 @app.command

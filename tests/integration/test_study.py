@@ -72,6 +72,13 @@ def test_second_call_trains_nothing_when_all_is_finished(study, capsys):
     assert {path: path.stat().st_mtime_ns for path in metrics} == metrics
 
 
+def test_collected_results_are_those_written_at_the_end_of_each_question(study, tmp_path):
+    data, out = str(study / "data"), str(study / "out")
+    assert main(["collect", "--data", data, "--out", out, "--tier", "tiny", "--results", str(tmp_path)]) == 0
+    for written in (study / "results" / "cpu").glob("*.json"):
+        assert (tmp_path / written.name).read_bytes() == written.read_bytes()
+
+
 def test_unlabelled_copies_keep_images_and_few_labels(study):
     made = json.loads((study / "results" / "cpu" / "made.json").read_text())
     assert made["tier"]["few_labels"] == 2 * CLASSES
