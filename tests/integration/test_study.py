@@ -1,6 +1,8 @@
 """The study of benchmarks/study: a miniature of it, and its page made from what is committed."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from tiny_jobs import encode_image, write_tar
 
 from benchmarks.performance import write_page
-from benchmarks.study.__main__ import main
+from benchmarks.study.cli import main
 from benchmarks.study.report import write_report
 from benchmarks.study.results import RESULTS
 
@@ -72,6 +74,19 @@ def test_second_call_trains_nothing_when_all_is_finished(study, capsys):
     assert {path: path.stat().st_mtime_ns for path in metrics} == metrics
 
 
+def test_runs_in_processes_of_their_own_know_the_teacher(study):
+    arguments = [*_arguments(study)[:-3], "projector", "--processes", "2"]
+    subprocess.run([sys.executable, "-m", "benchmarks.study", *arguments], cwd=DOCS.parent, check=True)
+    assert {len(runs) for runs in _result(study, "projector")["settings"].values()} == {1}
+
+
+def test_collected_results_are_those_written_at_the_end_of_each_question(study, tmp_path):
+    data, out = str(study / "data"), str(study / "out")
+    assert main(["collect", "--data", data, "--out", out, "--tier", "tiny", "--results", str(tmp_path)]) == 0
+    for written in (study / "results" / "cpu").glob("*.json"):
+        assert (tmp_path / written.name).read_bytes() == written.read_bytes()
+
+
 def test_unlabelled_copies_keep_images_and_few_labels(study):
     made = json.loads((study / "results" / "cpu" / "made.json").read_text())
     assert made["tier"]["few_labels"] == 2 * CLASSES
@@ -84,7 +99,7 @@ def test_page_shows_what_was_run_and_names_what_was_not(study, tmp_path):
     assert "## Is none < KD < FD < ScaleKD, for a CNN?" in page
     top1 = _result(study, "methods-cnn")["settings"]["KD"][0]["top1"]
     assert f"| KD | {top1:.1f} | 1 |" in page
-    assert page.count("\nNot run.") == 7
+    assert page.count("\nNot run.") == 6
     assert (tmp_path / "figures" / "study-methods-cnn.svg").read_text().startswith("<?xml")
 
 

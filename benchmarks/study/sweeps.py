@@ -1,36 +1,56 @@
-"""Pieces of the study: one question with some seeds, run by ``student-trainer compare``."""
+"""Sweeps of the study: one per question, run by ``student-trainer compare``."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from benchmarks.study.questions import Question
 from benchmarks.study.stores import Workshop
-from student_trainer.sweeps.compare import CompareConfig, compare
-from student_trainer.sweeps.comparison import Comparison
+from student_trainer.sweeps.compare import CompareConfig, InputsNow, compare, is_finished
+from student_trainer.sweeps.comparison import Comparison, compare_runs, read_run
+from student_trainer.sweeps.file import read_sweep
 
 
-def run_piece(question: Question, seeds: tuple[int, ...], workshop: Workshop) -> Comparison:
-    """Train what is missing of a question with these seeds; runs of earlier pieces are kept.
+def run_question(question: Question, seeds: Sequence[int], workshop: Workshop) -> Comparison:
+    """Train what is missing of a question; runs that another question has trained are kept.
 
     All questions of a student share one folder of runs, so that a setting that two of them have is trained once.
 
     Raises:
         UserError: A teacher or a store could not be made, or runs failed.
     """
-    tier = workshop.tier
-    sweep = workshop.folder / "sweeps" / f"{question.name}.yaml"
+    tier, sweep = workshop.tier, _sweep(question, workshop)
     sweep.parent.mkdir(parents=True, exist_ok=True)
     sweep.write_text(yaml.safe_dump(sweep_file(question, workshop), sort_keys=False))
     return compare(
         CompareConfig(
             sweep=sweep,
-            out=workshop.folder / "students" / question.student,
-            seeds=seeds,
+            out=_folder(question, workshop),
+            seeds=tuple(seeds),
             processes=tier.processes,
             threads=1 if tier.processes > 1 else None,
         )
     )
+
+
+def finished_runs(question: Question, seeds: Sequence[int], workshop: Workshop) -> Comparison | None:
+    """What is finished of a question, also while it runs; None if it was never begun."""
+    path = _sweep(question, workshop)
+    if not path.exists():
+        return None
+    sweep, inputs = read_sweep(path, _folder(question, workshop), seeds=seeds), InputsNow()
+    done = [read_run(run, sweep.score) for run in sweep.runs if is_finished(run.config, inputs)]
+    return compare_runs(sweep, done)
+
+
+def _sweep(question: Question, workshop: Workshop) -> Path:
+    return workshop.folder / "sweeps" / f"{question.name}.yaml"
+
+
+def _folder(question: Question, workshop: Workshop) -> Path:
+    return workshop.folder / "students" / question.student
 
 
 def sweep_file(question: Question, workshop: Workshop) -> dict[str, Any]:
