@@ -22,7 +22,6 @@ class Program:
         arguments: Its arguments.
         folder: Where its output goes, as ``PROGRAM-N.out`` and ``.err``.
         environment: Variables beside those of this process.
-        new_session: Whether it leads a session, and so a process group, of its own.
     """
 
     def __init__(
@@ -32,14 +31,13 @@ class Program:
         folder: Path,
         *,
         environment: Mapping[str, str] | None = None,
-        new_session: bool = False,
     ) -> None:
         name = f"{program}-{len(list(folder.glob(f'{program}-*.out')))}"
         self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
         variables = {**os.environ, **(environment or {})}
         texts = [str(argument) for argument in arguments]
         self._process = _CONTEXT.Process(
-            target=_run, args=(program, texts, variables, Path.cwd(), self._out, self._err, new_session)
+            target=_run, args=(program, texts, variables, Path.cwd(), self._out, self._err)
         )
         self._out.touch()
         self._process.start()
@@ -88,10 +86,7 @@ def _run(
     folder: Path,
     out: Path,
     err: Path,
-    new_session: bool,
 ) -> None:
-    if new_session:
-        os.setsid()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)

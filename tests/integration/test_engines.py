@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked_programs import Program
 from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, with_options, write_tar, write_tars
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from feature_store import open_store
 from teacher_service.cache.decode import Task
@@ -21,6 +21,7 @@ from teacher_service.cache.job import cache
 from teacher_service.cache.pipeline import Pipeline
 from teacher_service.cache.prepare import prepare, remaining_tasks
 from teacher_service.cache.stage_timer import StageTimes
+from teacher_service.cli import main as teacher_main
 from teacher_service.config import CacheConfig
 from teacher_service.plan.survey import survey
 from teacher_service.share import loop
@@ -81,7 +82,7 @@ def _committed(config: CacheConfig) -> int:
     return len(list(config.store.glob("commits/*.json")))
 
 
-def _wait_for(condition: Callable[[], bool], process: subprocess.Popen | Program) -> None:
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
@@ -147,21 +148,32 @@ def test_a_process_takes_over_what_a_killed_one_had_in_hand(
 def test_torchrun_finishes_the_job_when_a_rank_is_killed(
     tmp_path: Path, job: Callable[..., CacheConfig], whole: dict[str, bytes]
 ) -> None:
+    """torchrun's own launcher, which forks its ranks here instead of starting interpreters."""
     config = job(tmp_path / "store")
-    process = _start("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-                     "-m", *_command(config))  # fmt: skip
-
-    def rank_1(command: str, environment: str) -> bool:
-        return str(config.store) in command and "LOCAL_RANK=1 " in environment and "TORCHELASTIC_RESTART" in environment
-
-    _wait_for(lambda: _committed(config) >= 4, process)
-    (pid,) = _pids(rank_1)
-    os.kill(pid, signal.SIGKILL)
+    process = CONTEXT.Process(target=_torchrun, args=(_command(config)[1:], tmp_path))
+    process.start()
+    while _committed(config) < 4:
+        assert process.is_alive()
+        time.sleep(0.005)
+    os.kill(int((tmp_path / "rank-1-restart-0").read_text()), signal.SIGKILL)
     assert _committed(config) < UNITS
 
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    process.join(120)
+    assert process.exitcode == 0
+    assert (tmp_path / "rank-0-restart-1").exists()
     assert store_files(config.store) == whole
+
+
+def _torchrun(command: list[str], folder: Path) -> None:
+    launch = LaunchConfig(1, 1, nproc_per_node=2, max_restarts=1, run_id="job", rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", start_method="fork")  # fmt: skip
+    elastic_launch(launch, _rank)(command, folder)
+
+
+def _rank(command: list[str], folder: Path) -> None:
+    rank, restart = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    (folder / f"rank-{rank}-restart-{restart}").write_text(str(os.getpid()))
+    assert teacher_main(command) == 0
 
 
 def test_a_job_of_more_views_finishes_units_when_a_job_of_fewer_commits_them_meanwhile(
@@ -263,7 +275,7 @@ def test_cache_ends_soon_after_a_signal_when_a_unit_takes_longer(
     command = _command(config)
     command[command.index("--views") + 1] = "64"  # minutes of work
     command[command.index("--workers") + 1] = "1"
-    process = Program("teacher-service", command[1:], tmp_path, new_session=True)
+    process = _start(*command)
     _wait_for((config.store / ".locks/lease-u00000").exists, process)
     time.sleep(2)  # for the decode worker, which gets the signal too
 

@@ -2,13 +2,12 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_lines import PROGRAMS
 from image_folders import class_samples, write_folder
 from service_process import running_service
 from tiny_jobs import TinyTeacher, cache_config
@@ -53,8 +52,7 @@ def test_every_line_of_code_in_a_card_runs(store: Path, tmp_path: Path, monkeypa
                 if command == "serve":  # it runs already, on a free port
                     assert arguments == ["--store", str(store), "--port", "8000"]
                 else:
-                    module = {"feature-store": "feature_store"}[program]
-                    subprocess.run([sys.executable, "-m", module, command, *arguments], check=True)
+                    assert PROGRAMS[program]([command, *arguments]) == 0
                 ran.append(line)
 
     assert ran == [line for _, code in blocks for line in code.splitlines()]

@@ -199,7 +199,7 @@ def test_run_leaves_no_process_when_killed(config):
         time.sleep(0.1)
     children = list(descendants(process.pid))
     process.kill()
-    assert len(children) >= 4  # fork server, resource tracker, two workers
+    assert len(children) >= 3  # fork server, two workers; the resource tracker is that of this process
     deadline = time.monotonic() + 60
     while any(map(is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
