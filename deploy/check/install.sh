@@ -34,7 +34,6 @@ echo "environment: $megabytes MB"
 "$plain/bin/teacher-service" token create --name check --scope read admin --file "$WORK/tokens.jsonl" >"$WORK/token"
 refused 2 "pip install 'scalekd-cache[teacher]'" "$plain/bin/teacher-service" cache x.tar --teacher t --store "$WORK/s"
 refused 2 "pip install 'scalekd-cache[student]'" "$plain/bin/student-trainer" --help
-refused 2 "pip install 'scalekd-cache[student]'" "$plain/bin/python" -m student_trainer.downstream --help
 refused 2 "pip install 'scalekd-cache[serve]'" "$plain/bin/teacher-service" serve --store "$STORE"
 refused 2 "pip install 'scalekd-cache[plot]'" "$plain/bin/feature-store" plot "$STORE" --out "$WORK/plots"
 refused 2 "pip install 'scalekd-cache[s3]'" "$plain/bin/feature-store" info s3://bucket/store
@@ -111,5 +110,5 @@ done
 install "$WORK/student" "${wheel}[tensorboard,wandb,report,onnx,coco]"
 WANDB_MODE=offline WANDB_DIR=$WORK "$WORK/student/bin/student-trainer" train --run "$WORK/job/logged" "${run[@]}" --tensorboard --wandb check >/dev/null 2>&1
 "$WORK/student/bin/student-trainer" export --run "$WORK/job/run" --out "$WORK/job/onnx" --onnx
-"$WORK/student/bin/python" -m student_trainer.downstream detection --help >/dev/null
+"$WORK/student/bin/python" "$ROOT/examples/detection.py" --help >/dev/null
 "$WORK/student/bin/python" -c 'import pycocotools.coco, matplotlib.figure'

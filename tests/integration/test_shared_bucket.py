@@ -115,7 +115,7 @@ def _holder(url: str) -> int | None:
 
 
 def test_three_machines_with_one_command_finish_when_the_one_at_work_is_killed(
-    url: str, start: Callable[[str], subprocess.Popen], whole: dict[str, bytes]
+    url: str, start: Callable[[str], Program], whole: dict[str, bytes]
 ) -> None:
     machines = {process.pid: process for process in map(start, ("first", "second", "third"))}
     while _committed(url) < 2 or (holder := _holder(url)) is None:
