@@ -223,7 +223,8 @@ def build_model(name: str, model_kwargs: Mapping[str, Any] | None = None, *, pre
         _load_checkpoint(model, name, Path(checkpoint))
     if size := kwargs.get("img_size"):  # few of timm's classes say the size they were built for
         height, width = (size, size) if isinstance(size, int) else size
-        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, height, width)}
+        described: Any = model
+        described.pretrained_cfg = {**described.pretrained_cfg, "input_size": (3, height, width)}
     return model
 
 

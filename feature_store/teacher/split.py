@@ -203,14 +203,17 @@ class WholeTeacher(nn.Module):
         index = {tap: wanted[tap] if tap in wanted else block_index(tap) for tap in taps}
         indices = sorted({last, *(each for each in index.values() if each is not None)})
         prefix = {"return_prefix_tokens": True} if "stage3_prefix" in taps else {}
-        features, maps = self.model.forward_intermediates(images_BCHW, indices=indices, **prefix)  # pyright: ignore[reportCallIssue]
-        found = dict(zip(indices, maps, strict=True))
-        given = {}
+        features, outputs = self.model.forward_intermediates(images_BCHW, indices=indices, **prefix)  # pyright: ignore[reportCallIssue]
+        found = dict(zip(indices, outputs, strict=True))
+        maps = {at: output[0] if prefix else output for at, output in found.items()}
+        given: dict[str, Tensor] = {}
         for tap in taps:
-            map_BCHW, prefix_BPC = found[index[tap]] if prefix else (found[index[tap]], None)
-            if tap == "stage4":
-                map_BCHW = final_map(self.model, features, map_BCHW)
-            given[tap] = prefix_BPC.float() if tap == "stage3_prefix" else grid_tokens(map_BCHW)
+            if tap == "stage3_prefix":
+                given[tap] = found[self._at][1].float()
+            elif tap == "stage4":
+                given[tap] = grid_tokens(final_map(self.model, features, maps[last]))
+            else:
+                given[tap] = grid_tokens(maps[index[tap]])
         return features, given
 
 

@@ -12,13 +12,17 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from feature_store.errors import InputError
+from feature_store.errors import InputError, one_line
 from feature_store.format.manifest import SplitInfo
 
 BLOCK = "block"
 """Prefix of the taps that are named by block; the number counts timm's ``feature_info``."""
 
 Size = tuple[int, int]
+
+
+class NeedsValuesError(InputError):
+    """A model on the meta device computes with values, which are not there; it has to be built with weights."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ def measure(model: nn.Module, size: Size) -> OutputShapes:
 
     Raises:
         InputError: It gives no intermediate maps, or cannot take images of this size.
+        NeedsValuesError: It is on the meta device, and cannot run there.
     """
     if not callable(getattr(model, "forward_intermediates", None)):
         raise InputError(
@@ -142,8 +147,9 @@ def measure(model: nn.Module, size: Size) -> OutputShapes:
             features, maps = model.forward_intermediates(image_BCHW)  # pyright: ignore[reportCallIssue]
         final = final_map(model, features, maps[-1])
     except Exception as error:  # whatever a model of any library raises
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
+        reason = one_line(error)
+        kind = NeedsValuesError if one.is_meta and "meta" in reason else InputError
+        raise kind(
             f"teacher {type(model).__name__} gives no intermediate maps of {size[0]} x {size[1]} images: {reason}; "
             "choose another model or size, see `teacher-service teachers`"
         ) from error

@@ -1,7 +1,6 @@
 """Survey: what a job will write, found before any weights are loaded."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +20,7 @@ from feature_store.store import Store, open_store_in
 from feature_store.teacher.bundle import bundle_sha256, bundle_tensors
 from feature_store.teacher.model import Teacher, create_model, teacher_info, whole_teacher
 from feature_store.teacher.own import is_own
-from feature_store.teacher.taps import TapShapes
+from feature_store.teacher.taps import NeedsValuesError, TapShapes
 from feature_store.tools.options import require
 from feature_store.views import view_policy
 from feature_store.views.files import JPEG
@@ -139,13 +138,21 @@ def growth_of(store: Store, manifest: Manifest) -> Growth:
 def outline_teacher(spec: TeacherSpec) -> TeacherOutline:
     """Build the teacher on torch's meta device: shapes only, in seconds for any size.
 
-    A teacher of a user's own is built as its function builds it, weights included.
+    A teacher of a user's own is built as its function builds it, weights included. The few of timm's that cannot run
+    on the meta device are built on the CPU, with random weights.
 
     Raises:
         InputError: Unknown model, impossible arguments, no intermediate maps, or options of later blocks for a teacher
             that has none.
     """
-    with nullcontext() if is_own(spec.name) else torch.device("meta"):
+    try:
+        return _outline(spec, "cpu" if is_own(spec.name) else "meta")
+    except NeedsValuesError:
+        return _outline(spec, "cpu")
+
+
+def _outline(spec: TeacherSpec, device: str) -> TeacherOutline:
+    with torch.device(device):
         model = create_model(spec.name, spec.model_kwargs).eval()
     info = teacher_info(model, spec.name, spec.model_kwargs, "float32", sha256="")
     whole = whole_teacher(model, info, spec.depth, drop_prefix=spec.drop_prefix)

@@ -43,6 +43,20 @@ def test_list_says_why_when_a_model_cannot_be_a_teacher(monkeypatch):
     assert "test_nfnet" in [each.name for each in found.teachers]
 
 
+def test_list_builds_a_model_on_the_cpu_when_it_reads_values(monkeypatch):
+    import timm.models.resnet
+
+    give = timm.models.resnet.ResNet.forward_intermediates
+
+    def reading(self, images, **options):
+        assert images.sum().item() == 0.0
+        return give(self, images, **options)
+
+    monkeypatch.setattr(timm.models.resnet.ResNet, "forward_intermediates", reading)
+    (entry,) = list_teachers(TeacherListConfig(pattern="test_resnet")).teachers
+    assert (entry.grid, entry.channels) == ((5, 5), 96)
+
+
 def test_list_takes_a_part_of_names_and_refuses_what_matches_nothing():
     assert [each.name for each in list_teachers(TeacherListConfig(pattern="st_mamba")).teachers] == ["test_mambaout"]
     with pytest.raises(InputError, match=r"has no model that matches 'nothing_such'; give a part of a name"):
