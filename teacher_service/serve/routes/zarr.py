@@ -20,23 +20,17 @@ from teacher_service.serve.service import Service, StoreSnapshot
 from teacher_service.serve.zarr_files import ServedObject, find_object
 
 _PIECE = 4 << 20
-_HEADER = {"schema": {"type": "string"}}
+_HEADER, _BINARY = {"schema": {"type": "string"}}, {"schema": {"type": "string", "format": "binary"}}
 _OBJECT: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The object",
         "headers": {"ETag": _HEADER, "Accept-Ranges": _HEADER},
-        "content": {
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-            "application/json": {"schema": {}},
-        },
+        "content": {"application/octet-stream": _BINARY, "application/json": {"schema": {}}},
     },
     206: {
         "description": "The bytes asked for",
         "headers": {"ETag": _HEADER, "Content-Range": _HEADER},
-        "content": {
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-            "application/json": {"schema": {"type": "string", "format": "binary"}},
-        },
+        "content": {"application/octet-stream": _BINARY, "application/json": _BINARY},
     },
     304: {"description": "The client has these bytes", "headers": {"ETag": _HEADER}},
 }
