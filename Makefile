@@ -17,7 +17,7 @@ test: $(STAMP) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=30
 
 .PHONY: docs release-check
-# The documentation site, into build/site; warnings are errors.
+# The documentation site, into build/site; warnings are errors. Executes the notebooks (under two minutes).
 docs: $(STAMP)
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
