@@ -26,7 +26,7 @@ VIT: dict[str, Any] = {
     "global_pool": "avg", "class_token": False,
 }  # fmt: skip
 STUDENT = ("--student", "resnet10t", "--student-kwargs", '{"channels": [8, 12, 16, 24], "stem_width": 8}')
-STEPS, BATCH = 60, 50
+STEPS, BATCH = 100, 50
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
@@ -94,4 +94,4 @@ def test_few_labels_and_unlabelled_images_beat_the_few_labels_alone(
     alone = [top1("alone", seed, "none", LABELLED, "--keys-file", str(tmp_path / "few.txt")) for seed in (0, 1)]
 
     assert all(ours > theirs for ours, theirs in zip(both, alone, strict=True))
-    assert mean(both) > mean(alone) + 3  # measured: 95.6 and 88.9 %
+    assert mean(both) > mean(alone) + 3  # measured: 95.6 and 90.0 %
