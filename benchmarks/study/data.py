@@ -3,7 +3,7 @@
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,8 +93,3 @@ def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
     plain = tarfile.TarInfo(member.name)
     plain.size = member.size
     return plain
-
-
-def names(tars: Sequence[str]) -> list[str]:
-    """File names, for the record."""
-    return [Path(tar).name for tar in tars]

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,9 +119,3 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
-
-
-def seeds_done(question: dict[str, Any]) -> Sequence[int]:
-    """Seeds that every setting has."""
-    per_setting = [{run["seed"] for run in runs} for runs in question["settings"].values()]
-    return sorted(set.intersection(*per_setting)) if per_setting else []

@@ -39,7 +39,6 @@ class TeacherRecipe:
         lr: Peak learning rate of AdamW, one cycle.
         weight_decay: Of AdamW.
         label_smoothing: Of its cross entropy.
-        side: Width and height of images in pixels.
     """
 
     name: str = "study_hybrid_32"
@@ -50,7 +49,6 @@ class TeacherRecipe:
     lr: float = 2e-3
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
-    side: int = 32
 
 
 def train_teacher(
