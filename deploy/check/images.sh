@@ -98,5 +98,5 @@ build train
 "${run[@]}" localhost/scalekd-check:train --shm 256m --volume "$WORK/job:/data" -- train --run /data/run --store /data/store \
     --tars /data/images-0.tar /data/images-1.tar --student test_resnet --epochs 1 --batch-size 4 --workers 2 --device cpu 2>/dev/null
 [ -s "$WORK/job/run/last.pt" ] || fail "the run left no checkpoint"
-buildah rmi localhost/scalekd-check:client localhost/scalekd-check:serve localhost/scalekd-check:cache localhost/scalekd-check:train >/dev/null
+buildah rmi --force localhost/scalekd-check:client localhost/scalekd-check:serve localhost/scalekd-check:cache localhost/scalekd-check:train >/dev/null
 buildah rmi --prune >/dev/null 2>&1 || true

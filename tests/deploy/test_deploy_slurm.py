@@ -98,6 +98,7 @@ def _until(condition: Callable[[], bool], jobs: Jobs, what: str, seconds: float 
 def _start_now(job: str, jobs: Jobs) -> None:
     """Slurm holds a requeued job for two minutes; not here."""
     _until(lambda: _show(job, "JobState") in ("PENDING", "RUNNING", "COMPLETED"), jobs, f"{job} is queued again")
+    time.sleep(5)  # its node refuses a job that starts again before the end of the last one is recorded
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
 
 
