@@ -25,7 +25,7 @@ def require_pycocotools() -> None:
         InputError: Says what to install.
     """
     if find_spec("pycocotools") is None:
-        raise InputError("the detection recipe needs pycocotools; install with `pip install .[coco]`")
+        raise InputError("the detection recipe needs pycocotools; install with `pip install 'scalekd-cache[coco]'`")
 
 
 class CocoInstances(Dataset[tuple[Tensor, Target]]):

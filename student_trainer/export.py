@@ -124,7 +124,7 @@ def _pretrained_config(trained: LoadedStudent) -> dict[str, object]:
 def _require_onnx() -> None:
     absent = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
     if absent:
-        raise InputError(f"--onnx needs {', '.join(absent)}; install with `pip install .[onnx]`")
+        raise InputError(f"--onnx needs {', '.join(absent)}; install with `pip install 'scalekd-cache[onnx]'`")
 
 
 def _export_onnx(model: nn.Module, name: str, input_size: tuple[int, int], path: Path) -> None:

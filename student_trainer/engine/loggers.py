@@ -142,7 +142,7 @@ def require_loggers(config: TrainConfig) -> None:
         (config.mlflow is not None, "mlflow"),
     ):
         if asked and find_spec(package) is None:
-            raise InputError(f"--{package} needs {package}; install with `pip install .[{package}]`")
+            raise InputError(f"--{package} needs {package}; install with `pip install 'scalekd-cache[{package}]'`")
 
 
 def make_loggers(config: TrainConfig, first_step: int) -> list[Logger]:

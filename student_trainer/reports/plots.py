@@ -21,7 +21,7 @@ _TEXT = "#010203"  # stands for the page's text colour, see _to_svg
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed (``pip install .[report]``)."""
+    """Whether matplotlib is installed (``pip install 'scalekd-cache[report]'``)."""
     return find_spec("matplotlib") is not None
 
 

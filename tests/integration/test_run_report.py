@@ -57,7 +57,7 @@ def test_report_has_no_plots_but_all_numbers_when_matplotlib_is_absent(run, monk
         (tmp_path / name).write_text((run.run / name).read_text())
     monkeypatch.setattr("student_trainer.reports.plots.find_spec", lambda name: None)
     page = write_run_report(tmp_path).read_text()
-    assert "pip install .[report]" in page
+    assert "scalekd-cache[report]" in page
     assert "<svg" not in page
     assert "<td>last top-1</td>" in page
 

@@ -92,6 +92,6 @@ def test_page_says_what_to_install_when_matplotlib_is_absent(comparison, tmp_pat
     monkeypatch.setattr("student_trainer.reports.plots.find_spec", lambda name: None)
     write_comparison(tmp_path, comparison)
     page = (tmp_path / "report.html").read_text()
-    assert "pip install .[report]" in page
+    assert "scalekd-cache[report]" in page
     assert "<svg" not in page
     assert "<td>+1.33</td>" in page

@@ -175,7 +175,9 @@ def test_onnx_is_removed_when_it_gives_other_logits(run, tmp_path, monkeypatch):
 
 def test_export_says_what_to_install_when_onnx_is_absent(run, tmp_path, monkeypatch):
     monkeypatch.setattr("student_trainer.export.find_spec", lambda name: None if name == "onnxruntime" else object())
-    with pytest.raises(InputError, match=r"--onnx needs onnxruntime; install with `pip install .\[onnx\]`"):
+    with pytest.raises(
+        InputError, match=r"--onnx needs onnxruntime; install with `pip install 'scalekd-cache\[onnx\]'`"
+    ):
         export(ExportConfig(run=run[0], out=tmp_path / "out", onnx=True))
     assert not (tmp_path / "out").exists()
 

@@ -120,7 +120,9 @@ def test_mlflow_gets_config_and_numbers_and_the_same_run_when_resumed(config, tm
 )
 def test_run_is_refused_before_it_starts_when_a_logger_is_not_installed(config, monkeypatch, change, package):
     monkeypatch.setattr("student_trainer.engine.loggers.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=rf"--{package} needs {package}; install with `pip install .\[{package}\]`"):
+    with pytest.raises(
+        InputError, match=rf"--{package} needs {package}; install with `pip install 'scalekd-cache\[{package}\]'`"
+    ):
         require_loggers(replace(config, **change))
 
 
