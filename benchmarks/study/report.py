@@ -193,6 +193,8 @@ def _verdict(name: str, base: str, found: Difference) -> str:
     if found.low is None or found.high is None:
         return f"{name} - {base}: {size} with {found.pairs} seed; no interval."
     interval = f"{size} ({found.low:+.2f} to {found.high:+.2f}, {found.pairs} seeds)"
+    if found.pairs < len(CPU.seeds):
+        return f"{name} - {base}: {interval}: a first look."
     if found.low > 0:
         return f"{name} - {base}: {interval}: **better**."
     if found.high < 0:

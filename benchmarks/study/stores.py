@@ -89,7 +89,8 @@ class Workshop:
             }.items()
         }
         for store in found["stores"].values():
-            store["job"].pop("store")  # a path of this machine
+            for part in store.values():
+                part.pop("store", None)  # a path of this machine
         return {
             **found,
             "spectra": {name: _spectrum(self.folder / "stores" / name) for name in found["stores"] if name in _SPECTRA},
