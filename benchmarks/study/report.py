@@ -7,7 +7,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from benchmarks.study.figures import Point, accuracy_figure, difference_figure, spectrum_figure
-from benchmarks.study.questions import QUESTIONS, Question
+from benchmarks.study.questions import QUESTIONS, STORES, Question
 from benchmarks.study.results import Results, read_results, runs_of
 from benchmarks.study.stores import SPECTRUM_ROWS
 from benchmarks.study.tiers import CPU, GPU, STUDENTS
@@ -237,7 +237,8 @@ def _break_even(cpu: Results, stores: dict[str, Any]) -> str:
 
 
 def _spectra(cpu: Results, docs: Path) -> str:
-    energies: dict[str, Sequence[float]] = cpu.made.get("spectra", {})
+    found: dict[str, Sequence[float]] = cpu.made.get("spectra", {})
+    energies = {f"{STORES[store].teacher} teacher": values for store, values in found.items()}
     if not energies:
         return ""
     spectrum_figure(docs / FIGURES / "study-spectrum.svg", energies)
