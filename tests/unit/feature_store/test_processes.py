@@ -21,14 +21,16 @@ if __name__ == "__main__":
     workers = [context.Process(target=work, daemon=True) for _ in range(2)]
     for worker in workers:
         worker.start()
-    print(*(worker.pid for worker in workers), flush=True)
+    sys.stdout.write(" ".join(str(worker.pid) for worker in workers) + "\\n")  # in one piece, also if unbuffered
+    sys.stdout.flush()
     threading.Event().wait()
 """
 
 
 def work():
     become_worker()
-    print("working", flush=True)
+    sys.stdout.write("working\n")
+    sys.stdout.flush()
     time.sleep(600)
 
 
@@ -47,9 +49,9 @@ def test_worker_ends_when_its_parent_is_killed(tmp_path, method):
     script.write_text(_PARENT.format(folder=str(Path(__file__).parent), method=method))
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
         lines = [parent.stdout.readline() for _ in range(3)]
-        pids = [int(pid) for line in lines if line != "working\n" for pid in line.split()]
         parent.kill()
         parent.wait()
+        pids = [int(pid) for line in lines if line != "working\n" for pid in line.split()]
         deadline = time.monotonic() + 30
         while (alive := [pid for pid in pids if not ended(pid)]) and time.monotonic() < deadline:
             time.sleep(0.05)
