@@ -7,7 +7,7 @@ from feature_store.errors import InputError
 
 
 def import_object(name: str, option: str) -> Any:
-    """What a name of the form ``package.module:name`` stands for.
+    """Object of a name of the form ``package.module:name``.
 
     Importing runs the module: only names that the user gave on this command line are passed here, never a store's.
 

@@ -51,7 +51,7 @@ class TeacherSpec:
     """The teacher and where it is cut.
 
     Attributes:
-        name: timm model name, or package.module:build, a function of one's own that returns the teacher.
+        name: timm model name, or package.module:build, your own function that returns the teacher.
         model_kwargs: Extra arguments of timm.create_model, or of that function, as JSON.
         depth: Number of later blocks of a plain ViT; default its last quarter.
         drop_prefix: Let students run a plain ViT's later blocks on grid tokens alone, as the released EVA configs do.

@@ -20,7 +20,7 @@ _SAMPLES = 1000  # of the unit whose bytes are divided among its views
 
 @dataclass(frozen=True)
 class TeacherEntry:
-    """What a store of a teacher would hold, with default options.
+    """Content of a teacher's store with default options.
 
     Attributes:
         name: timm model name, or ``package.module:build``.

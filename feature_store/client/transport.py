@@ -167,7 +167,7 @@ class _Idle:
 
 
 def _wake_at(sock: socket.socket, least: int, before: int) -> int:
-    """Let a read wait for so many bytes or the end, unless it does (``before``); TLS takes bytes as they come."""
+    """Let a read wait for a number of bytes or the end, unless it does (``before``); TLS takes bytes as they come."""
     # Linux keeps it below what the receive buffer can hold.
     if least != before and sys.platform == "linux" and not isinstance(sock, ssl.SSLSocket):
         with suppress(OSError):  # not every emulation has it

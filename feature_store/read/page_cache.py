@@ -86,7 +86,7 @@ class PageCacheReader:
 
 
 def _begins(located: RowLocations, size: int, most: int) -> np.ndarray:
-    """First rows of runs: where one does not lie behind the one before, or so many did."""
+    """First rows of runs: where one does not lie behind the one before, or the longest run ends."""
     at = np.arange(len(located.paths))
     follows = np.diff(located.offsets, prepend=-1) == size + CRC_BYTES
     for row in np.flatnonzero(follows):

@@ -238,7 +238,7 @@ def _last_stage(
     number: int,
     **parts: Any,
 ) -> Cut:
-    """The cut of a family whose resolution falls: its last stage of so many blocks, from and to maps (C, H, W)."""
+    """The cut of a family whose resolution falls: its last stage of all its blocks, from and to maps (C, H, W)."""
     if depth is not None and depth != number:
         raise InputError(
             f"depth {depth} is not possible for {type(model).__name__}: its later blocks are stage 4 ({number} blocks)"

@@ -148,7 +148,7 @@ def load_teacher(
     """Build a teacher and load its weights.
 
     Args:
-        name: timm model name, with or without a pretrained tag; or ``package.module:build``, a function of one's own,
+        name: timm model name, with or without a pretrained tag; or ``package.module:build``, your own function,
             which is imported and called. Never a name that only a store says.
         checkpoint: Local weights, safetensors or torch (read with ``weights_only=True``); rules over pretrained.
         pretrained: Fetch timm's own weights for this name.

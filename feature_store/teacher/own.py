@@ -18,7 +18,7 @@ def is_own(name: str) -> bool:
 
 
 def require_named(name: str) -> None:
-    """Refuse to import code because a store names it: whoever wrote the store could have any function called.
+    """Refuse to import code because a store names it: its writer could have any function called.
 
     Args:
         name: The teacher's name in a store's manifest.

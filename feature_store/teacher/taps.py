@@ -98,7 +98,7 @@ def final_map(model: nn.Module, features: Any, last_BCHW: Tensor) -> Tensor:
 
     Args:
         model: Gives the layout of its maps, ``output_fmt``.
-        features: What ``forward_features`` gives.
+        features: Result of ``forward_features``.
         last_BCHW: The last block's or stage's own output: the result where features are neither tokens nor a map of
             its grid.
     """

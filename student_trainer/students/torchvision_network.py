@@ -1,4 +1,6 @@
-"""Networks of torchvision with timm's interface; stages are found by a forward pass.
+"""Networks of torchvision with timm's interface.
+
+Stages are found by a forward pass.
 
 Shape legend: B batch, C channels, H W grid, K classes.
 """

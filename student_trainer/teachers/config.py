@@ -107,7 +107,7 @@ class LiveOptions:
     """The live teacher; only for ``--source live``.
 
     Attributes:
-        name: timm model name, or package.module:build, a function of one's own that returns the teacher; default the
+        name: timm model name, or package.module:build, your own function that returns the teacher; default the
             store's teacher, unless that is one of your own.
         checkpoint: Its weights (safetensors or torch file); default timm's pretrained weights.
         pretrained: Without a checkpoint: fetch timm's weights for this name. Off: random weights, for tests.

@@ -30,7 +30,7 @@ def print_forecast(forecast: "Forecast", console: Console) -> None:
 
 
 def teacher_lines(found: "TeacherList") -> list[str]:
-    """A plain table of teachers, one a line, whatever the terminal's width."""
+    """A plain table of teachers, one a line, at any width of the terminal."""
     rows = [("teacher", "input", "tokens", "channels", "blocks", "classes", "bytes a view", "later blocks")]
     for each in found.teachers:
         size, grid = ("x".join(map(str, pair)) for pair in (each.input_size, each.grid))

@@ -61,7 +61,7 @@ def test_attention_transfer_is_summed_in_float32_when_maps_are_half_precision():
 def test_attention_transfer_needs_the_final_map_alone():
     small = maps_batch(torch.randn(1, 2, 2, 2), torch.randn(1, 4, 2), (2, 2))
     method = small.build("attention_transfer")
-    assert tuple(method.needs) == (("stage4",), False, False, False)
+    assert tuple(method.needs) == (("stage4",), False, False, False, False)
     assert small.terms(method).weights == {"task": 1.0, "attention": 1000.0}
     assert method.config.p == 2
     assert [*method.parameters()] == []

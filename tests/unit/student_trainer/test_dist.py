@@ -76,7 +76,7 @@ def test_dist_has_the_released_weights_when_left_alone():
     method = small.build("dist")
     assert small.terms(method).weights == {"task": 1.0, "inter": 2.0, "intra": 2.0}
     assert method.config.tau == 1.0
-    assert tuple(method.needs) == ((), True, False, False)
+    assert tuple(method.needs) == ((), True, False, False, False)
 
 
 def test_dist_is_refused_when_the_teacher_has_no_classifier_or_other_classes():

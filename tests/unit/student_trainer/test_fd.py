@@ -82,7 +82,7 @@ def test_fd_stays_close_to_float32_when_maps_are_bfloat16_under_autocast():
 
 def test_fd_needs_the_final_map_alone_and_no_classifier():
     small = maps_batch(torch.zeros(2, 3, 2, 2), torch.zeros(2, 4, 3), (2, 2))
-    assert tuple(small.build("fd").needs) == (("stage4",), False, False, False)
+    assert tuple(small.build("fd").needs) == (("stage4",), False, False, False, False)
     assert small.terms(small.build("fd", alpha=0.3)).weights == {"task": 1.0, "fd": 0.3}
 
 

@@ -84,7 +84,7 @@ def test_kd_names_both_shapes_when_class_counts_differ():
 
 def test_kd_needs_logits_alone():
     small = logits_batch(torch.zeros(2, 3), torch.zeros(2, 3))
-    assert tuple(small.build("kd").needs) == ((), True, False, False)
+    assert tuple(small.build("kd").needs) == ((), True, False, False, False)
 
 
 def test_kd_is_refused_when_the_teacher_has_no_classifier():

@@ -67,7 +67,7 @@ def test_counts_of_configs_are_the_tables_when_the_page_gives_them():
     (unlisted,) = re.findall(r"The remaining advanced configs \(([^)]+)\) have no\s+preset", PAGE)
     kept, others = len(re.findall(r"^\| .* \| kept \|", PAGE, re.MULTILINE)), unlisted.count("`") // 2
     assert (kept, len(PRESETS) - kept + others, len(PRESETS) + others) == (6, 11, 17)
-    assert re.search(r"all 17 configs: the next one, `becc118`, deleted eleven\. The six\s+that are left", PAGE)
+    assert re.search(r"all 17 configs: the next one, `becc118`, deleted eleven\. The other\s+six are unchanged", PAGE)
     assert f"of the {len(PRESETS)} presets" in PAGE
 
 

@@ -81,7 +81,7 @@ def test_nkd_has_the_released_weights_when_left_alone():
     method = small.build("nkd")
     assert small.terms(method).weights == {"task": 1.0, "target": 1.0, "non_target": 1.5}
     assert method.config.temperature == 1.0
-    assert tuple(method.needs) == ((), True, True, False)
+    assert tuple(method.needs) == ((), True, True, False, False)
 
 
 def test_nkd_is_refused_when_the_teacher_has_no_classifier_or_other_classes():

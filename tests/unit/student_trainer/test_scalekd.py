@@ -309,10 +309,10 @@ def test_scalekd_builds_only_projectors_that_reach_a_term_when_weights_are_zero(
 @pytest.mark.parametrize(
     ("config", "needs"),
     [
-        ({}, (("stage4", "stage3_prefix"), True, False, True)),
-        ({"kd_alpha": None}, (("stage4", "stage3_prefix"), False, False, True)),
-        ({"tpp": False}, (("stage4",), True, False, False)),
-        ({"alpha_stage3": 0.0, "alpha_stage4": 0.0}, ((), True, False, False)),
+        ({}, (("stage4", "stage3_prefix"), True, False, True, False)),
+        ({"kd_alpha": None}, (("stage4", "stage3_prefix"), False, False, True, False)),
+        ({"tpp": False}, (("stage4",), True, False, False, False)),
+        ({"alpha_stage3": 0.0, "alpha_stage4": 0.0}, ((), True, False, False, False)),
     ],
 )
 def test_scalekd_needs_what_its_terms_read_when_parts_are_switched(batch, config, needs):
