@@ -38,6 +38,7 @@ class Remedy(StrEnum):
     ADD_TARS = "add-tars"
     ALLOW_PIPE = "allow-pipe"
     LABELS = "labels"
+    LIST_TEACHERS = "list-teachers"
 
 
 class UserError(Exception):

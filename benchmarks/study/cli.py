@@ -33,7 +33,7 @@ def run(
     results: Path | None = None,
     processes: int | None = None,
 ) -> None:
-    """Train what is missing, question by question and seed by seed; the same command goes on after an interruption.
+    """Train what is missing, question by question and seed by seed; the same command continues after an interruption.
 
     Args:
         data: Folder of webdataset tars of 32 px images, ``*train*.tar*`` and ``*val*.tar*``.

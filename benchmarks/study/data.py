@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.study.tiers import Tier
+from feature_store.backends.files import replacing
 from feature_store.errors import InputError
 from feature_store.inputs.tar import open_tars
 
@@ -77,8 +78,11 @@ def _few_keys(labels: Mapping[str, Mapping[str, int]], per_class: int) -> frozen
 
 def _copy_with_labels_of(source: str, copy: Path, keys: frozenset[str]) -> None:
     """Copy images, and labels of the chosen samples only; the json members, which hold labels too, are left out."""
-    partial = copy.with_suffix(".partial")
-    with tarfile.open(source) as tar, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as out:
+    with (
+        replacing(copy) as partial,
+        tarfile.open(source) as tar,
+        tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as out,
+    ):
         for member in tar:
             key, _, extension = Path(member.name).name.partition(".")
             if extension == "json" or (extension == "cls" and key not in keys):
@@ -86,7 +90,6 @@ def _copy_with_labels_of(source: str, copy: Path, keys: frozenset[str]) -> None:
             content = tar.extractfile(member)
             assert content is not None, member.name
             out.addfile(_plain(member), io.BytesIO(content.read()))
-    partial.replace(copy)
 
 
 def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -112,7 +112,7 @@ def _question(question: Question, cpu: Results, prediction: str, comment: str, d
 
 
 def _distances(found: dict[str, Any], settings: Iterable[str]) -> str:
-    """How near the projected maps of stage 4 came to F^t, by setting."""
+    """Distances of the projected maps of stage 4 to F^t, by setting."""
     rows = []
     for name in settings:
         runs = found["settings"].get(name, [])
@@ -178,7 +178,7 @@ def _accuracies(question: Question, found: dict[str, Any], points: Sequence[Poin
 
 
 def _verdicts(question: Question, found: dict[str, Any], points: Sequence[Point]) -> list[str]:
-    """What the intervals say, one sentence per comparison."""
+    """A sentence per comparison, from its interval."""
     pairs = [(question.baseline, point.name) for point in points if point.name != question.baseline]
     pairs += [*_ALSO.get(question.name, _PAIRS if question.name.startswith("methods") else ())]
     sentences = []

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.study.questions import Question
 from benchmarks.study.stores import Workshop
+from feature_store.backends.files import write_text
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.sweeps.comparison import Comparison, RunResult
 
@@ -19,7 +20,7 @@ RESULTS = Path(__file__).with_name("results")
 
 @dataclass(frozen=True)
 class Results:
-    """What is committed of one tier.
+    """Committed results of one tier.
 
     Attributes:
         questions: By name, see write_question; those without a run are missing.
@@ -38,7 +39,7 @@ def write_question(folder: Path, question: Question, comparison: Comparison) -> 
 
 
 def write_made(folder: Path, workshop: Workshop) -> None:
-    """Write what teachers and stores said of themselves, the tier's sizes and the machine."""
+    """Write the reports of teachers and stores, the tier's sizes and the machine."""
     tier, images = workshop.tier, workshop.images
     sizes = {
         "epochs": tier.epochs,
@@ -116,6 +117,4 @@ def _last_terms(folder: Path) -> dict[str, float]:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -12,6 +12,7 @@ from benchmarks.study.questions import STORES
 from benchmarks.study.teacher import train_teacher
 from benchmarks.study.tiers import Tier
 from feature_store import RowId, open_store
+from feature_store.backends.files import write_text
 from feature_store.tools.features import frequency_energy
 from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig, ComputeSpec, Inputs, StorageSpec, TeacherSpec, ViewSpec
@@ -51,7 +52,7 @@ class Workshop:
         planned = forecast(survey(config), config).to_dict()
         done = cache(config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps({"spec": asdict(STORES[name]), "plan": planned, "job": asdict(done)}, indent=1))
+        write_text(report, json.dumps({"spec": asdict(STORES[name]), "plan": planned, "job": asdict(done)}, indent=1))
         return path
 
     def _job(self, name: str, path: Path) -> CacheConfig:
@@ -78,7 +79,7 @@ class Workshop:
         )
 
     def reports(self) -> dict[str, Any]:
-        """What teachers and stores said of themselves, as far as they are made."""
+        """Reports of the teachers and stores that are made."""
         found = {
             kind: {
                 path.parent.name if kind == "teachers" else path.stem: json.loads(path.read_text()) for path in paths

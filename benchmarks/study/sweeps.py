@@ -36,7 +36,7 @@ def run_question(question: Question, seeds: Sequence[int], workshop: Workshop) -
 
 
 def finished_runs(question: Question, seeds: Sequence[int], workshop: Workshop) -> Comparison | None:
-    """What is finished of a question, also while it runs; None if it was never begun."""
+    """Finished runs of a question, also while it runs; None if it was never started."""
     path = _sweep(question, workshop)
     if not path.exists():
         return None

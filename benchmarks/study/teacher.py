@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.data.config import resolve_model_data_config
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from benchmarks.study import networks  # noqa: F401 - registers the network with timm
+from feature_store.backends.files import replacing, write_text
 from feature_store.inputs.tar import open_tars
 from feature_store.teacher.model import build_model, normalise
 from feature_store.views import decode_image
@@ -33,7 +35,7 @@ class TeacherRecipe:
     Attributes:
         name: timm name.
         model_kwargs: Extra arguments of ``timm.create_model``.
-        images: How many of the training images, in the order of the tars; None: all.
+        images: Number of training images, in the order of the tars; None: all.
         epochs: Passes over them, each image shifted and mirrored at random.
         batch_size: Images per step.
         lr: Peak learning rate of AdamW, one cycle.
@@ -54,10 +56,10 @@ class TeacherRecipe:
 def train_teacher(
     recipe: TeacherRecipe, tars: Sequence[str], val_tars: Sequence[str], folder: Path, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Train, or go on from the last whole epoch; a finished one is only reported.
+    """Train, or continue after the last whole epoch; a finished one is only reported.
 
     Args:
-        recipe: What to train.
+        recipe: The teacher and its training.
         tars: Training images.
         val_tars: Test images, looked at once, after the last epoch.
         folder: Gets ``teacher.safetensors``, ``teacher.json`` (the report) and ``state.pt`` while training.
@@ -92,7 +94,7 @@ def train_teacher(
         "train_images": len(images),
         "epoch_losses": fit.losses,
     }
-    report.write_text(json.dumps(said, indent=1))
+    write_text(report, json.dumps(said, indent=1))
     fit.state_file.unlink()
     return said
 
@@ -108,7 +110,7 @@ class _Fit:
         self._batches = len(images_BHWC) // recipe.batch_size
         self.epoch, self.wall_seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.losses: list[float] = []
-        self._optimizer = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.lr)
+        self._optimizer = torch.optim.AdamW(param_groups_weight_decay(model, recipe.weight_decay), lr=recipe.lr)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._optimizer, recipe.lr, total_steps=recipe.epochs * self._batches + 1, pct_start=0.2, div_factor=10
         )
@@ -159,9 +161,8 @@ class _Fit:
             "schedule": self._schedule.state_dict(),
             "counters": (self.epoch, self.wall_seconds, self.cpu_seconds, self.losses),
         }
-        partial = self.state_file.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.state_file)
+        with replacing(self.state_file) as partial:
+            torch.save(state, partial)
 
     def _load_state(self) -> None:
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
@@ -169,15 +170,6 @@ class _Fit:
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.epoch, self.wall_seconds, self.cpu_seconds, self.losses = state["counters"]
-
-
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """No weight decay on norms and biases."""
-    parameters = [*model.parameters()]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def _load(tars: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ class Tier:
     """Sizes of one tier.
 
     Attributes:
-        name: What it is called.
+        name: Its name on the command line.
         teachers: Recipes by name: ``strong``, and ``weak`` for the question of two teachers.
         train_tars: The first tars of the training set, whose images the students get.
         few_per_class: Labelled images of each class where labels are few.
@@ -41,7 +41,7 @@ class Tier:
         processes: Runs at a time.
         cache_batch: Images per forward pass of the teacher.
         policy: View policy.
-        policy_options: What differs from it; a crop of less than a third of 32 px shows little.
+        policy_options: Changes to it; a crop of less than a third of 32 px shows little.
         base: Other fields of every run.
         students: Changes of STUDENTS, for a rehearsal.
     """

@@ -67,9 +67,10 @@ def build_own(name: str, arguments: Mapping[str, Any]) -> nn.Module:
             f"--teacher {name}: its attribute pretrained_cfg lacks {', '.join(missing)}; set it to a dict of "
             "input_size (3, H, W), and mean and std per RGB channel on the 0..1 scale"
         )
-    if getattr(model, "num_classes", 0) and not callable(getattr(model, "forward_head", None)):
+    classes = getattr(model, "num_classes", 0)
+    if classes and not callable(getattr(model, "forward_head", None)):
         raise InputError(
-            f"--teacher {name} has num_classes {getattr(model, 'num_classes')} but no forward_head(features), which "  # noqa: B009 - of any class
-            "gives the logits; add it, or set num_classes to 0"
+            f"--teacher {name} has num_classes {classes} but no forward_head(features), which gives the logits; add "
+            "it, or set num_classes to 0"
         )
     return model

@@ -12,7 +12,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from feature_store.errors import InputError, one_line
+from feature_store.errors import InputError, Remedy, one_line
 from feature_store.format.manifest import SplitInfo
 
 BLOCK = "block"
@@ -134,7 +134,8 @@ def measure(model: nn.Module, size: Size) -> OutputShapes:
     if not callable(getattr(model, "forward_intermediates", None)):
         raise InputError(
             f"teacher {type(model).__name__} has no forward_intermediates, which gives the maps to store; choose "
-            "another model, see `teacher-service teachers`"
+            "another model",
+            remedy=Remedy.LIST_TEACHERS,
         )
     one = next(model.parameters(), torch.empty(0))
     image_BCHW = torch.zeros(1, 3, *size, dtype=one.dtype, device=one.device)
@@ -151,7 +152,8 @@ def measure(model: nn.Module, size: Size) -> OutputShapes:
         kind = NeedsValuesError if one.is_meta and "meta" in reason else InputError
         raise kind(
             f"teacher {type(model).__name__} gives no intermediate maps of {size[0]} x {size[1]} images: {reason}; "
-            "choose another model or size, see `teacher-service teachers`"
+            "choose another model or size",
+            remedy=Remedy.LIST_TEACHERS,
         ) from error
     prefix = features.shape[1] - final[0, 0].numel() if final is not maps[-1] and features.ndim == 3 else 0
     return OutputShapes(_shape(final), prefix, tuple(map(_shape, maps)))

@@ -15,6 +15,7 @@ COMMANDS = {
     Remedy.TOKEN: "give the token with --token-file or its variable",
     Remedy.ADD_TARS: "add it to --tars",
     Remedy.ALLOW_PIPE: "give --allow-pipe",
+    Remedy.LIST_TEACHERS: "`teacher-service teachers` lists them",
     Remedy.LABELS: "fields are named with --label-field, classes with --classes; samples without labels need --labels "
     "optional or --labels none",
 }

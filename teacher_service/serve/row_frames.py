@@ -123,7 +123,8 @@ class _RowStream:
         """Array and runs of each piece that the page cache may have."""
         for name, size in self._row_bytes.items():
             cached, step = self._cached[name], max(1, frames.CHUNK_BYTES // size)
-            for _, runs in groupby(range(len(cached)), lambda run: cached.rows(run).start // step):  # noqa: B023
+            pieces = [cached.rows(run).start // step for run in range(len(cached))]
+            for _, runs in groupby(range(len(cached)), pieces.__getitem__):
                 yield name, list(runs)
 
     def _take(self, name: str, runs: Sequence[int]) -> memoryview | None:
