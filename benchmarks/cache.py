@@ -1,14 +1,20 @@
-r"""How close the cache job comes to the bare teacher, and whether its memory and its plan hold.
+r"""Cache job over the bare teacher, with its memory and its plan.
 
     python -m benchmarks.cache --tars "images-{000..015}.tar" --out benchmarks/results/cache.json
     python -m benchmarks.cache --tars "images-{000..015}.tar" --device cuda --compute-dtype bfloat16 --batch-size 256 \
         --workers 16 --samples 8192 --teacher swin_large_patch4_window7_224
 
-Parts: ``resident`` (pixels in memory: pipeline over bare forward), ``jpeg`` (pipeline over the slower of bare forward
-and decoding alone, with the teacher and with a small one that makes decoding the bottleneck), ``views`` (eight views of
-one decode over eight passes), ``memory`` (RSS over 200 units), ``bounds`` (units in memory with a writer slowed to a
-tenth), ``plan`` (prediction over what a job took) and, on a GPU, ``gpu`` (dtype, compile, fraction of peak). Weights
-are random. What is compared takes turns within each repeat, so that a busy machine disturbs both; only ratios count.
+Parts:
+
+    resident: pixels in memory: pipeline over bare forward
+    jpeg: pipeline over the slower of bare forward and decoding alone
+    views: eight views of one decode over eight passes
+    memory: RSS over 200 units
+    bounds: units in memory with a writer slowed to a tenth
+    plan: prediction over the job's time
+    gpu: on a GPU: dtype, compile, fraction of peak
+
+Weights are random. Both sides take turns within each repeat, so that a busy machine disturbs both; only ratios count.
 """
 
 import json
@@ -49,7 +55,7 @@ MANY_VIEWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured.
+    """Options of the benchmark.
 
     Attributes:
         tars: Image tars, as ``teacher-service cache`` takes them.
@@ -118,7 +124,7 @@ class Bench:
         )
 
     def job(self, teacher: str, **options: Any) -> Job:
-        """The same, ready to run again and again: what it commits is forgotten."""
+        """The same, ready to run repeatedly: its commits are forgotten."""
         config = self.config(teacher, **options)
         job = prepare(survey(config), config)
         return replace(job, store=cast(Store, ForgetfulStore(job.store)))
@@ -160,7 +166,7 @@ class ResidentDataset:
 
 
 def tasks_of(job: Job, images: int, views: range = range(1)) -> list[Task]:
-    """Tasks of so many images at least, whole units; the tars again and again if need be."""
+    """Tasks of a least number of images, whole units; the tars repeatedly if needed."""
     tasks: list[Task] = []
     for unit in cycle(range(len(job.tars))):
         if images <= 0:
@@ -276,7 +282,7 @@ def views(bench: Bench) -> dict[str, Any]:
 
 
 def plan(bench: Bench) -> dict[str, Any]:
-    """What the plan says over what the job took."""
+    """Ratio of the plan's prediction to the job's time."""
     setting, found = bench.setting, []
     for _ in range(min(2, setting.repeats)):
         config = bench.config(setting.teacher)

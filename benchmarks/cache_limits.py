@@ -20,10 +20,10 @@ SLOWER = 10
 
 
 class ForgetfulStore:
-    """A store that lets the same units be written again and again.
+    """A store that lets the same units be written repeatedly.
 
     Attributes:
-        seconds: What each write took.
+        seconds: Time of each write.
         delay: Seconds to wait before each.
     """
 

@@ -49,7 +49,7 @@ LOGITS_CODECS = ("f16", "bf16", "top20", "top10", "top5")
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure.
+    """Options of the benchmark.
 
     Attributes:
         tars: Training images; the teacher is trained on all, the store holds the first.

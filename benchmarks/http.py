@@ -33,7 +33,7 @@ _WARM_BATCHES = 40  # connections grow their buffers with the first tens of MB, 
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure.
+    """Options of the benchmark.
 
     Attributes:
         folder: Where data goes; removed in the end. About 1.5 GB.
@@ -42,7 +42,7 @@ class Config:
         views: Views.
         samples: Samples per unit.
         rounds: Batches per contender and pattern.
-        parts: What to measure.
+        parts: Parts to measure.
         teacher: Live teacher, a timm name.
         clients: Clients of the live teacher at once.
         live_rounds: Forward passes' worth of views per measurement of the live teacher.

@@ -1,4 +1,4 @@
-"""Load on the live teacher, from a process of its own: clients in turn, or requests that come whatever becomes of them.
+"""Load on the live teacher, from a process of its own: clients in turn, or requests at a fixed rate.
 
     python -m benchmarks.http_load URL together CLIENTS EACH
     python -m benchmarks.http_load URL offer RATE SECONDS
@@ -47,7 +47,7 @@ def together(url: str, clients: int, each: int) -> dict[str, Any]:
 
 
 def offer(url: str, rate: float, seconds: float) -> dict[str, Any]:
-    """Requests of one view each that come so many a second: their answers, and good ones per second.
+    """Requests of one view each at a fixed rate: their answers, and good ones per second.
 
     Good answers come by whole batches, so they are counted until the last one within the time, and divided by its time.
     """

@@ -100,10 +100,10 @@ def nginx(root: Path) -> Iterator[Server | None]:
 
 
 class RawSocket:
-    """Client and server of the floor: the server sends so many bytes whenever it is asked, and does nothing else.
+    """Client and server of the floor: the server sends a number of bytes per request, and does nothing else.
 
     Args:
-        nbytes: How many.
+        nbytes: Number of bytes.
         file: Where it reads them from each time, anywhere; None sends what lies in memory.
     """
 

@@ -33,13 +33,13 @@ _GIGABYTES = BATCH * ROW_BYTES / 1e9
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure.
+    """Options of the benchmark.
 
     Attributes:
         folder: Where the store goes; removed in the end. 300 MB.
         before: The other checkout.
         out: JSON file to write; None prints only.
-        runs: Times that everything is started anew.
+        runs: Number of fresh starts of both sides.
         rounds: Batches per side, contender and pattern.
     """
 

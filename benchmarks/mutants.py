@@ -113,7 +113,7 @@ def generate(modules: Sequence[str]) -> Path:
 
 
 def mutmut(*arguments: str) -> str:
-    """What mutmut prints."""
+    """Output of mutmut."""
     command = [sys.executable, "-m", "mutmut", *arguments]
     return subprocess.run(
         command, cwd=_WORK, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -126,7 +126,7 @@ def mutants_of(meta: Path) -> list[str]:
 
 
 def trial(mutant: str, tests: Sequence[str], limit: float) -> int | None:
-    """Exit status of the tests with a mutant switched on (none: as written), in a fork; None after so many seconds."""
+    """Exit status of the tests with a mutant switched on (none: as written), forked; None after ``limit`` seconds."""
     process = os.fork()
     if not process:
         os.setsid()
@@ -157,7 +157,7 @@ def time_limit(tests: Sequence[str]) -> float:
 def measure(
     module: str, names: list[str], tests: Sequence[str], limit: float, draws: random.Random, sample: int
 ) -> dict[str, Any]:
-    """What the tests of a module notice of a sample of its mutants; the working directory is the generated copy."""
+    """Mutants of a sample that a module's tests notice; the working directory is the generated copy."""
     drawn = draws.sample(names, min(sample or len(names), len(names)))
     statuses = {name: trial(name, tests, limit) for name in drawn}
     survivors = [name for name, status in statuses.items() if status == 0]

@@ -76,7 +76,7 @@ def without_lowest_frequency(x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def dct_matrix(size: int, like: Tensor) -> Tensor:
-    """The orthonormal DCT-II of so many points."""
+    """The orthonormal DCT-II of a number of points."""
     n = torch.arange(size, dtype=torch.float64)
     matrix = math.sqrt(2 / size) * torch.cos(math.pi / size * (n[None] + 0.5) * n[:, None])
     matrix[0] /= math.sqrt(2)

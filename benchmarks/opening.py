@@ -1,4 +1,4 @@
-"""How fast a large store opens and finds keys: commit records of 15,000 units x 10 views, 1.3 million sample keys.
+"""Opening a large store and finding keys: commit records of 15,000 units x 10 views, 1.3 million sample keys.
 
 The store is sparse: records, commit index and keys are real, features are not there.
 
@@ -31,7 +31,7 @@ BATCH = 1024
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure.
+    """Options of the benchmark.
 
     Attributes:
         folder: Where the store is made; removed in the end.
@@ -106,7 +106,7 @@ def measured(config: Config, what: str) -> dict[str, float]:
 
 
 def measure(folder: str, units: str, samples: str, what: str) -> dict[str, float]:
-    """What measured asks for."""
+    """Request of a measured process."""
     config = Config(Path(folder), int(units), int(samples))
     before = _peak_megabytes()
     started, cpu = time.perf_counter(), time.process_time()

@@ -21,8 +21,8 @@ class Section:
     Attributes:
         title: Its heading.
         file: The recorded result, a JSON file of RESULTS.
-        command: What measures it again.
-        text: What is compared, and where its limits are.
+        command: Command that measures it again.
+        text: The comparison and its limits.
         header: The table's columns.
         rows: Its rows, from the file's content.
         machine: Where it was measured, from the file's content.

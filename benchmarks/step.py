@@ -1,4 +1,4 @@
-r"""What a training step costs: from a store, from memory, with the teacher live; and the loss against a plain one.
+r"""Cost of a training step: from a store, from memory, with the teacher live; and the loss against a plain one.
 
     python -m benchmarks.step --out benchmarks/results/step.json
     python -m benchmarks.step --device cuda --amp bfloat16 --batch 128 --repeats 30 \
@@ -48,7 +48,7 @@ from teacher_service.config import CacheConfig, ComputeSpec, Inputs, TeacherSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured.
+    """Options of the benchmark.
 
     Attributes:
         teacher: timm model name.
@@ -208,7 +208,7 @@ def _parameters(module: torch.nn.Module) -> int:
 def loss_times(bench: Bench) -> dict[str, Any]:
     """Forward and backward of the loss alone, ours and official-style, on the same numbers; their difference too.
 
-    ``official_style_unfrozen`` also computes the frozen blocks' own gradients, which nobody uses.
+    ``official_style_unfrozen`` also computes the frozen blocks' own gradients, which are not used.
     """
     whole = bench.run("store")
     loss = whole.method
@@ -253,7 +253,7 @@ def loss_times(bench: Bench) -> dict[str, Any]:
 
 
 def loss_arguments(run: Run, batch: Batch) -> tuple[StudentOutput, DistillBatch]:
-    """What a step hands to the method."""
+    """Input of the method in a step."""
     seen: list[tuple[StudentOutput, DistillBatch]] = []
     handle = run.method.register_forward_pre_hook(lambda _, args: seen.append(args))
     run.terms(batch)

@@ -1,4 +1,4 @@
-"""How near the store comes to the hardware: reading, writing and growth, as ratios to raw system calls in one run.
+"""Reading, writing and growth of the store as ratios to raw system calls in one run.
 
     python -m benchmarks.store --folder /tmp/bench --out benchmarks/results/store.json [--peers]
 
@@ -37,7 +37,7 @@ Contenders = Mapping[str, Callable[[Sequence[RowId]], Any]]
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure.
+    """Options of the benchmark.
 
     Attributes:
         folder: Where data goes; removed in the end. About 3 GB.

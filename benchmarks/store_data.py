@@ -1,4 +1,4 @@
-"""What the store benchmark reads and writes: a store of Swin-L sized features, and copies of one unit by link."""
+"""Data of the store benchmark: a store of Swin-L sized features, and copies of one unit by link."""
 
 import os
 from dataclasses import replace

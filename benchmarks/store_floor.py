@@ -80,7 +80,7 @@ def write_raw(folder: Path, payloads: Sequence[np.ndarray], threads: int) -> Non
 
 
 def in_threads(threads: int, work: Callable[[], None]) -> None:
-    """Run work in so many threads, this one among them; the others wait from one call to the next."""
+    """Run work in a number of threads, this one among them; the others wait from one call to the next."""
     others = [_pool.submit(work) for _ in range(threads - 1)]
     work()
     for other in others:

@@ -31,7 +31,7 @@ from feature_store.processes import usable_cpus
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure.
+    """Options of the benchmark.
 
     Attributes:
         folder: Where tars are generated, in a folder that is removed in the end; None for the system's temporary one.
@@ -111,7 +111,7 @@ def opened(folder: Path, cache: Path) -> dict[str, float]:
 
 
 def measure(folder: str) -> dict[str, float]:
-    """What opened asks for."""
+    """Request of a measured process."""
     before = _peak_megabytes()
     started = time.perf_counter()
     open_tars([f"{folder}/*.tar"])

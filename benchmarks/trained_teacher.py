@@ -42,7 +42,7 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def train_teacher(kind: str, tars: Sequence[str], folder: Path, minutes: float) -> dict[str, Any]:
-    """Train for a given time with a one-cycle schedule over it, or go on from where an earlier call ended.
+    """Train for a given time with a one-cycle schedule over it, or continue where an earlier call ended.
 
     Saves ``<folder>/<kind>.safetensors`` and ``<kind>.json``, a report.
     """

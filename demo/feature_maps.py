@@ -30,7 +30,7 @@ class FeatureMaps:
     """Some views and their maps.
 
     Attributes:
-        names: What each shown view is called.
+        names: Name of each shown view.
         pixels: uint8 [R, H, W, 3].
         stage3: Colours of the stage-3 output, 0..1, [R, H, W, 3].
         stage4: Colours of the final map F^t, 0..1, [R, H, W, 3].

@@ -1,4 +1,4 @@
-"""What the numbers show, in sentences made from the numbers, pleasant or not."""
+"""Findings as sentences made from the numbers, pleasant or not."""
 
 from math import ceil, sqrt
 

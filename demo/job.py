@@ -95,7 +95,7 @@ def _empty(out: Path) -> None:
 
 @contextmanager
 def _step(console: Console, what: str) -> Iterator[None]:
-    """Say what begins, and how long it took."""
+    """Print the name of a part as it begins, and its time."""
     begun = time.perf_counter()
     console.print(f"[bold]{what}[/bold] ...")
     yield

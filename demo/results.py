@@ -1,4 +1,4 @@
-"""What a run of the demo found: everything the table, the report and results.json are made from."""
+"""Results of a run of the demo: everything the table, the report and results.json are made from."""
 
 import json
 from dataclasses import asdict, dataclass

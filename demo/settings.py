@@ -1,8 +1,8 @@
 """Every number the demo was set up with, in one place: the full run and its quick rehearsal.
 
-How they were chosen: the teacher among Swin and ViT shapes by accuracy per second (ViTs and finer final grids
-were far behind), the student's width so that it stays below the teacher with all labels (at channels 8, 16, 24, 32
-it came within a point), the steps so that everything fits in a few minutes on two cores. The loss weights are the
+The teacher was chosen among Swin and ViT shapes by accuracy per second; ViTs and finer final grids were far behind.
+The student is narrow enough to stay below the teacher with all labels; at channels 8, 16, 24, 32 it came within a
+point. The steps were chosen so that everything fits in a few minutes on two cores. The loss weights are the
 released ones: scaled by 49 / 4, for this teacher's 4 tokens instead of 49, they helped FD with few labels, hurt it with
 all, and hurt ScaleKD with both. Learning rate and batch size were set once for the plain student. The seeds are 0, 1, 2
 and were not chosen.
@@ -59,7 +59,7 @@ class StudentSettings:
     Attributes:
         name: timm model name.
         model_kwargs: Extra arguments of ``timm.create_model``.
-        steps: Optimizer steps, whatever the number of labels.
+        steps: Optimizer steps, for any number of labels.
         batch_size: Images per step.
         optim: Optimizer and schedule.
         scalekd: Weights of the distillation losses, of all methods.
@@ -88,7 +88,7 @@ class Settings:
         few_per_class: Labels per class in the few-labels setting.
         tar_samples: Samples per tar.
         views: Cached views per image.
-        view_options: What differs from VIEW_POLICY: digits must not be mirrored, and half the area stays in view.
+        view_options: Changes to VIEW_POLICY: digits must not be mirrored, and half the area stays in view.
         seed: Seed of the split, the views and the teacher.
         teacher: The teacher.
         student: The student.

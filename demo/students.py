@@ -51,11 +51,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class SettingResult:
-    """What a setting gave.
+    """Result of a setting.
 
     Attributes:
         labels: ``few`` or ``all``.
-        method: What the method is called.
+        method: Name of the method.
         images: Labelled images trained on.
         seeds: Seeds of weights and order.
         top1: Test accuracy after the last step per seed, in percent.

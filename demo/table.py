@@ -29,7 +29,7 @@ def _row(setting: SettingResult) -> tuple[str, ...]:
 
 
 def facts(results: Results) -> dict[str, str]:
-    """What stands below the table, by name."""
+    """Notes below the table, by name."""
     teacher, store, student = results.teacher, results.store, results.student
     return {
         "Teacher": f"{teacher.name}, {teacher.parameters:,} weights: {teacher.top1:.1f} % top-1 after "

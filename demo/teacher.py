@@ -32,7 +32,7 @@ _CLIP_GRAD = 5.0
 
 @dataclass(frozen=True)
 class TeacherReport:
-    """What training the teacher gave and took.
+    """Result and cost of the teacher's training.
 
     Attributes:
         checkpoint: Its weights, a safetensors file.

@@ -45,7 +45,7 @@ PUBLIC = {
 
 
 def help_text(program: str, command: str = "") -> str:
-    """What ``program command --help`` prints on a terminal of 100 columns."""
+    """Output of ``program command --help`` on a terminal of 100 columns."""
     output = io.StringIO()
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100"

@@ -35,7 +35,7 @@ def stale() -> list[str]:
 
 
 def problems() -> list[str]:
-    """What keeps the tree from being released; empty if nothing does."""
+    """Reasons against a release of the tree; empty if nothing does."""
     found = versions()
     wrong = [] if len(set(found.values())) == 1 else [f"versions differ: {found}; set all to the one to be released"]
     wrong += [f"{name} is not current; run its script in docs/" for name in stale()]

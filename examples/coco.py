@@ -19,10 +19,10 @@ Target = dict[str, Tensor]
 
 
 def require_pycocotools() -> None:
-    """Refuse to go on without pycocotools.
+    """Refuse to continue without pycocotools.
 
     Raises:
-        InputError: Says what to install.
+        InputError: It is not installed.
     """
     if find_spec("pycocotools") is None:
         raise InputError("the detection recipe needs pycocotools; install with `pip install 'scalekd-cache[coco]'`")

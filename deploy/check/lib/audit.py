@@ -39,7 +39,7 @@ ACCEPTED: dict[str, str] = {}
 
 
 def own_requirements(extra: str) -> list[Requirement]:
-    """What pyproject.toml asks for, with an extra and the extras that it names."""
+    """Requirements in pyproject.toml, with an extra and the extras that it names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = []
     for requirement in map(Requirement, [*project["dependencies"], *project["optional-dependencies"].get(extra, ())]):
@@ -69,7 +69,7 @@ def needed(requirements: Iterable[Requirement], found: dict[str, str], extras: I
 
 
 def licence(name: str) -> str:
-    """What a distribution says of its licence."""
+    """Licence that a distribution states."""
     if name in LICENCES:
         return LICENCES[name]
     about = distribution(name).metadata
@@ -92,7 +92,7 @@ def licences(versions: dict[str, str], out: Path) -> list[str]:
 
 
 def ask_advisories(tools: Path, requirements: Path, out: Path) -> list[dict[str, Any]]:
-    """What the advisory database of PyPI says of each distribution, as pip-audit writes it.
+    """Entries of PyPI's advisory database for each distribution, as pip-audit writes it.
 
     Raises:
         SystemExit: pip-audit failed.
@@ -116,7 +116,7 @@ def ask_advisories(tools: Path, requirements: Path, out: Path) -> list[dict[str,
 
 
 def vulnerabilities(rows: list[dict[str, Any]]) -> list[str]:
-    """What is known and not accepted."""
+    """Findings that are not accepted."""
     return [
         f"{row['name']} {row['version']}: {found['id']}, fixed in {', '.join(found['fix_versions']) or 'no release'}"
         for row in rows

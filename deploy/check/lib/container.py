@@ -38,7 +38,7 @@ def make_mount_points(root: Path, volumes: list[str]) -> None:
 
 
 def script(root: Path, config: dict[str, Any], options: argparse.Namespace) -> str:
-    """What a shell in new namespaces does: mounts, then the program."""
+    """Script of a shell in new namespaces: mounts, then the program."""
     user = config["User"] or "0:0"
     entrypoint = [options.entrypoint] if options.entrypoint else config["Entrypoint"]
     command = options.arguments or (config["Cmd"] if not options.entrypoint else [])
