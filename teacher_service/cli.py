@@ -13,7 +13,7 @@ from feature_store.inputs.options import SourceOptions
 from feature_store.tools.command_line import run, unit_progress
 from feature_store.tools.terminal import Console, say, say_json
 from teacher_service.config import CacheConfig, PlanConfig, TeacherListConfig
-from teacher_service.plan.report import print_forecast, summary_lines, teacher_lines
+from teacher_service.plan.report import print_forecast, summary_lines
 from teacher_service.serve.config import ServeConfig
 from teacher_service.serve.tokens import Scope, create_token
 from teacher_service.verify.config import VerifyConfig
@@ -45,7 +45,7 @@ def plan(config: tyro.conf.OmitArgPrefixes[PlanConfig]) -> None:
 @app.command
 def teachers(config: tyro.conf.OmitArgPrefixes[TeacherListConfig]) -> None:
     """List the teachers that this timm offers, with the sizes of their features; no weights are fetched."""
-    from teacher_service.teachers import list_teachers
+    from teacher_service.teachers import list_teachers, teacher_lines
 
     with unit_progress("building models", quiet=config.json) as progress:
         found = list_teachers(config, progress)

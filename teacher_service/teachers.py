@@ -81,6 +81,23 @@ def list_teachers(
     return found
 
 
+def teacher_lines(found: TeacherList) -> list[str]:
+    """A plain table of teachers, one a line, at any width of the terminal."""
+    rows = [("teacher", "input", "tokens", "channels", "blocks", "classes", "bytes a view", "later blocks")]
+    for each in found.teachers:
+        size, grid = ("x".join(map(str, pair)) for pair in (each.input_size, each.grid))
+        numbers = (str(each.channels), str(each.blocks), str(each.num_classes or "none"), f"{each.view_bytes:,}")
+        rows.append((each.name, size, grid, *numbers, each.later_blocks or "none: TPP is off"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *middle, last in rows:
+        cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells, last]))
+    if found.left_out:
+        lines.append(f"left out: {len(found.left_out)} that cannot be teachers; --json gives the reasons")
+    return lines
+
+
 def _names(pattern: str) -> list[str]:
     """Names of a pattern: an own teacher, a model with or without a tag, wildcards, or a part of names."""
     if is_own(pattern) or timm.is_model(pattern):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.data.config import resolve_model_data_config
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_weight_decay  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 from benchmarks.study import networks  # noqa: F401 - registers the network with timm

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from teacher_service.cache.job import CacheSummary
     from teacher_service.plan.forecast import Forecast
     from teacher_service.plan.timing import Timing
-    from teacher_service.teachers import TeacherList
 
 
 def print_forecast(forecast: "Forecast", console: Console) -> None:
@@ -27,23 +26,6 @@ def print_forecast(forecast: "Forecast", console: Console) -> None:
     else:
         console.print(f"timed with {forecast.timing.samples} samples on {forecast.timing.device}{_divided(forecast)}")
         console.print(written(forecast.timing, forecast.plan.remaining_bytes), soft_wrap=True)
-
-
-def teacher_lines(found: "TeacherList") -> list[str]:
-    """A plain table of teachers, one a line, at any width of the terminal."""
-    rows = [("teacher", "input", "tokens", "channels", "blocks", "classes", "bytes a view", "later blocks")]
-    for each in found.teachers:
-        size, grid = ("x".join(map(str, pair)) for pair in (each.input_size, each.grid))
-        numbers = (str(each.channels), str(each.blocks), str(each.num_classes or "none"), f"{each.view_bytes:,}")
-        rows.append((each.name, size, grid, *numbers, each.later_blocks or "none: TPP is off"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *middle, last in rows:
-        cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells, last]))
-    if found.left_out:
-        lines.append(f"left out: {len(found.left_out)} that cannot be teachers; --json gives the reasons")
-    return lines
 
 
 def print_notes(notes: "Sequence[str]", console: Console) -> None:
