@@ -48,8 +48,7 @@ gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.cache_gpu
 
 .PHONY: bench bench-report study study-gpu
-# The benchmarks that need neither other software nor images, and their page, into build/bench; half an hour on an idle
-# machine of two cores.
+# The benchmarks that need neither other software nor images, and their page, into build/bench; for an idle machine.
 bench: $(STAMP)
 	mkdir -p build/bench
 	for name in store http step tar_index preset_flops; do \
@@ -62,7 +61,7 @@ bench-report: $(STAMP)
 	$(BIN)/python -m benchmarks.performance
 	$(BIN)/python -m benchmarks.study report
 
-# The study (docs/results.md) on the CPU, or on one GPU in minutes; both resume. DATA: CIFAR-100 as webdataset tars.
+# The study (docs/results.md) on the CPU, or on one GPU; both resume. DATA: CIFAR-100 as webdataset tars.
 OUT ?= build/study
 study: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study run --data $(DATA) --out $(OUT)
