@@ -139,6 +139,23 @@ def _teacher_rows(found: dict[str, Any]) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def _contender_rows(found: dict[str, Any]) -> Iterator[Row]:
+    for name, one in found["contenders"].items():
+        yield (
+            name, f"{one['images_per_second']:.1f}", _two(one["seconds_over_store"]),
+            f"{one['peak_memory_bytes'] / 1e9:.2f} GB", f"{one['store_bytes_per_view'] / 1e3:.0f} kB",
+        )  # fmt: skip
+
+
+def _contender_machine(found: dict[str, Any]) -> str:
+    said = found["setting"]
+    left_out = "".join(f" Left out: {name} ({why})." for name, why in found["left_out"].items())
+    return (
+        f"{said['teacher']} to {said['student']}, batch {said['batch']}, float32, {said['device']}, "
+        f"{said['repeats']} repeats, torch {said['torch']}, timm {found['timm']}.{left_out}"
+    )
+
+
 def _preset_rows(found: dict[str, Any]) -> Iterator[Row]:
     for name, one in found.items():
         yield (
@@ -262,6 +279,13 @@ SECTIONS = (
         "One step of ScaleKD from a store, from memory and with a live teacher; and its loss against the same formulas "
         "written out plainly.",
         ("Comparison", "Numerator", "Denominator", "Ratio", "Ratio by FLOPs"), _step_rows, _step_machine,
+    ),
+    Section(
+        "A training step beside other programs", "peers.json", "python -m benchmarks.peers --released CHECKOUT",
+        "Whole steps, images decoded from JPEG by the same code: ScaleKD's released code, timm's distillation and "
+        "torchdistill, all of which run the teacher, beside this project with the teacher's features from a store and "
+        "live. Ratio: seconds of a step over those of this project's store-fed step of the same method.",
+        ("Program", "Images/s", "Ratio", "Peak memory", "Stored per view"), _contender_rows, _contender_machine,
     ),
     Section(
         "Steps with larger teachers", "step_teachers.json", "python -m benchmarks.step --teacher NAME",

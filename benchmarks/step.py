@@ -122,7 +122,12 @@ class Bench:
         )
         cache(job, Console(stderr=True, quiet=True))
 
-    def run(self, source: Literal["store", "live"], patchify: Literal["full", "separable"] = "full") -> Run:
+    def run(
+        self,
+        source: Literal["store", "live"],
+        patchify: Literal["full", "separable"] = "full",
+        method: str = "scalekd",
+    ) -> Run:
         """A run that reads the store, or asks the teacher, which computes in the dtype of the student's autocast."""
         setting = self.setting
         dtype = "float32" if setting.amp == "off" else setting.amp
@@ -132,6 +137,7 @@ class Bench:
             student=setting.student,
             tars=(str(self.tar),),
             teacher=live if source == "live" else StoreTeacher(self.store),
+            method=method,
             scalekd=ScaleKDConfig(patchify=patchify),
             batch_size=setting.batch,
             device=setting.device,
@@ -302,7 +308,12 @@ def peak_of_steps(
     run = bench.run(source, patchify)
     for rows in list(run.plan.sampler)[:2]:
         run.step([run.plan.dataset[rows]])
-    if bench.setting.device.startswith("cuda"):
+    return peak_memory(bench.setting.device)
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes that this process has held: torch's on a GPU, else its own."""
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()  # getrusage's figure would be the parent's, if that is larger
     return 1024 * int(status.split("VmHWM:")[1].split()[0])

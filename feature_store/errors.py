@@ -39,6 +39,7 @@ class Remedy(StrEnum):
     ALLOW_PIPE = "allow-pipe"
     LABELS = "labels"
     LIST_TEACHERS = "list-teachers"
+    NAME_TEACHER = "name-teacher"
 
 
 class UserError(Exception):

@@ -59,7 +59,7 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
         refusal: Message if another process holds it; None to wait for the other process.
 
     Raises:
-        ResourceError: Another process holds it, and there is a refusal.
+        ResourceError: Another process holds it, and there is a refusal; or neither place has locks.
     """
     while True:
         with _opened(path) as file:
@@ -68,8 +68,13 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
             except BlockingIOError as error:
                 raise ResourceError(refusal) from error
             except OSError as error:
-                if error.errno not in _UNSUPPORTED or path.is_relative_to(_machine_root()):
+                if error.errno not in _UNSUPPORTED:
                     raise
+                if path.is_relative_to(_machine_root()):
+                    raise ResourceError(
+                        f"neither the store's file system nor {tempfile.gettempdir()} has file locks "
+                        f"({error.strerror}); set TMPDIR to a folder on a local disk"
+                    ) from error
                 _warn(path.parent, error)
                 break
             if not _is_still(file.fileno(), path):

@@ -128,7 +128,7 @@ def whole_teacher(
     if not is_own(info.name) and find_family(model) is not None:
         cut = cut_model(model, depth, drop_prefix=drop_prefix)
     elif depth or drop_prefix:
-        raise InputError(f"{no_later_blocks(info.name)}; leave out --depth and --drop-prefix")
+        raise InputError(f"{no_later_blocks(info.name)}; leave out depth and drop_prefix")
     else:
         cut = None
     return WholeTeacher(model, cut, info.input_size)

@@ -16,6 +16,7 @@ COMMANDS = {
     Remedy.ADD_TARS: "add it to --tars",
     Remedy.ALLOW_PIPE: "give --allow-pipe",
     Remedy.LIST_TEACHERS: "`teacher-service teachers` lists them",
+    Remedy.NAME_TEACHER: "give it as --teacher (student-trainer: --teacher.name), if you trust it",
     Remedy.LABELS: "fields are named with --label-field, classes with --classes; samples without labels need --labels "
     "optional or --labels none",
 }

@@ -180,7 +180,7 @@ def test_cache_refuses_tars_it_cannot_use(
     ("options", "exit_code", "words"),
     [
         (["--teacher", "swin_tiny_patch4_window7_22"], 2, "did you mean swin_tiny_patch4_window7_224"),
-        (["--teacher", "resnet18", "--model-kwargs", "{}", "--depth", "1"], 2, "--depth"),
+        (["--teacher", "resnet18", "--model-kwargs", "{}", "--depth", "1"], 2, "leave out depth"),
         (["--teacher", "test_vit", "--model-kwargs", '{"no_such_argument": 1}'], 2, "no_such_argument"),
         (["--checkpoint", "nowhere.safetensors"], 2, "nowhere.safetensors is not a file"),
         (["--checkpoint", __file__], 2, "is no safetensors or torch file"),

@@ -135,7 +135,9 @@ def test_verify_imports_nothing_when_only_the_store_names_the_function(
 ) -> None:
     monkeypatch.setattr("feature_store.teacher.own.import_object", None)
     assert teacher_service(["verify", tar, "--store", str(store), "--device", "cpu", "--workers", "1"]) == 2
-    assert f"the store's teacher is {NAME}, which is code; give the option --teacher {NAME}" in capsys.readouterr().err
+    assert (
+        "which is code, and is imported only if you name it yourself; give it as --teacher" in capsys.readouterr().err
+    )
 
 
 def test_service_computes_with_it_when_it_is_named(store: Path) -> None:

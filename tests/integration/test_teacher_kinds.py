@@ -131,7 +131,7 @@ def test_store_without_later_blocks_is_described_and_served(tar: str, tmp_path: 
 
 def test_cache_refuses_options_of_later_blocks_when_the_teacher_has_none(tar: str, tmp_path: Path) -> None:
     for option in ({"depth": 2}, {"drop_prefix": True}):
-        with pytest.raises(InputError, match=r"test_resnet has no later blocks.*leave out --depth and --drop-prefix"):
+        with pytest.raises(InputError, match=r"test_resnet has no later blocks.*leave out depth and drop_prefix"):
             cached("resnet", tar, tmp_path, **option)
 
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import re
 import stat
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,8 @@ def test_other_processes_are_excluded_until_the_holder_is_killed_when_there_are_
 
 def test_lock_raises_when_the_temporary_folder_has_no_locks_either(tmp_path, temporary, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
-    with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)), exclusive(LocalObjects(tmp_path), "u00000", "-"):
+    message = rf"nor {re.escape(tempfile.gettempdir())} has file locks \({os.strerror(errno.ENOLCK)}\); set TMPDIR"
+    with pytest.raises(ResourceError, match=message), exclusive(LocalObjects(tmp_path), "u00000", "-"):
         pass
 
 

@@ -106,11 +106,11 @@ def test_own_teacher_takes_arguments_and_weights_from_a_file(own, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("no_such_module:build", {}, "--teacher no_such_module:build: No module named .*PYTHONPATH=FOLDER"),
-        ("own_cnn:bild", {}, "--teacher own_cnn:bild: module 'own_cnn' has no attribute 'bild'"),
-        ("own_cnn:NUMBER", {}, "--teacher own_cnn:NUMBER is 7, expected a function that returns the teacher"),
-        ("own_cnn:build", {"deep": 3}, "--teacher own_cnn:build cannot be called with {'deep': 3}: .*deep"),
-        ("own_cnn:broken", {}, "--teacher own_cnn:broken failed with {}: KeyError: 'gone'; call it in Python"),
+        ("no_such_module:build", {}, "^teacher no_such_module:build: No module named .*PYTHONPATH=FOLDER"),
+        ("own_cnn:bild", {}, "^teacher own_cnn:bild: module 'own_cnn' has no attribute 'bild'"),
+        ("own_cnn:NUMBER", {}, "^teacher own_cnn:NUMBER is 7, expected a function that returns the teacher"),
+        ("own_cnn:build", {"deep": 3}, "^teacher own_cnn:build cannot be called with {'deep': 3}: .*deep"),
+        ("own_cnn:broken", {}, "^teacher own_cnn:broken failed with {}: KeyError: 'gone'; call it in Python"),
         ("own_cnn:no_module", {}, "own_cnn:no_module gave a str, expected a torch module .*own-teacher.md"),
         ("own_cnn:without_config", {}, "its attribute pretrained_cfg lacks input_size, mean, std; set it to"),
         ("own_cnn:half_a_config", {}, "its attribute pretrained_cfg lacks mean, std"),
@@ -123,7 +123,7 @@ def test_own_teacher_is_refused_with_what_it_lacks(own, name, arguments, message
 
 
 def test_own_teacher_is_refused_options_of_later_blocks(own):
-    with pytest.raises(InputError, match=r"own_cnn:build has no later blocks.*leave out --depth and --drop-prefix"):
+    with pytest.raises(InputError, match=r"own_cnn:build has no later blocks.*leave out depth and drop_prefix"):
         load_teacher(f"{own}:build", depth=1)
 
 
@@ -136,5 +136,7 @@ def test_a_stores_own_teacher_is_never_imported_unasked():
     ):
         assert not is_own(name)
         require_named(name)
-    with pytest.raises(InputError, match=r"teacher is os:abort, which is code; give the option --teacher os:abort"):
+    with pytest.raises(
+        InputError, match=r"teacher is os:abort, which is code, and is imported only if you name it yourself"
+    ):
         require_named("os:abort")
