@@ -61,13 +61,16 @@ bench-report: $(STAMP)
 	$(BIN)/python -m benchmarks.performance
 	$(BIN)/python -m benchmarks.study report
 
-# The study (docs/results.md) on the CPU, or on one GPU; both resume. DATA: CIFAR-100 as webdataset tars.
+# The study (docs/results.md) on the CPU, or on one GPU for MINUTES; both resume. DATA: CIFAR-100 as webdataset tars.
 OUT ?= build/study
+MINUTES ?= 12
 study: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study run --data $(DATA) --out $(OUT)
 
 study-gpu: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study run --data $(DATA) --out $(OUT) --tier gpu
+	OMP_NUM_THREADS=1 timeout -s INT $(MINUTES)m $(BIN)/python -m benchmarks.study run --data $(DATA) --out $(OUT) \
+		--tier gpu || [ $$? = 124 ]
+	$(BIN)/python -m benchmarks.study collect --data $(DATA) --out $(OUT) --tier gpu
 	$(BIN)/python -m benchmarks.study report
 
 # Ten times the random requests made from the service's OpenAPI, and the notebooks' results.

@@ -257,9 +257,10 @@ def _gpu(gpu: Results) -> str:
     state = f"{len(gpu.questions)} questions have results" if gpu.questions else "**It was never run.**"
     return f"""## The gpu tier
 
-`make study-gpu DATA=cifar100` runs the same questions on one GPU: {len(sizes.seeds)} seeds, {sizes.epochs} epochs of
-the first {sizes.train_tars} tars, views {", ".join(map(str, sizes.view_counts))}, {sizes.processes} runs at a time,
-teachers of {sizes.teachers["strong"].epochs} epochs. {state} Its results go to `benchmarks/study/results/gpu`."""
+`make study-gpu DATA=cifar100 MINUTES=12` runs as many of the same questions as fit, in the order above, on one GPU, and
+continues when it is called again: {len(sizes.seeds)} seeds, {sizes.epochs} epochs of the first {sizes.train_tars} tars,
+views {", ".join(map(str, sizes.view_counts))}, {sizes.processes} runs at a time, teachers of
+{sizes.teachers["strong"].epochs} epochs. {state} Its results go to `benchmarks/study/results/gpu`."""
 
 
 def _difference(found: dict[str, Any], name: str, base: str) -> Difference | None:

@@ -87,8 +87,8 @@ CPU = Tier(
 GPU = Tier(
     name="gpu",
     teachers={
-        "strong": TeacherRecipe(epochs=40),
-        "weak": TeacherRecipe(images=25_000, epochs=20),
+        "strong": TeacherRecipe(epochs=20),
+        "weak": TeacherRecipe(images=25_000, epochs=10),
     },
     train_tars=2,
     few_per_class=20,
@@ -96,7 +96,7 @@ GPU = Tier(
     batch_size=128,
     views=8,
     view_counts=(1, 2, 4, 8, 16, 32),
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(0, 1, 2),
     processes=8,
     cache_batch=1024,
     base={"device": "cuda", "workers": 1, "amp": "bfloat16", "optim": {"lr": 2e-3, "warmup_epochs": 2}},
