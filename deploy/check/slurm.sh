@@ -1,34 +1,33 @@
 #!/usr/bin/env bash
 # The Slurm scripts on a real Slurm of one node, started here and ended with this script.
-# Needs root, two cores, and the development environment (make test, or PYTHON=).
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-if ! command -v slurmctld slurmd munged >/dev/null; then
-  apt-get install -y --no-install-recommends slurm-wlm slurmctld slurmd munge slurm-client
-fi
+# shellcheck source=deploy/check/lib/steps.sh
+. "$(dirname "$0")/lib/steps.sh"
+[ "$(id -u)" -eq 0 ] || skip "a Slurm of its own needs root"
+need slurmctld slurm-wlm slurmctld slurmd munge slurm-client
+"$PYTHON" -c 'import pytest' 2>/dev/null || skip "the development environment is missing; run make test first"
+cd "$ROOT"
 
-folder=$(mktemp -d)
-chmod 755 "$folder"
-export SLURM_CONF=$folder/slurm.conf
+chmod 755 "$WORK"
+export SLURM_CONF=$WORK/slurm.conf
 stop() {
   local pid
   for name in slurmd slurmctld munged; do
-    pid=$(cat "$folder/$name.pid" 2>/dev/null) || continue
+    pid=$(cat "$WORK/$name.pid" 2>/dev/null) || continue
     kill "$pid" || continue
     while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done # it writes its state
   done
-  rm -rf "$folder"
+  rm -rf "$WORK"
 }
 trap stop EXIT
 
-mkdir "$folder/munge" "$folder/state" "$folder/spool"
-chown munge: "$folder/munge"
-dd if=/dev/urandom of="$folder/munge/key" bs=1024 count=1 status=none
-chown munge: "$folder/munge/key"
-chmod 400 "$folder/munge/key"
-runuser -u munge -- munged --key-file="$folder/munge/key" --socket="$folder/munge/socket" --seed-file="$folder/munge/seed" \
-  --pid-file="$folder/munge/pid" --log-file="$folder/munge/log"
-ln -s munge/pid "$folder/munged.pid"
+mkdir "$WORK/munge" "$WORK/state" "$WORK/spool"
+chown munge: "$WORK/munge"
+dd if=/dev/urandom of="$WORK/munge/key" bs=1024 count=1 status=none
+chown munge: "$WORK/munge/key"
+chmod 400 "$WORK/munge/key"
+runuser -u munge -- munged --key-file="$WORK/munge/key" --socket="$WORK/munge/socket" --seed-file="$WORK/munge/seed" \
+  --pid-file="$WORK/munge/pid" --log-file="$WORK/munge/log"
+ln -s munge/pid "$WORK/munged.pid"
 
 host=$(hostname -s)
 cat >"$SLURM_CONF" <<END
@@ -37,7 +36,7 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge/socket
+AuthInfo=socket=$WORK/munge/socket
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -49,30 +48,23 @@ KillWait=15
 MinJobAge=600
 SlurmctldPort=17817
 SlurmdPort=17818
-StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
-SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
-SlurmctldLogFile=$folder/slurmctld.log
-SlurmdLogFile=$folder/slurmd.log
+StateSaveLocation=$WORK/state
+SlurmdSpoolDir=$WORK/spool
+SlurmctldPidFile=$WORK/slurmctld.pid
+SlurmdPidFile=$WORK/slurmd.pid
+SlurmctldLogFile=$WORK/slurmctld.log
+SlurmdLogFile=$WORK/slurmd.log
 NodeName=$host NodeAddr=127.0.0.1 CPUs=2
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4
 END
 slurmctld -f "$SLURM_CONF"
 slurmd -f "$SLURM_CONF"
-for _ in $(seq 30); do
-  [[ $(sinfo --noheader --format=%T) == idle ]] && break
-  sleep 1
-done
+node_is_idle() { [[ $(sinfo --noheader --format=%T) == idle ]]; }
+wait_for 30 node_is_idle
 sinfo
 
-if ! output=$(SCALEKD_TEST_SLURM=1 OMP_NUM_THREADS=1 "${PYTHON:-.venv/bin/python}" -m pytest -q -rs tests/deploy/test_deploy_slurm.py); then
-  echo "$output"
-  tail -n 30 "$folder/slurmctld.log" "$folder/slurmd.log" >&2
-  exit 1
+if ! SCALEKD_TEST_SLURM=1 OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -rs tests/deploy/test_deploy_slurm.py | tee "$WORK/log"; then
+  tail -n 30 "$WORK/slurmctld.log" "$WORK/slurmd.log" >&2
+  fail "the jobs, see above"
 fi
-echo "$output"
-if grep -q skipped <<<"$output"; then
-  echo "slurm: a test was skipped, see above" >&2
-  exit 1
-fi
+if grep -q skipped "$WORK/log"; then fail "tests were skipped, see above"; fi
