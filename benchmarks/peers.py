@@ -43,7 +43,7 @@ class Setting(StepSetting):
 
     Attributes:
         released: A checkout of ScaleKD's released code; None leaves it out. Its teacher is Swin-T and its student
-            ResNet-18, whatever the others are.
+            ResNet-18, also if other ones are asked for.
     """
 
     released: Path | None = None
@@ -81,12 +81,14 @@ def peer(make_loss: Callable[[Setting], tuple[Loss, nn.Module]]) -> Callable[[Be
 
 
 def timm_task(kind: type[LogitDistillationTask | FeatureDistillationTask]) -> Callable[[Setting], Any]:
-    """What ``timm``'s ``train.py --kd-distill-type logit`` or ``feature`` runs."""
+    """The steps that timm's ``train.py`` makes with ``--kd-distill-type logit`` or ``feature``."""
 
     def make(setting: Setting) -> tuple[Loss, nn.Module]:
         task = kind(_student(setting), _teacher(setting), criterion=nn.CrossEntropyLoss(), verbose=False)
         task.train()
-        return lambda images, labels: task(images, labels)["loss"], task.trainable_module
+        trained = task.trainable_module
+        assert isinstance(trained, nn.Module)
+        return lambda images, labels: task(images, labels)["loss"], trained
 
     return make
 

@@ -283,7 +283,7 @@ def _shared(slots: int, size: int) -> Tensor:
 
 
 def _context() -> ShieldedContext:
-    return shielded_forkserver(["teacher_service.cache.job"])
+    return shielded_forkserver([__name__])  # not the job, which imports timm: seconds, and memory in every worker
 
 
 def _as_is(batch: Any) -> Any:

@@ -88,6 +88,10 @@ def _wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def _pids(is_meant: Callable[[str, str], bool]) -> list[int]:
     """Processes of this machine whose command line and environment are those of a worker."""
     found = []
@@ -277,7 +281,8 @@ def test_cache_ends_soon_after_a_signal_when_a_unit_takes_longer(
     command[command.index("--workers") + 1] = "1"
     process = _start(*command)
     _wait_for((config.store / ".locks/lease-u00000").exists, process)
-    time.sleep(2)  # for the decode worker, which gets the signal too
+    _wait_for(lambda: any(_children(child) for child in _children(process.pid)), process)  # of the fork server
+    time.sleep(1)  # the decode worker is at work, and gets the signal too
 
     os.killpg(process.pid, number)  # as torchrun, Slurm and a closed terminal do
     _, errors = process.communicate(timeout=30)  # 8 s are given to the unit, then the process ends

@@ -117,7 +117,7 @@ def test_live_terms_are_the_stores_when_the_teacher_is_ones_own(store: Path, tar
 
     cached, live = terms("store"), terms("live", teacher=LiveOptions(name=NAME))
     assert cached == pytest.approx(live, rel=2e-2)  # the store's default codec is int8
-    with pytest.raises(InputError, match=f"the store's teacher is {NAME}, which is code; give the option --teacher"):
+    with pytest.raises(InputError, match=f"the store's teacher is {NAME}, which is code, and is imported only"):
         terms("live", teacher=LiveOptions(compute_dtype="float32"))
 
 

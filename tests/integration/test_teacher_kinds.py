@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from tiny_jobs import make_config
 from training_world import World, make_teacher, samples, train_config, write_tar
@@ -84,6 +85,8 @@ def terms(world: World, run: Path, source: str, **changes) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_teacher_of_any_kind_is_cached_verified_and_trained_from(kind: str, tar: str, tmp_path: Path) -> None:
+    if not timm.is_model(KINDS[kind][0]):
+        pytest.skip(f"this timm has no {KINDS[kind][0]}")
     world = cached(kind, tar, tmp_path)
     store = open_store(world.store)
     assert store.manifest.split.has_later_blocks == (kind in WITH_LATER_BLOCKS)

@@ -143,3 +143,10 @@ def test_loader_worker_ends_without_a_word_when_the_connection_to_its_parent_is_
     assert done.returncode == 1
     assert (error in done.stderr) == told
     assert told or not done.stderr
+
+
+@pytest.mark.parametrize("module", ["teacher_service.cache.decode", "student_trainer.data.loader"])
+def test_worker_processes_do_not_import_timm(module):
+    code = f"import sys, {module}; print('torch' in sys.modules, 'timm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
