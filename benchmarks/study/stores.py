@@ -13,6 +13,7 @@ from benchmarks.study.teacher import train_teacher
 from benchmarks.study.tiers import Tier
 from feature_store import RowId, open_store
 from feature_store.backends.files import write_text
+from feature_store.errors import ResourceError
 from feature_store.tools.features import frequency_energy
 from teacher_service.cache.job import cache
 from teacher_service.config import CacheConfig, ComputeSpec, Inputs, StorageSpec, TeacherSpec, ViewSpec
@@ -44,13 +45,19 @@ class Workshop:
         return folder / "teacher.safetensors"
 
     def store(self, name: str) -> Path:
-        """A store of STORES, cached or continued if it is not whole; its report lies beside it."""
+        """A store of STORES, cached or continued if it is not whole; its report lies beside it.
+
+        Raises:
+            ResourceError: The job was told to stop.
+        """
         path, report = self.folder / "stores" / name, self.folder / "stores" / f"{name}.json"
         if report.exists():
             return path
         config = self._job(name, path)
         planned = forecast(survey(config), config).to_dict()
         done = cache(config)
+        if done.units_left:  # told to stop
+            raise ResourceError(f"store {name} is not whole yet; run the same command again")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(report, json.dumps({"spec": asdict(STORES[name]), "plan": planned, "job": asdict(done)}, indent=1))
         return path

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from benchmarks.study.cli import main
 from benchmarks.study.questions import QUESTIONS
 from benchmarks.study.report import write_report
 from benchmarks.study.results import RESULTS
+from teacher_service.cache.job import cache
+from teacher_service.stopping import Stop
 
 DOCS = Path(__file__).parents[2] / "docs"
 CLASSES = 4
@@ -118,3 +121,16 @@ def test_committed_page_is_what_the_committed_results_give(tmp_path):
 def test_committed_performance_page_is_what_the_recorded_results_give(tmp_path):
     write_page(docs=tmp_path)
     assert (tmp_path / "performance.md").read_text() == (DOCS / "performance.md").read_text()
+
+
+def test_a_store_counts_as_made_only_when_its_job_was_not_stopped(study, monkeypatch, capsys):
+    arguments, report = [*_arguments(study)[:-3], "codec"], study / "out" / "tiny" / "stores" / "f32.json"
+    stop = Stop()
+    stop.set()
+    monkeypatch.setattr("benchmarks.study.stores.cache", partial(cache, stop=stop))
+    assert main(arguments) == 3
+    assert "store f32 is not whole yet; run the same command again" in capsys.readouterr().err
+    assert not report.exists()
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert report.exists()
