@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from benchmarks.peer_released import released_distiller
 from benchmarks.step import Bench, peak_memory
 from benchmarks.step import Setting as StepSetting
+from feature_store.store import open_store
 from feature_store.teacher.model import build_model
 
 Step = Callable[[int], object]
@@ -140,7 +141,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         bench = Bench(replace(setting), Path(folder))
         bench.write()
         found, missing = _take_turns(bench, setting)
-        stored = sum(path.stat().st_size for path in bench.store.rglob("*") if path.is_file())
+        row_bytes = open_store(bench.store).source().row_bytes()
     results = {}
     for name, (seconds, memory) in found.items():
         base = found[f"{name.split(',')[0]}, store"][0]
@@ -148,7 +149,7 @@ def measure(setting: Setting) -> dict[str, Any]:
             "images_per_second": round(setting.batch / statistics.median(seconds), 2),
             "seconds_over_store": round(statistics.median(a / b for a, b in zip(seconds, base, strict=True)), 3),
             "peak_memory_bytes": memory,
-            "store_bytes_per_view": round(stored / setting.samples) if name.endswith("store") else 0,
+            "store_bytes_per_view": row_bytes if name.endswith("store") else 0,
         }
     return {
         "setting": {**asdict(setting), "released": setting.released is not None, "torch": torch.__version__},
