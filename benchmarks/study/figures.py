@@ -23,6 +23,7 @@ class Point:
     """A setting in a figure.
 
     Attributes:
+        setting: Its name in the sweep.
         name: Its label.
         values: Top-1 of every seed, in percent.
         low: Lower end of the interval of the difference to the baseline; None without one.
@@ -30,6 +31,7 @@ class Point:
         difference: Mean difference to the baseline; None for the baseline itself.
     """
 
+    setting: str
     name: str
     values: tuple[float, ...]
     difference: float | None = None

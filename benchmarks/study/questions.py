@@ -1,7 +1,7 @@
 """Questions of the study as data: which settings are compared, on which stores."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.study.tiers import Tier
@@ -48,6 +48,7 @@ class Question:
         settings: Name to what it changes in the base run; ``store`` is a name of STORES, and ``checkpoint`` of a live
             teacher one of the tier's teachers. Settings of one name are the same runs in all questions of a student.
         prediction: Heading in predictions.md.
+        labels: How the page calls settings here; default by their names.
     """
 
     name: str
@@ -56,6 +57,11 @@ class Question:
     baseline: str
     settings: Callable[[Tier], Settings]
     prediction: str
+    labels: dict[str, str] = field(default_factory=dict)
+
+    def label(self, setting: str) -> str:
+        """How the page calls a setting."""
+        return self.labels.get(setting, setting)
 
 
 def _kd(views: int) -> dict[str, Any]:
@@ -142,17 +148,30 @@ _NONE, _PLAIN = "No distillation", "ScaleKD"
 
 QUESTIONS = (
     Question("methods-cnn", "Is none < KD < FD < ScaleKD, for a CNN?", "cnn", _NONE, _methods, "methods"),
-    Question("views", "How many cached views are enough?", "cnn", "ScaleKD, live", _views, "views"),
-    Question("codec", "Does the student notice the codec?", "cnn", "ScaleKD, f32", _codecs, "codec"),
+    Question(
+        "views", "How many cached views are enough?", "cnn", "ScaleKD, live", _views, "views",
+        {_PLAIN: "8 views", **{f"ScaleKD, {count} views": f"{count} views" for count in (2, 4, 16)},
+         "ScaleKD, 1 views": "1 view", "ScaleKD, live": "live, fresh views"},
+    ),
+    Question(
+        "codec", "Does the student notice the codec?", "cnn", "ScaleKD, f32", _codecs, "codec",
+        {_PLAIN: "int8", **{f"ScaleKD, {codec}": codec for codec in ("f32", "int6", "int4")}},
+    ),
     Question(
         "few-labels", "And with few labels and many images without?", "cnn", "Few labels alone", _few_labels,
         "few-labels",
     ),
     Question("ablation", "What does each part of ScaleKD add?", "cnn", _NONE, _ablation, "ablation"),
-    Question("projector", "Separable projectors instead of full ones?", "cnn", _PLAIN, _projector, "projector"),
+    Question(
+        "projector", "Separable projectors instead of full ones?", "cnn", _PLAIN, _projector, "projector",
+        {_PLAIN: "full", "ScaleKD, separable": "separable"},
+    ),
     Question("methods-mixer", "The same methods for an MLP-Mixer?", "mixer", _NONE, _methods, "students"),
     Question("methods-vit", "The same methods for a ViT?", "vit", _NONE, _methods, "students"),
     Question("teachers", "Better teacher, better student?", "cnn", _NONE, _teachers, "teachers"),
-    Question("beta", "How much does beta matter?", "cnn", _PLAIN, _beta, "beta"),
+    Question(
+        "beta", "How much does beta matter?", "cnn", _PLAIN, _beta, "beta",
+        {_PLAIN: "beta 0.57", **{f"ScaleKD, beta {beta}": f"beta {beta}" for beta in (0, 1)}},
+    ),
 )  # fmt: skip
 """In the order of running, the most valuable first."""

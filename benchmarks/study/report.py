@@ -83,7 +83,11 @@ def _status(tiers: dict[str, Results]) -> str:
         asked = question.settings(CPU)
         done = {name: len(runs_of(_of(tiers["cpu"], question), name)) for name in asked}
         gpu = "yes" if question.name in tiers["gpu"].questions else "never run"
-        missing = [f"{name} ({count} of {len(CPU.seeds)})" for name, count in done.items() if count < len(CPU.seeds)]
+        missing = [
+            f"{question.label(name)} ({count} of {len(CPU.seeds)})"
+            for name, count in done.items()
+            if count < len(CPU.seeds)
+        ]
         state = f"all, {len(CPU.seeds)} seeds" if not missing else "not run" if not any(done.values()) else "in part"
         lacking = "; ".join(missing) if state == "in part" else ""
         rows.append((question.asks, question.student, state, lacking, gpu))
@@ -102,7 +106,7 @@ def _question(question: Question, cpu: Results, prediction: str, comment: str, d
     if len(points) > 1:
         name = f"study-{question.name}.svg"
         if question.name in _DIFFERENCES:
-            difference_figure(docs / FIGURES / name, points, question.baseline)
+            difference_figure(docs / FIGURES / name, points, question.label(question.baseline))
         else:
             accuracy_figure(docs / FIGURES / name, points)
         parts.append(f"![{question.asks}]({FIGURES}/{name})")
@@ -149,6 +153,7 @@ def _points(question: Question, found: dict[str, Any], settings: Iterable[str]) 
             points.append(
                 Point(
                     name,
+                    question.label(name),
                     tuple(run.top1 for run in runs),
                     None if other is None else other.mean,
                     None if other is None else other.low,
@@ -161,7 +166,7 @@ def _points(question: Question, found: dict[str, Any], settings: Iterable[str]) 
 def _accuracies(question: Question, found: dict[str, Any], points: Sequence[Point]) -> str:
     rows = []
     for point in points:
-        paces = [run.seconds_per_step for run in runs_of(found, point.name) if run.seconds_per_step is not None]
+        paces = [run.seconds_per_step for run in runs_of(found, point.setting) if run.seconds_per_step is not None]
         spread = f" +- {stdev(point.values):.1f}" if len(point.values) > 1 else ""
         rows.append(
             (
@@ -173,18 +178,25 @@ def _accuracies(question: Question, found: dict[str, Any], points: Sequence[Poin
                 f"{1000 * min(paces):.0f}" if paces else "",
             )
         )
-    header = ("Setting", "Top-1 % +- sd", "Seeds", f"vs {question.baseline}", "95 % interval", "ms / step")
+    header = (
+        "Setting",
+        "Top-1 % +- sd",
+        "Seeds",
+        f"vs {question.label(question.baseline)}",
+        "95 % interval",
+        "ms / step",
+    )
     return _table(header, rows)
 
 
 def _verdicts(question: Question, found: dict[str, Any], points: Sequence[Point]) -> list[str]:
     """A sentence per comparison, from its interval."""
-    pairs = [(question.baseline, point.name) for point in points if point.name != question.baseline]
+    pairs = [(question.baseline, point.setting) for point in points if point.setting != question.baseline]
     pairs += [*_ALSO.get(question.name, _PAIRS if question.name.startswith("methods") else ())]
     sentences = []
     for base, name in pairs:
         if (difference := _difference(found, name, base)) is not None:
-            sentences.append(_verdict(name, base, difference))
+            sentences.append(_verdict(question.label(name), question.label(base), difference))
     return sentences
 
 
