@@ -48,7 +48,7 @@ class Question:
         settings: Name to what it changes in the base run; ``store`` is a name of STORES, and ``checkpoint`` of a live
             teacher one of the tier's teachers. Settings of one name are the same runs in all questions of a student.
         prediction: Heading in predictions.md.
-        labels: How the page calls settings here; default by their names.
+        labels: Names of settings on the page, where they differ from those of the sweep.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Question:
     labels: dict[str, str] = field(default_factory=dict)
 
     def label(self, setting: str) -> str:
-        """How the page calls a setting."""
+        """Name of a setting on the page."""
         return self.labels.get(setting, setting)
 
 
