@@ -9,9 +9,8 @@ __all__ = ["EarlyStages", "LaterBlocks", "split_teacher"]
 
 
 def __getattr__(name: str) -> Any:
-    if (
-        name in __all__
-    ):  # on first use, because timm takes seconds to import: processes that decode images need none of it
+    # On first use: processes that only decode images need no timm, which takes seconds to import.
+    if name in __all__:
         from feature_store.teacher import split
 
         return getattr(split, name)
