@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from timm.task import FeatureDistillationTask, LogitDistillationTask
 from torch import Tensor, nn
 
 from benchmarks.peer_released import released_distiller
-from benchmarks.step import Bench, peak_memory
+from benchmarks.step import Bench, peak_memory, ratio
 from benchmarks.step import Setting as StepSetting
 from feature_store.store import open_store
 from feature_store.teacher.model import build_model
@@ -73,7 +73,7 @@ def peer(make_loss: Callable[[Setting], tuple[Loss, nn.Module]]) -> Callable[[Be
         def step(i: int) -> None:
             batch = dataset[batches[i % len(batches)]]
             optimizer.zero_grad(set_to_none=True)
-            loss(normalise(batch.pixels), batch.labels).backward()
+            loss(normalise(batch.pixels.to(plan.device)), batch.labels.to(plan.device)).backward()
             optimizer.step()
 
         return step
@@ -138,19 +138,19 @@ CONTENDERS: dict[str, Callable[[Bench, Setting], Step]] = {
 def measure(setting: Setting) -> dict[str, Any]:
     """Images a second, memory and ratios of all contenders that can be imported."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(replace(setting), Path(folder))
+        bench = Bench(setting, Path(folder))
         bench.write()
-        found, missing = _take_turns(bench, setting)
+        seconds, memory, missing = _take_turns(bench, setting)
         row_bytes = open_store(bench.store).source().row_bytes()
-    results = {}
-    for name, (seconds, memory) in found.items():
-        base = found[f"{name.split(',')[0]}, store"][0]
-        results[name] = {
-            "images_per_second": round(setting.batch / statistics.median(seconds), 2),
-            "seconds_over_store": round(statistics.median(a / b for a, b in zip(seconds, base, strict=True)), 3),
-            "peak_memory_bytes": memory,
+    results = {
+        name: {
+            "images_per_second": round(setting.batch / statistics.median(taken), 2),
+            "seconds_over_store": round(ratio(seconds, name, f"{name.split(',')[0]}, store"), 3),
+            "peak_memory_bytes": memory[name],
             "store_bytes_per_view": row_bytes if name.endswith("store") else 0,
         }
+        for name, taken in seconds.items()
+    }
     return {
         "setting": {**asdict(setting), "released": setting.released is not None, "torch": torch.__version__},
         "timm": timm.__version__,
@@ -159,7 +159,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _take_turns(bench: Bench, setting: Setting) -> tuple[dict[str, tuple[list[float], int]], dict[str, str]]:
+def _take_turns(bench: Bench, setting: Setting) -> tuple[dict[str, list[float]], dict[str, int], dict[str, str]]:
     """Seconds of each contender's steps and its peak memory; and why the others are left out."""
     pools: dict[str, Pool] = {}
     missing: dict[str, str] = {}
@@ -180,7 +180,7 @@ def _take_turns(bench: Bench, setting: Setting) -> tuple[dict[str, tuple[list[fl
                 taken = pools[name].apply(_timed_step, (i,))
                 if i:
                     seconds[name].append(taken)
-        return {name: (seconds[name], pools[name].apply(peak_memory, (setting.device,))) for name in names}, missing
+        return seconds, {name: pools[name].apply(peak_memory, (setting.device,)) for name in names}, missing
     finally:
         for pool in pools.values():
             pool.terminate()
@@ -214,6 +214,8 @@ def _student(setting: Setting) -> nn.Module:
 
 def main() -> None:
     setting = tyro.cli(Setting, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    if setting.amp != "off":
+        sys.exit(f"--amp is {setting.amp}, expected off: all programs are compared in float32")
     result = json.dumps(measure(setting), indent=1, default=str)
     print(result)
     if setting.out is not None:
@@ -221,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
