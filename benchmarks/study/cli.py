@@ -20,7 +20,7 @@ from feature_store.errors import InputError, UserError
 app = tyro.extras.SubcommandApp()
 
 
-TierName = Literal["cpu", "gpu", "tiny"]
+TierName = Literal["cpu", "cpu-10k", "gpu", "tiny"]
 
 
 @app.command
@@ -40,7 +40,7 @@ def run(
         out: Folder of teachers, stores and runs.
         only: Names of the questions to run, in this order; default all, the most valuable first.
         seeds: Seeds instead of the tier's.
-        tier: Sizes: cpu (hours on two cores), gpu (one large GPU), tiny (a rehearsal).
+        tier: Sizes: cpu (3 hours on two cores), cpu-10k (12 hours), gpu (one large GPU), tiny (a rehearsal).
         results: Folder of the JSON files; default results/TIER beside this module.
         processes: Runs at a time instead of the tier's.
     """
@@ -73,7 +73,7 @@ def collect(data: Path, out: Path, tier: TierName = "cpu", results: Path | None 
 
 def _workshop(data: Path, out: Path, tier: str, processes: int | None = None) -> Workshop:
     sizes = replace(TIERS[tier], processes=processes or TIERS[tier].processes)
-    return Workshop(out / tier, sizes, prepare_images(data, out / tier / "images", sizes))
+    return Workshop(out, sizes, prepare_images(data, out / tier / "images", sizes))
 
 
 @app.command

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.study.tiers import Tier
+from benchmarks.study.tiers import TIERS, Tier
 
 Settings = dict[str, dict[str, Any]]
 
@@ -150,8 +150,8 @@ QUESTIONS = (
     Question("methods-cnn", "Is none < KD < FD < ScaleKD, for a CNN?", "cnn", _NONE, _methods, "methods"),
     Question(
         "views", "How many cached views are enough?", "cnn", "ScaleKD, live", _views, "views",
-        {_PLAIN: "8 views", **{f"ScaleKD, {count} views": f"{count} views" for count in (2, 4, 16)},
-         "ScaleKD, 1 views": "1 view", "ScaleKD, live": "live, fresh views"},
+        {**{f"ScaleKD, {count} views": f"{count} views" for tier in TIERS.values() for count in tier.view_counts},
+         _PLAIN: "8 views", "ScaleKD, 1 views": "1 view", "ScaleKD, live": "live, fresh views"},
     ),
     Question(
         "codec", "Does the student notice the codec?", "cnn", "ScaleKD, f32", _codecs, "codec",

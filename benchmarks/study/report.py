@@ -10,13 +10,14 @@ from benchmarks.study.figures import Point, accuracy_figure, difference_figure, 
 from benchmarks.study.questions import QUESTIONS, STORES, Question
 from benchmarks.study.results import Results, read_results, runs_of
 from benchmarks.study.stores import SPECTRUM_ROWS
-from benchmarks.study.tiers import CPU, GPU, STUDENTS
+from benchmarks.study.tiers import CPU, CPU_10K, GPU, STUDENTS, Tier
 from student_trainer.sweeps.comparison import Difference, paired_difference
 
 CONFIDENCE = 0.95
 FIGURES = "figures"
 POSITIONS = 16  # of the teacher's final map
 HERE = Path(__file__).parent
+_TIERS = (CPU, CPU_10K, GPU)
 _PAIRS = (("KD", "FD"), ("KD", "ScaleKD"), ("FD", "ScaleKD"))  # also compared with each other where methods are
 _ALSO = {
     "few-labels": tuple((f"Few labels, {a}", f"Few labels, {b}") for a, b in _PAIRS),
@@ -29,26 +30,36 @@ _DIFFERENCES = ("views", "codec", "beta", "projector")  # figures of differences
 def write_report(results: Path, docs: Path) -> None:
     """Write results.md and its figures into the folder of the documentation."""
     predictions, comments = (_sections(HERE / name) for name in ("predictions.md", "comments.md"))
-    tiers = {tier.name: read_results(results / tier.name) for tier in (CPU, GPU)}
-    cpu = tiers["cpu"]
-    parts = [_opening(cpu), _made(cpu), comments.get("answers", ""), _status(tiers)]
+    tiers = {tier.name: read_results(results / tier.name) for tier in _TIERS}
+    cpu = tiers[CPU.name]
+    parts = [_opening(tiers), _made(cpu), comments.get("answers", ""), _status(tiers)]
     for question in QUESTIONS:
-        parts.append(_question(question, cpu, predictions[question.prediction], comments.get(question.name, ""), docs))
-    parts += [_economics(cpu, predictions["economics"], comments.get("economics", "")), _spectra(cpu, docs)]
-    parts.append(_gpu(tiers["gpu"]))
+        parts.append(f"## {question.asks}\n\n{_quoted(predictions[question.prediction])}")
+        found = [
+            _question(question, tier, tiers[tier.name], predictions, comments, docs)
+            for tier in _TIERS
+            if question.name in tiers[tier.name].questions
+        ]
+        parts += found or ["Not run."]
+    parts += [_economics(tiers, predictions["economics"], comments.get("economics", "")), _spectra(cpu, docs)]
+    parts.append(_gpu(tiers[GPU.name]))
     text = "\n\n".join(part.strip() for part in parts if part.strip())
     (docs / "results.md").write_text(text + "\n")
 
 
-def _opening(cpu: Results) -> str:
-    tier = cpu.made.get("tier", {})
-    sizes = (
-        f"{tier['images']:,} of the training images, {tier['steps']:,} steps of {tier['batch_size']} "
-        f"({tier['epochs']} epochs), crops of {100 * tier['policy']['scale'][0]:.0f} to 100 % of the area and flips"
-        if tier
-        else "no run is committed yet"
-    )
+def _opening(tiers: dict[str, Results]) -> str:
+    sizes = "\n".join(f"- **{name}**: {_sizes(results)}" for name, results in tiers.items())
     return (HERE / "opening.md").read_text().replace("{sizes}", sizes)
+
+
+def _sizes(results: Results) -> str:
+    tier = results.made.get("tier", {})
+    if not tier:
+        return "never run."
+    return (
+        f"{tier['images']:,} of the training images, {tier['steps']:,} steps of {tier['batch_size']} "
+        f"({tier['epochs']} epochs), crops of {100 * tier['policy']['scale'][0]:.0f} to 100 % of the area and flips."
+    )
 
 
 def _made(cpu: Results) -> str:
@@ -80,39 +91,45 @@ def _made(cpu: Results) -> str:
 def _status(tiers: dict[str, Results]) -> str:
     rows = []
     for question in QUESTIONS:
-        asked = question.settings(CPU)
-        done = {name: len(runs_of(_of(tiers["cpu"], question), name)) for name in asked}
-        gpu = "yes" if question.name in tiers["gpu"].questions else "never run"
-        missing = [
-            f"{question.label(name)} ({count} of {len(CPU.seeds)})"
-            for name, count in done.items()
-            if count < len(CPU.seeds)
-        ]
-        state = f"all, {len(CPU.seeds)} seeds" if not missing else "not run" if not any(done.values()) else "in part"
-        lacking = "; ".join(missing) if state == "in part" else ""
-        rows.append((question.asks, question.student, state, lacking, gpu))
-    header = ("Question", "Student", "cpu tier", "Settings with seeds missing", "gpu tier")
-    return "\n\n".join(["## What has been run", _table(header, rows, left=5)])
+        states = (_state(question, tier, _of(tiers[tier.name], question)) for tier in _TIERS)
+        rows.append((question.asks, question.student, *states))
+    header = ("Question", "Student", *(f"{tier.name} tier" for tier in _TIERS))
+    return "\n\n".join(["## What has been run", _table(header, rows, left=len(header))])
 
 
-def _question(question: Question, cpu: Results, prediction: str, comment: str, docs: Path) -> str:
-    found = _of(cpu, question)
-    points = _points(question, found, question.settings(CPU))
-    parts = [f"## {question.asks}", _quoted(prediction)]
-    if not points:
-        return "\n\n".join([*parts, "Not run."])
+def _state(question: Question, tier: Tier, found: dict[str, Any]) -> str:
+    asked = question.settings(tier)
+    done = sum(len(runs_of(found, name)) for name in asked)
+    runs = len(asked) * len(tier.seeds)
+    return f"all, {len(tier.seeds)} seeds" if done == runs else f"{done} of {runs} runs" if done else "not run"
+
+
+def _question(
+    question: Question,
+    tier: Tier,
+    results: Results,
+    predictions: dict[str, str],
+    comments: dict[str, str],
+    docs: Path,
+) -> str:
+    """A question's tables, sentences, figure and comment in one tier; a heading where it is not the first tier."""
+    found, suffix = _of(results, question), "" if tier is CPU else f"-{tier.name}"
+    points = _points(question, found, question.settings(tier))
+    parts = [f"### The {tier.name} tier"] if suffix else []
+    if suffix and (prediction := predictions.get(question.prediction + suffix)):
+        parts.append(_quoted(prediction))
     parts.append(_accuracies(question, found, points))
     parts.append("\n".join(f"- {sentence}" for sentence in _verdicts(question, found, points)))
     if len(points) > 1:
-        name = f"study-{question.name}.svg"
+        name = f"study-{question.name}{suffix}.svg"
         if question.name in _DIFFERENCES:
             difference_figure(docs / FIGURES / name, points, question.label(question.baseline))
         else:
             accuracy_figure(docs / FIGURES / name, points)
         parts.append(f"![{question.asks}]({FIGURES}/{name})")
     if question.name == "ablation":
-        parts.append(_distances(found, question.settings(CPU)))
-    return "\n\n".join([*parts, comment])
+        parts.append(_distances(found, question.settings(tier)))
+    return "\n\n".join([*parts, comments.get(question.name + suffix, "")])
 
 
 def _distances(found: dict[str, Any], settings: Iterable[str]) -> str:
@@ -214,11 +231,18 @@ def _verdict(name: str, base: str, found: Difference) -> str:
     return f"{name} - {base}: {interval}: not told apart."
 
 
-def _economics(cpu: Results, prediction: str, comment: str) -> str:
-    stores = cpu.made.get("stores", {})
+def _economics(tiers: dict[str, Results], prediction: str, comment: str) -> str:
     parts = ["## What does the store cost and save?", _quoted(prediction)]
-    if not stores:
-        return "\n\n".join([*parts, "Not run."])
+    for tier in _TIERS:
+        results = tiers[tier.name]
+        if stores := results.made.get("stores", {}):
+            parts += [f"In the {tier.name} tier:", _stores(stores), _break_even(results, stores)]
+    if len(parts) == 2:
+        parts.append("Not run.")
+    return "\n\n".join([*parts, comment])
+
+
+def _stores(stores: dict[str, Any]) -> str:
     rows = [
         (
             name, f"{said['spec']['codec']}", f"{said['job']['images']:,}", f"{said['job']['bytes_written'] / 1e6:.0f}",
@@ -229,22 +253,21 @@ def _economics(cpu: Results, prediction: str, comment: str) -> str:
         for name, said in stores.items()
     ]  # fmt: skip
     header = ("Store", "Codec", "Views cached", "MB", "MB by plan", "Seconds in teacher", "Seconds of job", "by plan")
-    parts.append(_table(header, rows))
-    parts.append(_break_even(cpu, stores))
-    return "\n\n".join([*parts, comment])
+    return _table(header, rows)
 
 
-def _break_even(cpu: Results, stores: dict[str, Any]) -> str:
-    live = runs_of(cpu.questions.get("views", {"settings": {}}), "ScaleKD, live")
+def _break_even(results: Results, stores: dict[str, Any]) -> str:
+    live = runs_of(results.questions.get("views", {"settings": {}}), "ScaleKD, live")
     per_run = mean(run.teacher_seconds for run in live) if live else 0
     if not per_run or "int8" not in stores:
         return "Break-even: no live run is finished."
     job = stores["int8"]["job"]
-    share = job["teacher_seconds"] / job["images"] * cpu.made["tier"]["images"] * cpu.made["tier"]["views"]
+    share = job["teacher_seconds"] / job["images"] * results.made["tier"]["images"] * results.made["tier"]["views"]
     return (
-        f"A live run of {live[0].steps:,} steps spent {per_run:.0f} s in the teacher (mean of {len(live)}). Caching "
-        f"{cpu.made['tier']['views']} views of every image takes {share:.0f} s in the teacher, so the store has paid "
-        f"for itself after {share / per_run:.1f} students of one teacher. Both were timed on a busy machine."
+        f"A live run of {live[0].steps:,} steps spent {per_run:.0f} s in the teacher (mean of {len(live)}). "
+        f"Caching {results.made['tier']['views']} views of every image takes {share:.0f} s in the teacher, so the "
+        f"store has paid for itself after {share / per_run:.1f} students of one teacher. Both were timed on a busy "
+        "machine."
     )
 
 

@@ -39,7 +39,7 @@ def write_question(folder: Path, question: Question, comparison: Comparison) -> 
 
 
 def write_made(folder: Path, workshop: Workshop) -> None:
-    """Write the reports of teachers and stores, the tier's sizes and the machine."""
+    """Write the reports of teachers and stores, beside those of earlier runs, the tier's sizes and the machine."""
     tier, images = workshop.tier, workshop.images
     sizes = {
         "epochs": tier.epochs,
@@ -50,7 +50,11 @@ def write_made(folder: Path, workshop: Workshop) -> None:
         "views": tier.views,
         "policy": {"name": tier.policy, **tier.policy_options},
     }
-    _write(folder / "made.json", {"tier": sizes, "machine": machine(), **workshop.reports()})
+    before = read_results(folder).made
+    reports = {
+        kind: dict(sorted({**before.get(kind, {}), **made}.items())) for kind, made in workshop.reports().items()
+    }
+    _write(folder / "made.json", {"tier": sizes, "machine": machine(), **reports})
 
 
 def read_results(folder: Path) -> Results:

@@ -26,23 +26,27 @@ _SPECTRA = ("int8", "weak")  # one store of each teacher
 
 
 class Workshop:
-    """Makes teachers and stores in a folder, each once.
+    """Makes teachers and stores, each once.
 
     Attributes:
-        folder: Where everything of this tier lies.
+        folder: Where the stores and runs of this tier lie.
         tier: Sizes.
         images: The data.
     """
 
-    def __init__(self, folder: Path, tier: Tier, images: Images) -> None:
-        self.folder, self.tier, self.images = folder, tier, images
+    def __init__(self, out: Path, tier: Tier, images: Images) -> None:
+        self.folder, self.tier, self.images = out / tier.name, tier, images
+        self._teachers = out / "teachers"  # tiers of the same recipes share them
 
     def teacher(self, name: str) -> Path:
         """The teacher's checkpoint, trained if it is not there."""
-        folder = self.folder / "teachers" / name
+        folder = self._teacher_folder(name)
         recipe, device = self.tier.teachers[name], self.tier.base["device"]
         train_teacher(recipe, self.images.all_train, self.images.val, folder, device)
         return folder / "teacher.safetensors"
+
+    def _teacher_folder(self, name: str) -> Path:
+        return self._teachers / f"{name}-{self.tier.teachers[name].epochs}-epochs"
 
     def store(self, name: str) -> Path:
         """A store of STORES, cached or continued if it is not whole; its report lies beside it.
@@ -51,7 +55,7 @@ class Workshop:
             ResourceError: The job was told to stop.
         """
         path, report = self.folder / "stores" / name, self.folder / "stores" / f"{name}.json"
-        if report.exists():
+        if report.exists() and json.loads(report.read_text())["spec"] == asdict(STORES[name]):
             return path
         config = self._job(name, path)
         planned = forecast(survey(config), config).to_dict()
@@ -87,21 +91,15 @@ class Workshop:
 
     def reports(self) -> dict[str, Any]:
         """Reports of the teachers and stores that are made."""
-        found = {
-            kind: {
-                path.parent.name if kind == "teachers" else path.stem: json.loads(path.read_text()) for path in paths
-            }
-            for kind, paths in {
-                "teachers": sorted(self.folder.glob("teachers/*/teacher.json")),
-                "stores": sorted(self.folder.glob("stores/*.json")),
-            }.items()
-        }
-        for store in found["stores"].values():
+        teachers = {name: self._teacher_folder(name) / "teacher.json" for name in self.tier.teachers}
+        stores = {path.stem: json.loads(path.read_text()) for path in sorted(self.folder.glob("stores/*.json"))}
+        for store in stores.values():
             for part in store.values():
                 part.pop("store", None)  # a path of this machine
         return {
-            **found,
-            "spectra": {name: _spectrum(self.folder / "stores" / name) for name in found["stores"] if name in _SPECTRA},
+            "teachers": {name: json.loads(path.read_text()) for name, path in teachers.items() if path.exists()},
+            "stores": stores,
+            "spectra": {name: _spectrum(self.folder / "stores" / name) for name in stores if name in _SPECTRA},
         }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.study import networks  # noqa: F401 - registers the network with timm
 from feature_store.backends.files import replacing, write_text
+from feature_store.errors import InputError
 from feature_store.inputs.tar import open_tars
 from feature_store.teacher.model import build_model, normalise
 from feature_store.views import decode_image
@@ -67,10 +68,16 @@ def train_teacher(
 
     Returns:
         The report: recipe, top-1 in percent, seconds of wall and CPU, number of weights.
+
+    Raises:
+        InputError: The folder holds a teacher of another recipe.
     """
     report = folder / "teacher.json"
     if report.exists():
-        return json.loads(report.read_text())
+        said = json.loads(report.read_text())
+        if said["recipe"] != (asked := json.loads(json.dumps(asdict(recipe)))):
+            raise InputError(f"{folder} holds a teacher of {said['recipe']}, expected {asked}; remove it to train anew")
+        return said
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = build_model(recipe.name, recipe.model_kwargs).to(device)

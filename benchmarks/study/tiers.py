@@ -1,6 +1,6 @@
 """Tiers of the study: the same questions at the size of a machine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.study.teacher import TeacherRecipe
@@ -31,7 +31,7 @@ class Tier:
     Attributes:
         name: Its name on the command line.
         teachers: Recipes by name: ``strong``, and ``weak`` for the question of two teachers.
-        train_tars: The first tars of the training set, whose images the students get.
+        train_tars: The first tars of the training set, whose images the students get; CIFAR-100 has 5,000 in each.
         few_per_class: Labelled images of each class where labels are few.
         epochs: Of every run; it has epochs * images // batch_size steps.
         batch_size: Of every run.
@@ -83,6 +83,16 @@ CPU = Tier(
     processes=2,
     base={"device": "cpu", "workers": 0, "optim": {"lr": 2e-3, "warmup_epochs": 2}},
 )
+
+CPU_10K = replace(
+    CPU,
+    name="cpu-10k",
+    train_tars=2,
+    few_per_class=20,
+    epochs=32,
+    view_counts=(1, 2, 4, 8, 16, 32),
+)
+"""Twice the images, four times the steps; its teachers are those of CPU."""
 
 GPU = Tier(
     name="gpu",
@@ -136,4 +146,4 @@ TINY = Tier(
     },
 )
 
-TIERS = {tier.name: tier for tier in (CPU, GPU, TINY)}
+TIERS = {tier.name: tier for tier in (CPU, CPU_10K, GPU, TINY)}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,9 +14,11 @@ from tiny_jobs import encode_image, write_tar
 
 from benchmarks.performance import write_page
 from benchmarks.study.cli import main
-from benchmarks.study.questions import QUESTIONS
+from benchmarks.study.questions import QUESTIONS, STORES
 from benchmarks.study.report import write_report
 from benchmarks.study.results import RESULTS
+from benchmarks.study.teacher import TeacherRecipe, train_teacher
+from feature_store.errors import InputError
 from teacher_service.cache.job import cache
 from teacher_service.stopping import Stop
 
@@ -90,6 +93,26 @@ def test_collected_results_are_those_written_at_the_end_of_each_question(study, 
     assert main(["collect", "--data", data, "--out", out, "--tier", "tiny", "--results", str(tmp_path)]) == 0
     for written in (study / "results" / "cpu").glob("*.json"):
         assert (tmp_path / written.name).read_bytes() == written.read_bytes()
+
+
+def test_results_of_earlier_runs_stay_beside_new_ones(study, tmp_path):
+    made = {"stores": {"earlier": {"spec": {}}}, "teachers": {}, "spectra": {}}
+    (tmp_path / "made.json").write_text(json.dumps(made))
+    data, out = str(study / "data"), str(study / "out")
+    assert main(["collect", "--data", data, "--out", out, "--tier", "tiny", "--results", str(tmp_path)]) == 0
+    stores = json.loads((tmp_path / "made.json").read_text())["stores"]
+    assert {"earlier", "int8", "few"} <= set(stores)
+
+
+def test_teacher_of_another_recipe_is_refused(study):
+    with pytest.raises(InputError, match="holds a teacher of"):
+        train_teacher(TeacherRecipe(epochs=1), (), (), study / "out" / "teachers" / "strong-1-epochs")
+
+
+def test_store_of_another_codec_is_refused(study, monkeypatch, capsys):
+    monkeypatch.setitem(STORES, "few", replace(STORES["few"], codec="int6"))
+    assert main([*_arguments(study)[:-3], "few-labels"]) != 0
+    assert "codec" in capsys.readouterr().err
 
 
 def test_unlabelled_copies_keep_images_and_few_labels(study):
