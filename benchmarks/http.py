@@ -1,6 +1,6 @@
 """The HTTP service on loopback: rows beside a raw socket and other clients, training, the live teacher, overload.
 
-    python -m benchmarks.http --folder /tmp/bench --out benchmarks/results/http.json
+    python -m benchmarks.http --out benchmarks/results/http.json
 
 Contenders take turns and the order rotates, as in ``benchmarks.store``; ratios are medians within one run. The raw
 socket carries as many bytes from a server that does nothing but send them. nginx serves the same files to tensorstore
@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import resource
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from benchmarks.http_training import measure_training
 from benchmarks.store import BATCH, batches_of, random_batches, settings, take_turns
 from benchmarks.store_data import ROW_BYTES, make_store
 from feature_store import RowId, Store, connect
+from feature_store.format.addressing import row_ids
 
 _SLOW_BATCHES = 4
 _WARM_BATCHES = 40  # connections grow their buffers with the first tens of MB, and an idle machine takes a second
@@ -36,7 +37,8 @@ class Config:
     """Options of the benchmark.
 
     Attributes:
-        folder: Where data goes; removed in the end. About 1.5 GB.
+        folder: Where data is written, about 1.5 GB, in a folder that is removed in the end; default the system's
+            temporary one.
         out: JSON file to write; None prints only.
         units: Units of the store.
         views: Views.
@@ -48,7 +50,7 @@ class Config:
         live_rounds: Forward passes' worth of views per measurement of the live teacher.
     """
 
-    folder: Path
+    folder: Path | None = None
     out: Path | None = None
     units: int = 4
     views: int = 1
@@ -61,23 +63,20 @@ class Config:
 
 
 def main(config: Config) -> None:
-    shutil.rmtree(config.folder, ignore_errors=True)
-    config.folder.mkdir(parents=True)
     result: dict[str, Any] = {"settings": {**settings(config), "loopback": True, "tcp": _congestion_control()}}  # pyright: ignore[reportArgumentType]
-    try:
+    with tempfile.TemporaryDirectory(dir=config.folder, prefix="http-benchmark-") as name:
+        folder = Path(name)
         if {"rows", "peers"} & set(config.parts):
-            store = make_store(config.folder / "store", config.units, config.views, config.samples)
+            store = make_store(folder / "store", config.units, config.views, config.samples)
             with service(store.path) as server:
                 if "rows" in config.parts:
                     result["rows"] = measure_rows(store, server, config)
                 if "peers" in config.parts:
                     result["peers"] = measure_peers(store, server, config)
         if "training" in config.parts:
-            result["training"] = measure_training(config.folder / "training")
+            result["training"] = measure_training(folder / "training")
         if "live" in config.parts:
-            result["live"] = measure_live(config.folder / "live", config.teacher, config.clients, config.live_rounds)
-    finally:
-        shutil.rmtree(config.folder)
+            result["live"] = measure_live(folder / "live", config.teacher, config.clients, config.live_rounds)
     text = json.dumps(result, indent=1)
     print(text)
     if config.out is not None:
@@ -197,7 +196,7 @@ def zarr_reader(base: str, capacity: int) -> Callable[[Sequence[RowId]], Any]:
 
 def rows_of(store: Store) -> list[RowId]:
     places = [(unit, view) for view in range(store.manifest.num_views) for unit in store.committed.units]
-    return [row for place in places for row in store.source().unit_rows(*place)]
+    return [row for place in places for row in row_ids(store.source().unit_rows(*place))]
 
 
 if __name__ == "__main__":

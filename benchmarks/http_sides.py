@@ -1,6 +1,6 @@
 """Rows over HTTP by two checkouts in turns, each beside its own raw socket.
 
-    python -m benchmarks.http_sides --folder /tmp/bench --before ../other --out benchmarks/results/http_sides.json
+    python -m benchmarks.http_sides --before ../other --out benchmarks/results/http_sides.json
 
 Each side is a client process of its own checkout with that checkout's service. Sides take turns batch by batch and the
 order alternates, so that what else the machine does hurts both alike; ratios are medians within one run.
@@ -8,10 +8,10 @@ order alternates, so that what else the machine does hurts both alike; ratios ar
 
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,37 +36,36 @@ class Config:
     """Options of the benchmark.
 
     Attributes:
-        folder: Where the store goes; removed in the end. 300 MB.
         before: The other checkout.
+        folder: Where the store is written, 300 MB, in a folder that is removed in the end; default the system's
+            temporary one.
         out: JSON file to write; None prints only.
         runs: Number of fresh starts of both sides.
         rounds: Batches per side, contender and pattern.
     """
 
-    folder: Path
     before: Path
+    folder: Path | None = None
     out: Path | None = None
     runs: int = 3
     rounds: int = 48
 
 
 def main(config: Config) -> None:
-    shutil.rmtree(config.folder, ignore_errors=True)
-    try:
-        make_store(config.folder / "store", 2, 1, 1024)
-        runs = [measure(config, number) for number in range(config.runs)]
-    finally:
-        shutil.rmtree(config.folder)
+    with tempfile.TemporaryDirectory(dir=config.folder, prefix="http-sides-") as name:
+        store = Path(name, "store")
+        make_store(store, 2, 1, 1024)
+        runs = [measure(config, store, number) for number in range(config.runs)]
     text = json.dumps({"rows": 2048, "batch": BATCH, "cores": os.cpu_count(), "runs": runs}, indent=1)
     print(text)
     if config.out is not None:
         config.out.write_text(text + "\n")
 
 
-def measure(config: Config, number: int) -> dict[str, Any]:
+def measure(config: Config, store: Path, number: int) -> dict[str, Any]:
     """One run: rates, ratios and CPU of both sides by pattern."""
     load, sides = os.getloadavg()[0], {"before": config.before, "after": Path(__file__).parents[1]}
-    processes = {name: _start(config.folder / "store", checkout, config.rounds) for name, checkout in sides.items()}
+    processes = {name: _start(store, checkout, config.rounds) for name, checkout in sides.items()}
     found: dict[str, Any] = {"run": number + 1, "load": round(load, 2)}
     try:
         for pattern in _PATTERNS:

@@ -2,14 +2,14 @@
 
 The store is sparse: records, commit index and keys are real, features are not there.
 
-    python benchmarks/opening.py --folder /tmp/opening
+    python -m benchmarks.opening
 """
 
 import json
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class Config:
     """Options of the benchmark.
 
     Attributes:
-        folder: Where the store is made; removed in the end.
+        folder: Where the store is made, in a folder that is removed in the end; default the system's temporary one.
         units: Tars.
         samples: Samples per tar.
         views: Views.
@@ -42,7 +42,7 @@ class Config:
         repeats: Measurements of each kind.
     """
 
-    folder: Path
+    folder: Path | None = None
     units: int = 15_000
     samples: int = 88
     views: int = 10
@@ -52,13 +52,12 @@ class Config:
 
 def main(config: Config) -> None:
     """Make the store, measure in fresh processes, print JSON."""
-    try:
-        compact_seconds = make_store(config)
-        runs = [measured(config, "with_index") for _ in range(config.repeats)]
-        (config.folder / "commits/index").unlink()
-        without = measured(config, "without_index")
-    finally:
-        shutil.rmtree(config.folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=config.folder, prefix="opening-") as name:
+        path = Path(name, "store")
+        compact_seconds = make_store(config, path)
+        runs = [measured(config, path, "with_index") for _ in range(config.repeats)]
+        (path / "commits/index").unlink()
+        without = measured(config, path, "without_index")
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     result = {
         "units": config.units,
@@ -71,16 +70,16 @@ def main(config: Config) -> None:
     print(json.dumps(result, indent=2))
 
 
-def make_store(config: Config) -> float:
+def make_store(config: Config, store_path: Path) -> float:
     """Write records and keys; seconds the commit index took."""
     manifest = sparse_manifest(config)
-    store = Store.create(config.folder, manifest, {})
+    store = Store.create(store_path, manifest, {})
     spec, rng = store.layout.arrays["key"], np.random.default_rng(0)
-    (config.folder / "commits").mkdir()
-    (config.folder / spec.path / "c").mkdir()
+    (store_path / "commits").mkdir()
+    (store_path / spec.path / "c").mkdir()
     for unit, tar in enumerate(manifest.tars):
         chunk = encode_chunk(spec, encode_keys(keys_of(config, unit), manifest.key_width), manifest.capacity)
-        path = config.folder / spec.object_path(unit)
+        path = store_path / spec.object_path(unit)
         path.parent.mkdir()
         path.write_bytes(chunk.tobytes())
         for first in range(0, config.views, config.views_per_record):
@@ -92,15 +91,15 @@ def make_store(config: Config) -> float:
                 manifest.identity(), unit, first, views.stop - 1, tar.name, tar.header_sha256, tar.samples, {}, proofs,
                 manifest.software,
             )  # fmt: skip
-            (config.folder / record.path).write_bytes(encode_record(record))
+            (store_path / record.path).write_bytes(encode_record(record))
     started = time.perf_counter()
     store.write_commit_index()
     return time.perf_counter() - started
 
 
-def measured(config: Config, what: str) -> dict[str, float]:
+def measured(config: Config, path: Path, what: str) -> dict[str, float]:
     """Open the store in a fresh process, and with its index look keys up."""
-    arguments = [config.folder, config.units, config.samples, what]
+    arguments = [path, config.units, config.samples, what]
     command = [sys.executable, __file__, "measure", *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -56,6 +56,8 @@ def _section(section: Section, path: Path) -> str:
     ruler = ["---"] + ["---:"] * (len(section.header) - 1)
     rows = [section.header, tuple(ruler), *section.rows(found)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    if len(rows) == 2:
+        return "\n\n".join([*parts, "Not measured."])
     return "\n\n".join([*parts, table, f"{section.machine(found)} Recorded in `benchmarks/results/{section.file}`."])
 
 
@@ -270,8 +272,8 @@ SECTIONS = (
     ),
     Section(
         "Over HTTP", "http.json", "python -m benchmarks.http",
-        "Client and server share one machine, over loopback. These figures are from before rows were checked by the "
-        "service; runs of both are in `benchmarks/results/http_rooms.json`.",
+        "Client and server share one machine, over loopback. More runs of rows are in "
+        "`benchmarks/results/http_rows.json` and `http_sides.json`.",
         _RATES, _http_rows, _settings,
     ),
     Section(

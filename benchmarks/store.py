@@ -1,6 +1,6 @@
 """Reading, writing and growth of the store as ratios to raw system calls in one run.
 
-    python -m benchmarks.store --folder /tmp/bench --out benchmarks/results/store.json [--peers]
+    python -m benchmarks.store --out benchmarks/results/store.json [--peers]
 
 Contenders take turns batch by batch and the order rotates, so that a noisy neighbour hurts all of them alike; what is
 reported is the median. ``--peers`` adds every other store that is installed (tensorstore, zarr, webdataset, litdata,
@@ -13,6 +13,7 @@ import platform
 import resource
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ class Config:
     """Options of the benchmark.
 
     Attributes:
-        folder: Where data goes; removed in the end. About 3 GB.
+        folder: Where data is written, about 3 GB, in a folder that is removed in the end; default the system's
+            temporary one.
         out: JSON file to write; None prints only.
         units: Units of the store.
         views: Views.
@@ -50,7 +52,7 @@ class Config:
         peers: Whether other stores are measured too.
     """
 
-    folder: Path
+    folder: Path | None = None
     out: Path | None = None
     units: int = 7
     views: int = 2
@@ -61,20 +63,17 @@ class Config:
 
 
 def main(config: Config) -> None:
-    shutil.rmtree(config.folder, ignore_errors=True)
-    config.folder.mkdir(parents=True)
-    try:
-        store = make_store(config.folder / "store", config.units, config.views, config.samples)
+    with tempfile.TemporaryDirectory(dir=config.folder, prefix="store-benchmark-") as name:
+        folder = Path(name)
+        store = make_store(folder / "store", config.units, config.views, config.samples)
         result: dict[str, Any] = {"settings": settings(config), "reading": reading(store, config)}
-        result["writing"] = writing(config)
+        result["writing"] = writing(config, folder / "written")
         if config.peers:
             from benchmarks.store_peers import measure_peers
 
-            result["peers"] = measure_peers(store, config.folder, config.rounds)
-        shutil.rmtree(config.folder / "store")
-        result["growth"] = growth(config)
-    finally:
-        shutil.rmtree(config.folder)
+            result["peers"] = measure_peers(store, folder, config.rounds)
+        shutil.rmtree(folder / "store")
+        result["growth"] = growth(config, folder)
     text = json.dumps(result, indent=1)
     print(text)
     if config.out is not None:
@@ -143,7 +142,7 @@ def shard_shuffled(source: ZarrSource, places: Sequence[tuple[int, int]], togeth
     return rows
 
 
-def writing(config: Config, repeats: int = 9) -> dict[str, Any]:
+def writing(config: Config, target: Path, repeats: int = 9) -> dict[str, Any]:
     """One unit: its objects and its commit record, against its shards alone as raw files."""
     manifest = make_manifest(1, config.views, config.samples)
     data, spec = make_data(manifest, 0), StoreLayout(manifest).arrays["taps/stage4"]
@@ -152,7 +151,6 @@ def writing(config: Config, repeats: int = 9) -> dict[str, Any]:
         shard = ShardBuilder(spec, config.samples)
         rows = shard.add(np.arange(config.samples), values)
         payloads.append(np.concatenate([part.reshape(-1) for part in (*rows, shard.finish())]))
-    target = config.folder / "written"
 
     def clear() -> None:
         shutil.rmtree(target, ignore_errors=True)
@@ -162,7 +160,7 @@ def writing(config: Config, repeats: int = 9) -> dict[str, Any]:
 
     def prepare() -> None:
         clear()
-        stores[:] = [Store.create(config.folder / "written/store", manifest, {})]
+        stores[:] = [Store.create(target / "store", manifest, {})]
 
     stores: list[Store] = []
     rows = [RowId(0, at, view) for view in range(config.views) for at in range(config.samples)]
@@ -180,11 +178,9 @@ def writing(config: Config, repeats: int = 9) -> dict[str, Any]:
     return found
 
 
-def growth(config: Config, samples: int = 1024) -> dict[str, Any]:
+def growth(config: Config, folder: Path, samples: int = 1024) -> dict[str, Any]:
     """Random batches over ever more rows. All units are links to one, so that only the store's own part can grow."""
-    stores = {
-        rows: make_linked_store(config.folder / f"rows-{rows}", -(-rows // samples), samples) for rows in config.growth
-    }
+    stores = {rows: make_linked_store(folder / f"rows-{rows}", -(-rows // samples), samples) for rows in config.growth}
     sources = {rows: store.source() for rows, store in stores.items()}
     memory = next(iter(sources.values())).buffers(BATCH)
     rng = np.random.default_rng(0)
