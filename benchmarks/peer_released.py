@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+TEACHER, STUDENT = "swin_tiny_patch4_window7_224", "resnet18"  # timm names of its networks
 STUDENT_DIMS, TEACHER_DIMS = (256, 512), (384, 768)  # of stages 3 and 4
 HEADS, GRIDS = (3, 6), ((14, 14), (7, 7))  # of swin-s_distill_res50_img_s3_s4.py, whose teacher has the same widths
 

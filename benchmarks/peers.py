@@ -1,13 +1,16 @@
-"""A training step beside other programs for the same work: ScaleKD's released code, timm's distillation, torchdistill.
+"""A training step beside other programs for the same work: ScaleKD's released code, timm, torchdistill, LightlyTrain.
 
     python -m benchmarks.peers --released ScaleKD --out benchmarks/results/peers.json
+    python -m benchmarks.peers --teacher vit_small_patch14_dinov2 \
+        --teacher-kwargs '{"img_size": 224, "num_classes": 1000}' --out benchmarks/results/peers_dino.json
 
 Each contender is a process of its own. All get the same JPEGs, decoded and cut by the same code, and make whole steps:
 images, teacher or its features, student, loss, backward pass, AdamW. They take turns, so that a busy machine disturbs
 all alike; only their ratios mean anything.
 
 The released code (``--released``, a checkout of its repository) needs mmengine 0.10.7, mmcv-lite 2.0.1, model-index and
-opencv-python-headless. Contenders that cannot be imported are named in the result.
+opencv-python-headless; LightlyTrain was tried as lightly-train 0.18.0. Contenders that cannot be imported, or are not
+made for the networks that are asked for, are named in the result.
 """
 
 import json
@@ -28,7 +31,7 @@ import tyro
 from timm.task import FeatureDistillationTask, LogitDistillationTask
 from torch import Tensor, nn
 
-from benchmarks.peer_released import released_distiller
+from benchmarks import peer_lightly, peer_released
 from benchmarks.step import Bench, peak_memory, ratio
 from benchmarks.step import Setting as StepSetting
 from feature_store.store import open_store
@@ -43,8 +46,7 @@ class Setting(StepSetting):
     """Options of the benchmark.
 
     Attributes:
-        released: A checkout of ScaleKD's released code; None leaves it out. Its teacher is Swin-T and its student
-            ResNet-18, also if other ones are asked for.
+        released: A checkout of ScaleKD's released code; None leaves it out.
     """
 
     released: Path | None = None
@@ -118,8 +120,21 @@ def released(setting: Setting) -> tuple[Loss, nn.Module]:
     """The released distiller with all parts of ScaleKD and KD."""
     if setting.released is None:
         raise ImportError("no --released")
-    distiller, loss = released_distiller(setting.released)
+    _expect_networks(setting, peer_released.TEACHER, peer_released.STUDENT)
+    distiller, loss = peer_released.released_distiller(setting.released)
     return loss, distiller
+
+
+def lightly(setting: Setting) -> tuple[Loss, nn.Module]:
+    """LightlyTrain's method ``distillationv2``: maps of the teacher's last two blocks, of mixed images."""
+    _expect_networks(setting, peer_lightly.TEACHER, peer_lightly.STUDENT)
+    method, loss = peer_lightly.lightly_distiller(setting.batch)
+    return loss, method
+
+
+def _expect_networks(setting: Setting, teacher: str, student: str) -> None:
+    if (setting.teacher, setting.student) != (teacher, student):
+        raise ImportError(f"it is run with {teacher} and {student} only")
 
 
 CONTENDERS: dict[str, Callable[[Bench, Setting], Step]] = {
@@ -132,6 +147,7 @@ CONTENDERS: dict[str, Callable[[Bench, Setting], Step]] = {
     "KD, torchdistill": peer(torchdistill_kd),
     "FD, store": ours("fd", "store"),
     "FD, timm (pooled features)": peer(timm_task(FeatureDistillationTask)),
+    "FD, LightlyTrain": peer(lightly),
 }
 
 

@@ -11,6 +11,7 @@ import tyro
 RESULTS = Path(__file__).with_name("results")
 DOCS = Path(__file__).parents[1] / "docs"
 Row = tuple[str, ...]
+_PROGRAMS = ("Program", "Images/s", "Ratio", "Peak memory", "Stored per view")
 _RATES = ("Work", "This project", "Floor", "Rate", "Ratio to the floor")
 
 
@@ -287,7 +288,13 @@ SECTIONS = (
         "Whole steps, images decoded from JPEG by the same code: ScaleKD's released code, timm's distillation and "
         "torchdistill, all of which run the teacher, beside this project with the teacher's features from a store and "
         "live. Ratio: seconds of a step over those of this project's store-fed step of the same method.",
-        ("Program", "Images/s", "Ratio", "Peak memory", "Stored per view"), _contender_rows, _contender_machine,
+        _PROGRAMS, _contender_rows, _contender_machine,
+    ),
+    Section(
+        "The same with a DINOv2 teacher", "peers_dino.json",
+        "python -m benchmarks.peers --teacher vit_small_patch14_dinov2 --teacher-kwargs ...",
+        "With LightlyTrain, whose teachers are DINO models: its dense distillation of two blocks, of mixed images.",
+        _PROGRAMS, _contender_rows, _contender_machine,
     ),
     Section(
         "Steps with larger teachers", "step_teachers.json", "python -m benchmarks.step --teacher NAME",
