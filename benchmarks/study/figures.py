@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _TEXT, _BLUE, _GREY = "#444444", "#0072b2", "#8c8c8c"  # readable on light and dark pages
+_SERIES = (_BLUE, "#e69f00", "#009e73")
 _STYLE: dict[str, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "font.size": 9.0, "legend.frameon": False,
     "svg.fonttype": "none", "text.color": _TEXT, "axes.labelcolor": _TEXT, "xtick.color": _TEXT, "ytick.color": _TEXT,
@@ -66,10 +67,23 @@ def difference_figure(path: Path, points: Sequence[Point], baseline: str) -> Non
         axes.grid(visible=True, axis="y", alpha=0.3)
 
 
+def cosine_figure(path: Path, settings: Sequence[str], cosines: dict[str, Sequence[float | None]]) -> None:
+    """Mean cosine of projected and teacher's maps, a row per setting and a colour per view path; None: not trained."""
+    with _figure(path, height=0.8 + 0.34 * len(settings)) as axes:
+        for (name, values), colour in zip(cosines.items(), _SERIES, strict=False):
+            known = [(value, row) for row, value in enumerate(values) if value is not None]
+            axes.plot(*zip(*known, strict=True), "o", color=colour, label=name)
+        axes.set_yticks(range(len(settings)), settings)
+        axes.set_ylim(len(settings) - 0.5, -0.5)
+        axes.set_xlabel("mean cosine to the teacher's map in the last epoch")
+        axes.grid(visible=True, axis="x", alpha=0.3)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def spectrum_figure(path: Path, energies: dict[str, Sequence[float]]) -> None:
     """Magnitude per spatial frequency, by teacher; frequencies are grouped by the larger of their two indices."""
     with _figure(path, height=2.6) as axes:
-        for (name, values), colour in zip(energies.items(), (_BLUE, "#e69f00", "#009e73"), strict=False):
+        for (name, values), colour in zip(energies.items(), _SERIES, strict=False):
             axes.plot(range(len(values)), values, "o-", color=colour, label=name)
         axes.set_xticks(range(max(map(len, energies.values()))))
         axes.set(xlabel="spatial frequency (0: mean over the map)", ylabel="mean magnitude", yscale="log")

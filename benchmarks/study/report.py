@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.study.figures import Point, accuracy_figure, difference_figure, spectrum_figure
+from benchmarks.study.figures import Point, accuracy_figure, cosine_figure, difference_figure, spectrum_figure
 from benchmarks.study.questions import QUESTIONS, STORES, Question
 from benchmarks.study.results import Results, read_results, runs_of
 from benchmarks.study.stores import SPECTRUM_ROWS
@@ -128,36 +128,40 @@ def _question(
             accuracy_figure(docs / FIGURES / name, points)
         parts.append(f"![{question.asks}]({FIGURES}/{name})")
     if question.name == "ablation":
-        parts.append(_distances(found, question.settings(tier)))
+        parts.append(_distances(found, question.settings(tier), suffix, docs))
     return "\n\n".join([*parts, comments.get(question.name + suffix, "")])
 
 
-def _distances(found: dict[str, Any], settings: Iterable[str]) -> str:
+def _distances(found: dict[str, Any], settings: Iterable[str], suffix: str, docs: Path) -> str:
     """Distances of the projected maps of stage 4 to F^t, by setting."""
-    rows = []
-    for name in settings:
-        runs = found["settings"].get(name, [])
-        cosines = [
-            _cosine([run["terms"].get(f"stage4_{path}") for run in runs]) for path in ("original", "alternative")
-        ]
-        if runs and any(cosines):
-            rows.append((name, *cosines))
-    if not rows:
+    paths = ("original", "alternative")
+    cosines = {
+        name: [_cosine([run["terms"].get(f"stage4_{path}") for run in runs]) for path in paths]
+        for name in settings
+        if (runs := found["settings"].get(name))
+    }
+    cosines = {name: values for name, values in cosines.items() if values != [None, None]}
+    if not cosines:
         return ""
     header = ("Setting", "Cosine, original view path", "Cosine, alternative view path")
+    rows = [(name, *("" if value is None else f"{value:.3f}" for value in values)) for name, values in cosines.items()]
+    figure = f"study-distances{suffix}.svg"
+    by_path = zip(paths, zip(*cosines.values(), strict=True), strict=True)
+    cosine_figure(docs / FIGURES / figure, [*cosines], {f"{path} view path": values for path, values in by_path})
     return "\n\n".join(
         [
             "Mean cosine of the projected student map to the teacher's, over positions, in the last epoch; a path that "
             "a setting does not train is left out.",
             _table(header, rows),
+            f"![Cosine of projected and teacher's maps]({FIGURES}/{figure})",
         ]
     )
 
 
-def _cosine(losses: Sequence[float | None]) -> str:
-    """From L = 2 sum_n (1 - cos) / B."""
+def _cosine(losses: Sequence[float | None]) -> float | None:
+    """From L = 2 sum_n (1 - cos) / B; None where no run has the term."""
     known = [1 - loss / 2 / POSITIONS for loss in losses if loss is not None]
-    return f"{mean(known):.3f}" if known else ""
+    return mean(known) if known else None
 
 
 def _points(question: Question, found: dict[str, Any], settings: Iterable[str]) -> list[Point]:
