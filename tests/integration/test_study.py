@@ -162,11 +162,12 @@ def test_a_store_counts_as_made_only_when_its_job_was_not_stopped(study, monkeyp
 
 def test_readme_shows_what_is_recorded():
     readme = (DOCS.parent / "README.md").read_text()
-    methods = json.loads((RESULTS / "cpu" / "methods-cnn.json").read_text())["settings"]
-    top1 = {name: [run["top1"] for run in runs] for name, runs in methods.items()}
-    cells = [f"{mean(values):.1f} +- {stdev(values):.1f}" for values in top1.values()]
-    assert [*top1] == ["No distillation", "KD", "FD", "ScaleKD"]
-    assert f"| {' | '.join(cells)} |" in readme
+    for student, label in {"cnn": "CNN", "mixer": "MLP-Mixer", "vit": "ViT"}.items():
+        methods = json.loads((RESULTS / "cpu" / f"methods-{student}.json").read_text())["settings"]
+        top1 = {name: [run["top1"] for run in runs] for name, runs in methods.items()}
+        cells = [f"{mean(values):.1f} +- {stdev(values):.1f}" for values in top1.values()]
+        assert [*top1] == ["No distillation", "KD", "FD", "ScaleKD"]
+        assert f"| {label} | {' | '.join(cells)} |" in readme
     recorded = json.loads((RESULTS.parents[1] / "results" / "peers.json").read_text())["contenders"]
     pace = {name: f"{one['images_per_second']:.1f}" for name, one in recorded.items()}
     timm, loops = pace["KD, timm"], pace["KD, torchdistill"]
