@@ -162,8 +162,9 @@ def test_a_store_counts_as_made_only_when_its_job_was_not_stopped(study, monkeyp
 
 def test_readme_shows_what_is_recorded():
     readme = (DOCS.parent / "README.md").read_text()
-    for student, label in {"cnn": "CNN", "mixer": "MLP-Mixer", "vit": "ViT"}.items():
-        methods = json.loads((RESULTS / "cpu" / f"methods-{student}.json").read_text())["settings"]
+    rows = {"cpu/methods-cnn": "CNN", "cpu/methods-mixer": "MLP-Mixer", "cpu/methods-vit": "ViT"}
+    for file, label in {**rows, "cpu-10k/methods-cnn": "CNN, 10,000 images"}.items():
+        methods = json.loads((RESULTS / f"{file}.json").read_text())["settings"]
         top1 = {name: [run["top1"] for run in runs] for name, runs in methods.items()}
         cells = [f"{mean(values):.1f} +- {stdev(values):.1f}" for values in top1.values()]
         assert [*top1] == ["No distillation", "KD", "FD", "ScaleKD"]
