@@ -40,7 +40,7 @@ def run(
         out: Folder of teachers, stores and runs.
         only: Names of the questions to run, in this order; default all, the most valuable first.
         seeds: Seeds instead of the tier's.
-        tier: Sizes: cpu (3 hours on two cores), cpu-10k (12 hours), gpu (one large GPU), tiny (a rehearsal).
+        tier: Sizes: cpu (hours on two cores), cpu-10k (four times the steps), gpu (one large GPU), tiny (a rehearsal).
         results: Folder of the JSON files; default results/TIER beside this module.
         processes: Runs at a time instead of the tier's.
     """

@@ -72,7 +72,7 @@ def cosine_figure(path: Path, settings: Sequence[str], cosines: dict[str, Sequen
     with _figure(path, height=0.8 + 0.34 * len(settings)) as axes:
         for (name, values), colour in zip(cosines.items(), _SERIES, strict=False):
             known = [(value, row) for row, value in enumerate(values) if value is not None]
-            axes.plot(*zip(*known, strict=True), "o", color=colour, label=name)
+            axes.plot([value for value, _ in known], [row for _, row in known], "o", color=colour, label=name)
         axes.set_yticks(range(len(settings)), settings)
         axes.set_ylim(len(settings) - 0.5, -0.5)
         axes.set_xlabel("mean cosine to the teacher's map in the last epoch")
