@@ -23,7 +23,7 @@ import tyro
 from benchmarks.http_live import measure_live
 from benchmarks.http_servers import RawSocket, Server, nginx, service
 from benchmarks.http_training import measure_training
-from benchmarks.store import BATCH, batches_of, random_batches, settings, take_turns
+from benchmarks.store import BATCH, batches_of, compare, random_batches, settings
 from benchmarks.store_data import ROW_BYTES, make_store
 from feature_store import RowId, Store, connect
 from feature_store.format.addressing import row_ids
@@ -115,7 +115,7 @@ def measure_rows(store: Store, server: Server, config: Config) -> dict[str, Any]
             "sequential": batches_of(ordered, config.rounds),
             "random": random_batches(ordered, config.rounds),
         }.items():
-            found[name] = take_turns(contenders, batches, base="raw socket")
+            found[name] = compare(contenders, batches, base="raw socket")
             found[name]["cpu_seconds_per_GB"] = {
                 "service": cpu_per_gb(lambda rows: over_http(rows), server, batches),
                 "raw socket": cpu_per_gb(lambda rows: floor.read(memory["stage4"]), floor.server, batches),
@@ -170,7 +170,7 @@ def measure_peers(store: Store, server: Server, config: Config) -> dict[str, Any
             np.testing.assert_array_equal(np.asarray(read(batches[0])), expected)
             contenders = {"service": lambda rows: source.read(rows, out=memory), name: read}
             warm_up(contenders, rows)
-            found[name] = take_turns(contenders, batches, base="service")
+            found[name] = compare(contenders, batches, base="service")
             found[name]["times_faster"] = round(1 / found[name][name]["median_of_ratios"], 1)
     found["over"] = "nginx" if files is not None else "this service"
     return found

@@ -1,13 +1,13 @@
 """A trainer fed over HTTP beside the same trainer fed by the store."""
 
-import statistics
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.http_servers import service
 from benchmarks.step import Bench, Setting
+from benchmarks.turns import medians, ratio, take_turns, timed
 from student_trainer.plan import resolve
 from student_trainer.teachers.config import ServiceTeacher
 from student_trainer.train import Run
@@ -25,20 +25,15 @@ def measure_training(folder: Path, repeats: int = 24) -> dict[str, Any]:
         remote.module.train()
         runs = {"store": local, "service": remote}
         batches = list(local.plan.sampler)
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(-2, repeats):
-            for name in sorted(runs, reverse=bool(turn % 2)):
-                rows = batches[turn % len(batches)]
-                started = time.perf_counter()
-                runs[name].step([runs[name].plan.dataset[rows]])
-                if turn >= 0:
-                    times[name].append(time.perf_counter() - started)
+
+        def step(run: Run, turn: int) -> None:
+            run.step([run.plan.dataset[batches[turn % len(batches)]]])
+
+        times = take_turns({name: timed(partial(step, run)) for name, run in runs.items()}, repeats, warm_up=2)
     return {
         "teacher": setting.teacher,
         "student": setting.student,
         "batch": setting.batch,
-        "seconds": {name: round(statistics.median(values), 4) for name, values in times.items()},
-        "step_rate_ratio": round(
-            statistics.median(near / far for near, far in zip(times["store"], times["service"], strict=True)), 3
-        ),
+        "seconds": {name: round(value, 4) for name, value in medians(times).items()},
+        "step_rate_ratio": round(ratio(times, "store", "service"), 3),
     }

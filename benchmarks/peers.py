@@ -18,7 +18,6 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.pool import Pool
@@ -32,8 +31,9 @@ from timm.task import FeatureDistillationTask, LogitDistillationTask
 from torch import Tensor, nn
 
 from benchmarks import peer_lightly, peer_released
-from benchmarks.step import Bench, peak_memory, ratio
+from benchmarks.step import Bench, peak_memory
 from benchmarks.step import Setting as StepSetting
+from benchmarks.turns import ratio, take_turns, timed
 from feature_store.store import open_store
 from feature_store.teacher.model import build_model
 
@@ -156,7 +156,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(setting, Path(folder))
         bench.write()
-        seconds, memory, missing = _take_turns(bench, setting)
+        seconds, memory, missing = _measure_processes(bench, setting)
         row_bytes = open_store(bench.store).source().row_bytes()
     results = {
         name: {
@@ -175,11 +175,10 @@ def measure(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _take_turns(bench: Bench, setting: Setting) -> tuple[dict[str, list[float]], dict[str, int], dict[str, str]]:
+def _measure_processes(bench: Bench, setting: Setting) -> tuple[dict[str, list[float]], dict[str, int], dict[str, str]]:
     """Seconds of each contender's steps and its peak memory; and why the others are left out."""
     pools: dict[str, Pool] = {}
     missing: dict[str, str] = {}
-    seconds: dict[str, list[float]] = {}
     try:
         for name in CONTENDERS:
             pool = multiprocessing.get_context("spawn").Pool(1)
@@ -189,14 +188,10 @@ def _take_turns(bench: Bench, setting: Setting) -> tuple[dict[str, list[float]],
                 missing[name] = str(error)
                 pool.terminate()
             else:
-                pools[name], seconds[name] = pool, []
-        names = list(pools)
-        for i in range(setting.repeats + 1):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                taken = pools[name].apply(_timed_step, (i,))
-                if i:
-                    seconds[name].append(taken)
-        return seconds, {name: pools[name].apply(peak_memory, (setting.device,)) for name in names}, missing
+                pools[name] = pool
+        turns = {name: lambda i, pool=pool: pool.apply(_timed_step, (i,)) for name, pool in pools.items()}
+        seconds = take_turns(turns, setting.repeats)
+        return seconds, {name: pool.apply(peak_memory, (setting.device,)) for name, pool in pools.items()}, missing
     finally:
         for pool in pools.values():
             pool.terminate()
@@ -213,11 +208,7 @@ def _build(name: str, bench: Bench, setting: Setting) -> None:
 
 
 def _timed_step(i: int) -> float:
-    begun = time.perf_counter()
-    _step(i)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return timed(_step, torch.cuda.synchronize)(i) if torch.cuda.is_initialized() else timed(_step)(i)
 
 
 def _teacher(setting: Setting) -> nn.Module:

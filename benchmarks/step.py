@@ -11,9 +11,7 @@ all alike; only their ratios mean anything.
 import io
 import json
 import multiprocessing
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from webdataset.writer import TarWriter
 
 from benchmarks.official_style import official_style_loss
+from benchmarks.turns import medians, ratio, take_turns, timed
 from feature_store.format.addressing import RowId, Rows, row_array
 from feature_store.source import FeatureBatch, FeatureSource
 from feature_store.store import Store, open_store
@@ -183,7 +182,7 @@ def step_times(bench: Bench) -> dict[str, Any]:
         "separable": lambda i: separable.step([dataset[batches[i % len(batches)]]]),
         "reading": lambda i: source.read(batches[i % len(batches)], taps),
     }
-    taken = take_turns(turns, bench.setting)
+    taken = take_turns({name: _timed(run, bench.setting) for name, run in turns.items()}, bench.setting.repeats)
     batch = dataset[batches[0]]
     teacher = cast(LiveSide, live.plan.teacher).teacher
     flops = {
@@ -243,9 +242,8 @@ def loss_times(bench: Bench) -> dict[str, Any]:
 
     kinds = {"ours": loss, "official_style": plain, "official_style_unfrozen": plain_unfrozen}
     (value, gradients), (other_value, expected) = run(loss), run(plain)
-    taken = take_turns(
-        {kind: lambda _, compute=compute: run(compute) for kind, compute in kinds.items()}, bench.setting
-    )
+    turns = {kind: _timed(lambda _, compute=compute: run(compute), bench.setting) for kind, compute in kinds.items()}
+    taken = take_turns(turns, bench.setting.repeats)
     flops = {kind: count_flops(lambda compute=compute: run(compute)) for kind, compute in kinds.items()}
     return {
         "seconds": medians(taken),
@@ -267,31 +265,6 @@ def loss_arguments(run: Run, batch: Batch) -> tuple[StudentOutput, DistillBatch]
     (student, given) = seen[0]
     stage3, stage4, logits = (leaf.detach().float() for leaf in (*student.maps, student.logits))
     return StudentOutput((stage3, stage4), logits), given
-
-
-def take_turns(turns: dict[str, Callable[[int], object]], setting: Setting) -> dict[str, list[float]]:
-    """Seconds of each, measured in turn after a warm-up, each round starting with another."""
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    names = list(turns)
-    for i in range(setting.repeats + 1):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            _synchronise(setting.device)
-            begun = time.perf_counter()
-            turns[name](i)
-            _synchronise(setting.device)
-            if i:
-                seconds[name].append(time.perf_counter() - begun)
-    return seconds
-
-
-def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Median seconds by name."""
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def ratio(seconds: dict[str, list[float]], name: str, other: str) -> float:
-    """Median over rounds of one's time over the other's in the same round: what slows a round slows both."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
 
 
 def count_flops(run: Callable[[], object]) -> int:
@@ -325,9 +298,8 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def _synchronise(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def _timed(run: Callable[[int], object], setting: Setting) -> Callable[[int], float]:
+    return timed(run, torch.cuda.synchronize) if setting.device.startswith("cuda") else timed(run)
 
 
 def _write_images(path: Path, count: int) -> None:

@@ -12,11 +12,11 @@ import os
 import platform
 import resource
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import tyro
 
 from benchmarks.store_data import CHANNELS, ROW_BYTES, TOKENS, make_data, make_linked_store, make_manifest, make_store
 from benchmarks.store_floor import RawFiles, write_raw
+from benchmarks.turns import medians, ratio, take_turns
 from feature_store import RowId, Store
 from feature_store.format.addressing import row_ids
 from feature_store.format.arrays import ShardBuilder
@@ -106,10 +107,10 @@ def reading(store: Store, config: Config) -> dict[str, Any]:
         "random": random_batches(ordered, config.rounds),
     }.items():
         for threads in (1, 2, 8):
-            found[f"{name}, warm, {threads} threads"] = take_turns(
+            found[f"{name}, warm, {threads} threads"] = compare(
                 {"preadv": floor(raw, memory, threads), "store": ours(store, memory, threads)}, batches, base="preadv"
             )
-    found["random, cold"] = take_turns(
+    found["random, cold"] = compare(
         {
             "O_DIRECT, 8 in flight": floor(direct, memory, 8),
             "preadv, 8 threads": floor(raw, memory, 8),
@@ -164,7 +165,7 @@ def writing(config: Config, target: Path, repeats: int = 9) -> dict[str, Any]:
 
     stores: list[Store] = []
     rows = [RowId(0, at, view) for view in range(config.views) for at in range(config.samples)]
-    found = take_turns(
+    found = compare(
         {
             "write + fsync, one after the other": lambda _: write_raw(target / "raw", payloads, 1),
             "write + fsync, all in flight": lambda _: write_raw(target / "raw", payloads, len(payloads)),
@@ -204,7 +205,7 @@ def growth(config: Config, folder: Path, samples: int = 1024) -> dict[str, Any]:
 
     batches = [[RowId(at, 0, 0)] * BATCH for at in range(config.rounds)]
     names = {f"{rows:,} rows": read(rows) for rows in config.growth}
-    found = take_turns(names, batches, base=next(iter(names)))
+    found = compare(names, batches, base=next(iter(names)))
     return {
         **found,
         "first touch of a shard, microseconds": touched,
@@ -221,7 +222,7 @@ def random_batches(rows: Sequence[RowId], count: int) -> list[list[RowId]]:
     return [[rows[at] for at in rng.choice(len(rows), BATCH, replace=False)] for _ in range(count)]
 
 
-def take_turns(
+def compare(
     contenders: Contenders,
     batches: Sequence[Sequence[RowId]],
     *,
@@ -229,30 +230,23 @@ def take_turns(
     before: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Median time per batch of each contender, as rates and as ratios to one of them."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
+
+    def read(run: Callable[[Sequence[RowId]], Any], turn: int) -> float:
+        batch = batches[max(turn - 1, 0)]  # the first also warms up: files open, tables loaded, pages cached
         before()
-        run(batches[0])  # files open, tables loaded, pages cached
-    names = list(contenders)
-    for turn, batch in enumerate(batches):
-        for at in range(len(names)):
-            name = names[(turn + at) % len(names)]
-            before()
-            started = time.perf_counter()
-            contenders[name](batch)
-            times[name].append((time.perf_counter() - started) / len(batch))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    pairs = {
-        name: statistics.median(low / own for low, own in zip(times[base], values, strict=True))
-        for name, values in times.items()
-    }
+        started = time.perf_counter()
+        run(batch)
+        return (time.perf_counter() - started) / len(batch)
+
+    times = take_turns({name: partial(read, run) for name, run in contenders.items()}, len(batches))
+    typical = medians(times)
     return {
         name: {
-            "GB_per_s": round(ROW_BYTES / medians[name] / 1e9, 3),
-            "ratio": round(medians[base] / medians[name], 3),
-            "median_of_ratios": round(pairs[name], 3),
+            "GB_per_s": round(ROW_BYTES / seconds / 1e9, 3),
+            "ratio": round(typical[base] / seconds, 3),
+            "median_of_ratios": round(ratio(times, base, name), 3),
         }
-        for name in names
+        for name, seconds in typical.items()
     }
 
 

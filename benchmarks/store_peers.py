@@ -65,7 +65,7 @@ def _beside(store: Store, patterns: dict[str, Read | Rows], rounds: int) -> dict
             "store": bench.ours(store, memory, 8),
             "peer": read,
         }
-        found[pattern] = bench.take_turns(contenders, batches[pattern], base="preadv, 8 threads")
+        found[pattern] = bench.compare(contenders, batches[pattern], base="preadv, 8 threads")
     return found
 
 

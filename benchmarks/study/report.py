@@ -1,7 +1,8 @@
 """docs/results.md, made from the committed results."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,22 +28,29 @@ _ALSO = {
 _DIFFERENCES = ("views", "codec", "beta", "projector")  # figures of differences instead of accuracies
 
 
+@dataclass(frozen=True)
+class _Written:
+    """Texts written by hand, by heading: predictions before the runs, comments after them."""
+
+    predictions: Mapping[str, str]
+    comments: Mapping[str, str]
+
+
 def write_report(results: Path, docs: Path) -> None:
     """Write results.md and its figures into the folder of the documentation."""
-    predictions, comments = (_sections(HERE / name) for name in ("predictions.md", "comments.md"))
+    written = _Written(_sections(HERE / "predictions.md"), _sections(HERE / "comments.md"))
     tiers = {tier.name: read_results(results / tier.name) for tier in _TIERS}
     cpu = tiers[CPU.name]
-    parts = [_opening(tiers), _made(cpu), comments.get("answers", ""), _status(tiers)]
+    parts = [_opening(tiers), _made(cpu), written.comments.get("answers", ""), _status(tiers)]
     for question in QUESTIONS:
-        parts.append(f"## {question.asks}\n\n{_quoted(predictions[question.prediction])}")
+        parts.append(f"## {question.asks}\n\n{_quoted(written.predictions[question.prediction])}")
         found = [
-            _question(question, tier, tiers[tier.name], predictions, comments, docs)
+            _question(question, tier, tiers[tier.name], written, docs)
             for tier in _TIERS
             if question.name in tiers[tier.name].questions
         ]
         parts += found or ["Not run."]
-    parts += [_economics(tiers, predictions["economics"], comments.get("economics", "")), _spectra(cpu, docs)]
-    parts.append(_gpu(tiers[GPU.name]))
+    parts += [_economics(tiers, written), _spectra(cpu, docs), _gpu(tiers[GPU.name])]
     text = "\n\n".join(part.strip() for part in parts if part.strip())
     (docs / "results.md").write_text(text + "\n")
 
@@ -104,19 +112,12 @@ def _state(question: Question, tier: Tier, found: dict[str, Any]) -> str:
     return f"all, {len(tier.seeds)} seeds" if done == runs else f"{done} of {runs} runs" if done else "not run"
 
 
-def _question(
-    question: Question,
-    tier: Tier,
-    results: Results,
-    predictions: dict[str, str],
-    comments: dict[str, str],
-    docs: Path,
-) -> str:
+def _question(question: Question, tier: Tier, results: Results, written: _Written, docs: Path) -> str:
     """A question's tables, sentences, figure and comment in one tier; a heading where it is not the first tier."""
     found, suffix = _of(results, question), "" if tier is CPU else f"-{tier.name}"
     points = _points(question, found, question.settings(tier))
     parts = [f"### The {tier.name} tier"] if suffix else []
-    if suffix and (prediction := predictions.get(question.prediction + suffix)):
+    if suffix and (prediction := written.predictions.get(question.prediction + suffix)):
         parts.append(_quoted(prediction))
     parts.append(_accuracies(question, found, points))
     parts.append("\n".join(f"- {sentence}" for sentence in _verdicts(question, found, points)))
@@ -129,7 +130,7 @@ def _question(
         parts.append(f"![{question.asks}]({FIGURES}/{name})")
     if question.name == "ablation":
         parts.append(_distances(found, question.settings(tier), suffix, docs))
-    return "\n\n".join([*parts, comments.get(question.name + suffix, "")])
+    return "\n\n".join([*parts, written.comments.get(question.name + suffix, "")])
 
 
 def _distances(found: dict[str, Any], settings: Iterable[str], suffix: str, docs: Path) -> str:
@@ -235,15 +236,15 @@ def _verdict(name: str, base: str, found: Difference) -> str:
     return f"{name} - {base}: {interval}: not told apart."
 
 
-def _economics(tiers: dict[str, Results], prediction: str, comment: str) -> str:
-    parts = ["## What does the store cost and save?", _quoted(prediction)]
+def _economics(tiers: dict[str, Results], written: _Written) -> str:
+    parts = ["## What does the store cost and save?", _quoted(written.predictions["economics"])]
     for tier in _TIERS:
         results = tiers[tier.name]
         if stores := results.made.get("stores", {}):
             parts += [f"In the {tier.name} tier:", _stores(stores), _break_even(results, stores)]
     if len(parts) == 2:
         parts.append("Not run.")
-    return "\n\n".join([*parts, comment])
+    return "\n\n".join([*parts, written.comments.get("economics", "")])
 
 
 def _stores(stores: dict[str, Any]) -> str:
