@@ -1,6 +1,7 @@
 """Exported backbones under Mask R-CNN and UperNet: the weights arrive, and one real step trains on COCO-format data."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -68,7 +69,8 @@ def exported(tmp_path_factory):
             done[name] = student.model.eval()
         return root / name, done[name]
 
-    return make
+    yield make
+    shutil.rmtree(root)  # 400 MB
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,13 @@ from student_trainer.students.student import Student
 HOW = Preprocessing((64, 64), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 1.0)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+@pytest.fixture
+def exported(tmp_path):
     """Export a network by its name in torchvision; the folder and the student."""
 
     def make(name: str):
-        root = tmp_path_factory.mktemp(name)
+        root = tmp_path / name
+        root.mkdir()
         torch.manual_seed(0)
         student = Student(f"torchvision:{name}", 7, HOW.input_size).train()
         with torch.no_grad():
