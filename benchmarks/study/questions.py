@@ -104,9 +104,10 @@ def _codecs(tier: Tier) -> Settings:
 
 
 def _few_labels(tier: Tier) -> Settings:
-    given = {"store": "few", "num_views": tier.views}
+    given, alone = {"store": "few", "num_views": tier.views}, {"keys_file": "few", "epochs": "few"}
     return {
-        "Few labels alone": {"method": "none", **given, "keys_file": "few", "epochs": "few"},
+        "Few labels alone, more views": {**_none(tier), **alone},
+        "Few labels alone": {"method": "none", **given, **alone},
         "Few labels, KD": {"method": "kd", **given},
         "Few labels, FD": {"method": "fd", **given},
         "Few labels, ScaleKD": {"method": "scalekd", **given},
@@ -158,8 +159,9 @@ QUESTIONS = (
         {_PLAIN: "int8", **{f"ScaleKD, {codec}": codec for codec in ("f32", "int6", "int4")}},
     ),
     Question(
-        "few-labels", "And with few labels and many images without?", "cnn", "Few labels alone", _few_labels,
+        "few-labels", "And with few labels and many images without?", "cnn", "Few labels alone, more views", _few_labels,
         "few-labels",
+        {"Few labels alone, more views": "Few labels alone", "Few labels alone": "Few labels alone, 8 views"},
     ),
     Question("ablation", "What does each part of ScaleKD add?", "cnn", _NONE, _ablation, "ablation"),
     Question(
