@@ -159,8 +159,8 @@ QUESTIONS = (
         {_PLAIN: "int8", **{f"ScaleKD, {codec}": codec for codec in ("f32", "int6", "int4")}},
     ),
     Question(
-        "few-labels", "And with few labels and many images without?", "cnn", "Few labels alone, more views", _few_labels,
-        "few-labels",
+        "few-labels", "And with few labels and many images without?", "cnn", "Few labels alone, more views",
+        _few_labels, "few-labels",
         {"Few labels alone, more views": "Few labels alone", "Few labels alone": "Few labels alone, 8 views"},
     ),
     Question("ablation", "What does each part of ScaleKD add?", "cnn", _NONE, _ablation, "ablation"),
