@@ -94,7 +94,7 @@ def _http_rows(found: dict[str, Any]) -> Iterator[Row]:
         if "times_faster" not in sides:
             continue  # the same peers over nginx
         rate, peer = sides["service"]["GB_per_s"], sides[name]["GB_per_s"]
-        yield "rows, against a peer", f"{rate:.2f} GB/s", name, f"{peer:.2f} GB/s", f"{rate / peer:.1f}"
+        yield "rows, against a peer", f"{rate:.2f} GB/s", name, f"{peer:.2f} GB/s", f"{sides['times_faster']:.1f}"
     training = found["training"]["seconds"]
     ratio = training["store"] / training["service"]
     yield (
