@@ -320,13 +320,15 @@ def test_every_expression_returns_something_in_a_real_prometheus(tmp_path: Path,
         _until(lambda: _answers(started.url + "/readyz"), "the service is ready")
         prometheus = stack.enter_context(_prometheus(tmp_path, started.url, tokens["admin"], cache_port))
         release = stack.enter_context(_cache_process(tmp_path / "cache", tiny_swin, cache_port))
+        # The last status that is asked for: a scrape that has it has all others. A rate needs two scrapes.
+        refused = 'scalekd_http_requests_total{status="429"}'
         _ask_for_everything(started, store, tokens)
-        prometheus.wait_for("scalekd_batch_compute_seconds_sum > 0")
+        prometheus.wait_for(refused)
         prometheus.wait_for("teacher_service_tasks_committed_total > 0")
         _ask_for_everything(started, store, tokens)
         release(2)
+        prometheus.wait_for(f"increase({refused}[1m]) > 0")
         prometheus.wait_for("teacher_service_tasks_committed_total > 1")
-        prometheus.wait_for('increase(scalekd_http_requests_total{route="/readyz", status="503"}[1m]) > 0')
 
         selectors = {selector.prettify().partition(" offset ")[0]
                      for expression in EXPRESSIONS.values() for selector in _selectors(expression)}  # fmt: skip
