@@ -37,12 +37,20 @@ class LabelReader:
     def _indexes(self) -> Mapping[str, int]:
         return {name: index for index, name in enumerate(self.classes)}
 
+    @cached_property
+    def _misplaced(self) -> str | None:
+        """The first class name that is the number of another class, as 10 is in 0, 1, 10, 2."""
+        below = len(self.classes)
+        numbers = ((name, index) for index, name in enumerate(self.classes) if _is_number(name))
+        return next((name for name, index in numbers if int(name) != index and int(name) < below), None)
+
     def index(self, value: Any) -> int:
         """Class index of a value: an int, or the text or bytes of a number or class name; NO_LABEL for None and -1.
 
         Raises:
             ImageError: The sample cannot be used: no label though one is required, or nothing that is a label.
-            InputError: The index is above the classes', so that all labels are in doubt.
+            InputError: All labels are in doubt: the index is above the classes', or classes are named by the numbers of
+                others, so that a number in a text may be a name or an index.
         """
         if self.policy == "none":
             return NO_LABEL
@@ -52,6 +60,12 @@ class LabelReader:
             if self.policy == "optional":
                 return NO_LABEL
             raise ImageError(f"no label: it is {text}, expected {self._expected}")
+        if isinstance(text, str) and self._misplaced is not None and _is_number(text):
+            raise InputError(
+                f"label {text!r} may be a class name or a class index: class {self._misplaced!r} has the index "
+                f"{self._indexes[self._misplaced]}, expected names that are no numbers, or number n for class n; leave "
+                "--classes out if labels are indexes, or rename the classes"
+            )
         if isinstance(text, str) and text in self._indexes:
             return self._indexes[text]
         return self._number(value.strip() if isinstance(value, bytes) else text)
@@ -76,6 +90,10 @@ class LabelReader:
         if not self.classes:
             return _INDEX
         return f"{_INDEX} or one of {len(self.classes)} class names ({', '.join(self.classes[:2])}...)"
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 
 
 def json_field(content: bytes, path: Sequence[str]) -> Any:
@@ -117,6 +135,26 @@ def read_classes(path: Path) -> tuple[str, ...]:
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"the list of classes {path} has {twice!r} twice, expected each class once; correct it")
     return names
+
+
+def require_same_indexes(given: Sequence[str], known: Sequence[str], where: str) -> None:
+    """Refuse class names that have other indexes than elsewhere; names that are not known there may have any.
+
+    Args:
+        given: Class names of ``--classes``.
+        known: Class names that are fixed.
+        where: Their source, for the message.
+
+    Raises:
+        InputError: Names the first class with another index.
+    """
+    indexes = {name: index for index, name in enumerate(known)}
+    for index, name in enumerate(given):
+        if indexes.get(name, index) != index:
+            raise InputError(
+                f"--classes gives class {name!r} the index {index}, but it has {indexes[name]} in {where}; leave "
+                "--classes out"
+            )
 
 
 @dataclass(frozen=True)

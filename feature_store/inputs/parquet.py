@@ -31,7 +31,8 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 MOST_GROUP_BYTES = 2 << 30
 """Images of a row group, uncompressed: it is in memory as a whole, in every decode worker."""
 
-_SPLIT = re.compile(r"(.+?)-\d{5}(-of-\d{5})?$")
+_SHARD = re.compile(r"(.+?)-\d{5}(-of-\d{5})?$")
+_SPLIT_WORDS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 _DIGITS = 7  # of a row's number in its key
 
 
@@ -113,23 +114,25 @@ def open_parquet(
 
     Args:
         patterns: Files (``.parquet``, ``.arrow``), or one folder that holds them.
-        labels: Whether rows need labels; its class names, if there are any, stand for those of the schema.
+        labels: Whether rows need labels; its class names, if there are any, give the indexes. Integers mean the names
+            of their file's schema, which may be in another order.
         field: Column of the labels; "" for the first of LABEL_COLUMNS that is there.
         slices: Division of rows into units.
 
     Raises:
-        InputError: pyarrow is missing, no such files or columns, or row groups too large to read.
+        InputError: pyarrow is missing, no such files or columns, class names that contradict each other, or row groups
+            too large to read.
         ResourceError: A file cannot be read.
     """
     files = _listed(patterns)
-    column, label_column, names = _columns(files, field, labels.policy)
-    reader = LabelReader(labels.policy, labels.classes or names)
+    column, label_column = _columns(files[0], field, labels.policy)
+    classes = tuple(labels.classes) or _common_names(files, label_column)
     groups, values = list[RowGroup](), list[np.ndarray]()
     problems: dict[tuple[int, int], str] = {}
     for number, file in enumerate(files):
         _require_same_columns(file, column, label_column)
         groups += _row_groups(number, file, column)
-        values.append(_labels(number, file, label_column, reader, problems))
+        values.append(_labels(number, file, label_column, LabelReader(labels.policy, classes), problems))
     if not sum(group.rows for group in groups):
         raise InputError(f"{files[0].path} hold no rows; name files with images")
     order = shuffled([f"{files[group.file].stem}/{group.number}" for group in groups], slices.seed)
@@ -146,13 +149,13 @@ def open_parquet(
             if (file, row) in problems
         }
         place = {"listing": listing, "labels": content, "seed": slices.seed, "first": span.start, "rows": len(some)}
-        header = hashlib.sha256(json.dumps({**place, "classes": reader.classes, "policy": labels.policy}).encode())
+        header = hashlib.sha256(json.dumps({**place, "classes": classes, "policy": labels.policy}).encode())
         name = f"parquet-{number:05}"
         unit = ParquetUnit(
             files, some[:, :2].astype(np.int32), some[:, 2:], of_unit, column, name, header.hexdigest(), bad
         )
         units.append(unit)
-    return units, tuple(reader.classes)
+    return units, classes
 
 
 def _rows_of(group: RowGroup) -> np.ndarray:
@@ -210,38 +213,48 @@ def _paths(path: Path) -> Iterator[Path]:
     found = [each for each in found if not each.name.startswith((".", "cache-"))]
     if not found:
         raise InputError(f"folder {path} holds no .parquet or .arrow file; name parquet files or a dataset folder")
-    splits = {match[1] if (match := _SPLIT.match(each.stem)) else each.stem for each in found}
-    if len(splits) > 1 and all(_SPLIT.match(each.stem) for each in found):
-        one = next(each for each in found)
+    one_split = {split: each for each in reversed(found) if (split := _split(each.relative_to(path)))}
+    if len(one_split) > 1:
+        name, one = min(one_split.items())
+        shards = _SHARD.match(one.stem)
+        stems = "*" if name not in one.stem.lower() else f"{shards[1]}-*" if shards else one.stem
         raise InputError(
-            f"folder {path} holds the splits {', '.join(sorted(splits))}; name the files of one in quotes: "
-            f"'{one.parent}/{min(splits)}-*{one.suffix}'"
+            f"folder {path} holds the splits {', '.join(sorted(one_split))}; name the files of one in quotes: "
+            f"'{one.parent}/{stems}{one.suffix}'"
         )
     yield from found
 
 
-def _columns(files: Sequence[TableFile], field: str, policy: str) -> tuple[str, str | None, tuple[str, ...]]:
-    """Columns of images and labels, and the class names of the latter."""
-    schema = _open(files[0]).schema
+def _split(file: Path) -> str | None:
+    """The split that a file's path or name tells; None if it tells none."""
+    words = [word for part in file.with_suffix("").parts for word in re.split(r"[^a-z]+", part.lower())]
+    word = next((word for word in reversed(words) if word in _SPLIT_WORDS), None)
+    shard = _SHARD.match(file.stem)
+    return word or (shard[1] if shard else None)
+
+
+def _columns(file: TableFile, field: str, policy: str) -> tuple[str, str | None]:
+    """Columns of images and labels."""
+    schema = _open(file).schema
     image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
     if image is None or not _holds_images(schema.field(image).type):
         raise InputError(
-            f"{files[0].path} has no column of images: expected {', '.join(IMAGE_COLUMNS)} of binary values or "
+            f"{file.path} has no column of images: expected {', '.join(IMAGE_COLUMNS)} of binary values or "
             f"structs {{bytes, path}}, got {', '.join(f'{each.name} ({each.type})' for each in schema)}; "
             "rename the column"
         )
     if policy == "none":
-        return image, None, ()
+        return image, None
     label = field or next((name for name in LABEL_COLUMNS if name in schema.names), None)
     if label is None or label not in schema.names:
         if policy == "optional" and not field:
-            return image, None, ()
+            return image, None
         raise InputError(
-            f"{files[0].path} has no column {label or ' or '.join(LABEL_COLUMNS)}, got {', '.join(schema.names)}; name "
+            f"{file.path} has no column {label or ' or '.join(LABEL_COLUMNS)}, got {', '.join(schema.names)}; name "
             "the column of labels, or open it with labels none",
             remedy=Remedy.LABELS,
         )
-    return image, label, _class_names(schema.metadata or {}, label)
+    return image, label
 
 
 def _holds_images(kind: Any) -> bool:
@@ -252,10 +265,10 @@ def _holds_images(kind: Any) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
+def _class_names(file: TableFile, label: str | None) -> tuple[str, ...]:
     """Names of a ClassLabel column, as the datasets library writes them into a schema."""
     try:
-        feature = json.loads(metadata[b"huggingface"])["info"]["features"][label]
+        feature = json.loads((_open(file).schema.metadata or {})[b"huggingface"])["info"]["features"][label]
         names = feature.get("names") or feature["feature"]["names"]
         return tuple(map(str, names))
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -290,6 +303,9 @@ def _labels(
     if column is None:
         return np.full(opened.rows, NO_LABEL, np.int64)
     values = opened.column(column)
+    names = _class_names(file, column)  # the meaning of this file's integers
+    indexes = _indexes_of_names(file, names, reader.classes)
+    reader = LabelReader(reader.policy, names) if names else reader
     found = np.empty(len(values), np.int64)
     for row, value in enumerate(values):
         try:
@@ -298,7 +314,38 @@ def _labels(
             found[row], problems[number, row] = NO_LABEL, str(error)
         except InputError as error:
             raise InputError(f"row {row} of {file.path}, column {column}: {error}") from error
-    return found
+    return np.where(found == NO_LABEL, NO_LABEL, indexes[found]) if names else found
+
+
+def _common_names(files: Sequence[TableFile], column: str | None) -> tuple[str, ...]:
+    """Class names of the files' schemas, in the order of the first one.
+
+    Raises:
+        InputError: Some have names and some have none.
+    """
+    names = {file: _class_names(file, column) for file in files}
+    if lacking := [file for file in files if not names[file]]:
+        if named := [file for file in files if names[file]]:
+            raise InputError(
+                f"{lacking[0].path} has no class names in the schema of column {column}, expected those of "
+                f"{named[0].path}; list the classes with --classes, or write the file again"
+            )
+        return ()
+    return names[files[0]]
+
+
+def _indexes_of_names(file: TableFile, names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Class index of each name of a file's schema.
+
+    Raises:
+        InputError: A name that is none of the classes.
+    """
+    if absent := next((name for name in names if name not in classes), None):
+        raise InputError(
+            f"{file.path} has the class {absent!r} in its schema, expected one of the {len(classes)} classes "
+            f"({', '.join(classes[:2])}...); list all classes with --classes, or write the file again"
+        )
+    return np.array([classes.index(name) for name in names], np.int64)
 
 
 # --- reading -------------------------------------------------------------------------------------------------

@@ -81,6 +81,19 @@ def test_label_reader_takes_nothing_that_only_looks_like_an_index(value: object)
         LabelReader().index(value)
 
 
-def test_label_reader_prefers_a_class_name_to_an_index() -> None:
-    reader = LabelReader(classes=("1", "0"))
-    assert [reader.index(value) for value in ("1", b" 0\n", 1, 0)] == [0, 1, 1, 0]
+@pytest.mark.parametrize("classes", [("0", "1", "2"), ("1999", "00a", "7b"), ("5", "x", "7")])
+def test_label_reader_takes_names_that_are_numbers_when_they_cannot_be_taken_for_indexes(classes: list[str]) -> None:
+    reader = LabelReader(classes=classes)
+    assert [reader.index(name) for name in classes] == [0, 1, 2]
+    assert [reader.index(value) for value in (0, b"1\n", "2")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("classes", [("1", "0"), ("0", "1", "10", "11", *map(str, range(2, 10))), ("01", "02")])
+@pytest.mark.parametrize("value", ["1", b" 0\n", "01"])
+def test_label_reader_refuses_a_number_that_is_a_name_or_the_index_of_another_class(
+    classes: list[str], value: str | bytes
+) -> None:
+    reader = LabelReader(classes=classes)
+    with pytest.raises(InputError, match="may be a class name or a class index"):
+        reader.index(value)
+    assert reader.index(1) == 1  # an integer is an index

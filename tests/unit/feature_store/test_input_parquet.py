@@ -115,6 +115,59 @@ def test_several_splits_in_one_folder_are_refused(tmp_path: Path) -> None:
     assert sum(map(len, _open(tmp_path / "data" / "train-*.parquet"))) == 4
 
 
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (("train", "test"), "test.parquet"),
+        (("train-00000-of-00001", "test"), "test.parquet"),
+        (("train/0000", "test/0001"), r"test/\*.parquet"),
+        (("mnist_Train", "mnist_Val"), "mnist_Train.parquet"),
+        (("a-00000-of-00001", "b-00000-of-00001"), r"a-\*.parquet"),
+    ],
+)
+def test_splits_are_told_by_the_names_of_files_and_folders(tmp_path: Path, names: tuple[str, str], hint: str) -> None:
+    for name in names:
+        write_parquet(tmp_path / "data" / f"{name}.parquet", SAMPLES[:2])
+
+    with pytest.raises(InputError, match=f"holds the splits .*, .*; name the files of one in quotes: '.*{hint}'$"):
+        _open(tmp_path)
+    assert sum(map(len, _open(tmp_path / "data" / f"{names[0]}.parquet"))) == 2
+
+
+def test_files_of_one_split_are_opened_together_when_their_names_tell_nothing_else(tmp_path: Path) -> None:
+    for name in ("train-first", "train-second", "more"):
+        write_parquet(tmp_path / f"{name}.parquet", SAMPLES[:2])
+
+    assert sum(map(len, _open(tmp_path))) == 6
+
+
+def test_integers_mean_the_names_of_their_files_schema(tmp_path: Path) -> None:
+    """Whatever the order of the names in each schema, and of the classes asked for."""
+    turned = [{**sample, "cls": b"%d" % (3 - int(sample["cls"]))} for sample in SAMPLES[5:]]
+    write_parquet(tmp_path / "a.parquet", SAMPLES[:5])
+    write_parquet(tmp_path / "b.parquet", turned, names=CLASSES[::-1])
+
+    assert sorted(label for _, label in _content(_open(tmp_path)).values()) == sorted(int(s["cls"]) for s in SAMPLES)
+    (tmp_path / "classes.txt").write_text("\n".join(["cat", "ant", "dog", "bee", "eel"]))
+    given = [("cat", "ant", "dog", "bee").index(CLASSES[int(sample["cls"])]) for sample in SAMPLES]
+    found = _content(_open(tmp_path, classes=tmp_path / "classes.txt"))
+    assert [found[key][1] for key in sorted(found)] == given
+
+
+def test_schemas_that_contradict_the_classes_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", SAMPLES[:5])
+    write_parquet(tmp_path / "b.parquet", SAMPLES[5:], names=("ant", "bee", "cat", "eel"))
+    with pytest.raises(
+        InputError, match=r"b\.parquet has the class 'eel' in its schema, expected one of the 4 classes"
+    ):
+        _open(tmp_path)
+    write_parquet(tmp_path / "b.parquet", SAMPLES[5:], names=None)
+    with pytest.raises(InputError, match=r"b\.parquet has no class names in the schema of column label"):
+        _open(tmp_path)
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    assert sum(map(len, _open(tmp_path, classes=tmp_path / "classes.txt"))) == 10
+
+
 def test_unit_refuses_a_file_that_changed(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", SAMPLES)
     (unit,) = _open(path)
