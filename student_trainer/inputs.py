@@ -11,9 +11,9 @@ import numpy as np
 from feature_store.errors import ImageError, InputError
 from feature_store.format.manifest import InputInfo
 from feature_store.inputs.base import NO_LABEL, SampleSource
-from feature_store.inputs.labels import read_classes
+from feature_store.inputs.labels import read_classes, require_same_indexes
 from feature_store.inputs.open import PLAIN_TARS, OpenedSources, open_sources, recognised
-from feature_store.inputs.options import SourceOptions
+from feature_store.inputs.options import InputFormat, SourceOptions
 from feature_store.store import Store
 from student_trainer.config import TrainConfig
 from student_trainer.data.batch import match_tars, read_keys, require_views, training_positions
@@ -98,6 +98,9 @@ def open_inputs(
         require_views(store, num_views)
     tars, info = _training(config, options, store, num_views, opener)
     units = training_positions(tars, store=store, keys=keys)
+    known = () if info is None else info.classes
+    given = () if config.classes is None else read_classes(config.classes)
+    require_same_indexes(given, known, "the training images")
     validation, unknown = _validation(config, options, info, opener)
     return Inputs(
         tars=tars,
@@ -106,10 +109,34 @@ def open_inputs(
         labelled=_labelled(tars, units, store, info),
         checked=store is not None,
         keys=keys,
-        classes=() if info is None else info.classes,
+        classes=known or given,
         validation=validation,
         validation_classes=unknown,
     )
+
+
+def open_labelled(
+    patterns: tuple[str, ...], options: SourceOptions, known: tuple[str, ...], opener: SourceOpener = open_given
+) -> tuple[Sequence[SampleSource], tuple[str, ...]]:
+    """Sources to measure accuracy on, and their class folders if nothing else names the classes.
+
+    Args:
+        patterns: Names of tars, a folder or parquet files.
+        options: How; its class names, if there are any, give the indexes.
+        known: Class names of the student, which give them otherwise; empty if they are unknown.
+        opener: Opens sources.
+
+    Raises:
+        UserError: They cannot be opened.
+    """
+    kind = _kind(patterns, options)
+    options = replace(options, labels="required", label_field=None if kind == "folder" else options.label_field)
+    classes = known if options.classes is None else read_classes(options.classes)
+    if classes:
+        field, units, seed = options.label_field or "", options.unit_samples, options.shuffle_seed
+        return opener(patterns, options, InputInfo(kind, "required", field, classes, units, seed)).sources, ()
+    sources, info = opener(patterns, options, None)
+    return sources, info.classes if info is not None and kind == "folder" else ()
 
 
 def source_options(config: SourceOptions) -> SourceOptions:
@@ -194,15 +221,13 @@ def _validation(
     """Sources of the validation samples, with the training classes' indexes; class folders that nothing else names."""
     if not config.val_tars:
         return (), ()
-    kind = recognised(config.val_tars) if options.input_format == "auto" else options.input_format
-    field = options.label_field or (trained.label_field if trained and trained.format == kind else "")
-    field = "" if kind == "folder" else field
-    classes = () if options.classes is None else read_classes(options.classes)
-    if classes := classes or (trained.classes if trained else ()):
-        info = InputInfo(kind, "required", field, classes, options.unit_samples, options.shuffle_seed)
-        return opener(config.val_tars, options, info).sources, ()
-    sources, info = opener(config.val_tars, replace(options, labels="required", label_field=field or None), None)
-    return sources, info.classes if info is not None and kind == "folder" else ()
+    if options.label_field is None and trained is not None and trained.format == _kind(config.val_tars, options):
+        options = replace(options, label_field=trained.label_field or None)
+    return open_labelled(config.val_tars, options, trained.classes if trained else (), opener)
+
+
+def _kind(patterns: tuple[str, ...], options: SourceOptions) -> InputFormat:
+    return recognised(patterns) if options.input_format == "auto" else options.input_format
 
 
 def _labelled(

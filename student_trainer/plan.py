@@ -142,7 +142,7 @@ def resolve(config: TrainConfig, group: Group = ALONE) -> RunPlan:
         config, num_classes, teacher.policy.size, teacher.shapes(), teacher.weights, group=group, device=device
     )
     student, method = distilled.student, distilled.method
-    _require_same_classes(config, num_classes, method, teacher.shapes())
+    _require_same_classes(config, num_classes, len(inputs.classes), method, teacher.shapes())
     _require_enough_labels(config, method, inputs)
     dataset = ViewDataset(
         inputs.tars,
@@ -273,9 +273,12 @@ def _num_classes(config: TrainConfig, teacher: TeacherSide, inputs: Inputs) -> i
 
 
 def _require_same_classes(
-    config: TrainConfig, student_classes: int, method: Method, teachers: Sequence[TeacherShape]
+    config: TrainConfig, student_classes: int, named: int, method: Method, teachers: Sequence[TeacherShape]
 ) -> None:
-    """Refuse a method that compares logits where they are of other classes, or missing."""
+    """Refuse a method that compares logits where they are of other classes, or missing.
+
+    Labels of a class-per-folder tree with some of the teacher's classes are other indexes than the teacher's.
+    """
     for needs, shape in zip(method.needs_of_teachers, teachers, strict=False):  # a method without a teacher needs none
         if not needs.logits:
             continue
@@ -291,6 +294,13 @@ def _require_same_classes(
                 expected=shape.num_classes,
                 got=student_classes,
                 remedy="leave out --num-classes, or set --scalekd.kd-alpha None to train without logits",
+            )
+        if named not in (0, shape.num_classes):
+            raise InputError(
+                f"the images have {named} classes, expected the teacher's {shape.num_classes}: its logits are "
+                "compared, and a class folder's index is its place among the folders; name all classes, one a line in "
+                "the teacher's order, with --classes FILE where the images are opened first, or train without "
+                "logits: --method fd, or --scalekd.kd-alpha None"
             )
 
 

@@ -357,8 +357,7 @@ class Run:
             if improved:
                 progress.best_top1 = values["val"]["top1"]
                 if self.group.is_main:
-                    description = describe_student(self.student, self.plan.preprocessing)
-                    save_student(folder.best, description, self.eval_model.state_dict())
+                    save_student(folder.best, self._described(), self.eval_model.state_dict())
             progress.epoch, progress.batch, self._means = progress.epoch + 1, 0, TermMeans()
             self._write(folder)
 
@@ -399,6 +398,9 @@ class Run:
         if self.group.is_main:
             folder.save(checkpoint)
 
+    def _described(self) -> dict[str, Any]:
+        return describe_student(self.student, self.plan.preprocessing, self.plan.inputs.classes)
+
     def _checkpoint_bytes(self) -> int:
         averaged = [] if self.ema is None else list(self.ema.parameters())
         return sum(weights.nbytes for weights in (*self._parameters, *averaged)) + state_bytes(self.optimizer)
@@ -407,7 +409,7 @@ class Run:
         """The run as it is now; every process calls this."""
         self.progress.teacher_seconds = self.plan.teacher.seconds
         return Checkpoint(
-            student=describe_student(self.student, self.plan.preprocessing),
+            student=self._described(),
             weights=self.student.model.state_dict(),
             loss=self.method.state_dict(),
             optimizer=self.optimizer.state_dict(),

@@ -1,7 +1,7 @@
 """Trained students with their preprocessing, saved, loaded."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,23 @@ class LoadedStudent:
         student: The student, with the file's weights.
         preprocessing: Preprocessing of its images.
         num_classes: K.
+        classes: Class names in order of their indexes; empty if they are unknown.
     """
 
     student: Student
     preprocessing: Preprocessing
     num_classes: int
+    classes: tuple[str, ...] = ()
 
 
-def describe_student(student: Student, preprocessing: Preprocessing) -> dict[str, Any]:
-    """A file's description of its student, enough to build it again."""
+def describe_student(student: Student, preprocessing: Preprocessing, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """A file's description of its student, enough to build it again and to know its classes."""
     return {
         "name": student.name,
         "model_kwargs": dict(student.model_kwargs),
         "stages": student.stages,
         "preprocessing": asdict(preprocessing),
+        "classes": list(classes),
     }
 
 
@@ -88,7 +91,7 @@ def load_student(path: Path) -> LoadedStudent:
         preprocessing = Preprocessing(**described["preprocessing"])
         height, width = preprocessing.input_size
         name, kwargs = described["name"], dict(described["model_kwargs"])
-        num_classes = kwargs.pop("num_classes")
+        num_classes, classes = kwargs.pop("num_classes"), tuple(described.get("classes", ()))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} does not describe its student: {error!r}; use the release that wrote it") from error
     student = Student(name, num_classes, (height, width), kwargs, described.get("stages"))
@@ -104,7 +107,7 @@ def load_student(path: Path) -> LoadedStudent:
             f"{path} holds NaN or infinite values in {len(broken)} tensors, first {broken[0]}: the training diverged; "
             "use an earlier checkpoint, or train again with a lower --optim.lr"
         )
-    return LoadedStudent(student, preprocessing, num_classes)
+    return LoadedStudent(student, preprocessing, num_classes, classes)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -226,6 +226,8 @@ class TeacherOptions:
             raise InputError(f"--source {source} brings its own store; leave out --store")
         if source == "live" and len(self.store) > 1:
             raise InputError("--source live takes at most one --store, whose views are replayed")
+        if self.store_weights and len(self.store) < 2:
+            raise InputError("--store-weights balances several stores, and there is one or none; leave it out")
         if self.store_weights and len(self.store_weights) != len(self.store):
             raise InputError(
                 f"--store-weights has {len(self.store_weights)} values for {len(self.store)} stores; give one for each"

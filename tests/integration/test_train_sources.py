@@ -93,80 +93,80 @@ def test_classes_of_validation_are_those_of_training_when_its_folder_lacks_some(
     given = ("--store", str(store), "--tars", str(folder), "--val-tars", str(some), "--method", "kd")
     assert _train(run, *given) == 0
     assert _lines(run, "epoch")[0]["val"]["samples"] == 6
-    found = _evaluated(capsys, run, "--tars", str(some), "--classes", str(names))
-    assert found["class_samples"] == [0, 3, 0, 3]
-    assert trainer_main(["evaluate", "--run", str(run), "--tars", str(some), "--workers", "0"]) == 2
-    assert "--tars: the tree has 2 class folders, expected the student's 4" in _error(capsys)
+    assert _evaluated(capsys, run, "--tars", str(some))["class_samples"] == [0, 3, 0, 3]
+    assert _evaluated(capsys, run, "--tars", str(some), "--classes", str(names))["class_samples"] == [0, 3, 0, 3]
     plain = ("--tars", *tars, "--val-tars", str(some), "--method", "none", "--views.size", "32", "--num-classes", "4")
     assert _train(tmp_path / "plain", *plain) == 2
     assert "--val-tars: the tree has 2 class folders, expected the student's 4" in _error(capsys)
     assert _train(tmp_path / "plain", *plain, "--classes", str(names)) == 0
+    assert _evaluated(capsys, tmp_path / "plain", "--tars", str(some))["class_samples"] == [0, 3, 0, 3]
+    assert _train(tmp_path / "unnamed", *plain[:2], *plain[4:]) == 0
+    assert trainer_main(["evaluate", "--run", str(tmp_path / "unnamed"), "--tars", str(some), "--workers", "0"]) == 2
+    assert "--tars: the tree has 2 class folders, expected the student's 4" in _error(capsys)
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        ("more", (), r"tars\[folder-00000\].header_sha256 differs"),
-        ("", ("--tars", "TARS"), "is not what the store was written from, a folder of class folders"),
-        ("", ("--labels", "none"), "--labels is none, but the store was written with required; leave it out"),
-        ("", ("--unit-samples", "6"), "--unit-samples is 6, but the store was written with 5; leave it out"),
-    ],
-)
-def test_training_is_refused_when_the_store_was_written_from_something_else(
-    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str], change: str, options: tuple[str, ...],
-    message: str,
-) -> None:  # fmt: skip
-    samples = class_samples(COUNT)
-    folder, (tar,) = write_folder(tmp_path / "tree", samples), write_class_tars(tmp_path / "tars", samples, COUNT)
-    store = _cache(tiny_swin, tmp_path / "store", str(folder), "--unit-samples", "5")
-    if change:
-        (folder / "ant" / "more.png").write_bytes((folder / "ant" / "s000.png").read_bytes())
-    tars = ("--tars", str(folder)) if "--tars" not in options else ()
-    given = [tar if option == "TARS" else option for option in options]
-
-    assert _train(tmp_path / "run", "--store", str(store), "--method", "kd", *tars, *given) == 2
-
-    error = _error(capsys)
-    assert message.replace("\\", "") in error
-    assert not (tmp_path / "run").exists()
-
-
-def test_training_names_the_image_when_it_is_another_than_in_the_store(
+def test_order_of_the_classes_stays_with_the_student_when_it_is_not_that_of_the_folders(
     tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    samples = class_samples(COUNT)
+    samples = class_samples(COUNT)[:-1]  # so that the classes have different numbers of samples
     folder = write_folder(tmp_path / "tree", samples)
-    store = _cache(tiny_swin, tmp_path / "store", str(folder), "--unit-samples", "5")
+    turned, ordered = tmp_path / "turned.txt", tmp_path / "ordered.txt"
+    turned.write_text("\n".join(CLASSES[::-1]))
+    ordered.write_text("\n".join(CLASSES))
+    store = _cache(tiny_swin, tmp_path / "store", str(folder), "--unit-samples", "5", "--classes", str(turned))
+    given = ("--store", str(store), "--tars", str(folder), "--val-tars", str(folder), "--method", "kd")
+    run, refused = tmp_path / "run", "--classes gives class 'ant' the index 0, but it has 3 in"
 
-    (folder / "ant" / "s000.png").write_bytes(b"\0" * len(samples[0]["png"]))
+    assert _train(run, *given) == 0
+    found = _evaluated(capsys, run, "--tars", str(folder))
+    assert found["class_samples"] == [2, 3, 3, 3]
+    assert found["top1"] == _lines(run, "epoch")[-1]["val"]["top1"]
+    parquet = write_parquet(tmp_path / "val.parquet", samples)  # whose schema has the names in another order
+    assert _evaluated(capsys, run, "--tars", str(parquet))["top1"] == found["top1"]
+    (run / "best.safetensors").unlink()
+    assert _evaluated(capsys, run, "--tars", str(folder))["class_samples"] == [2, 3, 3, 3]
+    evaluation = ["evaluate", "--run", str(run), "--tars", str(folder), "--classes", str(ordered)]
+    assert trainer_main(evaluation) == 2
+    assert f"{refused} the training of" in _error(capsys)
+    assert _train(tmp_path / "other", *given, "--classes", str(ordered)) == 2
+    assert f"{refused} the training images" in _error(capsys)
 
-    assert _train(tmp_path / "run", "--store", str(store), "--method", "kd", "--tars", str(folder)) == 2
-    assert "sample 'ant/s000'" in (error := _error(capsys))
-    assert "was readable when the store was written but is not now" in error
+
+def test_run_is_not_resumed_when_the_order_of_its_class_names_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [{**each, "cls": CLASSES[int(each["cls"])].encode()} for each in class_samples(COUNT)]
+    tars, names = write_class_tars(tmp_path / "tars", samples, COUNT), tmp_path / "classes.txt"
+    names.write_text("\n".join(CLASSES))
+    given = ("--tars", *tars, "--classes", str(names), "--method", "none", "--views.size", "32")
+
+    assert _train(tmp_path / "run", *given) == 0
+    names.write_text("\n".join(CLASSES[::-1]))
+    assert _train(tmp_path / "run", *given, "--resume") == 2
+    assert "inputs.tars" in _error(capsys)
 
 
-def test_validation_may_be_of_another_kind_than_training(
+def test_logits_are_not_compared_when_the_images_have_some_of_the_teachers_classes(
+    tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = write_folder(tmp_path / "some", [each for each in class_samples(COUNT) if each["cls"] in (b"1", b"3")])
+    store = _cache(tiny_swin, tmp_path / "store", str(some), "--unit-samples", "5")
+    given = ("--store", str(store), "--tars", str(some))
+
+    assert _train(tmp_path / "kd", *given, "--method", "kd") == 2
+    assert "the images have 2 classes, expected the teacher's 4" in _error(capsys)
+    assert _train(tmp_path / "fd", *given, "--method", "fd") == 0
+
+
+def test_validation_is_refused_when_its_labels_may_be_names_or_indexes(
     tmp_path: Path, tiny_swin: TinyTeacher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = class_samples(COUNT)
-    folder, names = write_folder(tmp_path / "tree", samples), tmp_path / "classes.txt"
-    names.write_text("\n".join(CLASSES))
-    words = [{"__key__": s["__key__"], "png": s["png"], "txt": CLASSES[int(s["cls"])].encode()} for s in samples]
-    indexes = [{"__key__": s["__key__"], "png": s["png"], "txt": s["cls"]} for s in samples]
-    drawn = ("--method", "none", "--views.size", "32", "--label-field", "txt", "--val-tars", str(folder))
+    from_one = [{**each, "__key__": f"{int(each['cls']) + 1}/{each['__key__'][-4:]}"} for each in samples]
+    folder, tars = write_folder(tmp_path / "tree", from_one), write_class_tars(tmp_path / "tars", samples, COUNT)
+    store = _cache(tiny_swin, tmp_path / "store", str(folder), "--unit-samples", "5")
+    given = ("--store", str(store), "--tars", str(folder), "--method", "kd")
 
-    of_words, of_indexes = (
-        write_class_tars(tmp_path / name, each, COUNT) for name, each in (("w", words), ("i", indexes))
-    )
-    assert _train(tmp_path / "words", "--tars", *of_words, *drawn, "--classes", str(names)) == 0
-    assert _train(tmp_path / "indexes", "--tars", *of_indexes, *drawn, "--num-classes", "4") == 0
-    assert [_lines(tmp_path / run, "epoch")[0]["val"]["samples"] for run in ("words", "indexes")] == [COUNT, COUNT]
-
-    store = _cache(tiny_swin, tmp_path / "store", *write_class_tars(tmp_path / "cls", samples, COUNT))
-    assert _train(tmp_path / "run", "--store", str(store), "--tars", str(folder), "--method", "kd") == 2
-    assert f"--tars {folder} is not what the store was written from, tars: " in _error(capsys)
-
-
-def test_evaluation_is_refused_when_labels_are_optional(capsys: pytest.CaptureFixture[str]) -> None:
-    assert trainer_main(["evaluate", "--run", "run", "--tars", "a.tar", "--labels", "optional"]) == 2
-    assert "--labels is optional, expected required: accuracy is counted on labelled samples" in _error(capsys)
+    assert _train(tmp_path / "run", *given, "--val-tars", *tars) == 2
+    assert "may be a class name or a class index: class '1' has the index 0" in _error(capsys)
+    assert _train(tmp_path / "run", *given, "--val-tars", str(folder)) == 0

@@ -112,7 +112,10 @@ def test_teacher_is_the_one_that_the_options_ask_for(options, teacher):
     ("options", "message"),
     [
         ({"store": ("a", "b"), "store_weights": (1.0,)}, "--store-weights has 1 values for 2 stores"),
-        ({"store": ("a",), "store_weights": (0.0,)}, "--store-weights is 0.0, expected above 0"),
+        ({"store": ("a", "b"), "store_weights": (0.0, 1.0)}, "--store-weights is 0.0, expected above 0"),
+        ({"store": ("a",), "store_weights": (2.0,)}, "--store-weights balances several stores"),
+        ({"store": ("a",), "source": "live", "store_weights": (2.0,)}, "--store-weights balances several stores"),
+        ({"store_weights": (2.0,)}, "--store-weights balances several stores"),
         ({"store": ("a", "b"), "source": "live"}, "--source live takes at most one --store"),
         ({"store": ("a",), "source": "http://gpu:8000"}, "brings its own store; leave out --store"),
         ({"source": "gpu:8000"}, "--source is 'gpu:8000', expected store, live, http"),
