@@ -6,26 +6,23 @@ Only the row group that is read is in memory.
 
 import hashlib
 import json
-import os
 import re
-import threading
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from feature_store.errors import ImageError, InputError, Remedy, ResourceError
+from feature_store.errors import ImageError, InputError, Remedy
 from feature_store.inputs.base import NO_LABEL
 from feature_store.inputs.labels import LabelReader
 from feature_store.inputs.listed import ListedUnit
 from feature_store.inputs.slices import UnitSlices, shuffled
+from feature_store.inputs.tables import ParquetTable, TableFile, column_images, open_table
 from feature_store.inputs.tar_index import header_sha256
 from feature_store.inputs.urls import local_path
 
-INSTALL = "pip install 'scalekd-cache[parquet]'"
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 MOST_GROUP_BYTES = 2 << 30
@@ -44,22 +41,6 @@ class RowGroup(NamedTuple):
     first: int
     rows: int
     bytes: int
-
-
-class TableFile(NamedTuple):
-    """A file as it was when it was listed.
-
-    Attributes:
-        path: Where it is.
-        stem: Name without extension, in the samples' keys.
-        size: Its bytes.
-        mtime_ns: Its modification time.
-    """
-
-    path: str
-    stem: str
-    size: int
-    mtime_ns: int
 
 
 class ParquetUnit(ListedUnit):
@@ -93,13 +74,21 @@ class ParquetUnit(ListedUnit):
 
     def _image(self, position: int) -> bytes:
         file, number = self._groups[position].tolist()
-        values = _images(self._files[file], number, self._column)
+        values = column_images(self._files[file], number, self._column)
         value = values[int(self._rows[position, 1])].as_py()
         if isinstance(value, dict):
             value = _of_struct(value)
         if not value:
             raise ImageError("no image: the row has no bytes; embed the images in the file")
         return value
+
+
+def _of_struct(value: dict[str, Any]) -> bytes | None:
+    if value.get("bytes"):
+        return value["bytes"]
+    if path := value.get("path"):
+        raise ImageError(f"no image: the row names the file {path!r} and has no bytes; embed the images in the file")
+    return None
 
 
 def row_key(file: TableFile, row: int) -> str:
@@ -235,7 +224,7 @@ def _split(file: Path) -> str | None:
 
 def _columns(file: TableFile, field: str, policy: str) -> tuple[str, str | None]:
     """Columns of images and labels."""
-    schema = _open(file).schema
+    schema = open_table(file).schema
     image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
     if image is None or not _holds_images(schema.field(image).type):
         raise InputError(
@@ -268,7 +257,7 @@ def _holds_images(kind: Any) -> bool:
 def _class_names(file: TableFile, label: str | None) -> tuple[str, ...]:
     """Names of a ClassLabel column, as the datasets library writes them into a schema."""
     try:
-        feature = json.loads((_open(file).schema.metadata or {})[b"huggingface"])["info"]["features"][label]
+        feature = json.loads((open_table(file).schema.metadata or {})[b"huggingface"])["info"]["features"][label]
         names = feature.get("names") or feature["feature"]["names"]
         return tuple(map(str, names))
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -276,16 +265,16 @@ def _class_names(file: TableFile, label: str | None) -> tuple[str, ...]:
 
 
 def _require_same_columns(file: TableFile, image: str, label: str | None) -> None:
-    lacking = {image, *([] if label is None else [label])} - set(_open(file).schema.names)
+    lacking = {image, *([] if label is None else [label])} - set(open_table(file).schema.names)
     if lacking:
         raise InputError(f"{file.path} lacks the column {min(lacking)} of the other files; name files of one data set")
 
 
 def _row_groups(number: int, file: TableFile, column: str) -> list[RowGroup]:
     found, first = [], 0
-    opened = _open(file)
+    opened = open_table(file)
     for at, (rows, size) in enumerate(opened.groups(column)):
-        if size > MOST_GROUP_BYTES and isinstance(opened, _ParquetTable):
+        if size > MOST_GROUP_BYTES and isinstance(opened, ParquetTable):
             raise InputError(
                 f"row group {at} of {file.path} holds {size:,} bytes of images, at most {MOST_GROUP_BYTES:,} are read "
                 "at once; write the file again with smaller row groups (row_group_size=100)"
@@ -299,7 +288,7 @@ def _labels(
     number: int, file: TableFile, column: str | None, reader: LabelReader, problems: dict[tuple[int, int], str]
 ) -> np.ndarray:
     """Class indexes of a file's rows; NO_LABEL, and a problem, for rows whose label cannot be used."""
-    opened = _open(file)
+    opened = open_table(file)
     if column is None:
         return np.full(opened.rows, NO_LABEL, np.int64)
     values = opened.column(column)
@@ -346,113 +335,3 @@ def _indexes_of_names(file: TableFile, names: Sequence[str], classes: Sequence[s
             f"({', '.join(classes[:2])}...); list all classes with --classes, or write the file again"
         )
     return np.array([classes.index(name) for name in names], np.int64)
-
-
-# --- reading -------------------------------------------------------------------------------------------------
-
-
-class _ParquetTable:
-    """A parquet file, opened; one thread reads it at a time, because two at once crash the process."""
-
-    def __init__(self, path: str) -> None:
-        import pyarrow.parquet as pq
-
-        self._lock = threading.Lock()
-        self._file = pq.ParquetFile(path, memory_map=False)
-        self.schema, self.rows = self._file.schema_arrow, self._file.metadata.num_rows
-
-    def groups(self, column: str) -> Iterator[tuple[int, int]]:
-        """Rows and uncompressed bytes of each row group's column."""
-        for number in range(self._file.num_row_groups):
-            group = self._file.metadata.row_group(number)
-            chunks = (group.column(at) for at in range(group.num_columns))
-            size = sum(
-                chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column
-            )
-            yield group.num_rows, size
-
-    def column(self, name: str) -> list[Any]:
-        """All values of a column."""
-        with self._lock:
-            return self._file.read(columns=[name], use_threads=False).column(name).to_pylist()
-
-    def images(self, number: int, column: str) -> Any:
-        """Values of a row group's column."""
-        with self._lock:
-            return self._file.read_row_group(number, columns=[column], use_threads=False).column(column)
-
-
-class _ArrowTable:
-    """An Arrow file of the datasets library, mapped into memory: its record batches are its row groups."""
-
-    def __init__(self, path: str) -> None:
-        import pyarrow as pa
-
-        source = pa.memory_map(path)
-        try:
-            reader = pa.ipc.open_stream(source)
-            self.schema, self._batches = reader.schema, list(reader)
-        except pa.ArrowInvalid:
-            opened = pa.ipc.open_file(source)
-            self.schema = opened.schema
-            self._batches = [opened.get_batch(at) for at in range(opened.num_record_batches)]
-        self.rows = sum(batch.num_rows for batch in self._batches)
-
-    def groups(self, column: str) -> Iterator[tuple[int, int]]:
-        """See _ParquetTable; a mapped batch takes no memory."""
-        return ((batch.num_rows, batch.column(column).nbytes) for batch in self._batches)
-
-    def column(self, name: str) -> list[Any]:
-        """See _ParquetTable."""
-        return [value for batch in self._batches for value in batch.column(name).to_pylist()]
-
-    def images(self, number: int, column: str) -> Any:
-        """See _ParquetTable."""
-        return self._batches[number].column(column)
-
-
-def _open(file: TableFile) -> _ParquetTable | _ArrowTable:
-    try:
-        status = os.stat(file.path)  # noqa: PTH116 - once per row group
-    except OSError as error:
-        raise ResourceError(f"{file.path} cannot be read: {error}; check permissions and disk") from error
-    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise InputError(f"{file.path} changed since it was listed; restore it and start again")
-    return _opened(file)
-
-
-@lru_cache(maxsize=32)
-def _opened(file: TableFile) -> _ParquetTable | _ArrowTable:
-    try:
-        import pyarrow as pa
-    except ImportError as error:
-        raise InputError(f"parquet files need pyarrow, which is not installed; {INSTALL}") from error
-    try:
-        return (_ArrowTable if file.path.endswith(".arrow") else _ParquetTable)(file.path)
-    except pa.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{file.path} is no parquet or Arrow file: {reason:.200}; fetch or make it again") from error
-    except OSError as error:
-        raise ResourceError(f"{file.path} cannot be read: {error}; check permissions and disk") from error
-
-
-@lru_cache(maxsize=2)
-def _images(file: TableFile, number: int, column: str) -> Any:
-    """Values of a row group; the last ones stay in memory, because positions are read in order."""
-    import pyarrow as pa
-
-    try:
-        return _open(file).images(number, column)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ResourceError(
-            f"row group {number} of {file.path} cannot be read: {reason:.200}; fetch it again"
-        ) from error
-
-
-def _of_struct(value: dict[str, Any]) -> bytes | None:
-    if value.get("bytes"):
-        return value["bytes"]
-    if path := value.get("path"):
-        raise ImageError(f"no image: the row names the file {path!r} and has no bytes; embed the images in the file")
-    return None
