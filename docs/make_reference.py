@@ -38,7 +38,20 @@ PUBLIC = {
     "student_trainer.train": ("train", "TrainResult"),
     "student_trainer.evaluate": ("evaluate",),
     "student_trainer.export": ("export",),
-    "student_trainer.methods": ("Method", "Terms", "ScaleKD", "KD", "FD", "CrossAttentionProjector"),
+    "student_trainer.methods": (
+        "Method",
+        "Needs",
+        "StudentOutput",
+        "StudentShape",
+        "DistillBatch",
+        "TeacherOutput",
+        "TeacherShape",
+        "Terms",
+        "ScaleKD",
+        "KD",
+        "FD",
+        "CrossAttentionProjector",
+    ),
     "student_trainer.students.student": ("Student",),
 }
 """Names of the Python page, by module."""

@@ -115,7 +115,8 @@ class TrainConfig(SourceOptions):
         student_kwargs: Extra arguments of timm.create_model for the student, as JSON.
         student_stages: Indices of the student's stages 3 and 4 in timm's feature_info; default those at reductions 16
             and 32, or by depth in networks of one resolution.
-        num_classes: Classes of the student; default the teacher's, or the largest label in the store + 1.
+        num_classes: Classes of the student; default as many as have names, else the teacher's, else the largest
+            label in the store + 1.
         keys_file: Train on the samples listed here only, one key per line.
         expect: Required properties of the teacher's features.
         task: ce (cross entropy), or bce (sigmoid cross entropy summed over classes).

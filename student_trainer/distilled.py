@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from feature_store.errors import InputError
 from student_trainer.methods.base import DistillBatch, Method, Terms
 from student_trainer.students.student import Student
 
@@ -19,8 +20,16 @@ class DistilledStudent(nn.Module):
         Args:
             batch: A micro-batch.
             task_factor: Factor on the term ``task``, see Run.task_factors; None for 1.
+
+        Raises:
+            InputError: A method of the user's returns no terms.
         """
         terms = self.method(self.student(batch.images), batch)
+        if not isinstance(terms, Terms):
+            raise InputError(
+                f"{type(self.method).__name__}.forward returned a {type(terms).__name__}, expected "
+                "student_trainer.methods.Terms(raw, weights); see docs/how-to/own-method.md"
+            )
         if task_factor is None or "task" not in terms.raw:
             return terms
         return terms._replace(raw={**terms.raw, "task": task_factor * terms.raw["task"]})

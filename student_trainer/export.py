@@ -70,7 +70,7 @@ def export(config: ExportConfig) -> list[Path]:
     if isinstance(model, TorchvisionNetwork):
         _save_torchvision(model, trained, arguments, config.out)
     else:
-        how = {"pretrained_cfg": _pretrained_config(trained)}
+        how = {"pretrained_cfg": {**_pretrained_config(trained), **_NOT_OURS}, "label_names": list(trained.classes)}
         save_for_hf(model, str(config.out), model_config=how, model_args=arguments, safe_serialization=True)
     weights = config.out / "model.safetensors"
     with replacing(weights) as partial:  # safetensors makes files that only their owner can read
@@ -81,6 +81,10 @@ def export(config: ExportConfig) -> list[Path]:
     if config.onnx:
         _export_onnx(model, trained.student.name, trained.preprocessing.input_size, config.out / "model.onnx")
     return sorted(config.out.iterdir())
+
+
+_NOT_OURS = dict.fromkeys(("tag", "license", "origin_url"))
+"""Fields in which timm describes its own weights of an architecture."""
 
 
 def backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -104,6 +108,7 @@ def _save_torchvision(
         "num_classes": trained.num_classes,
         "model_args": dict(arguments),
         "pretrained_cfg": _pretrained_config(trained),
+        **({"label_names": list(trained.classes)} if trained.classes else {}),
     }
     (out / "config.json").write_text(json.dumps(described, indent=2))
 

@@ -23,7 +23,7 @@ from student_trainer.engine.distributed import ALONE, Group, synchronise_batchno
 from student_trainer.inputs import Inputs, open_inputs, require_all_classes
 from student_trainer.methods.base import Method, StudentShape, TaskLoss, TeacherShape
 from student_trainer.methods.criterion import TASK_LOSSES
-from student_trainer.methods.registry import find_method
+from student_trainer.methods.registry import METHODS, find_method
 from student_trainer.methods.several import SeveralTeachers
 from student_trainer.students.preprocessing import Preprocessing
 from student_trainer.students.student import Student
@@ -116,9 +116,11 @@ class RunPlan:
         return "; ".join([f"{samples}, {views}, on {self.device}", *self.method.notes])
 
     def notes(self) -> list[str]:
-        """Notes about the images for the user."""
+        """Notes for the user: about the images, and options of methods that are not used."""
         inputs = self.inputs
-        return source_notes([tar for tar in (*inputs.tars, *inputs.validation) if not isinstance(tar, StoredUnit)])
+        return unused_options(self.config) + source_notes(
+            [tar for tar in (*inputs.tars, *inputs.validation) if not isinstance(tar, StoredUnit)]
+        )
 
 
 def resolve(config: TrainConfig, group: Group = ALONE) -> RunPlan:
@@ -172,6 +174,16 @@ def resolve(config: TrainConfig, group: Group = ALONE) -> RunPlan:
         inputs=inputs,
         identity=run_identity(config, teacher, inputs),
     )
+
+
+def unused_options(config: TrainConfig) -> list[str]:
+    """A sentence for each built-in method that has options although another one is used.
+
+    A sweep's base run may set them for its other settings.
+    """
+    others = (name for name in METHODS if name != config.method and hasattr(config, name))
+    given = (name for name in others if getattr(config, name) != METHODS[name].Config())
+    return [f"options --{name.replace('_', '-')}.* have no effect on --method {config.method}" for name in given]
 
 
 def run_identity(config: TrainConfig, teacher: TeacherSide, inputs: Inputs) -> dict[str, Any]:
@@ -258,7 +270,7 @@ def find_device(name: str, local_rank: int | None = None) -> torch.device:
 def _num_classes(config: TrainConfig, teacher: TeacherSide, inputs: Inputs) -> int:
     """The student's classes; checked against stored labels."""
     largest, named = _largest_label(teacher.store), len(inputs.classes)
-    num_classes = config.num_classes or teacher.num_classes or named or (largest + 1 if largest is not None else 0)
+    num_classes = config.num_classes or named or teacher.num_classes or (largest + 1 if largest is not None else 0)
     if not num_classes:
         raise InputError(
             "the number of classes is unknown without a teacher that has classes, class names or stored labels; give "
@@ -267,7 +279,8 @@ def _num_classes(config: TrainConfig, teacher: TeacherSide, inputs: Inputs) -> i
     if largest is not None and largest >= num_classes:
         raise InputError(
             f"the store has labels up to {largest}, but the student {num_classes} classes; "
-            f"give --num-classes {largest + 1} or more, and without a teacher of as many classes switch kd off"
+            f"give --num-classes {largest + 1} or more, and where the teacher has fewer, train without its logits: "
+            "--method fd, or --scalekd.kd-alpha None"
         )
     return num_classes
 
@@ -277,7 +290,7 @@ def _require_same_classes(
 ) -> None:
     """Refuse a method that compares logits where they are of other classes, or missing.
 
-    Labels of a class-per-folder tree with some of the teacher's classes are other indexes than the teacher's.
+    Folders of some of the teacher's classes are other classes too: an index is a folder's place among them.
     """
     for needs, shape in zip(method.needs_of_teachers, teachers, strict=False):  # a method without a teacher needs none
         if not needs.logits:
@@ -287,20 +300,20 @@ def _require_same_classes(
                 f"--method {config.method} needs teacher logits, but the teacher has no classifier; choose --method "
                 "scalekd or fd"
             )
+        without = "--scalekd.kd-alpha None" if config.method == "scalekd" else "--method fd"
+        if named not in (0, shape.num_classes):
+            raise InputError(
+                f"the images have {named} classes, expected the teacher's {shape.num_classes}, whose logits are "
+                f"compared; train without logits ({without}), or, if they are some of the teacher's classes, name all "
+                "of these in the teacher's order, one a line, with --classes FILE where the images are opened first"
+            )
         if student_classes != shape.num_classes:
             raise MismatchError(
                 "num_classes",
                 where="the teacher",
                 expected=shape.num_classes,
                 got=student_classes,
-                remedy="leave out --num-classes, or set --scalekd.kd-alpha None to train without logits",
-            )
-        if named not in (0, shape.num_classes):
-            raise InputError(
-                f"the images have {named} classes, expected the teacher's {shape.num_classes}: its logits are "
-                "compared, and a class folder's index is its place among the folders; name all classes, one a line in "
-                "the teacher's order, with --classes FILE where the images are opened first, or train without "
-                "logits: --method fd, or --scalekd.kd-alpha None"
+                remedy=f"leave out --num-classes, or train without logits ({without})",
             )
 
 

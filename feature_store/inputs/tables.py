@@ -1,4 +1,4 @@
-"""Parquet and Arrow files, read by row group."""
+"""Tables of images in parquet or Arrow files, read by row group."""
 
 import os
 import threading

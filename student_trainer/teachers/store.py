@@ -88,17 +88,25 @@ def _require_same_views(first: Store, other: Store, name: str, num_views: int) -
         MismatchError: Names the first field that differs.
     """
     ours, theirs = first.manifest, other.manifest
+    policies = ours.policy.to_dict(), theirs.policy.to_dict()
     fields: dict[str, tuple[Any, Any]] = {
-        "policy": (ours.policy.to_dict() | {"name": ""}, theirs.policy.to_dict() | {"name": ""}),
+        **{
+            f"policy.{field}": (policies[0].get(field), policies[1].get(field))
+            for field in sorted(policies[0].keys() | policies[1].keys())
+            if field != "name"
+        },
         "seed": (ours.seed, theirs.seed),
         "view_encoding": (ours.view_encoding, theirs.view_encoding),
         "tars": ([tar.header_sha256 for tar in ours.tars], [tar.header_sha256 for tar in theirs.tars]),
         "quarantined samples": (_quarantined(first), _quarantined(other)),
     }
-    remedy = "several teachers learn from the same views: cache both with the same tars, policy and seed"
+    where = f"--store {first.objects.url}"
+    remedy = (
+        f"that is of --store {name}; teachers learn from the same views: cache both with the same tars, policy and seed"
+    )
     for field, (expected, got) in fields.items():
         if expected != got:
-            raise MismatchError(field, where=f"--store {name}", expected=expected, got=got, remedy=remedy)
+            raise MismatchError(field, where=where, expected=expected, got=got, remedy=remedy)
     for unit in range(len(ours.tars)):
         for view in sorted(set(range(num_views)) & other.committed_views(unit) & first.committed_views(unit)):
             crcs = first.pixel_crcs(unit, view), other.pixel_crcs(unit, view)
@@ -107,7 +115,7 @@ def _require_same_views(first: Store, other: Store, name: str, num_views: int) -
                 key = first.keys(unit)[differ[0]]
                 raise MismatchError(
                     f"pixels of sample {key!r} (unit {unit}, view {view})",
-                    where=f"--store {name}",
+                    where=where,
                     expected=f"CRC {crcs[0][differ[0]]:08x}",
                     got=f"{crcs[1][differ[0]]:08x}",
                     remedy=remedy,

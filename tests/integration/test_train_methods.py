@@ -18,6 +18,7 @@ from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.methods import METHODS, Method, Needs, Terms
 from student_trainer.methods.scalekd import ScaleKDConfig
+from student_trainer.plan import resolve
 from student_trainer.teachers.config import StoreTeacher
 from student_trainer.train import Run, train
 
@@ -114,6 +115,33 @@ def test_method_that_reads_logits_is_refused_when_the_teacher_has_other_classes(
         train(replace(config, method=OWN, num_classes=9))
 
 
+class Nothing(Method):
+    """A method that forgets to wrap its loss."""
+
+    def forward(self, student, batch):
+        return self.task(student.logits, batch.labels)
+
+
+def test_method_is_refused_when_it_returns_no_terms(config):
+    with pytest.raises(InputError, match=r"Nothing.forward returned a Tensor, expected student_trainer.methods.Terms"):
+        train(replace(config, method=f"{__name__}:Nothing"))
+
+
+@pytest.mark.parametrize(
+    ("method", "way"), [("scalekd", "--scalekd.kd-alpha None"), ("kd", "--method fd"), (OWN, "--method fd")]
+)
+def test_way_to_train_without_logits_is_one_of_the_method(config, method, way):
+    with pytest.raises(MismatchError, match=rf"or train without logits \({way}\)$"):
+        train(replace(config, method=method, num_classes=9))
+
+
+def test_options_of_another_method_are_told_to_have_no_effect(config):
+    unused = resolve(replace(config, method="kd", scalekd=ScaleKDConfig(tpp=False))).notes()
+    assert "options --scalekd.* have no effect on --method kd" in unused
+    used = resolve(replace(config, scalekd=ScaleKDConfig(tpp=False))).notes()
+    assert not any("no effect" in note for note in used)
+
+
 @pytest.fixture(scope="module")
 def second_store(tmp_path_factory):
     """Writes a store of the shared world's tars by a Swin."""
@@ -162,8 +190,9 @@ def test_two_teachers_resume_where_they_stopped_and_not_with_other_weights(confi
 )
 def test_second_teacher_is_refused_when_it_saw_other_views(config, second_store, changes, field):
     other = second_store(field, **changes)
+    first = f"--store {config.teacher.store}"
     with pytest.raises(
-        MismatchError, match=rf"^{field} differs: --store .*{field} has .*cache both with the same tars"
+        MismatchError, match=rf"^{field}[\w.]* differs: {first} has .*; that is of --store .*{field}; .* same tars"
     ):
         train(changed(config, store=(config.teacher.store, str(other))))
     assert not config.run.exists()

@@ -194,7 +194,7 @@ def test_student_is_refused_when_its_classes_are_not_the_teachers_and_logits_are
     refused(
         replace(config, num_classes=9),
         MismatchError,
-        r"^num_classes differs: the teacher has 4, got 9; leave out --num-classes, or set --scalekd.kd-alpha None",
+        r"^num_classes differs: the teacher has 4, got 9; leave out --num-classes, or train without logits",
     )
     assert train(replace(config, num_classes=9, scalekd=ScaleKDConfig(kd_alpha=None))).steps == 3
 

@@ -20,6 +20,7 @@ from student_trainer.students.load import describe_student, load_student, save_s
 from student_trainer.students.preprocessing import Preprocessing
 from student_trainer.students.student import Student
 
+NAMES = tuple("abcdefg")
 HOW = Preprocessing((64, 64), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 1.0)
 
 torch_exports = pytest.mark.skipif(
@@ -31,7 +32,7 @@ def save(path, student: Student) -> None:
     save_checkpoint(
         path,
         Checkpoint(
-            student=describe_student(student, HOW),
+            student=describe_student(student, HOW, NAMES),
             weights=student.model.state_dict(),
             loss={"stage4.original.query": torch.ones(2, 2)},
             optimizer={},
@@ -84,6 +85,8 @@ def test_export_holds_only_the_student_and_its_preprocessing_when_written(run, t
     pretrained = config["pretrained_cfg"]
     assert pretrained["mean"] == [0.5, 0.4, 0.3]
     assert (pretrained["input_size"], pretrained["crop_pct"], pretrained["num_classes"]) == ([3, 64, 64], 1.0, 7)
+    assert config["label_names"] == list(NAMES)
+    assert not any(pretrained[name] for name in ("tag", "license", "origin_url"))  # timm's, of other weights
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "best.pt"])  # the second is of runs of release 0.1

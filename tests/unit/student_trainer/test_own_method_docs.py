@@ -9,14 +9,14 @@ from method_batches import small_batch
 
 from feature_store.errors import InputError
 from student_trainer.methods import find_method
+from student_trainer.methods.criterion import cross_entropy
 
 PAGE = (Path(__file__).parents[3] / "docs" / "how-to" / "own-method.md").read_text()
 
 
 @pytest.fixture
 def module(own_module):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    own_module("my_methods", code)
+    own_module("my_methods", "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)))
     return "my_methods"
 
 
@@ -36,6 +36,16 @@ def test_own_method_learns_when_named_by_module(module):
     assert totals[1] < totals[0]
     terms = small.terms(method)
     torch.testing.assert_close(terms.total, terms.raw["task"] + 0.3 * difference)
+
+
+def test_own_projector_learns_from_a_tap(module):
+    small = small_batch()
+    kind = find_method(f"{module}:TokenMSE")
+    method = kind(kind.Config(), small.shape, small.teacher, cross_entropy)
+    terms = small.terms(method)
+    terms.total.backward()
+    assert terms.raw["tokens"] > 0
+    assert method.projector.weight.grad.abs().max() > 0
 
 
 def test_own_options_are_refused_when_impossible(module):
