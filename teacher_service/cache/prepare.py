@@ -108,10 +108,12 @@ def join(survey: Survey, config: CacheConfig) -> Job:
     """A surveyed job that was prepared already, on this machine or another one.
 
     Raises:
+        MismatchError: This machine's teacher is not the store's.
         UserError: See ``teacher_service.cache.job.cache``.
     """
     store = survey.store or open_store_in(survey.objects)
     teacher = load(config.teacher, config.compute.device, checkpoint=config.checkpoint)
+    growth_of(store, survey.manifest_of(teacher, bundle_state(teacher.later_blocks)))  # raises on another teacher
     return Job(config.compute, store, teacher, survey.tars, config.views.out, config.strict)
 
 

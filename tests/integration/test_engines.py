@@ -3,12 +3,14 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,11 @@ from tiny_jobs import TinyTeacher, cache_config, noise_samples, store_files, wit
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from feature_store import open_store
+from feature_store.errors import MismatchError
 from teacher_service.cache.decode import Task
 from teacher_service.cache.job import cache
 from teacher_service.cache.pipeline import Pipeline
-from teacher_service.cache.prepare import prepare, remaining_tasks
+from teacher_service.cache.prepare import join, prepare, remaining_tasks
 from teacher_service.cache.stage_timer import StageTimes
 from teacher_service.cli import main as teacher_main
 from teacher_service.config import CacheConfig
@@ -268,6 +271,19 @@ def test_an_error_of_a_ray_actor_reaches_the_user_when_a_sample_is_unreadable(
     assert process.returncode == 2, errors
     assert "sample 'broken' of " in errors
     assert "Traceback" not in errors
+
+
+def test_a_process_that_joins_is_refused_when_its_checkpoint_holds_other_weights(
+    tmp_path: Path, tars: tuple[str, ...], tiny_swin: TinyTeacher, other_swin: TinyTeacher
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    config = cache_config(tars, replace(tiny_swin, checkpoint=weights), tmp_path / "store")
+    shutil.copy(tiny_swin.checkpoint, weights)
+    prepared = prepare(survey(config), config)
+    assert join(survey(config), config).teacher.info == prepared.teacher.info
+    shutil.copy(other_swin.checkpoint, weights)  # what another node has at the same path
+    with pytest.raises(MismatchError, match=r"^blocks_sha256 differs: store has '[0-9a-f]{64}', got '"):
+        join(survey(config), config)
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
