@@ -13,7 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tyro.conf import Positional
 
-from feature_store.errors import FailedError, InputError, ResourceError, UserError
+from feature_store.errors import FailedError, InputError, MismatchError, ResourceError, UserError
 from feature_store.processes import usable_cpus
 from feature_store.tools.options import check_fields, require
 from feature_store.tools.terminal import Console, ProgressBar
@@ -117,20 +117,32 @@ def is_finished(config: TrainConfig, inputs_now: "InputsNow | None" = None) -> b
     """Whether a run's folder holds all its epochs, made with these settings from what the paths hold now.
 
     A run whose inputs cannot be read, or are others now, counts as unfinished: ``train`` says why it cannot continue.
+    A run of another number of epochs is refused, although ``train`` would continue it with more: its learning rate
+    followed another schedule than those of the sweep's other runs.
 
     Args:
         config: The run.
         inputs_now: Shared by the runs of a sweep, so that what they read alike is read once.
 
     Raises:
-        MismatchError: The folder holds a run with other settings.
+        MismatchError: The folder holds a run with other settings, or of another number of epochs.
     """
     folder = RunFolder(config.run)
     if not folder.description.is_file():
         return False
     saved, asked = read_description(folder.description), config_to_dict(config)
     require_same_run(saved, {"config": asked, "inputs": saved["inputs"]})
-    if (folder.finished_epochs() or 0) < config.epochs:
+    finished = folder.finished_epochs()
+    for epochs in (saved["config"]["epochs"], finished):
+        if epochs not in (None, config.epochs):
+            raise MismatchError(
+                "config.epochs",
+                where=f"run {config.run}",
+                expected=epochs,
+                got=config.epochs,
+                remedy="runs with different epochs do not compare: choose another --out, or remove that folder",
+            )
+    if finished is None:
         return False
     try:
         require_same_run(saved, {"config": asked, "inputs": (inputs_now or InputsNow())(config)})

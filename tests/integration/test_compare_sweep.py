@@ -18,6 +18,7 @@ from student_trainer.engine.metrics import read_metrics
 from student_trainer.sweeps.compare import CompareConfig, compare, is_finished
 from student_trainer.sweeps.file import read_sweep
 from student_trainer.sweeps.processes import take_share
+from student_trainer.train import train
 
 ABLATION = ("No distillation", "CAP", "CAP + DFM", "CAP + DFM + TPP", "CAP + DFM + TPP + KD")
 
@@ -86,6 +87,22 @@ def test_sweep_is_refused_when_its_folder_holds_runs_with_other_settings(ablatio
     config, _ = ablation
     with pytest.raises(MismatchError, match=r"config.optim.lr differs: the run has 0.001, got 0.5"):
         compare(replace(config, set=(*config.set, "optim.lr=0.5")))
+
+
+def test_sweep_is_refused_before_it_trains_when_its_folder_holds_runs_of_other_epochs(tmp_path):
+    (tmp_path / "s.yaml").write_text("{settings: {plain: {method: none}}, seeds: [0]}")
+    config = CompareConfig(sweep=tmp_path / "s.yaml", out=tmp_path / "out", set=changes(), progress=False)
+    compare(config)
+    more = replace(config, set=changes(epochs=2), seeds=(0, 1))
+    told = r"config.epochs differs: run .*plain-seed0 has {}, got {}; .* choose another --out, or remove that folder"
+    with pytest.raises(MismatchError, match=told.format(1, 2)):
+        compare(more)
+    (old, _) = read_sweep(more.sweep, more.folder, more.set, more.seeds).runs
+    train(old.config)  # continued by itself, with a learning rate of two schedules
+    for again, expected in ((config, told.format(2, 1)), (more, told.format(1, 2))):
+        with pytest.raises(MismatchError, match=expected):
+            compare(again)
+    assert [path.name for path in (tmp_path / "out/runs").iterdir()] == ["plain-seed0"]
 
 
 @pytest.mark.parametrize("changed", ["store", "val_tars"])
