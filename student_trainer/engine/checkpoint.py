@@ -171,7 +171,7 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
         MismatchError: Names the first field that differs.
     """
     for section in ("config", "inputs"):
-        before, now = _flat(saved[section]), _flat(current[section])
+        before, now = _flat(_completed(saved[section], current[section])), _flat(current[section])
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name) and not (section == "config" and _may_differ(name)):
                 raise MismatchError(
@@ -210,6 +210,12 @@ def resume_notes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     return notes
 
 
+def _completed(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Saved inputs with what earlier releases did not record of a live teacher, taken from the current one."""
+    before, now = saved.get("live_teacher"), current.get("live_teacher")
+    return {**saved, "live_teacher": {**now, **before}} if before and now else saved
+
+
 def _may_differ(name: str) -> bool:
     return name in _RESUMABLE | _LOCATIONS | _TOLD or name.partition(".")[0] in _RESUMABLE
 
@@ -217,6 +223,5 @@ def _may_differ(name: str) -> bool:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat

@@ -134,15 +134,20 @@ def decoded(raw: RawFeatures, decoders: dict[str, TorchDecoder], device: torch.d
     return TeacherOutput(taps, logits)
 
 
+def teacher_identity(info: TeacherInfo, split: SplitInfo) -> dict[str, Any]:
+    """Everything that a teacher's outputs depend on: not where its weights lie, as their hash is part of it."""
+    kwargs = {name: value for name, value in info.model_kwargs.items() if name != "checkpoint_path"}
+    return {**asdict(info), "model_kwargs": kwargs, "split": asdict(split)}
+
+
 def require_same_teacher(manifest: Manifest, info: TeacherInfo, split: SplitInfo) -> None:
     """Refuse a live teacher that is not the one a store was written with, cut at the same place.
 
     Raises:
         MismatchError: Names the first field that differs, both values and the remedy.
     """
-    expected = asdict(manifest.teacher) | {"split": manifest.split}
-    got = asdict(info) | {"split": split}
-    for field in ("name", "weights_sha256", "input_size", "mean", "std", "num_classes", "split"):
+    expected, got = teacher_identity(manifest.teacher, manifest.split), teacher_identity(info, split)
+    for field in ("name", "weights_sha256", "input_size", "mean", "std", "num_classes", "split", "model_kwargs"):
         if expected[field] != got[field]:
             raise MismatchError(
                 field if field == "split" else f"teacher.{field}",

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from feature_store.teacher.model import Teacher, load_teacher, prepare_for_gpu
 from feature_store.teacher.own import require_named
 from student_trainer.data.batch import Batch
 from student_trainer.methods.base import Needs, TeacherOutput, TeacherShape
-from student_trainer.teachers.base import TeacherSide, require_same_teacher
+from student_trainer.teachers.base import TeacherSide, require_same_teacher, teacher_identity
 from student_trainer.teachers.config import LiveTeacher
 
 
@@ -93,17 +92,11 @@ class LiveSide(TeacherSide):
 
     def identity(self) -> dict[str, Any]:
         """The teacher, and the store whose views are replayed."""
-        info = self.teacher.info
         return {
             "features": "live",
             "store": None if self.store is None else self.store.manifest.identity(),
             "weights": 1.0,
-            "live_teacher": {
-                "name": info.name,
-                "weights_sha256": info.weights_sha256,
-                "compute_dtype": info.compute_dtype,
-                "split": asdict(self.teacher.split),
-            },
+            "live_teacher": teacher_identity(self.teacher.info, self.teacher.split),
         }
 
 

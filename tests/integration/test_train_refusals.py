@@ -81,13 +81,19 @@ def test_live_teacher_is_refused_when_its_weights_are_not_the_stores(config, tmp
     )
 
 
-def test_live_teacher_is_refused_when_it_is_another_model_or_cut_elsewhere(config, tmp_path):
+def test_live_teacher_is_refused_when_it_is_another_model_or_cut_or_pooled_otherwise(config, tmp_path):
     world = shared_world()
     make_teacher(SWIN, tmp_path / "swin.safetensors")
     swin = LiveOptions(name=SWIN[0], model_kwargs=SWIN[1], checkpoint=tmp_path / "swin.safetensors")
     refused(changed(config, source="live", teacher=swin), MismatchError, r"^teacher.name differs: store has 'test_vit'")
     deeper = LiveOptions(checkpoint=world.checkpoint, depth=3)
     refused(changed(config, source="live", teacher=deeper), MismatchError, r"^split differs: store has .*depth.*1.*got")
+    pooled = {**world.teacher[1], "global_pool": "avg", "fc_norm": False}  # the same weights, other logits
+    refused(
+        changed(config, source="live", teacher=LiveOptions(checkpoint=world.checkpoint, model_kwargs=pooled)),
+        MismatchError,
+        r"^teacher.model_kwargs differs: store has {.*got {.*'avg'.*; use the --teacher options the store was written",
+    )
 
 
 def test_tar_is_refused_when_it_changed_since_the_store_was_written(config, tmp_path):

@@ -19,7 +19,7 @@ from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.evaluate import Evaluator
 from student_trainer.methods.scalekd import ScaleKDConfig
-from student_trainer.teachers.config import LiveOptions
+from student_trainer.teachers.config import LiveOptions, ViewsConfig
 from student_trainer.train import train
 
 # Python 3.12 and later warn of fork under threads
@@ -139,6 +139,26 @@ def test_run_is_refused_when_resumed_with_features_of_another_kind(config):
     live = changed(config, source="live", teacher=LiveOptions(checkpoint=shared_world().checkpoint))
     with pytest.raises(MismatchError, match=r"inputs.features differs: the run has 'cached', got 'live'"):
         train(replace(live, resume=True))
+
+
+def test_run_is_refused_when_its_live_teacher_has_the_same_weights_and_other_logits(config):
+    """Pooling has no weights of its own."""
+    world, views = shared_world(), ViewsConfig(size=64)
+    name, kwargs = world.teacher
+    token, mean = (
+        LiveOptions(
+            name=name, checkpoint=world.checkpoint, model_kwargs={**kwargs, "global_pool": pool, "fc_norm": False}
+        )
+        for pool in ("token", "avg")
+    )
+    config = changed(config, source="live", store=None, teacher=token, views=views, method="kd", epochs=1)
+    named = {**token.model_kwargs, "checkpoint_path": str(world.checkpoint)}  # the same weights, given in another way
+    same = replace(token, checkpoint=None, pretrained=False, model_kwargs=named)
+    assert train(config).steps == train(changed(config, resume=True, teacher=same)).steps == 3
+    with pytest.raises(
+        MismatchError, match=r"inputs.live_teacher.model_kwargs.global_pool differs: the run has 'token', got 'avg'"
+    ):
+        train(changed(config, resume=True, teacher=mean))
 
 
 def test_run_starts_when_resumed_before_it_began(config):

@@ -179,7 +179,11 @@ def test_run_may_resume_when_the_change_cannot_matter(change):
     ("section", "change", "message"),
     [
         ("config", {"optim": {"lr": 0.2}}, r"config.optim.lr differs: the run has 0.1, got 0.2; resume with"),
-        ("config", {"student_kwargs": {"drop_rate": 0.1}}, r"config.student_kwargs differs"),
+        (
+            "config",
+            {"student_kwargs": {"drop_rate": 0.1}},
+            r"config.student_kwargs.drop_rate differs: the run has None, got 0.1",
+        ),
         ("inputs", {"tars": {"x": "2"}}, r"inputs.tars.x differs: the run has '1', got '2'"),
         ("inputs", {"tars": {"x": "1", "y": "1"}}, r"inputs.tars.y differs: the run has None, got '1'"),
     ],
@@ -193,6 +197,20 @@ def test_run_is_the_same_when_only_what_it_was_held_against_changed():
     saved = {"config": {"preset": None, "expect": {"model_kwargs": None, "policy": "a2"}}, "inputs": {}}
     now = {"config": {"preset": "x", "expect": {"model_kwargs": {"img_size": 224}, "policy": None}}, "inputs": {}}
     require_same_run(saved, now)
+
+
+def test_live_teacher_is_compared_as_far_as_it_is_recorded():
+    recorded = {"weights_sha256": "1", "split": {"depth": 1}}
+    now = {**recorded, "std": [0.5, 0.5, 0.5], "model_kwargs": {"global_pool": "avg"}}
+    old, current, other = (
+        {"config": {}, "inputs": {"live_teacher": teacher}} for teacher in (recorded, now, {**now, "model_kwargs": {}})
+    )
+    require_same_run(old, current)
+    require_same_run(current, current)
+    with pytest.raises(MismatchError, match=r"live_teacher.model_kwargs.global_pool differs: the run has None, got 'a"):
+        require_same_run(other, current)
+    with pytest.raises(MismatchError, match=r"live_teacher differs: the run has None, got|live_teacher.model_kwargs"):
+        require_same_run({"config": {}, "inputs": {"live_teacher": None}}, current)
 
 
 RUN = {
