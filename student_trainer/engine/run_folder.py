@@ -78,6 +78,7 @@ class RunFolder:
         metrics: metrics.jsonl.
         last: last.pt, where the run resumes.
         best: best.safetensors, the student of the epoch with the best validation accuracy; absent without validation.
+        earlier_best: earlier-best.safetensors, the same on validation tars that a resumed run no longer uses.
         description: config.json: settings, inputs, plan and versions at the run's start.
         progress: progress.json: epoch, step, best accuracy, and whether all epochs are done.
     """
@@ -86,6 +87,7 @@ class RunFolder:
         self.path = path
         self.metrics, self.last, self.best = path / "metrics.jsonl", path / LAST, path / BEST
         self.description, self.progress = path / "config.json", path / "progress.json"
+        self.earlier_best = path / f"earlier-{BEST}"
 
     @classmethod
     def open(
@@ -120,8 +122,8 @@ class RunFolder:
             saved = read_description(described)
             require_same_run(saved, {**description, "inputs": {**inputs, **_validation(saved["inputs"])}})
             folder._remove_partials()
-            folder._change_validation(config, saved, inputs)
-            return folder, resume_notes(saved, description)
+            notes = folder._change_validation(config, saved, inputs)
+            return folder, [*resume_notes(saved, description), *notes]
         # a lock and partial files are all that a run killed at its start has left
         if any(path.name not in (_LOCK, _WRITER) and path.suffix != PARTIAL_SUFFIX for path in config.run.iterdir()):
             step = "it holds no run to continue;" if config.resume else "add --resume to continue it, or"
@@ -190,14 +192,20 @@ class RunFolder:
         for path in self.path.glob(f"*{PARTIAL_SUFFIX}"):
             path.unlink(missing_ok=True)
 
-    def _change_validation(self, config: TrainConfig, saved: dict[str, Any], inputs: Mapping[str, Any]) -> None:
-        """Note other validation tars; accuracies on the earlier ones do not compare, so the best is chosen again."""
+    def _change_validation(self, config: TrainConfig, saved: dict[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+        """Note other validation tars, or none, and set aside the best and the accuracies so far.
+
+        They do not compare with accuracies on other tars. Without any, the best would stay that of an old epoch.
+
+        Returns:
+            What was set aside, a sentence.
+        """
         if _validation(saved["inputs"]) == _validation(inputs):
-            return
+            return []
         checkpoint = self.saved()
         finished = checkpoint is not None and checkpoint.progress.epoch >= config.epochs
         if finished and not config.val_tars:
-            return
+            return []
         if finished:
             raise MismatchError(
                 "inputs.val_tars",
@@ -206,12 +214,17 @@ class RunFolder:
                 got=sorted(inputs["val_tars"]),
                 remedy="the run is finished: measure it on other tars with `student-trainer evaluate`",
             )
-        if config.val_tars and self.metrics.is_file():
-            set_aside_accuracies(self.metrics)
-        if config.val_tars and checkpoint is not None:
+        if checkpoint is not None:
             self.save(replace(checkpoint, progress=replace(checkpoint.progress, best_top1=None)))
+        if self.metrics.is_file():
+            set_aside_accuracies(self.metrics)
+        notes = []
+        if self.best.is_file():
+            self.best.replace(self.earlier_best)
+            notes.append(f"validation differs from here on: {BEST} so far is kept as {self.earlier_best.name}")
         changed = {"config": {**saved["config"], "val_tars": list(config.val_tars)}}
         self._describe({**saved, **changed, "inputs": {**saved["inputs"], **_validation(inputs)}})
+        return notes
 
 
 def _validation(inputs: Mapping[str, Any]) -> dict[str, Any]:

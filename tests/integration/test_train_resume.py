@@ -19,6 +19,7 @@ from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.engine.metrics import read_metrics
 from student_trainer.evaluate import Evaluator
 from student_trainer.methods.scalekd import ScaleKDConfig
+from student_trainer.students.load import load_student
 from student_trainer.teachers.config import LiveOptions, ViewsConfig
 from student_trainer.train import train
 
@@ -282,8 +283,11 @@ def test_run_goes_on_without_validation_when_it_failed(config, monkeypatch):
             train(config)
     best = (config.run / "best.safetensors").read_bytes()
     result = train(replace(config, resume=True, val_tars=()))
-    assert ["val" in line for line in result.history] == [True, False, False]
-    assert (config.run / "best.safetensors").read_bytes() == best
+    assert [line.keys() & {"val", "earlier_val"} for line in result.history] == [{"earlier_val"}, set(), set()]
+    assert (result.best_top1, result.last_top1) == (None, None)
+    assert (config.run / "earlier-best.safetensors").read_bytes() == best
+    student, last = (load_student(path).student.model.state_dict() for path in (config.run, config.run / "last.pt"))
+    assert all(torch.equal(student[name], last[name]) for name in last)
     assert json.loads((config.run / "config.json").read_text())["inputs"]["val_tars"] == {}
     assert train(replace(config, resume=True, val_tars=())).steps == 9
 

@@ -188,14 +188,26 @@ def test_best_is_chosen_anew_on_other_validation_tars(config):
     assert described["plan"] == PLAN
 
 
-def test_best_stays_when_validation_is_the_same_or_left_out(config):
+def test_best_stays_when_validation_is_the_same(config):
     folder = validated(config, epoch=1)
     before = folder.metrics.read_bytes()
+    folder.best.write_bytes(b"best")
     opened(resumed(config))
-    opened(resumed(config, val_tars=()), {**INPUTS, "val_tars": {}})
     assert best_so_far(folder) == 50.0
     assert folder.metrics.read_bytes() == before
-    assert read_description(folder.description)["inputs"] == {**INPUTS, "val_tars": {}}
+    assert folder.best.read_bytes() == b"best"
+
+
+@pytest.mark.parametrize("tars", [{}, {"w.tar": "2b"}])
+def test_best_is_set_aside_when_validation_is_another_or_left_out(config, tars):
+    folder = validated(config, epoch=1)
+    folder.best.write_bytes(b"best")
+    _, notes = opened(resumed(config, val_tars=tuple(tars)), {**INPUTS, "val_tars": tars})
+    assert notes[-1].endswith("best.safetensors so far is kept as earlier-best.safetensors")
+    assert (folder.best.exists(), folder.earlier_best.read_bytes()) == (False, b"best")
+    assert best_so_far(folder) is None
+    assert read_metrics(folder.metrics) == [{"kind": "epoch", "step": 3, "epoch": 0, "earlier_val": {"top1": 50.0}}]
+    assert read_description(folder.description)["inputs"] == {**INPUTS, "val_tars": tars}
 
 
 def test_other_validation_tars_are_noted_before_the_first_checkpoint(config):
