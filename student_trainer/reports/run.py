@@ -23,9 +23,11 @@ def write_run_report(folder: Path) -> Path:
     description, lines = read_description(folder / "config.json"), read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if line["kind"] == "step"]
     epochs = [line for line in lines if line["kind"] == "epoch"]
+    resumed = {f"step {line['step']}": "; ".join(line["notes"]) for line in lines if line.get("notes")}
     sections = {
         "Results": [key_value_table(run_numbers(steps, epochs))],
         "Curves": plots_or_note(lambda: _run_curves(steps, epochs)),
+        **({"Changes on resuming": [key_value_table(resumed)]} if resumed else {}),
         "Settings": [key_value_table(_flat(description["config"]))],
         "Plan": [key_value_table(_flat(description["plan"]))],
         "Inputs": [key_value_table(_flat(description["inputs"]))],

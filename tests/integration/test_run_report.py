@@ -71,6 +71,15 @@ def test_report_is_written_without_steps_when_none_was_logged(run, tmp_path):
     assert "images per second" not in page
 
 
+def test_report_says_what_changed_when_a_run_was_resumed_with_more_epochs(run, tmp_path):
+    config = replace(run, run=tmp_path / "r", method="none", epochs=1, tensorboard=False)
+    train(config)
+    assert "Changes on resuming" not in (config.run / "report.html").read_text()
+    train(replace(config, resume=True, epochs=2))
+    page = (config.run / "report.html").read_text()
+    assert "<td>step 3</td><td>epochs 1 before, 2 now: from here on the learning rate follows" in page
+
+
 def test_report_is_refused_when_the_folder_is_no_run(tmp_path):
     with pytest.raises(InputError, match=r"config.json is (missing|damaged)"):
         write_run_report(tmp_path)
