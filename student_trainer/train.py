@@ -367,12 +367,13 @@ class Run:
         return due and self._evaluator is not None
 
     def _validate(self) -> Accuracy:
-        """Accuracy on the validation tars, of which every process takes its share.
+        """Accuracy of the student that is saved, on the validation tars, of which every process takes its share.
 
         Raises:
             Stopped: A process received a signal during validation.
         """
         assert self._evaluator is not None  # _validates asked
+        self.group.share_buffers(self.eval_model)
         alone = self.group.size == 1
         with self._stop.at_once() if alone else nullcontext():
             accuracy = self._evaluator.unless_stopped(

@@ -40,7 +40,7 @@ class Group:
     """This process among those of its run.
 
     Attributes:
-        rank: Number of this process; 0 is the main one, which alone writes and validates.
+        rank: Number of this process; 0 is the main one, which alone writes.
         size: Number of processes.
         local_rank: Number of this process on its machine, and of the GPU it uses; None without torchrun.
     """
@@ -74,6 +74,17 @@ class Group:
         """Result on all processes of a function that the main one runs; its user error ends all, see all_or_raise."""
         made = self.all_or_raise(lambda: make() if self.is_main else None)
         return cast("T", self.gather(made)[0])
+
+    @torch.no_grad()
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the main one's buffers: each has BatchNorm statistics of its own samples."""
+        if self.size == 1:
+            return
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                values = buffer.contiguous()
+                dist.broadcast(values, src=0)
+                buffer.copy_(values)
 
     def any(self, *flags: bool, device: torch.device) -> tuple[bool, ...]:
         """For each flag, whether any process sets it; several processes wait for their devices."""

@@ -4,18 +4,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 
 import pytest
 import torch
+import torch.distributed as dist
 from process_runs import kill, poison_second_process, run_alone, run_group, start_group, wait_for_lines
+from torch import nn
 from training_world import TIMING, changed, samples, shared_world, train_config, write_tar
 
+from feature_store.errors import UserError
 from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.engine.checkpoint import load_checkpoint
 from student_trainer.engine.distributed import Group
 from student_trainer.engine.metrics import read_metrics
+from student_trainer.evaluate import Accuracy, EvaluateConfig, Evaluator, evaluate
 from student_trainer.methods.scalekd import ScaleKDConfig
 from student_trainer.plan import resolve
 from student_trainer.teachers.config import ViewsConfig
@@ -101,6 +106,30 @@ def test_group_goes_on_to_the_bit_when_killed_and_resumed(config, tmp_path):
     states = [state["cpu"] for state in mine.rng]
     assert all(torch.equal(a, b["cpu"]) for a, b in zip(states, theirs.rng, strict=True))
     assert not torch.equal(*states)  # each process draws its own
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_group_validates_the_student_that_it_saves_when_that_has_batchnorm(config, ema_decay):
+    config = replace(config, student="test_resnet", student_kwargs={}, method="none", ema_decay=ema_decay, epochs=1)
+    assert run_group(config, 2, require_one_student) == [{"steps": 3}] * 2
+    (epoch,) = lines(config, "epoch")
+    saved = evaluate(EvaluateConfig(checkpoint=config.run / "last.pt", tars=config.val_tars, workers=0, device="cpu"))
+    assert epoch["val"]["top1"] == saved.accuracy.top1
+
+
+def require_one_student() -> None:
+    """Refuse to validate a student of which any process has other weights or statistics."""
+    validate = Evaluator.unless_stopped
+
+    def checked(self: Evaluator, model: nn.Module, stop: Callable[[], bool]) -> Accuracy | None:
+        own = {name: value.clone() for name, value in model.state_dict().items()}
+        others = [None] * dist.get_world_size()
+        dist.all_gather_object(others, own)
+        if differing := [name for name in own for other in others if not torch.equal(own[name], other[name])]:
+            raise UserError(f"processes validate different students: {differing}")
+        return validate(self, model, stop)
+
+    Evaluator.unless_stopped = checked
 
 
 def test_group_names_the_rows_of_the_process_whose_loss_is_not_finite(config):
