@@ -13,6 +13,7 @@ from timm.data.config import resolve_model_data_config
 from feature_store.errors import InputError, MismatchError, ResourceError
 from feature_store.inputs.base import source_notes
 from feature_store.store import Store
+from feature_store.tools.label_check import teacher_accuracy
 from student_trainer.config import TrainConfig
 from student_trainer.data.batch import ViewDataset
 from student_trainer.data.materialised import MaterialisedViews, StoredUnit
@@ -30,6 +31,7 @@ from student_trainer.students.student import Student
 from student_trainer.teachers.base import TeacherSide
 from student_trainer.teachers.expectations import require_expected
 from student_trainer.teachers.open import open_teacher
+from student_trainer.teachers.store import StoreSide
 
 _CPU = torch.device("cpu")
 
@@ -116,11 +118,13 @@ class RunPlan:
         return "; ".join([f"{samples}, {views}, on {self.device}", *self.method.notes])
 
     def notes(self) -> list[str]:
-        """Notes for the user: about the images, and options of methods that are not used."""
-        inputs = self.inputs
-        return unused_options(self.config) + source_notes(
-            [tar for tar in (*inputs.tars, *inputs.validation) if not isinstance(tar, StoredUnit)]
-        )
+        """Notes for the user: about teacher and images, and options of methods that are not used."""
+        images = [tar for tar in (*self.inputs.tars, *self.inputs.validation) if not isinstance(tar, StoredUnit)]
+        compares = any(needs.logits for needs in self.method.needs_of_teachers[:1])
+        store = self.teacher.store if compares and isinstance(self.teacher, StoreSide) else None
+        accuracy = None if store is None else teacher_accuracy(store)
+        top1 = [] if accuracy is None else [f"top-1 of the teacher's stored logits: {accuracy}"]
+        return top1 + unused_options(self.config) + source_notes(images)
 
 
 def resolve(config: TrainConfig, group: Group = ALONE) -> RunPlan:

@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from feature_store.backends.files import write_text
 from feature_store.errors import InputError
 from feature_store.tools.info import summarise
+from feature_store.tools.label_check import teacher_accuracy
 from feature_store.tools.row_subset import pick, sampled_shards
 from feature_store.tools.terminal import printable
 
@@ -134,6 +135,7 @@ def _facts(summary: dict[str, Any], store: "Store") -> dict[str, str]:
         "found in": "webdataset tars" if inputs is None else inputs.format,
         "rows": f"{summary['committed_rows']:,} of {summary['samples'] * summary['views']:,} committed",
         "samples without a label": f"{unlabelled:,} (quarantined ones included)",
+        "teacher's top-1 on the labels": str(teacher_accuracy(store) or "unknown: no logits or no labels"),
         "quarantined": f"{len(summary['quarantined']):,} samples that could not be used",
         "size": f"{decimal(summary['bytes'])} in {summary['objects']:,} objects",
         "licence": summary["licence"] or "not stated: ask the store's author before you use it",

@@ -135,9 +135,11 @@ def test_way_to_train_without_logits_is_one_of_the_method(config, method, way):
         train(replace(config, method=method, num_classes=9))
 
 
-def test_options_of_another_method_are_told_to_have_no_effect(config):
+def test_notes_tell_the_teachers_accuracy_and_options_without_effect(config):
     unused = resolve(replace(config, method="kd", scalekd=ScaleKDConfig(tpp=False))).notes()
     assert "options --scalekd.* have no effect on --method kd" in unused
+    assert any(note.startswith("top-1 of the teacher's stored logits: ") for note in unused)
+    assert not any("top-1" in note for note in resolve(replace(config, method="fd")).notes())
     used = resolve(replace(config, scalekd=ScaleKDConfig(tpp=False))).notes()
     assert not any("no effect" in note for note in used)
 
