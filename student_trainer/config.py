@@ -131,7 +131,8 @@ class TrainConfig(SourceOptions):
         tf32: On GPUs, TF32 products of float32 matrices: faster, with 10 bits of mantissa.
         compile: torch.compile student and loss.
         ema_decay: Also keep a moving average of the student's weights with this decay.
-        ema_eval: Validate, choose as best and export the averaged weights. Off: the raw ones; last.pt keeps both.
+        ema_eval: Validate, choose as best and export the averaged weights; --no-ema-eval: the raw ones.
+            last.pt has both.
         sync_bn: The student's BatchNorm statistics over all processes instead of each process's samples; needs GPUs.
         deterministic: Only algorithms that repeat to the bit, also on GPUs; slower there.
         device: Where the student runs, e.g. cuda:1; auto takes a GPU if there is one. Under torchrun: cuda or cpu.
@@ -145,10 +146,10 @@ class TrainConfig(SourceOptions):
         tensorboard: Also log to TensorBoard, into the run's folder.
         wandb: Also log to this project of Weights & Biases.
         mlflow: Also log to this experiment of MLflow.
-        report: Write report.html when the run ends. Off: leave it out.
+        report: Write report.html when the run ends; --no-report leaves it out.
         checkpoint_every: Also write last.pt every this many steps; 0: after each epoch only.
         resume: Continue the run in its folder.
-        progress: Show progress on stderr. Off: none.
+        progress: Show progress on stderr; --no-progress shows none.
     """
 
     run: Path

@@ -124,7 +124,7 @@ class RunPlan:
         store = self.teacher.store if compares and isinstance(self.teacher, StoreSide) else None
         accuracy = None if store is None else teacher_accuracy(store)
         top1 = [] if accuracy is None else [f"top-1 of the teacher's stored logits: {accuracy}"]
-        return top1 + unused_options(self.config) + source_notes(images)
+        return top1 + option_notes(self.config) + source_notes(images)
 
 
 def resolve(config: TrainConfig, group: Group = ALONE) -> RunPlan:
@@ -180,14 +180,18 @@ def resolve(config: TrainConfig, group: Group = ALONE) -> RunPlan:
     )
 
 
-def unused_options(config: TrainConfig) -> list[str]:
-    """A sentence for each built-in method that has options although another one is used.
+def option_notes(config: TrainConfig) -> list[str]:
+    """A sentence for each built-in method that has options although another one is used, and for an endless warm-up.
 
-    A sweep's base run may set them for its other settings.
+    A sweep's base run may set options for its other settings.
     """
     others = (name for name in METHODS if name != config.method and hasattr(config, name))
     given = (name for name in others if getattr(config, name) != METHODS[name].Config())
-    return [f"options --{name.replace('_', '-')}.* have no effect on --method {config.method}" for name in given]
+    notes = [f"options --{name.replace('_', '-')}.* have no effect on --method {config.method}" for name in given]
+    if config.optim.warmup_epochs >= config.epochs:
+        notes.append(f"the learning rate only warms up: --optim.warmup-epochs is {config.optim.warmup_epochs:g}, the "
+                     f"run has {config.epochs} epochs")  # fmt: skip
+    return notes
 
 
 def run_identity(config: TrainConfig, teacher: TeacherSide, inputs: Inputs) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class ScaleKDConfig:
         tpp: Teacher parameter perception, i.e. the stage-3 path. Off, and always off for a teacher without later
             blocks: its projectors, its two terms and with them F3 drop out, and the stage-4 projectors use learned
             queries.
-        dual_view: The alternative view path. Off: only the original one is left.
+        dual_view: The alternative view path; --scalekd.no-dual-view leaves the original one alone.
         checkpoint_later_blocks: Recompute the later blocks for the backward pass instead of keeping their
             activations: less memory, more time, the same numbers.
     """

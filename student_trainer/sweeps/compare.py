@@ -42,7 +42,7 @@ class CompareConfig:
         gpus: Numbers of the GPUs to use, as torch counts them, one run at a time on each; instead of processes.
         threads: CPU threads of each run; default the machine's cores divided by the runs at a time.
         confidence: Of the intervals of differences.
-        progress: Show progress on stderr. Off: say nothing until the end.
+        progress: Show progress on stderr; --no-progress says nothing until the end.
     """
 
     sweep: Positional[Path]

@@ -45,7 +45,7 @@ class Replay:
 
     Attributes:
         num_views: Use the store's first views only; default all. Epoch e uses view e mod this.
-        check_all_pixels: Check the CRC of every view. Off: of each unit's first 8 only, which saves 1 to 2 % of the
+        check_all_pixels: Check the CRC of every view; False: of each unit's first 8 only, which saves 1 to 2 % of the
             time that workers take to make views.
     """
 
@@ -110,7 +110,8 @@ class LiveOptions:
         name: timm model name, or package.module:build, your own function that returns the teacher; default the
             store's teacher, unless that is one of your own.
         checkpoint: Its weights (safetensors or torch file); default timm's pretrained weights.
-        pretrained: Without a checkpoint: fetch timm's weights for this name. Off: random weights, for tests.
+        pretrained: Without a checkpoint: fetch timm's weights for this name; --teacher.no-pretrained takes random
+            ones, for tests.
         model_kwargs: Extra arguments of timm.create_model, or of that function, as JSON; default the store's.
         depth: Number of later blocks of a plain ViT; default the store's, or the last quarter.
         drop_prefix: Run them on grid tokens alone for the student; default as the store says, or off.
@@ -175,8 +176,8 @@ class TeacherOptions:
             cached rows; or live+http://host:port, its live teacher. A service brings its own store.
         token_file: File with the service's bearer token; default the environment variable FEATURE_STORE_TOKEN.
         num_views: Use the store's first views only; default all. Epoch e uses view e mod this.
-        check_all_pixels: Check the CRC of every view of a store. Off: of each unit's first 8 only, which saves 1 to
-            2 % of the time that workers take to make views.
+        check_all_pixels: Check the CRC of every view of a store; --no-check-all-pixels: of each unit's first 8 only,
+            which saves 1 to 2 % of the time that workers take to make views.
         teacher: The live teacher.
         views: Views of a run without a store.
     """

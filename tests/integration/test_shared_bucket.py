@@ -105,30 +105,31 @@ def test_a_killed_machines_units_are_computed_by_another(
     assert _objects(url) == whole
 
 
-def _holder(url: str) -> int | None:
-    """Process that holds a unit now."""
-    objects = open_objects(url)
+def _holders(url: str) -> set[int]:
+    """Processes of the leases that there are now."""
+    objects, found = open_objects(url), set[int]()
     for path in objects.list(".locks/lease-u"):
         with suppress(FileNotFoundError):  # released meanwhile
-            return int(json.loads(objects.get(path).tobytes())["holder"].split(":")[1])
-    return None
+            found.add(int(json.loads(objects.get(path).tobytes())["holder"].split(":")[1]))
+    return found
 
 
 def test_three_machines_with_one_command_finish_when_the_one_at_work_is_killed(
     url: str, start: Callable[[str], Program], whole: dict[str, bytes]
 ) -> None:
     machines = {process.pid: process for process in map(start, ("first", "second", "third"))}
-    while _committed(url) < 2 or (holder := _holder(url)) is None:
+    while _committed(url) < 2 or not (holders := _holders(url)):
         assert all(process.poll() is None for process in machines.values())
         time.sleep(0.01)
-    machines.pop(holder).kill()
+    killed = min(holders)
+    machines.pop(killed).kill()
     time.sleep(0.5)  # a request under way may still reach the bucket
     done = _committed(url)
     assert done < UNITS
     written = [_units_written(process) for process in machines.values()]
     assert UNITS - done <= sum(written) <= UNITS
     assert _objects(url) == whole
-    assert open_objects(url).list(".locks/") == []
+    assert _holders(url) <= {killed}  # which may have committed a unit that it had no time to release
 
 
 def test_a_suspended_machine_that_comes_back_does_no_harm(

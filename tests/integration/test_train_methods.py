@@ -141,7 +141,11 @@ def test_notes_tell_the_teachers_accuracy_and_options_without_effect(config):
     assert any(note.startswith("top-1 of the teacher's stored logits: ") for note in unused)
     assert not any("top-1" in note for note in resolve(replace(config, method="fd")).notes())
     used = resolve(replace(config, scalekd=ScaleKDConfig(tpp=False))).notes()
-    assert not any("no effect" in note for note in used)
+    assert not any("no effect" in note or "warms up" in note for note in used)
+    warming = replace(config, epochs=2, optim=replace(config.optim, warmup_epochs=2))
+    assert any(
+        "warms up: --optim.warmup-epochs is 2, the run has 2 epochs" in note for note in resolve(warming).notes()
+    )
 
 
 @pytest.fixture(scope="module")
