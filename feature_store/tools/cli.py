@@ -13,6 +13,7 @@ from feature_store.processes import usable_cpus
 from feature_store.store import open_store
 from feature_store.tools.command_line import run, unit_progress
 from feature_store.tools.info import print_summary, summarise
+from feature_store.tools.options import require
 from feature_store.tools.terminal import Console, say, say_json
 
 app = tyro.extras.SubcommandApp()
@@ -51,6 +52,7 @@ def verify(
     from feature_store.tools.info import print_report
     from feature_store.tools.verify import verify
 
+    require(workers >= 1, "--workers", workers, "at least 1")
     with unit_progress("verifying", quiet=json) as progress:
         report = verify(path, quick=quick, workers=workers, progress=progress)
     if json:
@@ -87,6 +89,7 @@ def repair(
     from feature_store.tools.info import print_repair
     from feature_store.tools.repair import repair
 
+    require(workers >= 1, "--workers", workers, "at least 1")
     with unit_progress("verifying", quiet=json) as progress:
         result = repair(path, apply=yes, drop_damaged=drop_damaged, quick=quick, workers=workers, progress=progress)
     if json:
@@ -114,6 +117,8 @@ def bench(
     """
     from feature_store.tools.bench import bench_codecs, print_codecs
 
+    require(rows >= 1, "--rows", rows, "at least 1")
+    require(seed >= 0, "--seed", seed, "0 or more")
     if codecs is None:
         raise InputError("bench measures codecs: add --codecs for all of them, or --codecs int8 int4 for some")
     report = bench_codecs(open_store(path), codecs, rows, seed)
@@ -150,6 +155,9 @@ def plot(
     """
     from feature_store.tools.plot import plot
 
+    for name, number in {"--rows": rows, "--thumbnails": thumbnails}.items():
+        require(number >= 1, name, number, "at least 1")
+    require(seed >= 0, "--seed", seed, "0 or more")
     store = open_store(path)
     files = plot(store, out, tars, tap=tap, rows=rows, thumbnails=thumbnails, seed=seed, tar_options=tar_options)
     if json:
@@ -202,6 +210,7 @@ def copy(
     """
     from feature_store.tools.copy import copy
 
+    require(workers >= 1, "--workers", workers, "at least 1")
     with unit_progress("copying", quiet=json) as progress:
         report = copy(source, target, workers=workers, progress=progress)
     if json:

@@ -63,6 +63,25 @@ def test_list_options_are_refused_when_given_twice(tmp_path, capsys):
         assert "--codecs is given 2 times" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "verify STORE --workers 0", "verify STORE --workers -2", "repair STORE --workers 0",
+        "copy STORE COPY --workers -3",
+        "bench STORE --codecs f32 --rows 0", "bench STORE --codecs f32 --seed -1", "plot STORE --out COPY --rows 0",
+        "plot STORE --out COPY --rows -1", "plot STORE --out COPY --thumbnails -4", "plot STORE --out COPY --seed -1",
+    ],
+)  # fmt: skip
+def test_numbers_that_no_command_can_use_are_refused_with_their_option(tmp_path, capsys, arguments):
+    places = {"STORE": str(tiny_store(tmp_path / "s").path), "COPY": str(tmp_path / "copy")}
+    *command, option, number = [places.get(word, word) for word in arguments.split()]
+    assert main([*command, option, number]) == 2
+    assert f"error: {option} is {number}, expected {'0 or more' if option == '--seed' else 'at least 1'}" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "copy").exists()
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "STORE"], ["info", "STORE", "--json"]])
 def test_output_is_ended_without_a_word_when_its_reader_is_gone(tmp_path, arguments):
     store = str(tiny_store(tmp_path / "s").path)
