@@ -35,6 +35,7 @@ class Remedy(StrEnum):
     LOCAL_CHECKPOINT = "local-checkpoint"
     MODEL_OPTIONS = "model-options"
     TOKEN = "token"
+    SOURCE = "source"
     ADD_TARS = "add-tars"
     ALLOW_PIPE = "allow-pipe"
     LABELS = "labels"

@@ -93,10 +93,15 @@ class UvicornThread:
 
 
 class WebServer:
-    """Serves a folder. ``failures`` answers so many requests with 503 first; ``requests`` counts what came."""
+    """Serves a folder.
+
+    ``failures`` answers so many requests with 503 first; ``requests`` counts what came, ``authorizations`` has
+    what each brought; ``redirect`` is a server that all are sent on to.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.failures, self.requests = folder, 0, []
+        self.authorizations, self.redirect = [], ""
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -106,11 +111,14 @@ class WebServer:
                 self.do_GET()
 
             def do_GET(self):
+                outer.authorizations.append(self.headers.get("Authorization"))
                 outer.requests.append((self.command, self.path, self.headers.get("Range")))
                 file = outer.folder / unquote(self.path).lstrip("/")
                 if outer.failures:
                     outer.failures -= 1
                     self.answer(503, b"")
+                elif outer.redirect:
+                    self.answer(302, b"")
                 elif "forbidden" in self.path:
                     self.answer(403, b"")
                 elif not file.is_file():
@@ -134,6 +142,8 @@ class WebServer:
                 self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
                 if content_range:
                     self.send_header("Content-Range", content_range)
+                if status == 302:
+                    self.send_header("Location", outer.redirect + self.path)
                 self.end_headers()
                 if self.command == "GET":
                     self.wfile.write(body)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from feature_store.backends.base import Buffer, buffers_of, scatter
-from feature_store.backends.credentials import failure, s3_options
+from feature_store.backends.credentials import bearer_headers, failure, s3_options
 from feature_store.errors import InputError, ResourceError, UserError
 
 SCHEMES = ("s3", "gs", "http", "https")
@@ -37,8 +37,9 @@ class RemoteObjects:
     """Objects behind ``s3://``, ``gs://`` or ``http(s)://``; a web server is read only.
 
     Credentials and endpoints come from where each service's own tools read them (``AWS_ACCESS_KEY_ID``,
-    ``AWS_PROFILE`` and ~/.aws, ``AWS_ENDPOINT_URL``, ``GOOGLE_SERVICE_ACCOUNT``...). Server errors, dropped connections
-    and timeouts are tried again with growing pauses, for three minutes at most.
+    ``AWS_PROFILE`` and ~/.aws, ``AWS_ENDPOINT_URL``, ``GOOGLE_SERVICE_ACCOUNT``...); the token of a teacher service's
+    store from ``FEATURE_STORE_TOKEN``. Server errors, dropped connections and timeouts are tried again with growing
+    pauses, for three minutes at most.
 
     obstore keeps threads that do not survive a fork, so a process forked after the first use is refused instead of
     hanging; ``forkserver`` and ``spawn`` workers are fine, and so is a fork before the first use.
@@ -217,6 +218,9 @@ def _store(obstore: Any, url: str) -> Any:
     scheme = url.partition("://")[0]
     options: dict[str, Any] = {"connect_timeout": "10s", "timeout": "120s"}
     more = s3_options(url) if scheme == "s3" else {}
+    if scheme.startswith("http"):
+        # obstore takes it out of requests that are redirected to another host or port.
+        options["default_headers"] = bearer_headers(url)
     if scheme == "http" or more.get("endpoint", "").startswith("http://"):
         options["allow_http"] = True
     return obstore.store.from_url(url, client_options=options, retry_config=_RETRY, **more)

@@ -1,4 +1,4 @@
-"""Credentials, regions, endpoints of buckets."""
+"""Credentials, regions, endpoints of buckets and web servers."""
 
 import os
 import re
@@ -11,11 +11,19 @@ S3_VARIABLES = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN), or AWS_PROFILE for a profile of ~/.aws; "
     "for a public bucket AWS_SKIP_SIGNATURE=true"
 )
+TOKEN_VARIABLE = "FEATURE_STORE_TOKEN"
+SERVED = "/v1/zarr"
+"""Path of a store's objects below a service's URL."""
+
+_WEB_SERVER = (
+    f"check the URL; a service's store ends with {SERVED} and needs a token in {TOKEN_VARIABLE}; for a private bucket "
+    "use its own URL"
+)
 _REMEDIES = {
     "s3": S3_VARIABLES,
     "gs": "set GOOGLE_SERVICE_ACCOUNT to a service account's key file; for a public bucket GOOGLE_SKIP_SIGNATURE=true",
-    "http": "check the URL; for a private one use the bucket's own",
-    "https": "check the URL; for a private one use the bucket's own",
+    "http": _WEB_SERVER,
+    "https": _WEB_SERVER,
 }
 _REQUEST = re.compile(r"(?:for path \S*: )?Error performing [A-Z]+ (\S+) in .*? - ")
 _STATUS = re.compile(r"Server returned non-2xx status code: (\d+ \w[\w ]*): *$")
@@ -63,6 +71,12 @@ def s3_options(url: str) -> dict[str, Any]:
     except botocore.exceptions.BotoCoreError as error:
         raise InputError(f"cannot open {url}: {error}; {S3_VARIABLES}") from error
     return {"region": region, **options, "credential_provider": provider}
+
+
+def bearer_headers(url: str) -> dict[str, str]:
+    """Headers with the token of a service's store; none for other web servers, which the token is not for."""
+    token = os.environ.get(TOKEN_VARIABLE)
+    return {"Authorization": f"Bearer {token}"} if token and url.endswith(SERVED) else {}
 
 
 def s3_endpoint() -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from feature_store.backends.credentials import TOKEN_VARIABLE
 from feature_store.client.live import RemoteLiveSource, UnitViews
 from feature_store.client.objects import ServedObjects
 from feature_store.client.secret_files import read_secret_file
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-TOKEN_VARIABLE = "FEATURE_STORE_TOKEN"
 _FIRST_SECONDS = 10.0  # for the first answer: a wrong address should be known soon
 
 

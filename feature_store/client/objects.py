@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from feature_store.backends.base import Buffer, scatter
+from feature_store.backends.credentials import SERVED
 from feature_store.client.service import ServiceClient, content_length
 from feature_store.client.transport import Response
 from feature_store.errors import InputError, WireError
@@ -41,7 +42,7 @@ class ServedObjects:
     bytes_per_thread = 1 << 20
 
     def __init__(self, service: ServiceClient) -> None:
-        self.service, self.url = service, f"{service.url}/v1/zarr"
+        self.service, self.url = service, f"{service.url}{SERVED}"
 
     def __reduce__(self):
         return ServedObjects, (self.service,)
@@ -134,7 +135,7 @@ class ServedObjects:
             return _Missing.OBJECT if answer.status in _ABSENT else _Missing.RANGE
 
         statuses = (good, *_ABSENT, *(() if span is None else (_PAST_END,)))
-        found = self.service.call(method, f"/v1/zarr/{quote(path)}", found_or_not, headers=headers, good=statuses)
+        found = self.service.call(method, f"{SERVED}/{quote(path)}", found_or_not, headers=headers, good=statuses)
         if found is _Missing.OBJECT:
             raise FileNotFoundError(f"{self.url}/{path} does not exist")
         return found

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from feature_store.backends.credentials import TOKEN_VARIABLE
 from feature_store.client import frames
 from feature_store.client.problems import RETRIED_STATUSES, error_class
 from feature_store.client.transport import LOST, Body, HttpTransport, Response, Transport
@@ -183,7 +184,9 @@ class ServiceClient:
         problem = _problem(answer)
         detail = problem.get("detail") or f"{method} {self.url}{target} was answered with status {answer.status}"
         if answer.status in (401, 403):
-            return InputError(f"{self.url} refuses: {detail}; give its token", remedy=Remedy.TOKEN), 0.0
+            reason = detail.partition(";")[0]  # what follows is for whoever asks without this client
+            remedy = f"set {TOKEN_VARIABLE} to a token that it accepts"
+            return InputError(f"{self.url} refuses: {reason}; {remedy}", remedy=Remedy.TOKEN), 0.0
         error = error_class(str(problem.get("type", "")), answer.status)
         return error(f"{self.url}: {detail}"), _retry_after(answer)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from feature_store.backends.base import ObjectStore
+from feature_store.backends.credentials import SERVED
 from feature_store.errors import CorruptStoreError, InputError, Remedy
 from feature_store.format.codecs.bound import require_decodable
 from feature_store.format.manifest import Manifest, fingerprint_of, require_version
@@ -21,10 +22,7 @@ def read_manifest(objects: ObjectStore) -> Manifest:
     try:
         raw = objects.get(ROOT).tobytes()
     except FileNotFoundError:
-        raise InputError(
-            f"{objects.url} is not a store (no {ROOT}); check the path, or write a store there",
-            remedy=Remedy.WRITE_STORE,
-        ) from None
+        raise _not_a_store(objects.url) from None
     where = f"{objects.url}/{ROOT}"
     try:
         attributes = load_json(raw)["attributes"]
@@ -38,6 +36,14 @@ def read_manifest(objects: ObjectStore) -> Manifest:
     manifest = Manifest.from_dict(claimed)
     require_decodable(manifest)
     return manifest
+
+
+def _not_a_store(url: str) -> InputError:
+    if not url.startswith(("http://", "https://")):
+        what = f"{url} is not a store (no {ROOT}); check the path, or write a store there"
+        return InputError(what, remedy=Remedy.WRITE_STORE)
+    served = "check the URL" if url.endswith(SERVED) else f"for a service open {url}{SERVED}"
+    return InputError(f"{url} is not a store (no {ROOT}); {served}", remedy=Remedy.SOURCE)
 
 
 def manifest_attributes(manifest: Manifest) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def test_training_is_refused_when_the_service_has_no_teacher(world, tmp_path):
 
 @pytest.mark.parametrize("how", ["variable", "file"])
 def test_training_reads_with_a_token_when_the_service_needs_one(world, tmp_path, how, monkeypatch, capfd):
+    from feature_store.tools.cli import main as store_tool
     from teacher_service.cli import main
 
     tokens = tmp_path / "tokens.jsonl"
@@ -107,13 +108,16 @@ def test_training_reads_with_a_token_when_the_service_needs_one(world, tmp_path,
     token = capfd.readouterr().out.strip()
     with running_service(world.store, "--tokens", str(tokens)) as running:
         asked = config(world, tmp_path / "run", running.url, epochs=1)
-        with pytest.raises(InputError, match="refuses: .*; give its token"):
+        with pytest.raises(InputError, match="refuses: .*; set FEATURE_STORE_TOKEN to a token"):
             resolve(asked)
         if how == "file":
             (tmp_path / "token").write_text(token + "\n")
             asked = changed(asked, token_file=tmp_path / "token")
         else:
+            assert store_tool(["info", f"{running.url}/v1/zarr"]) == 3
+            assert "needs a token in FEATURE_STORE_TOKEN" in capfd.readouterr().err
             monkeypatch.setenv("FEATURE_STORE_TOKEN", token)
+            assert store_tool(["info", f"{running.url}/v1/zarr"]) == 0
         result = train(asked)
     assert result.steps == 3
     files = [path for path in result.run.rglob("*") if path.is_file()]

@@ -127,6 +127,34 @@ def test_a_refusal_is_a_resource_error_that_names_the_object(web):
         RemoteObjects(web.url).get("forbidden")
 
 
+def test_the_token_is_sent_to_the_services_store_only(web, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEATURE_STORE_TOKEN", "skc_1")
+    with WebServer(tmp_path / "other") as other:
+        for place in ("v1/zarr", "public"):
+            LocalObjects(web.folder / place).put("a", CONTENT)
+            LocalObjects(other.folder / place).put("a", CONTENT)
+        assert RemoteObjects(f"{web.url}/v1/zarr").get("a").tobytes() == CONTENT
+        assert RemoteObjects(f"{web.url}/public").get("a").tobytes() == CONTENT
+        assert web.authorizations == ["Bearer skc_1", None]
+        web.redirect = other.url
+        assert RemoteObjects(f"{web.url}/v1/zarr/").get("a").tobytes() == CONTENT
+        assert (web.authorizations[2:], other.authorizations) == (["Bearer skc_1"], [None])
+
+
+def test_a_web_server_without_a_store_names_a_services_url(web):
+    with pytest.raises(
+        InputError, match=f"{web.url} is not a store .*; for a service open {web.url}/v1/zarr$"
+    ) as error:
+        open_store(web.url)
+    assert error.value.remedy is not None
+    with pytest.raises(
+        ResourceError, match="a service's store ends with /v1/zarr and needs a token in FEATURE_STORE_TOK"
+    ):
+        open_store(f"{web.url}/forbidden")
+    with pytest.raises(InputError, match=r"/v1/zarr is not a store \(no zarr.json\); check the URL$"):
+        open_store(f"{web.url}/v1/zarr")
+
+
 def test_a_missing_committed_object_is_damage_on_the_web_too(web, tmp_path):
     local = tiny_store(tmp_path / "local")
     local.write_commit_index()

@@ -175,7 +175,11 @@ def test_a_single_try_waits_no_longer_than_is_left_when_the_deadline_is_near():
         (problem(422, "invalid-request"), InputError, "http://service: why"),
         (problem(413, "too-large"), InputError, "why"),
         (problem(500, "internal"), ResourceError, "why"),
-        (problem(401, "unauthorized", "a token is needed"), InputError, "a token is needed; give its token"),
+        (
+            problem(401, "unauthorized", "this token is not known here; ask for a new one"),
+            InputError,
+            "refuses: this token is not known here; set FEATURE_STORE_TOKEN to a token that it accepts$",
+        ),
         (problem(403, "forbidden"), InputError, "http://service refuses: why"),
         (Answered(404, b"nothing here"), InputError, "GET http://service/v1/x was answered with status 404"),
     ],
