@@ -4,14 +4,16 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from teacher_service.serve.problems import Problem
-from teacher_service.serve.routing import RouteTable
+from teacher_service.serve.routing import UNDECLARED, RouteTable
 from teacher_service.serve.tokens import TokenFile
 
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="scalekd-cache"'}
 
 
 class AuthMiddleware:
-    """Refuses requests without a token of the route's scope; undeclared paths need an admin's.
+    """Refuses requests without a token of the route's scope.
+
+    Undeclared paths are 401 without a token and 404 with one; only an admin's requests for them reach the application.
 
     Args:
         app: The rest of the service.
@@ -32,7 +34,8 @@ class AuthMiddleware:
         return await self._app(scope, receive, send)
 
     def _require(self, scope: Scope) -> None:
-        needed = self._table.rule(scope["path"]).scope
+        rule = self._table.rule(scope["path"])
+        needed = rule.scope
         if self._tokens is None or needed is None:
             return
         kind, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -44,6 +47,8 @@ class AuthMiddleware:
             raise Problem("unauthorized", "this token is not known here; ask for a new one", headers=headers)
         scope["state"]["token_name"] = token.name
         if not token.allows(needed):
+            if rule is UNDECLARED:
+                raise Problem("not-found", f"{scope['path'][:200]!r} is no part of the API; see openapi.json")
             headers = {
                 "WWW-Authenticate": f'{_CHALLENGE["WWW-Authenticate"]}, error="insufficient_scope", scope="{needed}"'
             }

@@ -91,10 +91,23 @@ def test_every_route_but_the_probes_needs_a_token_with_its_scope(guarded, secret
     ["/v1", "/v2/manifest", "/v1/manifest/", "//v1/manifest", "/V1/manifest", "/livez/", "/livez/x", "/readyz;x",
      "/livez%2f..%2fv1%2fmanifest", "/%2e%2e/livez", "/.well-known/x"],
 )  # fmt: skip
-def test_paths_nobody_thought_of_need_an_admin(guarded, secrets, target):
+def test_paths_nobody_thought_of_need_a_token_and_are_told_to_be_none(guarded, secrets, target):
     assert guarded(target).status == 401
-    assert guarded(target, headers=bearer(secrets["read"])).status == 403
+    for scope in ("read", "compute"):
+        answer = guarded(target, headers=bearer(secrets[scope]))
+        assert (answer.status, answer.problem) == (404, "not-found")
+        assert "is no part of the API; see openapi.json" in answer.json()["detail"]
     assert guarded(target, headers=bearer(secrets["admin"])).status == 404
+
+
+def test_a_route_without_a_declaration_answers_an_admin_only(store, token_file, secrets):
+    with closing(in_process(store, tokens=token_file)) as client:
+        client.app.add_api_route("/forgotten", lambda: "secret")
+        for headers in ({}, bearer(secrets["read"]), bearer(secrets["compute"])):
+            answer = client("/forgotten", headers=headers)
+            assert answer.status in (401, 404)
+            assert b"secret" not in answer.body
+        assert client("/forgotten", headers=bearer(secrets["admin"])).status == 200
 
 
 def test_probes_answer_everybody_and_say_nothing_about_the_store(guarded, store):
