@@ -14,6 +14,7 @@ from feature_store.errors import ImageError, InputError, ResourceError
 from feature_store.inputs.base import NO_LABEL, SampleSource
 from feature_store.inputs.open import open_sources
 from feature_store.inputs.options import SourceOptions
+from feature_store.tools.options import make_folder
 
 STATE, CLASSES, LOCK = "pack.json", "classes.txt", ".lock"
 _SHOWN = 3  # samples named in a report
@@ -66,7 +67,8 @@ def pack(
         progress: Called with tars that are written, and tars in all.
 
     Raises:
-        InputError: The source cannot be used, two samples would have one key, or the folder holds another pack.
+        InputError: The source cannot be used, two samples would have one key, or out is a file or holds another
+            pack.
         ResourceError: A file cannot be read or written.
     """
     sources, info = open_sources([source], options)
@@ -76,7 +78,7 @@ def pack(
     _require_unique(keys)
     state = {"inputs": asdict(info), "tars": [each.header_sha256 for each in sources]}
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out, "OUT")
         with locked(out / LOCK, f"another process packs into {out}; wait for it"):
             _require_same(out, state)
             for partial in out.glob(f"*{PARTIAL_SUFFIX}"):  # of a killed run

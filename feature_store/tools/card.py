@@ -11,6 +11,7 @@ from feature_store.backends.files import write_text
 from feature_store.errors import InputError
 from feature_store.tools.info import summarise
 from feature_store.tools.label_check import teacher_accuracy
+from feature_store.tools.options import make_folder
 from feature_store.tools.row_subset import pick, sampled_shards
 from feature_store.tools.terminal import printable
 
@@ -47,7 +48,7 @@ def write_card(store: "Store", out: Path, *, url: str | None = None) -> list[Pat
         url: Where readers will find the store; default where it is now.
 
     Raises:
-        InputError: No unit is committed, or jinja2 is missing.
+        InputError: No unit is committed, jinja2 is missing, or out is a file.
     """
     summary = summarise(store)
     if not summary["committed_rows"]:
@@ -55,7 +56,7 @@ def write_card(store: "Store", out: Path, *, url: str | None = None) -> list[Pat
     where = url or store.objects.url
     facts, errors, ways = _facts(summary, store), codec_errors(store), ways_to_open(store, where)
     text = {"title": f"Features of {summary['teacher']['name']}", "facts": facts, "errors": errors, "ways": ways}
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     write_text(out / README, _markdown(**text))
     write_text(out / PAGE, _template().render(text))
     return [out / README, out / PAGE]

@@ -63,6 +63,18 @@ def require(condition: bool, option: str, got: object, expected: str) -> None:
         raise InputError(f"{option} is {got}, expected {expected}")
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Make an option's folder and those above it, where they are missing.
+
+    Raises:
+        InputError: A file is in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{option} is {folder}, expected a folder: there is a file; choose another name") from error
+
+
 def environment_number(name: str, default: int) -> int:
     """A whole number from an environment variable; the default where it is unset or empty.
 

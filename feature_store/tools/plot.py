@@ -23,6 +23,7 @@ from feature_store.tools.features import (
     principal_colours,
     replay_views,
 )
+from feature_store.tools.options import make_folder
 from feature_store.tools.row_subset import pick, sampled_shards
 from feature_store.tools.terminal import printable
 
@@ -92,7 +93,7 @@ def plot(
         The files written, the page last.
 
     Raises:
-        InputError: matplotlib or scipy is missing, the tap has no grid, or the store has no rows.
+        InputError: matplotlib or scipy is missing, the tap has no grid, the store has no rows, or out is a file.
         MismatchError: A tar or a view's pixels are not those of the store.
     """
     pyplot = _pyplot()
@@ -110,7 +111,7 @@ def plot(
             colours = principal_colours(values, grid, features_nNC)
             names = [f"{unit}/{position} v{view}" for unit, position, view in shown]
             pictures.append(_view_picture(pixels, colours, names))
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out, "--out")
         files = [_save(picture, out) for picture in pictures]
     for picture in pictures:
         pyplot.close(picture.figure)

@@ -160,7 +160,7 @@ class Service:
         while self.live.loading:  # not by a thread that waits: a service stopped during the load would wait for it
             await asyncio.sleep(_LOOK_SECONDS)
         if self.live.not_ready:
-            raise ResourceError(self.live.not_ready)
+            raise self.live.error or ResourceError(self.live.not_ready)
 
     def _refresh(self) -> None:
         try:

@@ -55,12 +55,14 @@ def create_token(file: Path, name: str, scopes: Sequence[Scope]) -> str:
 
     Raises:
         InputError: The name is taken or has other characters than letters, digits, dot, underscore and hyphen; no
-            scope; or the file is not a token file.
+            scope; or the file is not a token file, or its folder is missing.
     """
     if not re.fullmatch(_NAME, name):
         raise InputError(f"--name is {name!r}, expected at most 64 letters, digits, dots, underscores and hyphens")
     if not scopes:
         raise InputError(f"--scope is empty, expected some of {', '.join(SCOPES)}")
+    if not file.parent.is_dir():
+        raise InputError(f"--file is {file}, but there is no folder {file.parent}; make it first")
     if file.exists() and any(token.name == name for token in read_tokens(file)):
         raise InputError(f"{file} has a token named {name!r}; choose another name, or remove its line first")
     secret = _PREFIX + secrets.token_urlsafe(32)

@@ -69,6 +69,8 @@ def test_pack_refuses_a_folder_of_another_pack(tmp_path: Path, capsys: pytest.Ca
     assert "holds tars that pack did not write (000000.tar)" in capsys.readouterr().err
     assert main(["pack", str(out / "000000.tar"), str(tmp_path / "more")]) == 2
     assert "is a tar already" in capsys.readouterr().err
+    assert main(["pack", str(source), str(out / "000000.tar")]) == 2
+    assert "000000.tar, expected a folder: there is a file" in capsys.readouterr().err
 
 
 def test_pack_keeps_samples_without_labels_and_leaves_out_those_that_need_one(

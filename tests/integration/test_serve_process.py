@@ -17,6 +17,7 @@ import zarr
 from obstore.store import HTTPStore
 from served_store import UNCOMMITTED_UNIT, make_store, make_tokens, make_wide_store, running
 from servers import make_certificate
+from service_process import running_service
 
 from feature_store.client import frames
 from feature_store.format.addressing import RowId
@@ -46,6 +47,26 @@ def service(store, tmp_path_factory):
         yield started
         assert started.stop() == 0
         assert "Traceback" not in started.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--teacher", "test_vit.r160_in1k"], "teacher.name differs"),
+        (["--teacher", "TEACHER", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
+    ],
+)
+def test_service_ends_with_2_when_its_teacher_cannot_be_the_stores(store, tiny_swin, options, words):
+    options = [tiny_swin.name if option == "TEACHER" else option for option in options]
+    with running_service(store, *options, wait=False) as started:
+        end = time.monotonic() + 60
+        while started.process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert started.process.poll() == 2
+        error = started.process.communicate()[1]
+    assert "teacher-service: error: " in error
+    assert words in error
 
 
 def expected(store):

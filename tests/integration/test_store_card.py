@@ -102,3 +102,15 @@ def test_card_of_a_store_without_rows_is_refused(tmp_path: Path, capsys: pytest.
     tiny_store(tmp_path / "s", units=())
     assert main(["card", str(tmp_path / "s"), "--out", str(tmp_path / "out")]) == 2
     assert "has no committed row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["card", "plot"])
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_out_is_refused_when_it_is_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, out: str
+) -> None:
+    tiny_store(tmp_path / "s", units=(0,))
+    (tmp_path / "file").write_text("mine")
+    assert main([command, str(tmp_path / "s"), "--out", str(tmp_path / out)]) == 2
+    assert f"--out is {tmp_path / out}, expected a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

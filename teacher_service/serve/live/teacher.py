@@ -85,7 +85,12 @@ class LiveTeacher:
         batching: Limits of a batch.
         taps: Taps to give; None for those that losses need.
         observe: Told about every batch.
+
+    Attributes:
+        error: Why it could not be loaded, if that is one of this project's errors.
     """
+
+    error: UserError | None
 
     def __init__(
         self,
@@ -97,7 +102,7 @@ class LiveTeacher:
     ) -> None:
         self._load, self.batching, self._taps, self._observe = load, batching, taps, observe
         self._ready: tuple[TeacherModel, Batcher] | None = None
-        self._failure = ""
+        self._failure, self.error = "", None
         self._thread = threading.Thread(target=self._start, name="load-teacher", daemon=True)
 
     def start(self, *, wait: bool = False) -> "LiveTeacher":
@@ -185,6 +190,7 @@ class LiveTeacher:
                 ),
             )
         except UserError as error:
+            self.error = error
             self._failure = f"the teacher cannot be loaded: {error}"
         except Exception as error:  # noqa: BLE001 - a thread's traceback is not shown; readiness reports it
             self._failure = f"the teacher cannot be loaded: {type(error).__name__}: {error}"

@@ -157,6 +157,9 @@ def test_token_file_keeps_hashes_only_and_is_its_owners(tmp_path, capsys):
     assert "has a token named 'ada'" in capsys.readouterr().err
     assert main(["token", "create", "--name", "a b", "--file", str(file)]) == 2
     assert len(read_tokens(file)) == 1
+    missing = tmp_path / "nodir/t.jsonl"
+    assert main(["token", "create", "--name", "ada", "--file", str(missing)]) == 2
+    assert f"--file is {missing}, but there is no folder {missing.parent}" in capsys.readouterr().err
 
 
 def test_a_token_is_made_on_its_own_line_when_the_last_one_was_left_without_its_end(tmp_path):
