@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter
 
-from feature_store.errors import InputError, MismatchError
+from feature_store.errors import InputError, MismatchError, Remedy
 from feature_store.parsing import (
     STRICT,
     Count,
@@ -270,7 +270,7 @@ class Manifest:
                 )
 
     def require_equal(self, other: "Manifest", remedy: str) -> None:
-        """Refuse another manifest by the first field that differs (software versions may differ).
+        """Refuse another manifest by the first field that differs, the teacher's first (software versions may differ).
 
         Raises:
             MismatchError: Names the dotted field, both values and the remedy.
@@ -278,7 +278,18 @@ class Manifest:
         mine, theirs = self.to_dict(), other.to_dict()
         for side in (mine, theirs):
             side.pop("software")
+        for name in ("name", "model_kwargs"):  # another teacher differs in everything
+            _require_equal(f"teacher.{name}", mine["teacher"][name], theirs["teacher"][name], remedy)
+        if self.teacher.weights_sha256 != other.teacher.weights_sha256:
+            raise self._other_weights(other)
         _require_equal("manifest", mine, theirs, remedy)
+
+    def _other_weights(self, other: "Manifest") -> MismatchError:
+        remedy = "the teacher's weights differ; give the checkpoint that the store was written with"
+        mine, theirs = self.teacher.weights_sha256, other.teacher.weights_sha256
+        error = _mismatch("teacher.weights_sha256", mine, theirs, remedy)
+        error.remedy = Remedy.LOCAL_CHECKPOINT
+        return error
 
     def growth_from(self, old: "Manifest") -> "Growth":
         """Views and tars a store of an old manifest lacks; may be empty.

@@ -17,7 +17,7 @@ def test_manifest_survives_its_json_form():
 @pytest.mark.parametrize(
     ("field", "change"),
     [
-        ("teacher.weights_sha256", lambda m: dataclasses.replace(m.teacher, weights_sha256="f" * 64)),
+        ("teacher.model_kwargs.depth", lambda m: dataclasses.replace(m.teacher, model_kwargs={"depth": 9})),
         ("split.depth", lambda m: dataclasses.replace(m.split, depth=9)),
         ("seed", lambda m: 9),
         ("num_views", lambda m: 9),
@@ -36,6 +36,20 @@ def test_require_equal_names_the_field_both_values_and_the_remedy(field, change)
     assert repr(caught.value.expected) in str(caught.value)
     assert repr(caught.value.got) in str(caught.value)
     assert "start a new store" in str(caught.value)
+
+
+def test_require_equal_names_the_teacher_then_its_weights_before_all_that_follows_from_them():
+    manifest = tiny_manifest()
+    split = dataclasses.replace(manifest.split, depth=9)
+    teacher = dataclasses.replace(manifest.teacher, weights_sha256="f" * 64)
+    retrained = dataclasses.replace(manifest, blocks_sha256="a" * 64, split=split, teacher=teacher)
+    with pytest.raises(
+        MismatchError, match="^teacher.weights_sha256 differs: .*; the teacher's weights differ; give the "
+    ):
+        manifest.require_equal(retrained, "-")
+    other = dataclasses.replace(retrained, teacher=dataclasses.replace(teacher, name="another"))
+    with pytest.raises(MismatchError, match=r"^teacher.name differs: store has 'test_vit.*', got 'another'; -$"):
+        manifest.require_equal(other, "-")
 
 
 def test_require_equal_lets_other_software_versions_pass():
