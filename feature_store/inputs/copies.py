@@ -71,7 +71,8 @@ def _head(url: str, path: Path) -> bytes:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"tar {url} is not there: {error.strerror}; correct the path") from error
+        what = "tar" if ".tar" in path.name else "file or folder"
+        raise InputError(f"{what} {url} is not there: {error.strerror}; correct the path") from error
     except OSError as error:
         raise ResourceError(f"tar {url} cannot be read: {error}; check permissions and disk") from error
     _require_tar(url, head)

@@ -61,7 +61,10 @@ def unit_tar(store: "Store", unit: int, tar: _Source) -> _Source:
 
 def tar_changed(tar: SampleSource, field: str, expected: object, got: object) -> MismatchError:
     """Error for a tar that changed since the store was written."""
-    remedy = f"{tar.url} changed since the store was written: restore it, or write a new store"
+    remedy = (
+        f"{tar.url} changed since the store was written: restore it, give the tars or folder that the store was "
+        "written from, or write a new store"
+    )
     return MismatchError(f"tars[{tar.name}].{field}", expected=expected, got=got, remedy=remedy)
 
 

@@ -107,7 +107,8 @@ def _require_file(path: Path) -> None:
         raise InputError(f"checkpoint {path} is not a file: {reason}; give a safetensors or torch file") from error
     if stat.S_ISDIR(mode):
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-        raise InputError(f"checkpoint {path} is not a file but a folder; give a file in it: {', '.join(inside[:5])}")
+        which = f"a file in it: {', '.join(inside[:5])}" if inside else "a safetensors or torch file; it holds none"
+        raise InputError(f"checkpoint {path} is not a file but a folder; give {which}")
     if not stat.S_ISREG(mode):
         raise InputError(f"checkpoint {path} is not a file but a pipe or device; give a regular file")
     if not path.stat().st_size:

@@ -147,6 +147,7 @@ def _foreign_file(folder: Path) -> str:
     [
         (lambda folder: [], "no tars are listed"),
         (lambda folder: [str(folder / "missing.tar")], "missing.tar is not there"),
+        (lambda folder: [str(folder / "trian")], "error: file or folder "),
         (lambda folder: [_cut_tar(folder)], "cut.tar"),
         (lambda folder: [_foreign_file(folder)], "note.tar"),
         (lambda folder: [write_tar(folder / "empty.tar", [])], "empty.tar"),
@@ -157,7 +158,7 @@ def _foreign_file(folder: Path) -> str:
             "'same000' is in ",
         ),
     ],
-    ids=["none", "missing", "cut", "foreign", "empty", "pipe", "twice", "same-keys"],
+    ids=["none", "missing", "missing-folder", "cut", "foreign", "empty", "pipe", "twice", "same-keys"],
 )
 def test_cache_refuses_tars_it_cannot_use(
     tmp_path: Path,

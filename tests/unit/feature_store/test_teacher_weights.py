@@ -57,6 +57,7 @@ KINDS = {
     "tar": (lambda p: p.write_bytes(bytes(257) + b"ustar" + bytes(250)), "is a tar archive; unpack it"),
     "folder": (lambda p: (p.mkdir(), save_file(STATE, p / "model.safetensors")),
                "is not a file but a folder; give a file in it: model.safetensors"),
+    "empty folder": (lambda p: p.mkdir(), "but a folder; give a safetensors or torch file; it holds none$"),
     "fifo": (lambda p: os.mkfifo(p), "is not a file but a pipe or device"),
     "absent": (lambda p: None, "is not a file: it does not exist"),
     "text": (lambda p: p.write_text("404: Not Found"), "is no safetensors or torch file, or is damaged"),

@@ -46,6 +46,9 @@ def test_tar_of_the_name_is_refused_when_its_headers_are_others(tars, store, tmp
     write_tars(tmp_path, 5)  # images-000.tar, which had two samples
     units = UnitTars([tar.url for tar in tars])
     for _ in range(2):
-        with pytest.raises(MismatchError, match=r"tars\[images-000.tar\].samples differs: store has 2, got 5"):
+        with pytest.raises(
+            MismatchError, match=r"tars\[images-000.tar\].samples differs: store has 2, got 5"
+        ) as caught:
             units.find(store, 0)
+        assert "restore it, give the tars or folder that the store was written from, or" in str(caught.value)
     assert units.find(store, 1).url == tars[1].url
