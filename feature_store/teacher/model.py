@@ -200,10 +200,11 @@ def build_model(name: str, model_kwargs: Mapping[str, Any] | None = None, *, pre
     """
     if name.partition(":")[0] in ("hf-hub", "hf_hub", "local-dir"):
         raise InputError(explain_model_source(name))
+    architecture, _, tag = name.partition(".")
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
-        raise InputError(f"timm {timm.__version__} knows no model {name!r}; {hint}")
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}" if close else "see timm.list_models()"
+        raise InputError(f"timm {timm.__version__} knows no model {name!r}; {hint}", remedy=Remedy.LIST_TEACHERS)
     kwargs = dict(model_kwargs or {})
     checkpoint = kwargs.pop("checkpoint_path", None)
     try:
@@ -218,6 +219,10 @@ def build_model(name: str, model_kwargs: Mapping[str, Any] | None = None, *, pre
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         if "weights_only" in str(error):  # torch's text explains how to switch the guard off
             raise InputError(f"the weights file of {name!r} {python_objects(error)}; {CONVERT}") from error
+        if "Invalid pretrained tag" in str(error):
+            tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+            expected = f"expected one of {', '.join(tags)}" if tags else "it has none: leave the tag out"
+            raise InputError(f"timm knows no pretrained tag {tag!r} of {architecture}; {expected}") from error
         raise InputError(f"timm cannot build {name!r} with {kwargs}: {error}") from error
     if checkpoint:
         _load_checkpoint(model, name, Path(checkpoint))

@@ -3,8 +3,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from feature_store.errors import InputError, ResourceError
-from feature_store.teacher.model import load_teacher, normalise, weights_sha256
+from feature_store.errors import InputError, Remedy, ResourceError
+from feature_store.teacher.model import build_model, load_teacher, normalise, weights_sha256
 
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 2, "depths": (1, 1, 2, 2), "embed_dim": 24, "num_classes": 5}
 
@@ -81,6 +81,11 @@ def test_load_refuses_when_pixels_do_not_fit(checkpoint):
 
 
 def test_load_refuses_with_suggestions_when_the_name_is_unknown():
+    with pytest.raises(InputError, match=r"knows no model 'test_vitt.r160_in1k'; did you mean test_vit") as caught:
+        build_model("test_vitt.r160_in1k")
+    assert caught.value.remedy is Remedy.LIST_TEACHERS
+    with pytest.raises(InputError, match="knows no pretrained tag 'r161_in1k' of test_vit; expected one of r160_in1k$"):
+        build_model("test_vit.r161_in1k")
     with pytest.raises(InputError, match="knows no model 'swin_larg_patch4_window7_224'; did you mean swin_large"):
         load_teacher("swin_larg_patch4_window7_224", pretrained=False)
 
