@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from feature_store.format.codecs.registry import DEFAULT_LOGITS_CODEC, DEFAULT_TAP_CODEC, get_codec
 from feature_store.inputs.options import SourceOptions, TarOptions
+from feature_store.processes import usable_cpus
 from feature_store.tools.options import JsonObject, check_fields, require
 from feature_store.views import PolicyName
 from teacher_service.share.leases import LEASE_SECONDS
@@ -155,7 +156,7 @@ class ComputeSpec:
     """
 
     batch_size: int = 256
-    workers: int = 4
+    workers: Annotated[int, arg(help_behavior_hint="(default: 4, or the usable CPUs if fewer)")] = min(4, usable_cpus())
     device: str = "auto"
     compile: bool = False
     time_samples: int = 0

@@ -1,10 +1,13 @@
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
 from tiny_jobs import make_config
 
+from feature_store import processes
 from feature_store.errors import InputError
+from teacher_service import config
 from teacher_service.config import CacheConfig, PlanConfig
 
 
@@ -31,6 +34,14 @@ from teacher_service.config import CacheConfig, PlanConfig
 def test_cache_config_refuses_a_value_no_run_can_use(option: str, value: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         make_config(CacheConfig, tars=("a.tar",), teacher="test_vit", store=Path("s"), **{option: value})
+
+
+@pytest.mark.parametrize(("cpus", "workers"), [(1, 1), (2, 2), (64, 4)])
+def test_cache_takes_no_more_workers_by_default_than_cpus(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, workers: int
+) -> None:
+    monkeypatch.setattr(processes, "usable_cpus", lambda: cpus)
+    assert run_path(config.__file__)["ComputeSpec"]().workers == workers
 
 
 def test_cache_config_needs_a_store_when_plan_does_not() -> None:
