@@ -9,6 +9,7 @@ from rich.table import Table
 
 from feature_store.commits.checksum_table import total_bytes
 from feature_store.commits.record import CommitRecord, ObjectChecksum
+from feature_store.format.layout import BLOCKS
 from feature_store.tools.terminal import Console
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def summarise(store: "Store") -> dict[str, Any]:
         "committed_rows": sum((record.samples - len(record.quarantined)) * len(record.views) for record in records),
         "bytes": sum(total_bytes(record.objects) for record in records) - sum(proof.bytes for proof in repeated),
         "objects": sum(len(record.objects) for record in records) - len(repeated),
+        "blocks_bytes": sum(store.objects.sizes(BLOCKS).values()) if store.objects.lists else None,
         "quarantined": [
             entry
             for unit in sorted({record.unit for record in records if record.quarantined})
@@ -56,7 +58,7 @@ def summarise(store: "Store") -> dict[str, Any]:
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """Human form of a summary."""
-    teacher, split = summary["teacher"], summary["split"]
+    teacher, split, blocks = summary["teacher"], summary["split"], summary["blocks_bytes"]
     table = Table(show_header=False, title=summary["path"], title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")
@@ -71,6 +73,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         "units": f"{summary['committed_units']} of {summary['units']} complete",
         "rows": f"{summary['committed_rows']:,} committed of {summary['samples'] * summary['views']:,}",
         "size": f"{decimal(summary['bytes'])} committed in {summary['objects']:,} objects",
+        "size of later blocks": "not known: a web server cannot list them" if blocks is None else decimal(blocks),
         "quarantined": str(len(summary["quarantined"])),
         "fingerprint": summary["fingerprint"],
         "licence": summary["licence"] or "not stated",

@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from rich.filesize import decimal
 from tiny_store import tiny_store
 
 import feature_store.tools.cli
@@ -20,6 +21,8 @@ def test_info_prints_a_table_with_what_matters(tmp_path, capsys):
     tiny_store(tmp_path / "s", units=(0,), quarantined={1: "zero bytes"})
     assert main(["info", str(tmp_path / "s")]) == 0
     out = capsys.readouterr().out
+    blocks = sum(file.stat().st_size for file in (tmp_path / "s/teacher/blocks").rglob("*") if file.is_file())
+    assert f"size of later blocks │ {decimal(blocks)}" in " ".join(out.split())
     for text in ("test_vit", "stage4 [4, 6] f16", "1 of 3 complete", "8 committed of 24", "key/0-1: zero bytes"):
         assert text in out
 
