@@ -1,4 +1,4 @@
-"""Credentials, regions, endpoints of buckets and web servers."""
+"""Credentials, regions, endpoints of stores that are not local."""
 
 import os
 import re

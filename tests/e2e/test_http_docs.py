@@ -28,7 +28,7 @@ def world():
 
 
 def test_curls_work_when_pasted_in_order(world, tmp_path, capsys):
-    (made,) = re.findall(r"^teacher-service (token create .*) > token.txt$", DOCS, re.MULTILINE)
+    (made,) = re.findall(r"teacher-service (token create .*) > token.txt\)$", DOCS, re.MULTILINE)
     assert main([*shlex.split(made)[:-1], str(tmp_path / "tokens.jsonl")]) == 0
     token = capsys.readouterr().out.strip()
     Image.new("RGB", (80, 60), (200, 40, 90)).save(tmp_path / "image.png")

@@ -1,8 +1,10 @@
 """Every command and snippet of the README runs, on tiny stand-ins for ImageNet, Swin-L and ResNet-50."""
 
 import json
+import os
 import re
 import shlex
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = "".join(blocks("")).replace("\\\n", " ").splitlines()
+    lines = [re.sub(r"^\(umask 077; (.*)\)$", r"\1", line) for line in lines]
     words = [shlex.split(line, comments=True) for line in lines if line.startswith(tuple(PROGRAMS))]
     assert len(words) >= 6
     return words
@@ -166,6 +169,18 @@ def test_modules_named_to_read_first_exist():
     named = re.findall(r"`([\w/]+\.py)`", text.partition("\n\n")[0])
     assert len(named) >= 5
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/how-to/http.md", "deploy/OPERATIONS.md"])
+def test_a_token_is_written_to_a_file_of_its_owner_alone(page, tmp_path):
+    (line,) = re.findall("^.*teacher-service token create .*> token.txt.*$", (ROOT / page).read_text(), re.MULTILINE)
+    program = tmp_path / "teacher-service"
+    program.write_text("#!/bin/sh\necho skc_1\n")
+    program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["sh", "-c", f"umask 022; {line}"], cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert (tmp_path / "token.txt").read_text() == "skc_1\n"
+    assert stat.S_IMODE((tmp_path / "token.txt").stat().st_mode) == 0o600
 
 
 def test_list_options_of_all_programs_are_known(capsys):
