@@ -63,8 +63,9 @@ class LabelReader:
         if isinstance(text, str) and self._misplaced is not None and _is_number(text):
             raise InputError(
                 f"label {text!r} may be a class name or a class index: class {self._misplaced!r} has the index "
-                f"{self._indexes[self._misplaced]}, expected names that are no numbers, or number n for class n; leave "
-                "--classes out if labels are indexes, or rename the classes"
+                f"{self._indexes[self._misplaced]}, expected names that are no numbers, or number n for class n; give "
+                "the class folders in place of these labels, leave --classes out if they are indexes, or rename the "
+                "classes"
             )
         if isinstance(text, str) and text in self._indexes:
             return self._indexes[text]

@@ -247,6 +247,8 @@ def _require_used(store: object, replay: Replay, views: ViewsConfig) -> None:
     if store is not None and views != ViewsConfig():
         raise InputError("--views options are for runs without --store, whose own views are replayed")
     if store is None and replay.num_views is not None:
-        raise InputError("--num-views limits a store's views; without --store use --views.count")
+        raise InputError(
+            "--num-views limits a store's views, and no store is given; add --store, or use --views.count without one"
+        )
     if store is None and not replay.check_all_pixels:
         raise InputError("--no-check-all-pixels is for replayed views; without --store none are checked, leave it out")
