@@ -70,7 +70,7 @@ def export(config: ExportConfig) -> list[Path]:
     if isinstance(model, TorchvisionNetwork):
         _save_torchvision(model, trained, arguments, config.out)
     else:
-        how = {"pretrained_cfg": {**_pretrained_config(trained), **_NOT_OURS}, "label_names": list(trained.classes)}
+        how = {"pretrained_cfg": {**_pretrained_config(trained), **_NOT_OURS}, "label_names": _label_names(trained)}
         save_for_hf(model, str(config.out), model_config=how, model_args=arguments, safe_serialization=True)
     weights = config.out / "model.safetensors"
     with replacing(weights) as partial:  # safetensors makes files that only their owner can read
@@ -81,6 +81,11 @@ def export(config: ExportConfig) -> list[Path]:
     if config.onnx:
         _export_onnx(model, trained.student.name, trained.preprocessing.input_size, config.out / "model.onnx")
     return sorted(config.out.iterdir())
+
+
+def _label_names(trained: LoadedStudent) -> list[str]:
+    """Names of all classes; none where only some are known."""
+    return list(trained.classes) if len(trained.classes) == trained.num_classes else []
 
 
 _NOT_OURS = dict.fromkeys(("tag", "license", "origin_url"))
@@ -108,7 +113,7 @@ def _save_torchvision(
         "num_classes": trained.num_classes,
         "model_args": dict(arguments),
         "pretrained_cfg": _pretrained_config(trained),
-        **({"label_names": list(trained.classes)} if trained.classes else {}),
+        **({"label_names": names} if (names := _label_names(trained)) else {}),
     }
     (out / "config.json").write_text(json.dumps(described, indent=2))
 

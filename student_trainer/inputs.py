@@ -65,6 +65,7 @@ class Inputs:
         return {
             "samples": _digest(self.units),
             "initial_weights": _initial_weights(config),
+            "classes": hashlib.sha256("\n".join(self.classes).encode()).hexdigest() if self.classes else None,
             "keys": None if self.keys is None else hashlib.sha256("\n".join(sorted(self.keys)).encode()).hexdigest(),
             "tars": _by_name(
                 (tar.name, tar.header_sha256 if self.checked or isinstance(tar, StoredUnit) else tar.content_sha256())

@@ -314,6 +314,7 @@ def _require_same_classes(
                 f"the images have {named} classes, expected the teacher's {shape.num_classes}, whose logits are "
                 f"compared; train without logits ({without}), or, if they are some of the teacher's classes, name all "
                 "of these in the teacher's order, one a line, with --classes FILE where the images are opened first"
+                + ("; cache images without classes with --labels none" if named == 1 else "")
             )
         if student_classes != shape.num_classes:
             raise MismatchError(

@@ -75,7 +75,7 @@ def s3_options(url: str) -> dict[str, Any]:
 
 def bearer_headers(url: str) -> dict[str, str]:
     """Headers with the token of a service's store; none for other web servers, which the token is not for."""
-    token = os.environ.get(TOKEN_VARIABLE)
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
     return {"Authorization": f"Bearer {token}"} if token and url.endswith(SERVED) else {}
 
 

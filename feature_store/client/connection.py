@@ -116,7 +116,7 @@ def connect(
         MismatchError: It changes stores while being opened.
     """
     retry = retry or RetryPolicy()
-    service = ServiceClient.at(url, token or os.environ.get(TOKEN_VARIABLE) or None, retry)
+    service = ServiceClient.at(url, token or os.environ.get(TOKEN_VARIABLE, "").strip() or None, retry)
     if transport is not None:
         service = replace(service, transport=transport)
     first = replace(service, retry=replace(retry, deadline=min(_FIRST_SECONDS, retry.deadline)))

@@ -139,22 +139,23 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 
 def require_same_indexes(given: Sequence[str], known: Sequence[str], where: str) -> None:
-    """Refuse class names that have other indexes than elsewhere; names that are not known there may have any.
+    """Refuse class names in another order than elsewhere; as many names none of which is known rename the classes.
 
     Args:
         given: Class names of ``--classes``.
         known: Class names that are fixed.
-        where: Their source, for the message.
+        where: What fixes them.
 
     Raises:
-        InputError: Names the first class with another index.
+        InputError: Names the first index that has another class.
     """
-    indexes = {name: index for index, name in enumerate(known)}
-    for index, name in enumerate(given):
-        if indexes.get(name, index) != index:
+    if len(given) == len(known) and not set(given) & set(known):
+        return
+    for index, (name, expected) in enumerate(zip(given, known, strict=False)):
+        if name != expected:
             raise InputError(
-                f"--classes gives class {name!r} the index {index}, but it has {indexes[name]} in {where}; leave "
-                "--classes out"
+                f"--classes has {name!r} as class {index}, expected {expected!r} as in {where}; leave it out for class "
+                "folders; tars need labels in that order, which `teacher-service pack --classes FILE` writes"
             )
 
 

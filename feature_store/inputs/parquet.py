@@ -29,7 +29,10 @@ MOST_GROUP_BYTES = 2 << 30
 """Images of a row group, uncompressed: it is in memory as a whole, in every decode worker."""
 
 _SHARD = re.compile(r"(.+?)-\d{5}(-of-\d{5})?$")
-_SPLIT_WORDS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+_SPLIT_WORDS = {
+    "train", "training", "test", "testing", "val", "valid", "validation", "dev", "holdout", "extra", "unlabeled",
+    "unlabelled", "unsupervised",
+}  # fmt: skip
 _DIGITS = 7  # of a row's number in its key
 
 
@@ -55,6 +58,7 @@ class ParquetUnit(ListedUnit):
         name: Name of the unit.
         header: Hash of listing and place.
         problems: Rows without a usable label.
+        notes: Facts that the user should know.
     """
 
     def __init__(
@@ -67,9 +71,10 @@ class ParquetUnit(ListedUnit):
         name: str,
         header: str,
         problems: dict[int, str],
+        notes: Sequence[str],
     ) -> None:
         keys = [row_key(files[file], int(row)) for file, row in zip(groups[:, 0], rows[:, 0], strict=True)]
-        super().__init__(Path(files[0].path).parent, name, header, keys, labels, problems=problems)
+        super().__init__(Path(files[0].path).parent, name, header, keys, labels, problems=problems, notes=notes)
         self._files, self._groups, self._rows, self._column = tuple(files), groups, rows, column
 
     def _image(self, position: int) -> bytes:
@@ -128,6 +133,7 @@ def open_parquet(
     rows = np.concatenate([_rows_of(groups[at]) for at in order])
     listing = header_sha256((f"{files[group.file].stem}/{group.number}/{group.rows}", group.bytes) for group in groups)
     content = hashlib.sha256(b"".join(each.tobytes() for each in values)).hexdigest()
+    notes = _renamed(files[0], label_column, classes)
     units = []
     for number, span in enumerate(slices.of(len(rows))):
         some = rows[span.start : span.stop]
@@ -141,7 +147,15 @@ def open_parquet(
         header = hashlib.sha256(json.dumps({**place, "classes": classes, "policy": labels.policy}).encode())
         name = f"parquet-{number:05}"
         unit = ParquetUnit(
-            files, some[:, :2].astype(np.int32), some[:, 2:], of_unit, column, name, header.hexdigest(), bad
+            files,
+            some[:, :2].astype(np.int32),
+            some[:, 2:],
+            of_unit,
+            column,
+            name,
+            header.hexdigest(),
+            bad,
+            () if number else notes,
         )
         units.append(unit)
     return units, classes
@@ -205,8 +219,7 @@ def _paths(path: Path) -> Iterator[Path]:
     one_split = {split: each for each in reversed(found) if (split := _split(each.relative_to(path)))}
     if len(one_split) > 1:
         name, one = min(one_split.items())
-        shards = _SHARD.match(one.stem)
-        stems = "*" if name not in one.stem.lower() else f"{shards[1]}-*" if shards else one.stem
+        stems = re.sub(r"\d+(-of-\d+)?$", "*", one.stem) if name in one.stem.lower() else "*"
         raise InputError(
             f"folder {path} holds the splits {', '.join(sorted(one_split))}; name the files of one in quotes: "
             f"'{one.parent}/{stems}{one.suffix}'"
@@ -323,15 +336,31 @@ def _common_names(files: Sequence[TableFile], column: str | None) -> tuple[str, 
     return names[files[0]]
 
 
+def _renamed(file: TableFile, column: str | None, classes: Sequence[str]) -> list[str]:
+    """A note where a schema has other names for the classes."""
+    names = _class_names(file, column)
+    if not names or set(names) & set(classes):
+        return []
+    return [
+        f"{file.path}: the schema's names ({', '.join(names[:2])}...) are taken for the classes "
+        f"({', '.join(classes[:2])}...), in their order"
+    ]
+
+
 def _indexes_of_names(file: TableFile, names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """Class index of each name of a file's schema.
+    """Class index of each name of a file's schema; as many names none of which is a class are other names of these.
 
     Raises:
         InputError: A name that is none of the classes.
     """
-    if absent := next((name for name in names if name not in classes), None):
+    indexes = {name: index for index, name in enumerate(classes)}
+    absent = [name for name in names if name not in indexes]
+    if len(absent) == len(names) == len(classes):
+        return np.arange(len(names))
+    if absent:
         raise InputError(
-            f"{file.path} has the class {absent!r} in its schema, expected one of the {len(classes)} classes "
-            f"({', '.join(classes[:2])}...); list all classes with --classes, or write the file again"
+            f"{file.path} has the class {absent[0]!r} in its schema, expected one of the {len(classes)} classes "
+            f"({', '.join(classes[:2])}...); give --classes with the schema's names in the order of the classes, or "
+            "write the file again"
         )
-    return np.array([classes.index(name) for name in names], np.int64)
+    return np.array([indexes[name] for name in names], np.int64)

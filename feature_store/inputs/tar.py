@@ -5,7 +5,6 @@ Nothing is ever extracted, so a member's name is a key and never a path.
 
 import copy
 import hashlib
-import json
 import os
 import tarfile
 import weakref
@@ -124,17 +123,13 @@ class Tar:
             raise InputError(f"sample {self.keys[position]!r} of {self.url}: {error}") from error
 
     def content_sha256(self) -> str:
-        """Hash over headers, labels with their class names, and image endings.
-
-        It differs for tars whose members only have equal names and sizes.
+        """Hash over headers, labels and image endings: differs for tars whose members only have equal names and sizes.
 
         Raises:
             InputError: The file changed since it was indexed.
             ResourceError: The file cannot be read.
         """
         digest = hashlib.sha256(self.header_sha256.encode())
-        if classes := self._labels.reader.classes:
-            digest.update(json.dumps(classes).encode())
         for position, (offset, size, *label) in enumerate(self._spans.tolist()):
             if position not in self.problems:
                 tail = min(size, _TAIL)

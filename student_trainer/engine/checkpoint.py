@@ -211,8 +211,9 @@ def resume_notes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
 
 
 def _completed(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Saved inputs with what earlier releases did not record of a live teacher, taken from the current one."""
+    """Saved inputs with what earlier releases did not record, taken from the current ones."""
     before, now = saved.get("live_teacher"), current.get("live_teacher")
+    saved = {"classes": current.get("classes"), **saved}
     return {**saved, "live_teacher": {**now, **before}} if before and now else saved
 
 

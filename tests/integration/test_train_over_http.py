@@ -116,7 +116,7 @@ def test_training_reads_with_a_token_when_the_service_needs_one(world, tmp_path,
         else:
             assert store_tool(["info", f"{running.url}/v1/zarr"]) == 3
             assert "needs a token in FEATURE_STORE_TOKEN" in capfd.readouterr().err
-            monkeypatch.setenv("FEATURE_STORE_TOKEN", token)
+            monkeypatch.setenv("FEATURE_STORE_TOKEN", f" {token}\n")
             assert store_tool(["info", f"{running.url}/v1/zarr"]) == 0
         result = train(asked)
     assert result.steps == 3

@@ -115,7 +115,7 @@ def test_order_of_the_classes_stays_with_the_student_when_it_is_not_that_of_the_
     ordered.write_text("\n".join(CLASSES))
     store = _cache(tiny_swin, tmp_path / "store", str(folder), "--unit-samples", "5", "--classes", str(turned))
     given = ("--store", str(store), "--tars", str(folder), "--val-tars", str(folder), "--method", "kd")
-    run, refused = tmp_path / "run", "--classes gives class 'ant' the index 0, but it has 3 in"
+    run, refused = tmp_path / "run", "--classes has 'ant' as class 0, expected 'dog' as in"
 
     assert _train(run, *given) == 0
     found = _evaluated(capsys, run, "--tars", str(folder))
@@ -128,6 +128,10 @@ def test_order_of_the_classes_stays_with_the_student_when_it_is_not_that_of_the_
     evaluation = ["evaluate", "--run", str(run), "--tars", str(folder), "--classes", str(ordered)]
     assert trainer_main(evaluation) == 2
     assert f"{refused} the training of" in _error(capsys)
+    ordered.write_text("Dog\nCat")  # other names of some classes, in no known order
+    assert trainer_main(evaluation) == 2
+    assert "--classes has 'Dog' as class 0, expected 'dog'" in _error(capsys)
+    ordered.write_text("\n".join(CLASSES))
     assert _train(tmp_path / "other", *given, "--classes", str(ordered)) == 2
     assert f"{refused} the training images" in _error(capsys)
 
@@ -143,7 +147,7 @@ def test_run_is_not_resumed_when_the_order_of_its_class_names_changed(
     assert _train(tmp_path / "run", *given) == 0
     names.write_text("\n".join(CLASSES[::-1]))
     assert _train(tmp_path / "run", *given, "--resume") == 2
-    assert "inputs.tars" in _error(capsys)
+    assert "inputs.classes" in _error(capsys)
 
 
 def test_logits_are_not_compared_when_the_images_have_some_of_the_teachers_classes(

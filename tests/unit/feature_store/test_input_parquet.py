@@ -123,6 +123,8 @@ def test_several_splits_in_one_folder_are_refused(tmp_path: Path) -> None:
         (("train/0000", "test/0001"), r"test/\*.parquet"),
         (("mnist_Train", "mnist_Val"), "mnist_Train.parquet"),
         (("a-00000-of-00001", "b-00000-of-00001"), r"a-\*.parquet"),
+        (("train_0", "test_0"), r"test_\*.parquet"),
+        (("train", "unlabeled"), "train.parquet"),
     ],
 )
 def test_splits_are_told_by_the_names_of_files_and_folders(tmp_path: Path, names: tuple[str, str], hint: str) -> None:
@@ -166,6 +168,18 @@ def test_schemas_that_contradict_the_classes_are_refused(tmp_path: Path) -> None
         _open(tmp_path)
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
     assert sum(map(len, _open(tmp_path, classes=tmp_path / "classes.txt"))) == 10
+
+
+def test_as_many_classes_by_other_names_keep_the_schemas_order_with_a_note(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", SAMPLES, names=("Ant, an insect", "Bee", "Cat", "Dog"))
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+
+    (unit,) = _open(path, classes=tmp_path / "classes.txt")
+
+    assert sorted(label for _, label in _content([unit]).values()) == sorted(int(s["cls"]) for s in SAMPLES)
+    assert [note.partition(": ")[2] for note in unit.notes] == [
+        "the schema's names (Ant, an insect, Bee...) are taken for the classes (ant, bee...), in their order"
+    ]
 
 
 def test_unit_refuses_a_file_that_changed(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_refusal_is_a_resource_error_that_names_the_object(web):
 
 
 def test_the_token_is_sent_to_the_services_store_only(web, tmp_path, monkeypatch):
-    monkeypatch.setenv("FEATURE_STORE_TOKEN", "skc_1")
+    monkeypatch.setenv("FEATURE_STORE_TOKEN", "skc_1\n")  # as files of mounted secrets end
     with WebServer(tmp_path / "other") as other:
         for place in ("v1/zarr", "public"):
             LocalObjects(web.folder / place).put("a", CONTENT)
