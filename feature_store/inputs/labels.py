@@ -144,7 +144,7 @@ def require_same_indexes(given: Sequence[str], known: Sequence[str], where: str)
     Args:
         given: Class names of ``--classes``.
         known: Class names that are fixed.
-        where: What fixes them.
+        where: Their source, for the message.
 
     Raises:
         InputError: Names the first index that has another class.
