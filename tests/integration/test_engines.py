@@ -282,7 +282,7 @@ def test_a_process_that_joins_is_refused_when_its_checkpoint_holds_other_weights
     prepared = prepare(survey(config), config)
     assert join(survey(config), config).teacher.info == prepared.teacher.info
     shutil.copy(other_swin.checkpoint, weights)  # what another node has at the same path
-    with pytest.raises(MismatchError, match=r"^blocks_sha256 differs: store has '[0-9a-f]{64}', got '"):
+    with pytest.raises(MismatchError, match=r"^teacher.weights_sha256 differs: store has '[0-9a-f]{64}', got '"):
         join(survey(config), config)
 
 
