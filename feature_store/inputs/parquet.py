@@ -120,20 +120,24 @@ def open_parquet(
     """
     files = _listed(patterns)
     column, label_column = _columns(files[0], field, labels.policy)
-    classes = tuple(labels.classes) or _common_names(files, label_column)
+    classes, names = tuple(labels.classes), _class_names(files[0], label_column)
+    renamed = bool(names) and len(names) == len(classes) and not set(names) & set(classes)
+    classes = classes or _common_names(files, label_column)
+    reader = LabelReader(labels.policy, names if renamed else classes)
     groups, values = list[RowGroup](), list[np.ndarray]()
     problems: dict[tuple[int, int], str] = {}
     for number, file in enumerate(files):
         _require_same_columns(file, column, label_column)
         groups += _row_groups(number, file, column)
-        values.append(_labels(number, file, label_column, LabelReader(labels.policy, classes), problems))
+        values.append(_labels(number, file, label_column, reader, problems))
     if not sum(group.rows for group in groups):
         raise InputError(f"{files[0].path} hold no rows; name files with images")
     order = shuffled([f"{files[group.file].stem}/{group.number}" for group in groups], slices.seed)
     rows = np.concatenate([_rows_of(groups[at]) for at in order])
     listing = header_sha256((f"{files[group.file].stem}/{group.number}/{group.rows}", group.bytes) for group in groups)
     content = hashlib.sha256(b"".join(each.tobytes() for each in values)).hexdigest()
-    notes = _renamed(files[0], label_column, classes)
+    spelled = f"the schema's names ({', '.join(names[:2])}...) are taken for the classes ({', '.join(classes[:2])}...)"
+    notes = [f"{files[0].path}: {spelled}, in their order"] if renamed else []
     units = []
     for number, span in enumerate(slices.of(len(rows))):
         some = rows[span.start : span.stop]
@@ -336,27 +340,14 @@ def _common_names(files: Sequence[TableFile], column: str | None) -> tuple[str, 
     return names[files[0]]
 
 
-def _renamed(file: TableFile, column: str | None, classes: Sequence[str]) -> list[str]:
-    """A note where a schema has other names for the classes."""
-    names = _class_names(file, column)
-    if not names or set(names) & set(classes):
-        return []
-    return [
-        f"{file.path}: the schema's names ({', '.join(names[:2])}...) are taken for the classes "
-        f"({', '.join(classes[:2])}...), in their order"
-    ]
-
-
 def _indexes_of_names(file: TableFile, names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """Class index of each name of a file's schema; as many names none of which is a class are other names of these.
+    """Class index of each name of a file's schema.
 
     Raises:
         InputError: A name that is none of the classes.
     """
     indexes = {name: index for index, name in enumerate(classes)}
     absent = [name for name in names if name not in indexes]
-    if len(absent) == len(names) == len(classes):
-        return np.arange(len(names))
     if absent:
         raise InputError(
             f"{file.path} has the class {absent[0]!r} in its schema, expected one of the {len(classes)} classes "

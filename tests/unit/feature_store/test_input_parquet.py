@@ -163,6 +163,9 @@ def test_schemas_that_contradict_the_classes_are_refused(tmp_path: Path) -> None
         InputError, match=r"b\.parquet has the class 'eel' in its schema, expected one of the 4 classes"
     ):
         _open(tmp_path)
+    write_parquet(tmp_path / "b.parquet", SAMPLES[5:], names=("w", "x", "y", "z"))
+    with pytest.raises(InputError, match=r"b\.parquet has the class 'w' in its schema"):
+        _open(tmp_path)
     write_parquet(tmp_path / "b.parquet", SAMPLES[5:], names=None)
     with pytest.raises(InputError, match=r"b\.parquet has no class names in the schema of column label"):
         _open(tmp_path)
@@ -171,12 +174,16 @@ def test_schemas_that_contradict_the_classes_are_refused(tmp_path: Path) -> None
 
 
 def test_as_many_classes_by_other_names_keep_the_schemas_order_with_a_note(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", SAMPLES, names=("Ant, an insect", "Bee", "Cat", "Dog"))
+    names = ("Ant, an insect", "Bee", "Cat", "Dog")
+    turned = [{**sample, "cls": b"%d" % (3 - int(sample["cls"]))} for sample in SAMPLES[5:]]
+    write_parquet(tmp_path / "a.parquet", SAMPLES[:5], names=names)
+    write_parquet(tmp_path / "b.parquet", turned, names=names[::-1])
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
 
-    (unit,) = _open(path, classes=tmp_path / "classes.txt")
+    (unit,) = _open(tmp_path, classes=tmp_path / "classes.txt")
 
-    assert sorted(label for _, label in _content([unit]).values()) == sorted(int(s["cls"]) for s in SAMPLES)
+    found = _content([unit])
+    assert [found[key][1] for key in sorted(found)] == [int(sample["cls"]) for sample in SAMPLES]
     assert [note.partition(": ")[2] for note in unit.notes] == [
         "the schema's names (Ant, an insect, Bee...) are taken for the classes (ant, bee...), in their order"
     ]
