@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from feature_store.errors import FailedError, InputError
 from feature_store.format.addressing import RowId
 from feature_store.inputs.base import SampleSource, source_notes
-from feature_store.inputs.labels import read_classes, require_same_indexes
 from feature_store.inputs.options import SourceOptions
 from feature_store.tools.options import check_fields, require
 from feature_store.views import view_policy
@@ -23,7 +22,7 @@ from student_trainer.data.batch import Batch, ViewDataset
 from student_trainer.data.loader import BatchLoader, worker_failures_told
 from student_trainer.data.replayed import DrawnViews
 from student_trainer.engine.distributed import ALONE, Group
-from student_trainer.inputs import open_labelled, require_all_classes, source_options
+from student_trainer.inputs import class_names, open_labelled, require_all_classes, source_options
 from student_trainer.plan import find_device
 from student_trainer.students.load import load_student
 from student_trainer.students.preprocessing import Preprocessing
@@ -283,9 +282,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     preprocessing = trained.preprocessing
     if config.crop_pct is not None:
         preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
-    if config.classes is not None:
-        require_same_indexes(read_classes(config.classes), trained.classes, f"the training of {source}")
-    tars, unknown = open_labelled(config.tars, source_options(config), trained.classes)
+    options = source_options(config)
+    classes = class_names(options, trained.classes, f"the training of {source}")
+    tars, unknown = open_labelled(config.tars, options, classes)
     require_all_classes(unknown, trained.num_classes, "--tars")
     evaluator = Evaluator(
         tars,

@@ -100,9 +100,8 @@ def open_inputs(
     tars, info = _training(config, options, store, num_views, opener)
     units = training_positions(tars, store=store, keys=keys)
     known = () if info is None else info.classes
-    given = () if config.classes is None else read_classes(config.classes)
-    require_same_indexes(given, known, "the training images")
-    validation, unknown = _validation(config, options, info, opener)
+    classes = class_names(options, known, "the training images")
+    validation, unknown = _validation(config, options, info, classes, opener)
     return Inputs(
         tars=tars,
         units=units,
@@ -110,21 +109,37 @@ def open_inputs(
         labelled=_labelled(tars, units, store, info),
         checked=store is not None,
         keys=keys,
-        classes=known or given,
+        classes=known or classes,
         validation=validation,
         validation_classes=unknown,
     )
 
 
+def class_names(options: SourceOptions, known: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """Class names of the options, else the known ones; empty without either.
+
+    Args:
+        options: Options for opening sources.
+        known: Class names that are fixed.
+        where: Their source, for the message.
+
+    Raises:
+        InputError: The list cannot be read, or contradicts the known names.
+    """
+    given = () if options.classes is None else read_classes(options.classes)
+    require_same_indexes(given, known, where)
+    return given or known
+
+
 def open_labelled(
-    patterns: tuple[str, ...], options: SourceOptions, known: tuple[str, ...], opener: SourceOpener = open_given
+    patterns: tuple[str, ...], options: SourceOptions, classes: tuple[str, ...], opener: SourceOpener = open_given
 ) -> tuple[Sequence[SampleSource], tuple[str, ...]]:
     """Sources to measure accuracy on, and their class folders if nothing else names the classes.
 
     Args:
         patterns: Names of tars, a folder or parquet files.
-        options: How; its class names, if there are any, give the indexes.
-        known: Class names of the student, which give them otherwise; empty if they are unknown.
+        options: Options for opening them.
+        classes: Class names in order of their indexes, see class_names; empty if they are unknown.
         opener: Opens sources.
 
     Raises:
@@ -132,7 +147,6 @@ def open_labelled(
     """
     kind = _kind(patterns, options)
     options = replace(options, labels="required", label_field=None if kind == "folder" else options.label_field)
-    classes = known if options.classes is None else read_classes(options.classes)
     if classes:
         field, units, seed = options.label_field or "", options.unit_samples, options.shuffle_seed
         return opener(patterns, options, InputInfo(kind, "required", field, classes, units, seed)).sources, ()
@@ -217,14 +231,18 @@ def _require_as_written(options: SourceOptions, info: InputInfo | None) -> None:
 
 
 def _validation(
-    config: TrainConfig, options: SourceOptions, trained: InputInfo | None, opener: SourceOpener
+    config: TrainConfig,
+    options: SourceOptions,
+    trained: InputInfo | None,
+    classes: tuple[str, ...],
+    opener: SourceOpener,
 ) -> tuple[Sequence[SampleSource], tuple[str, ...]]:
     """Sources of the validation samples, with the training classes' indexes; class folders that nothing else names."""
     if not config.val_tars:
         return (), ()
     if options.label_field is None and trained is not None and trained.format == _kind(config.val_tars, options):
         options = replace(options, label_field=trained.label_field or None)
-    return open_labelled(config.val_tars, options, trained.classes if trained else (), opener)
+    return open_labelled(config.val_tars, options, classes, opener)
 
 
 def _kind(patterns: tuple[str, ...], options: SourceOptions) -> InputFormat:
