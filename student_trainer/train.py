@@ -248,8 +248,9 @@ class Run:
             self.group.broadcast_from_main(lambda: folder.require_room(self._checkpoint_bytes()))
         log.write("start", progress.step, **plan.summary(), notes=list(notes))
         total = config.epochs * plan.sampler.per_epoch
-        with RunProgress(enabled=config.progress and self.group.is_main, total=total, done=progress.step) as bar:
-            for line in (f"{config.run}: {plan.sentence()}", *plan.notes(), *notes):
+        shown = config.progress and self.group.is_main
+        with RunProgress(enabled=shown, total=total, done=progress.step) as bar:
+            for line in (f"{config.run}: {plan.sentence()}", *plan.notes(), *notes) if shown else ():
                 bar.note(line)
             self._call("on_start")
             try:
